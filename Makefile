@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-all lint format install bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      install, then run the main job on what the repository ships"
+	@echo "make test      install, then run the everyday tests (CPU, under 30 minutes on 2 cores)"
+	@echo "make test-all  everything: slow suites, GPU marks where there is a GPU"
+	@echo "make bench     CPU ratios of the attention backends (benchmarks/cpu_attention.py)"
+	@echo "make lint      ruff check and format check"
+
+install: $(STAMP)
+
+$(STAMP): setup.py requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/sar-fast demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/cpu_attention.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Triton kernels of SAR attention (torch and triton only)."""

@@ -1,0 +1,1 @@
+"""sar_fast: Semantic Attention Re-weighting for multimodal LLMs."""

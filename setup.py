@@ -1,0 +1,49 @@
+"""Packaging of sar_fast (the library) and sar_kernels (its Triton kernels, torch + triton only)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+CORE = [
+    "torch>=2.8",
+    'triton>=3.4; platform_system == "Linux"',
+    "numpy>=1.26",
+    "transformers>=5.17",
+    "safetensors>=0.4",
+    "pillow>=10",
+    "typer>=0.12",
+    "rich>=13",
+]
+REPORTS = ["matplotlib>=3.8", "jinja2>=3.1", "scikit-image>=0.24"]
+TRAIN = ["accelerate>=1.10", "datasets>=3", "peft>=0.17", "wandb>=0.18"]
+DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]
+
+setup(
+    name="sar_fast",
+    version="0.1.0",
+    description="Semantic Attention Re-weighting for multimodal LLMs at FlashAttention speed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(".", include=["sar_fast", "sar_fast.*"]) + find_packages("kernels"),
+    package_dir={"sar_kernels": "kernels/sar_kernels"},
+    package_data={"sar_fast": ["assets/**/*", "assets/miniature/**/*", "cli/templates/*"]},
+    install_requires=CORE,
+    extras_require={
+        "reports": REPORTS,
+        "train": TRAIN,
+        "deepspeed": ["deepspeed>=0.17", "ninja"],
+        "flash": ["flash-attn>=2.6"],
+        "grounding": ["groundingdino-py>=0.4", "segment-anything>=1.0"],
+        "dev": DEV + REPORTS,
+    },
+    entry_points={"console_scripts": ["sar-fast = sar_fast.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
