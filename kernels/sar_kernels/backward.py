@@ -1,0 +1,613 @@
+"""Backward kernels: delta, dK/dV and dQ, without atomics, with the head weight c folded in.
+
+With out_scaled = c * out, delta = rowsum(dout * out_scaled) already is rowsum((c dout) * out), so neither the unscaled
+output nor a division by c (which can underflow to 0) is needed.
+"""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import (
+    LOG2_E,
+    key_block_range,
+    load_keys_mask,
+    load_lse,
+    load_tile,
+    row_pointer,
+    sequence_bounds,
+    sequence_pointer,
+    soft_cap,
+    store_tile,
+    visible_mask,
+    visual_key_range,
+)
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q"])
+def delta_kernel(
+    dout_ptr,  # (B, Sq, H, DV)
+    out_ptr,  # (B, Sq, H, DV), scaled by c if there are head weights
+    delta_ptr,  # (B, H, Sq)
+    sums_ptr,  # (B, H, row blocks), WITH_SUMS only: what the gradient of c is made of
+    cu_seqlens_q_ptr,
+    stride_dob,
+    stride_dos,
+    stride_doh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    VARLEN: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """delta = rowsum(dout * out). Grid (row blocks, H, B)."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    first_row = block * BLOCK_M
+    if first_row >= num_rows:
+        return
+    dout_ptr = sequence_pointer(dout_ptr, batch, head, start, stride_dob, stride_dos, stride_doh, VARLEN)
+    out_ptr = sequence_pointer(out_ptr, batch, head, start, stride_ob, stride_os, stride_oh, VARLEN)
+    delta_ptr = row_pointer(delta_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    out = load_tile(out_ptr, first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    delta = tl.sum(dout.to(ACC) * out.to(ACC), 1)  # [BM], 0 beyond the last row
+    tl.store(delta_ptr + rows, delta, mask=rows < num_rows)
+    if WITH_SUMS:
+        index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block
+        tl.store(sums_ptr + index, tl.sum(delta, 0))
+
+
+@triton.jit
+def _dq_segment(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    row_mean,
+    row_slope,
+    row_gain,
+    k_ptr,
+    v_ptr,
+    padding_ptr,
+    visual_ptr,
+    prior_ptr,
+    start,
+    end,
+    rows,
+    num_keys,
+    diagonal,
+    stride_ks,
+    stride_vs,
+    window_left,
+    window_right,
+    c,
+    scale,
+    scale_log2,
+    cap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    COLLECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the keys [start, end) to dq; COLLECT (which needs MASKED) adds the gradient through the statistics."""
+    for first_key in range(start, end, BLOCK_N):
+        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
+        v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        if HAS_SOFTCAP:
+            scores, tanh = soft_cap(scores * scale, cap)
+        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
+        if MASKED:
+            keys = first_key + tl.arange(0, BLOCK_N)
+            visible = visible_mask(
+                rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
+            if HAS_PADDING:
+                visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+            weights = tl.where(visible, weights, 0.0)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+        if SCALED:
+            dweights = dweights * c
+        if COLLECT:
+            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
+            dweights += row_gain[:, None] * prior[None, :]
+        dscores = weights * (dweights - delta[:, None])
+        if COLLECT:
+            dscores += tl.where(visible & visual[None, :], row_slope[:, None] * (scores - row_mean[:, None]), 0.0)
+        if HAS_SOFTCAP:
+            dscores = dscores * (1.0 - tanh * tanh)
+        dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)  # [BM, D]
+    return dq
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    padding_ptr,
+    c_ptr,  # (B, H), SCALED only
+    visual_ptr,  # this and the rest STATISTICS only
+    text_ptr,
+    prior_ptr,
+    ranges_ptr,
+    row_mean_ptr,  # (B, H, Sq) mean score over the visual keys
+    row_slope_ptr,  # (B, H, Sq) factor of (score - mean) in the gradient of AV, 0 for rows that do not count
+    row_gain_ptr,  # (B, H, Sq) factor of the prior in the gradient of SA, 0 for rows that do not count
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_dob,
+    stride_dos,
+    stride_doh,
+    stride_dqb,
+    stride_dqs,
+    stride_dqh,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    max_seqlen_k,
+    group,
+    window_left,
+    window_right,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dq of one row block of one head, a loop over its keys. Grid (row blocks, H, B), long rows first."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_row = block * BLOCK_M
+    if first_row >= num_rows:
+        return
+
+    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    dout_ptr = sequence_pointer(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN)
+    dq_ptr = sequence_pointer(dq_ptr, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh, VARLEN)
+    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    delta_ptr = row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    if HAS_PADDING:
+        padding_ptr += start_k
+
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
+    scale = tl.cast(softmax_scale, ACC)
+    cap = tl.cast(softcap, ACC)
+    if HAS_SOFTCAP:
+        scale_log2 = tl.cast(LOG2_E, ACC)
+    else:
+        scale_log2 = scale * LOG2_E
+    diagonal = num_keys - num_rows
+    rows = first_row + tl.arange(0, BLOCK_M)
+    in_range = rows < num_rows
+    lo, full, hi = key_block_range(
+        first_row, num_rows, num_keys, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+    dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
+    delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)  # [BM]
+    c = scale
+    if SCALED:
+        c = tl.load(c_ptr + tl.cast(batch, tl.int64) * tl.num_programs(1) + head)
+    row_mean = delta
+    row_slope = delta
+    row_gain = delta
+    has_text = False
+    if STATISTICS:
+        visual_ptr += start_k
+        prior_ptr += start_k
+        text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0  # [BM]
+        has_text = tl.max(text.to(tl.int32), 0) != 0
+        row_mean_ptr = row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_slope_ptr = row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_gain_ptr = row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_mean = tl.load(row_mean_ptr + rows, mask=in_range, other=0.0)
+        row_slope = tl.load(row_slope_ptr + rows, mask=in_range, other=0.0)
+        row_gain = tl.load(row_gain_ptr + rows, mask=in_range, other=0.0)
+
+    collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
+    for segment in tl.static_range(0 if STATISTICS else 2, 4):
+        if segment == 0:
+            start, end = lo, collect_lo
+        elif segment == 1:
+            start, end = collect_lo, collect_hi
+        elif segment == 2:
+            start, end = collect_hi, full
+        else:
+            start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
+        MASKED: tl.constexpr = ANYWHERE or segment == 1 or segment == 3
+        if not (ANYWHERE and segment == 2):
+            dq = _dq_segment(
+                dq,
+                q,
+                dout,
+                lse,
+                delta,
+                row_mean,
+                row_slope,
+                row_gain,
+                k_ptr,
+                v_ptr,
+                padding_ptr,
+                visual_ptr,
+                prior_ptr,
+                start,
+                end,
+                rows,
+                num_keys,
+                diagonal,
+                stride_ks,
+                stride_vs,
+                window_left,
+                window_right,
+                c,
+                scale,
+                scale_log2,
+                cap,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_N,
+                HAS_PADDING,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                SCALED,
+                MASKED,
+                segment == 1,
+                PRECISION,
+            )
+    store_tile(dq_ptr, dq * scale, first_row, num_rows, stride_dqs, BLOCK_M, BLOCK_D, HEAD_DIM)
+
+
+@triton.jit
+def _dkdv_segment(
+    dk,
+    dv,
+    dprior,
+    k,
+    v,
+    visual,
+    real,
+    prior,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    row_mean_ptr,
+    row_slope_ptr,
+    row_gain_ptr,
+    start,
+    end,
+    keys,
+    num_rows,
+    num_keys,
+    diagonal,
+    stride_qs,
+    stride_dos,
+    window_left,
+    window_right,
+    c,
+    scale,
+    scale_log2,
+    cap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    COLLECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the queries [start, end) of one head to dk, dv and dprior. Tiles are keys by rows, so that P^T needs no shuffle."""
+    for first_row in range(start, end, BLOCK_M):
+        rows = first_row + tl.arange(0, BLOCK_M)
+        in_range = rows < num_rows
+        q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+        dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+        lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
+        delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)  # [BM]
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+        if HAS_SOFTCAP:
+            scores, tanh = soft_cap(scores * scale, cap)
+        weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
+        if MASKED:
+            visible = visible_mask(
+                rows[None, :], keys[:, None], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
+            if HAS_PADDING:
+                visible = visible & real[:, None]
+            weights = tl.where(visible, weights, 0.0)
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
+        if SCALED:
+            dweights = dweights * c
+            dv += tl.dot((weights * c).to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
+        else:
+            dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)
+        if COLLECT:
+            row_gain = tl.load(row_gain_ptr + rows, mask=in_range, other=0.0)  # [BM]
+            dprior += tl.sum(tl.where(visual[:, None], weights * row_gain[None, :], 0.0), 1)  # [BN]
+            dweights += prior[:, None] * row_gain[None, :]
+        dscores = weights * (dweights - delta[None, :])
+        if COLLECT:
+            row_mean = tl.load(row_mean_ptr + rows, mask=in_range, other=0.0)  # [BM]
+            row_slope = tl.load(row_slope_ptr + rows, mask=in_range, other=0.0)  # [BM]
+            dscores += tl.where(visible & visual[:, None], row_slope[None, :] * (scores - row_mean[None, :]), 0.0)
+        if HAS_SOFTCAP:
+            dscores = dscores * (1.0 - tanh * tanh)
+        dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)  # [BN, D]
+    return dk, dv, dprior
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+def dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    padding_ptr,
+    c_ptr,  # (B, H), SCALED only
+    visual_ptr,  # this and the rest STATISTICS only
+    prior_ptr,
+    ranges_ptr,
+    row_mean_ptr,
+    row_slope_ptr,
+    row_gain_ptr,
+    dprior_ptr,  # (Hkv, B * Sk or Tk): summed over kv heads afterwards
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_dob,
+    stride_dos,
+    stride_doh,
+    stride_dkb,
+    stride_dks,
+    stride_dkh,
+    stride_dvb,
+    stride_dvs,
+    stride_dvh,
+    stride_dprior_h,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    max_seqlen_k,
+    group,
+    window_left,
+    window_right,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dk and dv of one key block of one kv head: a loop over the group's query heads and their rows.
+
+    Grid (key blocks, Hkv, B); early key blocks, the long ones under a causal mask, go first.
+    """
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_key = block * BLOCK_N
+    if first_key >= num_keys:
+        return
+    k_ptr = sequence_pointer(k_ptr, batch, kv_head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_ptr = sequence_pointer(v_ptr, batch, kv_head, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    dk_ptr = sequence_pointer(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
+    dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
+
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
+    scale = tl.cast(softmax_scale, ACC)
+    cap = tl.cast(softcap, ACC)
+    if HAS_SOFTCAP:
+        scale_log2 = tl.cast(LOG2_E, ACC)
+    else:
+        scale_log2 = scale * LOG2_E
+    diagonal = num_keys - num_rows
+    keys = first_key + tl.arange(0, BLOCK_N)
+
+    # Rows that see the block: [lo, hi); from `full` on, every row sees all of it if only the right edge masks.
+    lo = 0
+    full = 0
+    hi = num_rows
+    last_key = tl.minimum(first_key + BLOCK_N, num_keys) - 1
+    if HAS_RIGHT:
+        lo = tl.maximum(first_key - diagonal - window_right, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(last_key - diagonal - window_right, 0), BLOCK_M) * BLOCK_M
+    if HAS_LEFT:
+        hi = tl.maximum(tl.minimum(hi, last_key - diagonal + window_left + 1), 0)
+    full = tl.minimum(tl.maximum(full, lo), hi)
+
+    k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+    v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)  # [BN, DV]
+    real = keys < num_keys
+    if HAS_PADDING:
+        real = load_keys_mask(padding_ptr + start_k, first_key, num_keys, BLOCK_N)  # [BN]
+    visual = real
+    prior = tl.zeros([BLOCK_N], ACC)
+    # The stretch of rows that carries gradients through the statistics, [collect_lo, collect_hi).
+    collect_lo = full
+    collect_hi = full
+    if STATISTICS:
+        visual = load_keys_mask(visual_ptr + start_k, first_key, num_keys, BLOCK_N)  # [BN]
+        prior = tl.load(prior_ptr + start_k + keys, mask=visual, other=0.0).to(ACC)  # [BN]
+        begin = tl.maximum(tl.load(ranges_ptr + 4 * batch + 2) // BLOCK_M * BLOCK_M, lo)
+        end = tl.minimum(tl.cdiv(tl.load(ranges_ptr + 4 * batch + 3), BLOCK_M) * BLOCK_M, hi)
+        if not ANYWHERE:  # its loop masks, so it may run on to `full` and spare a second stretch on the diagonal
+            end = tl.maximum(end, full)
+        is_empty = (begin >= end) | (tl.max(visual.to(tl.int32), 0) == 0)
+        collect_lo = tl.where(is_empty, full, begin)
+        collect_hi = tl.where(is_empty, full, end)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+    dprior = tl.zeros([BLOCK_N], ACC)
+    for member in range(0, group):
+        head = kv_head * group + member
+        q_head_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+        dout_head_ptr = sequence_pointer(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN)
+        lse_head_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        delta_head_ptr = row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        mean_head_ptr = lse_head_ptr
+        slope_head_ptr = lse_head_ptr
+        gain_head_ptr = lse_head_ptr
+        if STATISTICS:
+            mean_head_ptr = row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+            slope_head_ptr = row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+            gain_head_ptr = row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        c = scale
+        if SCALED:
+            c = tl.load(c_ptr + tl.cast(batch, tl.int64) * tl.num_programs(1) * group + head)
+        for segment in tl.static_range(4):
+            if segment == 0:  # the edge of the mask
+                start, end = lo, (collect_lo if ANYWHERE else tl.minimum(full, collect_lo))
+            elif segment == 1:  # rows before the text queries that see every key
+                start, end = tl.minimum(full, collect_lo), collect_lo
+            elif segment == 2:  # the stretch with text queries
+                start, end = collect_lo, collect_hi
+            else:
+                start, end = collect_hi, hi
+            MASKED: tl.constexpr = ANYWHERE or segment == 0 or segment == 2
+            EXISTS: tl.constexpr = (
+                (segment == 0 and (HAS_RIGHT or ANYWHERE))
+                or (segment == 1 and STATISTICS and not ANYWHERE)
+                or (segment == 2 and STATISTICS)
+                or segment == 3
+            )
+            if EXISTS:
+                dk, dv, dprior = _dkdv_segment(
+                    dk,
+                    dv,
+                    dprior,
+                    k,
+                    v,
+                    visual,
+                    real,
+                    prior,
+                    q_head_ptr,
+                    dout_head_ptr,
+                    lse_head_ptr,
+                    delta_head_ptr,
+                    mean_head_ptr,
+                    slope_head_ptr,
+                    gain_head_ptr,
+                    start,
+                    end,
+                    keys,
+                    num_rows,
+                    num_keys,
+                    diagonal,
+                    stride_qs,
+                    stride_dos,
+                    window_left,
+                    window_right,
+                    c,
+                    scale,
+                    scale_log2,
+                    cap,
+                    HEAD_DIM,
+                    HEAD_DIM_V,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    BLOCK_M,
+                    HAS_PADDING,
+                    HAS_LEFT,
+                    HAS_RIGHT,
+                    HAS_SOFTCAP,
+                    SCALED,
+                    MASKED,
+                    segment == 2,
+                    PRECISION,
+                )
+
+    store_tile(dk_ptr, dk * scale, first_key, num_keys, stride_dks, BLOCK_N, BLOCK_D, HEAD_DIM)
+    store_tile(dv_ptr, dv, first_key, num_keys, stride_dvs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
+    if STATISTICS:
+        dprior_ptr += tl.cast(kv_head, tl.int64) * stride_dprior_h + start_k
+        tl.store(dprior_ptr + keys, dprior, mask=keys < num_keys)

@@ -1,0 +1,115 @@
+"""Tile sizes, warps and pipeline stages: frozen values chosen by a pure function of what the compiler sees.
+
+Nothing is tuned at run time. The rows below were chosen by compiling ahead of time for registers, spills and shared
+memory (`python -m sar_kernels.aot`); `python -m sar_kernels.tune` measures on a GPU and writes better ones to
+`tuned.json` beside this file, which take precedence.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TUNED = Path(__file__).with_name("tuned.json")
+SHORT = 512  # queries; below this the grid is small and smaller row blocks fill more multiprocessors
+
+SHARED_MEMORY_LIMIT = {  # bytes that one thread block can use
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Rows and keys per tile, warps, and stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, 16 or more, that a head dimension is padded to inside the kernels."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def length_class(max_seqlen_q: int) -> str:
+    """ "short" or "long": the only thing about the length that may choose another kernel."""
+    return "short" if max_seqlen_q <= SHORT else "long"
+
+
+@functools.cache
+def device_arch(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ..., or "cpu" (the interpreter)."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise ValueError(f"device: got {device}, need a CUDA, ROCm or (with TRITON_INTERPRET=1) CPU tensor")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _tuned() -> dict[str, KernelConfig]:
+    if not TUNED.exists():
+        return {}
+    return {key: KernelConfig(**value) for key, value in json.loads(TUNED.read_text())["configs"].items()}
+
+
+def config_key(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, causal: bool, sav: bool, length: str) -> str:
+    """The name of one choice in `tuned.json`."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{kernel}/{arch}/{head_dim}/{name}/{'causal' if causal else 'full'}/{'sav' if sav else 'plain'}/{length}"
+
+
+@functools.cache
+def choose(
+    kernel: str, arch: str, head_dim: int, dtype: torch.dtype, *, causal: bool, sav: bool, length: str
+) -> KernelConfig:
+    """The configuration of one kernel: "forward", "statistics", "dq" or "dkdv".
+
+    head_dim is the padded one (the larger of D and DV); sav says whether the kernel carries the statistics (forward)
+    or their gradient (dq, dkdv). The forward kernel's choice must not depend on it: a sample without text queries has to
+    give plain attention's bits, and so needs plain attention's tiles.
+    """
+    if kernel == "forward":
+        sav = False
+    tuned = _tuned().get(config_key(kernel, arch, head_dim, dtype, causal, sav, length))
+    if tuned is not None:
+        return tuned
+    if arch == "cpu":  # the interpreter: small and unequal tiles, so that short sequences cross their edges
+        return KernelConfig(32, 64, 4, 1) if kernel == "dkdv" else KernelConfig(64, 32, 4, 1)
+    rule = _RULES_32BIT[kernel] if dtype in (torch.float32, torch.float64) else _RULES[kernel]
+    return rule(arch, max(head_dim, 64), sav, length)
+
+
+def _forward(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
+    return KernelConfig(128, 64, 8, 2)
+
+
+def _statistics(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
+    return KernelConfig(64, 64, 4, 2)
+
+
+def _dq(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
+    return KernelConfig(64, 64, 4, 2)
+
+
+def _dkdv(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
+    return KernelConfig(64, 64, 4, 2)
+
+
+_RULES = {"forward": _forward, "statistics": _statistics, "dq": _dq, "dkdv": _dkdv}
+_RULES_32BIT = _RULES

@@ -1,0 +1,265 @@
+"""Forward kernel: flash attention, and as a compile-time variant the SAR statistics of the text queries."""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    key_block_range,
+    load_keys_mask,
+    load_tile,
+    online_softmax,
+    row_pointer,
+    sequence_bounds,
+    sequence_pointer,
+    soft_cap,
+    store_partials,
+    store_tile,
+    update_moments,
+    visible_mask,
+    visual_key_range,
+)
+
+
+@triton.jit
+def _attend(
+    acc,
+    row_max,
+    row_sum,
+    alignment,
+    count,
+    mean,
+    m2,
+    q,
+    k_ptr,
+    v_ptr,
+    padding_ptr,
+    visual_ptr,
+    prior_ptr,
+    start,
+    end,
+    rows,
+    num_keys,
+    diagonal,
+    stride_ks,
+    stride_vs,
+    window_left,
+    window_right,
+    scale,
+    scale_log2,
+    cap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    COLLECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Runs the keys [start, end) through the row block; start is a multiple of BLOCK_N.
+
+    Without MASKED every key must be in range and visible to every row. COLLECT (which needs MASKED) marks the stretch
+    that holds visual keys; outside it the statistics only follow the running maximum.
+    """
+    for first_key in range(start, end, BLOCK_N):
+        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        if HAS_SOFTCAP:
+            scores, _ = soft_cap(scores * scale, cap)
+        if MASKED:
+            keys = first_key + tl.arange(0, BLOCK_N)
+            visible = visible_mask(
+                rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
+            if HAS_PADDING:
+                visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+            scores = tl.where(visible, scores, -float("inf"))
+        weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
+        if STATISTICS:
+            alignment = alignment * rescale
+        if COLLECT:
+            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            keys = first_key + tl.arange(0, BLOCK_N)
+            prior = tl.load(prior_ptr + keys, mask=visual & (keys < num_keys), other=0.0)  # [BN]
+            alignment += tl.sum(weights * prior[None, :], 1)
+            count, mean, m2 = update_moments(scores, visible & visual[None, :], count, mean, m2)
+        acc = acc * rescale[:, None]
+        v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+        acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
+    return acc, row_max, row_sum, alignment, count, mean, m2
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+def forward_kernel(
+    q_ptr,  # (B, Sq, H, D) or (T, H, D)
+    k_ptr,  # (B, Sk, Hkv, D)
+    v_ptr,  # (B, Sk, Hkv, DV)
+    out_ptr,  # (B, Sq, H, DV)
+    lse_ptr,  # (B, H, Sq) natural log
+    cu_seqlens_q_ptr,  # (B + 1,), VARLEN only
+    cu_seqlens_k_ptr,
+    padding_ptr,  # (B, Sk) True = real token, HAS_PADDING only
+    visual_ptr,  # (B, Sk) bool; this and the rest STATISTICS only
+    text_ptr,  # (B, Sq) bool
+    prior_ptr,  # (B, Sk)
+    ranges_ptr,  # (B, 4) first and past-last visual key, first and past-last text query
+    partials_ptr,  # (B, H, row blocks, 3) sums of variance, of semantic alignment, and the number of queries in them
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    max_seqlen_k,
+    group,  # query heads per kv head
+    window_left,
+    window_right,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One row block of one head: out and lse, and with STATISTICS this block's share of AV and SA.
+
+    Grid (row blocks, H, B). Late row blocks go first: under a causal mask they are the long ones.
+    """
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_row = block * BLOCK_M
+    if first_row >= num_rows:
+        return
+
+    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    out_ptr = sequence_pointer(out_ptr, batch, head, start_q, stride_ob, stride_os, stride_oh, VARLEN)
+    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    if HAS_PADDING:
+        padding_ptr += start_k
+    if STATISTICS:
+        visual_ptr += start_k
+        prior_ptr += start_k
+
+    scale = tl.cast(softmax_scale, ACC)
+    cap = tl.cast(softcap, ACC)
+    # The tile that is exponentiated is q.k itself, or the capped score; the factor to base-2 units goes into an FMA.
+    if HAS_SOFTCAP:
+        scale_log2 = tl.cast(LOG2_E, ACC)
+    else:
+        scale_log2 = scale * LOG2_E
+    # Only the right edge of the mask is a diagonal; the others can hide a key anywhere.
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
+    diagonal = num_keys - num_rows
+    rows = first_row + tl.arange(0, BLOCK_M)
+    lo, full, hi = key_block_range(
+        first_row, num_rows, num_keys, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+    row_max = tl.full([BLOCK_M], -float("inf"), ACC)
+    row_sum = tl.zeros([BLOCK_M], ACC)
+    alignment = tl.zeros([BLOCK_M], ACC)
+    count = tl.zeros([BLOCK_M], ACC)
+    mean = tl.zeros([BLOCK_M], ACC)
+    m2 = tl.zeros([BLOCK_M], ACC)
+    q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+
+    has_text = False
+    if STATISTICS:
+        text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
+        has_text = tl.max(text.to(tl.int32), 0) != 0
+    collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
+    for segment in tl.static_range(0 if STATISTICS else 2, 4):
+        if segment == 0:  # before the first visual key
+            start, end = lo, collect_lo
+        elif segment == 1:  # the stretch with visual keys
+            start, end = collect_lo, collect_hi
+        elif segment == 2:  # after it, every key visible to every row
+            start, end = collect_hi, full
+        else:  # up to the edge of the mask
+            start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
+        MASKED: tl.constexpr = ANYWHERE or segment == 1 or segment == 3
+        if not (ANYWHERE and segment == 2):
+            acc, row_max, row_sum, alignment, count, mean, m2 = _attend(
+                acc,
+                row_max,
+                row_sum,
+                alignment,
+                count,
+                mean,
+                m2,
+                q,
+                k_ptr,
+                v_ptr,
+                padding_ptr,
+                visual_ptr,
+                prior_ptr,
+                start,
+                end,
+                rows,
+                num_keys,
+                diagonal,
+                stride_ks,
+                stride_vs,
+                window_left,
+                window_right,
+                scale,
+                scale_log2,
+                cap,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_N,
+                HAS_PADDING,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                MASKED,
+                STATISTICS,
+                segment == 1,
+                PRECISION,
+            )
+
+    seen = row_sum > 0.0
+    acc = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    store_tile(out_ptr, acc, first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
+    lse = tl.where(seen, (row_max + tl.log2(tl.where(seen, row_sum, 1.0))) * LN_2, -float("inf"))
+    tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
+    if STATISTICS:
+        unit = 1.0 if HAS_SOFTCAP else scale  # one unit of the scores that the moments were taken of
+        counts = text & (count >= 2.0)  # a variance needs two keys
+        variance = tl.where(counts, m2 / tl.maximum(count - 1.0, 1.0), 0.0) * unit * unit
+        alignment = tl.where(counts, alignment / tl.where(seen, row_sum, 1.0), 0.0)
+        store_partials(partials_ptr, batch, head, block, variance, alignment, counts.to(ACC))

@@ -1,0 +1,261 @@
+"""Small device functions shared by every kernel: addressing, masks, online softmax, streaming moments.
+
+Addresses: whatever is the same for a whole program (batch, head, first row of a tile) is a 64-bit scalar, and only the
+offsets inside one tile are 32-bit. No tensor is therefore too large, and no 64-bit variant of a kernel is needed.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens_ptr, batch, max_seqlen, VARLEN: tl.constexpr):
+    """First token of a sample in the flattened (batch * seqlen or total) token dimension, and its length."""
+    if VARLEN:
+        start = tl.load(cu_seqlens_ptr + batch).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + batch + 1).to(tl.int64) - start).to(tl.int32)
+    else:
+        length = max_seqlen
+        start = tl.cast(batch, tl.int64) * length
+    return start, length
+
+
+@triton.jit
+def sequence_pointer(ptr, batch, head, start, stride_b, stride_s, stride_h, VARLEN: tl.constexpr):
+    """Pointer to token 0 of one head of one sample; packed sequences start at token `start` of the only batch entry."""
+    ptr += tl.cast(head, tl.int64) * stride_h
+    if VARLEN:
+        ptr += start * stride_s
+    else:
+        ptr += tl.cast(batch, tl.int64) * stride_b
+    return ptr
+
+
+@triton.jit
+def row_pointer(ptr, batch, head, start, stride_b, stride_h, VARLEN: tl.constexpr):
+    """The same for per-row fp32 arrays: (B, H, S) dense, (H, T) packed."""
+    ptr += tl.cast(head, tl.int64) * stride_h
+    if VARLEN:
+        ptr += start
+    else:
+        ptr += tl.cast(batch, tl.int64) * stride_b
+    return ptr
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    first_row,
+    num_rows,
+    stride_s,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    NUM_COLS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Rows first_row .. first_row + ROWS of a row-major matrix, zeros beyond num_rows and NUM_COLS.  # [ROWS, COLS]"""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    tile_ptr = ptr + first_row * tl.cast(stride_s, tl.int64)
+    ptrs = tile_ptr + rows * stride_s + cols
+    if CHECK_ROWS and COLS != NUM_COLS:
+        return tl.load(ptrs, mask=(first_row + rows < num_rows) & (cols < NUM_COLS), other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=first_row + rows < num_rows, other=0.0)
+    elif COLS != NUM_COLS:
+        return tl.load(ptrs, mask=cols < NUM_COLS, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(
+    ptr, tile, first_row, num_rows, stride_s, ROWS: tl.constexpr, COLS: tl.constexpr, NUM_COLS: tl.constexpr
+):
+    """Writes a tile to rows first_row .. of a row-major matrix, nothing beyond num_rows and NUM_COLS."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    ptrs = ptr + first_row * tl.cast(stride_s, tl.int64) + rows * stride_s + cols
+    mask = first_row + rows < num_rows
+    if COLS != NUM_COLS:
+        mask = mask & (cols < NUM_COLS)
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_keys_mask(ptr, first_key, num_keys, BLOCK_N: tl.constexpr):
+    """A boolean per-key mask, False beyond the last key.  # [BN]"""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    return tl.load(ptr + keys, mask=keys < num_keys, other=0) != 0
+
+
+@triton.jit
+def load_lse(lse_ptr, rows, num_rows):
+    """lse in base-2 units; +inf for rows that saw nothing or do not exist, so that their weights are 0."""
+    lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=float("inf")) * LOG2_E
+    return tl.where(lse == -float("inf"), float("inf"), lse)
+
+
+@triton.jit
+def visible_mask(
+    rows,
+    keys,
+    num_keys,
+    diagonal,
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """Which keys a query may see; diagonal = num_keys - num_rows aligns the window bottom-right (causal: right = 0).
+
+    rows and keys broadcast against each other: [BM, 1] with [1, BN], or transposed.
+    """
+    visible = keys < num_keys
+    if HAS_RIGHT:
+        visible = visible & (keys <= rows + diagonal + window_right)
+    if HAS_LEFT:
+        visible = visible & (keys >= rows + diagonal - window_left)
+    return visible
+
+
+@triton.jit
+def key_block_range(
+    first_row,
+    num_rows,
+    num_keys,
+    window_left,
+    window_right,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """Keys that a row block sees: [lo, hi), of which every row sees all of [lo, full) if there is no left window.
+
+    lo and full are multiples of BLOCK_N.
+    """
+    diagonal = num_keys - num_rows
+    lo = 0
+    hi = num_keys
+    full = num_keys // BLOCK_N * BLOCK_N
+    if HAS_RIGHT:
+        last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
+        hi = tl.maximum(tl.minimum(hi, last_row + diagonal + window_right + 1), 0)
+        first_end = tl.maximum(first_row + diagonal + window_right + 1, 0)
+        full = tl.minimum(full, first_end // BLOCK_N * BLOCK_N)
+    if HAS_LEFT:
+        lo = tl.maximum(first_row + diagonal - window_left, 0) // BLOCK_N * BLOCK_N
+    return lo, full, hi
+
+
+@triton.jit
+def visual_key_range(
+    ranges_ptr,
+    batch,
+    has_text,
+    lo,
+    full,
+    hi,
+    BLOCK_N: tl.constexpr,
+    ANYWHERE: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):
+    """The stretch [collect_lo, collect_hi) of [lo, hi) that holds visual keys; empty at lo if the rows have no text query.
+
+    It starts at a multiple of BLOCK_N and ends at one or at hi. Its loop masks, so unless masking is needed ANYWHERE it
+    is made to begin no later than `full`, before which nothing need be masked.
+    """
+    collect_lo = lo
+    collect_hi = lo
+    if STATISTICS:
+        visual_lo = tl.load(ranges_ptr + 4 * batch) // BLOCK_N * BLOCK_N
+        visual_hi = tl.cdiv(tl.load(ranges_ptr + 4 * batch + 1), BLOCK_N) * BLOCK_N
+        begin = tl.maximum(visual_lo, lo)
+        if not ANYWHERE:
+            begin = tl.minimum(begin, full)
+        end = tl.minimum(visual_hi, hi)
+        is_empty = (begin >= end) | (has_text == 0)
+        collect_lo = tl.where(is_empty, lo, begin)
+        collect_hi = tl.where(is_empty, lo, end)
+    return collect_lo, collect_hi
+
+
+@triton.jit
+def soft_cap(scores, cap):
+    """cap * tanh(scores / cap), and tanh itself for the backward pass."""
+    tanh = 2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0
+    return cap * tanh, tanh
+
+
+@triton.jit
+def online_softmax(scores, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
+    """One step of the running softmax in base 2: weights [BM, BN], the factor that rescales older sums, new max and sum.
+
+    A row that has seen nothing keeps max = -inf; subtracting 0 in its place keeps NaN out.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [BM]
+    if MASKED:
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+    else:
+        shift = new_max
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BM, BN]
+    rescale = tl.exp2(row_max - shift)  # [BM]
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    return weights, rescale, new_max, row_sum
+
+
+@triton.jit
+def update_moments(scores, selected, count, mean, m2):
+    """Merges a tile's selected entries into running (count, mean, M2) per row.
+
+    Both the tile's deviations and the merge are taken about means, so that an offset common to all scores cancels
+    before anything is squared.
+    """
+    tile_count = tl.sum(selected.to(mean.dtype), 1)  # [BM]
+    tile_mean = tl.sum(tl.where(selected, scores, 0.0), 1) / tl.maximum(tile_count, 1.0)
+    deviation = tl.where(selected, scores - tile_mean[:, None], 0.0)  # [BM, BN]
+    tile_m2 = tl.sum(deviation * deviation, 1)
+    total = count + tile_count
+    share = tile_count / tl.maximum(total, 1.0)
+    step = tile_mean - mean
+    mean += step * share
+    m2 += tile_m2 + step * step * count * share
+    return total, mean, m2
+
+
+@triton.jit
+def store_partials(partials_ptr, batch, head, block, variance, alignment, counts):
+    """Sums over the rows of one block into partials (B, H, row blocks, 3); grid axes are (row blocks, H, B)."""
+    index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block
+    tl.store(partials_ptr + 3 * index, tl.sum(variance, 0))
+    tl.store(partials_ptr + 3 * index + 1, tl.sum(alignment, 0))
+    tl.store(partials_ptr + 3 * index + 2, tl.sum(counts, 0))
+
+
+@triton.jit
+def softmax_over_heads(sav, heads, num_heads, beta, PROTECT_FIRST: tl.constexpr, STANDARDIZE: tl.constexpr):
+    """H * softmax(SAV / beta) over the heads of one sample, before (w) and after (c) the first head's protection.
+
+    sav: [BH] with anything in lanes >= num_heads. Returns (c, w, z, std): z is the standardised SAV and std its divisor,
+    SAV and 1 without standardisation.
+    """
+    is_head = heads < num_heads
+    z = tl.where(is_head, sav, 0.0)
+    std = tl.sum(z, 0) * 0.0 + 1.0
+    if STANDARDIZE:
+        mean = tl.sum(z, 0) / num_heads
+        z = tl.where(is_head, z - mean, 0.0)
+        std = tl.sqrt(tl.sum(z * z, 0) / num_heads)
+        std = tl.where(std > 0.0, std, 1.0)  # equal heads: z is 0 whatever the divisor
+        z = z / std
+    logits = tl.where(is_head, z / beta, -float("inf"))
+    weights = tl.exp(logits - tl.max(logits, 0))
+    w = num_heads * weights / tl.sum(weights, 0)
+    c = w
+    if PROTECT_FIRST:
+        c = tl.where(heads == 0, tl.max(w, 0), w)
+    return c, w, z, std

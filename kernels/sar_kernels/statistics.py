@@ -1,0 +1,151 @@
+"""The statistics of the text queries over the visual keys alone, from the log-sum-exp of any attention forward."""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import (
+    LOG2_E,
+    key_block_range,
+    load_keys_mask,
+    load_lse,
+    load_tile,
+    row_pointer,
+    sequence_bounds,
+    sequence_pointer,
+    soft_cap,
+    store_partials,
+    update_moments,
+    visible_mask,
+    visual_key_range,
+)
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+def statistics_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    padding_ptr,
+    visual_ptr,
+    text_ptr,
+    prior_ptr,
+    ranges_ptr,
+    partials_ptr,  # (B, H, row blocks, 3), not GRADIENT
+    variance_gain_ptr,  # (B, H) gradient of each counting query's variance; this and the rest GRADIENT only
+    alignment_gain_ptr,  # (B, H) gradient of each counting query's semantic alignment
+    delta_ptr,  # (B, H, Sq) in place: += alignment gain * semantic alignment
+    row_mean_ptr,  # (B, H, Sq) out
+    row_slope_ptr,  # (B, H, Sq) out
+    row_gain_ptr,  # (B, H, Sq) out
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    max_seqlen_k,
+    group,
+    window_left,
+    window_right,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Recomputes the text-by-visual scores of one row block of one head. Grid (row blocks, H, B).
+
+    Without GRADIENT it writes the partial sums of AV and SA that the forward kernel would have written. With it, it
+    writes per row what dK/dV and dQ need to carry the gradient through the statistics.
+    """
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_row = block * BLOCK_M
+    if first_row >= num_rows:
+        return
+
+    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    visual_ptr += start_k
+    prior_ptr += start_k
+    if HAS_PADDING:
+        padding_ptr += start_k
+
+    scale = tl.cast(softmax_scale, ACC)
+    cap = tl.cast(softcap, ACC)
+    if HAS_SOFTCAP:
+        scale_log2 = tl.cast(LOG2_E, ACC)
+        unit = tl.cast(1.0, ACC)
+    else:
+        scale_log2 = scale * LOG2_E
+        unit = scale
+    diagonal = num_keys - num_rows
+    rows = first_row + tl.arange(0, BLOCK_M)
+    in_range = rows < num_rows
+    text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0  # [BM]
+    has_text = tl.max(text.to(tl.int32), 0) != 0
+    lo, full, hi = key_block_range(
+        first_row, num_rows, num_keys, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    start, end = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, True, True)
+
+    q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+    lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
+    alignment = tl.zeros([BLOCK_M], ACC)
+    count = tl.zeros([BLOCK_M], ACC)
+    mean = tl.zeros([BLOCK_M], ACC)
+    m2 = tl.zeros([BLOCK_M], ACC)
+    for first_key in range(start, end, BLOCK_N):
+        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        if HAS_SOFTCAP:
+            scores, _ = soft_cap(scores * scale, cap)
+        keys = first_key + tl.arange(0, BLOCK_N)
+        visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+        prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
+        selected = visual[None, :] & visible_mask(
+            rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        if HAS_PADDING:
+            selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+        weights = tl.where(selected, tl.exp2(scores * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
+        alignment += tl.sum(weights * prior[None, :], 1)
+        count, mean, m2 = update_moments(scores, selected, count, mean, m2)
+
+    counts = text & (count >= 2.0)
+    alignment = tl.where(counts, alignment, 0.0)
+    freedom = tl.maximum(count - 1.0, 1.0)
+    if GRADIENT:
+        delta_ptr = row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_mean_ptr = row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_slope_ptr = row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_gain_ptr = row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        offset = tl.cast(batch, tl.int64) * tl.num_programs(1) + head
+        gain = tl.where(counts, tl.load(alignment_gain_ptr + offset), 0.0)
+        slope = tl.where(counts, tl.load(variance_gain_ptr + offset) * 2.0 * unit / freedom, 0.0)
+        delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)
+        tl.store(delta_ptr + rows, delta + gain * alignment, mask=in_range)
+        tl.store(row_mean_ptr + rows, mean, mask=in_range)
+        tl.store(row_slope_ptr + rows, slope, mask=in_range)
+        tl.store(row_gain_ptr + rows, gain, mask=in_range)
+    else:
+        variance = tl.where(counts, m2 / freedom, 0.0) * unit * unit
+        store_partials(partials_ptr, batch, head, block, variance, alignment, counts.to(ACC))

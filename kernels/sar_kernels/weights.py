@@ -1,0 +1,189 @@
+"""From the partial sums of the statistics to head weights, and the scaling of the output by them."""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import sequence_bounds, softmax_over_heads
+
+
+@triton.jit
+def _first_and_end(mask_ptr, length, BLOCK: tl.constexpr):
+    """Index of the first True and one past the last; (0, 0) if there is none."""
+    first = length
+    end = 0
+    for offset in range(0, length, BLOCK):
+        index = offset + tl.arange(0, BLOCK)
+        is_set = tl.load(mask_ptr + index, mask=index < length, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(is_set, index, length), 0))
+        end = tl.maximum(end, tl.max(tl.where(is_set, index + 1, 0), 0))
+    return tl.minimum(first, end), end
+
+
+@triton.jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k"])
+def token_ranges_kernel(
+    visual_ptr,  # (B, Sk) bool or (Tk,)
+    text_ptr,  # (B, Sq) bool or (T,)
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    ranges_ptr,  # (B, 4) int32
+    max_seqlen_q,
+    max_seqlen_k,
+    VARLEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Per sample: first and past-last visual key, first and past-last text query. Grid (B,)."""
+    batch = tl.program_id(0)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    visual_lo, visual_hi = _first_and_end(visual_ptr + start_k, num_keys, BLOCK)
+    text_lo, text_hi = _first_and_end(text_ptr + start_q, num_rows, BLOCK)
+    tl.store(ranges_ptr + 4 * batch, visual_lo)
+    tl.store(ranges_ptr + 4 * batch + 1, visual_hi)
+    tl.store(ranges_ptr + 4 * batch + 2, text_lo)
+    tl.store(ranges_ptr + 4 * batch + 3, text_hi)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_heads"])
+def head_weights_kernel(
+    partials_ptr,  # (B, H, row blocks, 3)
+    ranges_ptr,  # (B, 4)
+    variance_ptr,  # (B, H) AV
+    alignment_ptr,  # (B, H) SA
+    c_ptr,  # (B, H)
+    count_ptr,  # (B,)
+    num_blocks,
+    num_heads,
+    beta,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PROTECT_FIRST: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """AV, SA and c of one sample. Blocks are added in ascending order, so the result does not vary. Grid (B,)."""
+    batch = tl.program_id(0)
+    heads = tl.arange(0, BLOCK_H)
+    is_head = heads < num_heads
+    variance = tl.zeros([BLOCK_H], ACC)
+    alignment = tl.zeros([BLOCK_H], ACC)
+    counts = tl.zeros([BLOCK_H], ACC)
+    base = (tl.cast(batch, tl.int64) * num_heads + heads) * num_blocks  # [BH]
+    # Only row blocks that can hold a text query were given sums that matter.
+    text_lo = tl.load(ranges_ptr + 4 * batch + 2) // BLOCK_M
+    text_hi = tl.cdiv(tl.load(ranges_ptr + 4 * batch + 3), BLOCK_M)
+    for first in range(text_lo, text_hi, BLOCK_B):
+        blocks = first + tl.arange(0, BLOCK_B)
+        mask = is_head[:, None] & (blocks < text_hi)[None, :]
+        ptrs = partials_ptr + 3 * (base[:, None] + blocks[None, :])  # [BH, BB]
+        variance += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 1)
+        alignment += tl.sum(tl.load(ptrs + 1, mask=mask, other=0.0), 1)
+        counts += tl.sum(tl.load(ptrs + 2, mask=mask, other=0.0), 1)
+    count = tl.max(counts, 0)  # the same for every head
+    variance = variance / tl.maximum(counts, 1.0)
+    alignment = alignment / tl.maximum(counts, 1.0)
+    c, _, _, _ = softmax_over_heads(
+        variance * alignment, heads, num_heads, tl.cast(beta, ACC), PROTECT_FIRST, STANDARDIZE
+    )
+    c = tl.where(count > 0.0, c, 1.0)
+    offsets = tl.cast(batch, tl.int64) * num_heads + heads
+    tl.store(variance_ptr + offsets, variance, mask=is_head)
+    tl.store(alignment_ptr + offsets, alignment, mask=is_head)
+    tl.store(c_ptr + offsets, c, mask=is_head)
+    tl.store(count_ptr + batch, count)
+
+
+@triton.jit(do_not_specialize=["max_seqlen", "num_heads"])
+def scale_heads_kernel(
+    out_ptr,  # (B, S, H, DV) or (T, H, DV), contiguous; scaled in place
+    c_ptr,  # (B, H)
+    count_ptr,  # (B,)
+    cu_seqlens_ptr,
+    max_seqlen,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    VARLEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out *= c per head over a flat piece of one sample. Grid (pieces of the longest sample, B).
+
+    A sample without a counting query is left alone.
+    """
+    batch = tl.program_id(1)
+    start, length = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen, VARLEN)
+    width = num_heads * HEAD_DIM
+    total = tl.cast(length, tl.int64) * width
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first >= total:
+        return
+    if tl.load(count_ptr + batch) == 0.0:
+        return
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < total - first
+    heads = ((first % width).to(tl.int32) + lanes) // HEAD_DIM % num_heads
+    c = tl.load(c_ptr + tl.cast(batch, tl.int64) * num_heads + heads, mask=mask, other=1.0)
+    ptrs = out_ptr + start * width + first + lanes
+    tl.store(ptrs, (tl.load(ptrs, mask=mask) * c).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["max_seqlen_q", "num_blocks", "num_heads"])
+def head_weights_backward_kernel(
+    sums_ptr,  # (B, H, row blocks) sums of delta
+    variance_ptr,  # (B, H) AV
+    alignment_ptr,  # (B, H) SA
+    count_ptr,  # (B,)
+    dvariance_ptr,  # (B, H) incoming gradients of AV, SA and c, or None
+    dalignment_ptr,
+    dc_ptr,
+    variance_gain_ptr,  # (B, H) out: gradient of each counting query's variance
+    alignment_gain_ptr,  # (B, H) out: gradient of each counting query's semantic alignment
+    cu_seqlens_q_ptr,
+    max_seqlen_q,
+    num_blocks,
+    num_heads,
+    beta,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PROTECT_FIRST: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The gradient of c, carried back through the softmax over heads to the per-query statistics. Grid (B,).
+
+    sum(delta) is c * dL/dc, and the softmax's gradient needs dL/dc only times the weight: c = 0 is no special case.
+    """
+    batch = tl.program_id(0)
+    _, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    heads = tl.arange(0, BLOCK_H)
+    is_head = heads < num_heads
+    offsets = tl.cast(batch, tl.int64) * num_heads + heads
+    grad = tl.zeros([BLOCK_H], ACC)  # c * dL/dc
+    for first in range(0, tl.cdiv(num_rows, BLOCK_M), BLOCK_B):
+        blocks = first + tl.arange(0, BLOCK_B)
+        mask = is_head[:, None] & (blocks * BLOCK_M < num_rows)[None, :]
+        grad += tl.sum(tl.load(sums_ptr + offsets[:, None] * num_blocks + blocks[None, :], mask=mask, other=0.0), 1)
+    variance = tl.load(variance_ptr + offsets, mask=is_head, other=0.0)
+    alignment = tl.load(alignment_ptr + offsets, mask=is_head, other=0.0)
+    count = tl.load(count_ptr + batch)
+    beta = tl.cast(beta, ACC)
+    c, w, z, std = softmax_over_heads(variance * alignment, heads, num_heads, beta, PROTECT_FIRST, STANDARDIZE)
+    if dc_ptr is not None:
+        grad += c * tl.load(dc_ptr + offsets, mask=is_head, other=0.0)
+    if PROTECT_FIRST:  # the first head's weight was the largest head's
+        largest = tl.min(tl.where(w == tl.max(w, 0), heads, BLOCK_H), 0)
+        first_grad = tl.sum(tl.where(heads == 0, grad, 0.0), 0)
+        grad = tl.where(heads == 0, 0.0, grad) + tl.where(heads == largest, first_grad, 0.0)
+    dz = (grad - w / num_heads * tl.sum(grad, 0)) / beta
+    if STANDARDIZE:
+        dz = tl.where(is_head, dz - tl.sum(dz, 0) / num_heads - z * (tl.sum(dz * z, 0) / num_heads), 0.0) / std
+    dvariance = dz * alignment
+    dalignment = dz * variance
+    if dvariance_ptr is not None:
+        dvariance += tl.load(dvariance_ptr + offsets, mask=is_head, other=0.0)
+    if dalignment_ptr is not None:
+        dalignment += tl.load(dalignment_ptr + offsets, mask=is_head, other=0.0)
+    share = tl.where(count > 0.0, 1.0 / tl.maximum(count, 1.0), 0.0)
+    tl.store(variance_gain_ptr + offsets, dvariance * share, mask=is_head)
+    tl.store(alignment_gain_ptr + offsets, dalignment * share, mask=is_head)
