@@ -1,0 +1,217 @@
+"""Backend ``"composed"``: the fastest attention kernel that PyTorch ships for the device, plus the T x V block.
+
+Output, log-sum-exp and their gradients come from PyTorch's fused kernels (CPU flash, CUDA FlashAttention-2); the
+statistics need only the text-by-visual block (docs/method.md, section 7). Causal attention with more keys than queries
+is a full call on the older keys and a square call on the newest, merged by their log-sum-exps, so nothing depends on
+how a kernel aligns its causal mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sar_fast.backends.blocks import row_blocks, scores
+from sar_fast.backends.sequence import Sequence
+from sar_fast.types import AttentionOptions
+
+name = "composed"
+
+_aten = torch.ops.aten
+_DTYPES = {
+    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "cuda": (torch.float16, torch.bfloat16),
+}
+
+
+def unsupported(
+    device: torch.device, dtype: torch.dtype, options: AttentionOptions, *, padded: bool, masked: bool
+) -> str | None:
+    """Why these options cannot run here, or None. Only what the fused kernels lack is refused."""
+    if device.type not in ("cpu", "cuda"):
+        return f"PyTorch's fused kernels with a log-sum-exp are for cpu and cuda, not {device.type}"
+    if dtype not in _DTYPES[device.type]:
+        return f"{dtype}: PyTorch's flash kernel for {device.type} does not take it"
+    if options.softcap > 0:
+        return f"softcap={options.softcap}: PyTorch's fused kernels have no soft-capping"
+    if options.windowed:
+        return f"window_size={options.window_size}: PyTorch's fused kernels have no sliding window"
+    if masked:
+        return "attn_mask: a dense mask would be converted to a float tensor of the same shape"
+    if padded and device.type == "cuda":
+        return "key_padding_mask: PyTorch's CUDA flash kernels take none (pack the batch and use sar_attn_varlen_func)"
+    return None
+
+
+def attention(seq: Sequence, options: AttentionOptions, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """Plain attention of one sequence: out (Sq, H, Dv) in the input dtype and lse (H, Sq), -inf for dead rows."""
+    Sq, H, _ = seq.q.shape
+    Sk, Dv = seq.k.shape[0], seq.v.shape[-1]
+    if Sq == 0 or Sk == 0:
+        return seq.q.new_zeros(Sq, H, Dv), seq.q.new_full((H, Sq), -torch.inf, dtype=seq.accumulate_dtype)
+    out, lse = None, None
+    for rows, keys, causal in _calls(seq, options):
+        o, l = _kernel_forward(seq, rows, keys, causal, options.softmax_scale)
+        if rows.start > 0:  # queries older than every key see nothing
+            o = F.pad(o, (0, 0, 0, 0, rows.start, 0))
+            l = F.pad(l, (rows.start, 0), value=-torch.inf)
+        out, lse = (o, l) if out is None else _merge(out, lse, o, l)
+    return out, lse
+
+
+def attention_backward(
+    seq: Sequence,
+    options: AttentionOptions,
+    grad_out: Tensor,
+    out: Tensor,
+    c: Tensor,
+    lse: Tensor,
+    extra_delta: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Add the gradients of scaled attention to dq, dk, dv; arguments as in the torch backend.
+
+    The kernel's backward forms ``delta`` from its own inputs, so it gets ``c * grad_out`` and the unscaled output; a
+    head whose weight underflowed to 0 contributes 0 whatever its output was.
+    """
+    if seq.q.shape[0] == 0 or seq.k.shape[0] == 0:
+        return
+    weight = c[:, None]
+    grad = (grad_out * weight).to(grad_out.dtype)
+    plain = torch.where(weight == 0, 0, out / torch.where(weight == 0, 1, weight)).to(out.dtype)
+    for rows, keys, causal in _calls(seq, options):
+        gq, gk, gv = _kernel_backward(seq, rows, keys, causal, options.softmax_scale, grad, plain, lse)
+        dq[rows] += gq
+        dk[keys] += gk
+        dv[keys] += gv
+    if extra_delta is not None:
+        _delta_backward(seq, options, lse, extra_delta, dq, dk)
+
+
+def _calls(seq: Sequence, options: AttentionOptions) -> list[tuple[slice, slice, bool]]:
+    """(query rows, keys, causal) of the kernel calls that make up one sequence; causal calls are square."""
+    Sq, Sk = seq.q.shape[0], seq.k.shape[0]
+    if not options.causal or (Sq == 1 and Sk >= 1):
+        return [(slice(0, Sq), slice(0, Sk), False)]
+    past = Sk - Sq
+    square = (slice(max(0, -past), Sq), slice(max(0, past), Sk), True)
+    return [square] if past <= 0 else [square, (slice(0, Sq), slice(0, past), False)]
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the union of two disjoint key sets."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    dead = torch.isneginf(lse)
+    part = lambda o, l: o * torch.where(dead, 0, (l - lse).exp()).T[..., None]
+    return (part(out_a, lse_a) + part(out_b, lse_b)).to(out_a.dtype), lse
+
+
+def _padding_bias(seq: Sequence, keys: slice) -> Tensor | None:
+    """(1, 1, 1, n) additive mask, broadcast over queries: 0 for real keys, -inf for padding."""
+    if seq.key_valid is None:
+        return None
+    valid = seq.key_valid[keys]
+    bias = torch.zeros(valid.shape, dtype=seq.q.dtype, device=seq.q.device)
+    return bias.masked_fill_(~valid, -torch.inf)[None, None, None]
+
+
+def _kernel_width(seq: Sequence) -> int:
+    """The one head dim that the kernels want for q, k and v; zero columns change neither scores nor kept columns."""
+    width = max(seq.q.shape[-1], seq.v.shape[-1])
+    return width if seq.q.device.type == "cpu" else -(-width // 8) * 8
+
+
+def _kernel_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as (Hkv, G, S, D): kv heads are the batch, so that a group shares its keys without a copy."""
+    Hkv = seq.k.shape[1]
+    G, D, Dv = seq.q.shape[1] // Hkv, seq.q.shape[-1], seq.v.shape[-1]
+    width = _kernel_width(seq)
+    q = F.pad(seq.q[rows], (0, width - D)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
+    spread = lambda x: x[keys].transpose(0, 1)[:, None].expand(-1, G, -1, -1)
+    return q, spread(F.pad(seq.k, (0, width - D))), spread(F.pad(seq.v, (0, width - Dv)))
+
+
+def _kernel_forward(seq: Sequence, rows: slice, keys: slice, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """One fused call: out (r, H, Dv), lse (H, r)."""
+    q, k, v = _kernel_inputs(seq, rows, keys)
+    if q.device.type == "cpu":
+        bias = _padding_bias(seq, keys)
+        o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    else:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        o, lse = _cuda_forward(q, k, v, causal, scale)
+    o = o.permute(2, 0, 1, 3).flatten(1, 2)[..., : seq.v.shape[-1]]
+    lse = lse.flatten(0, 1).to(seq.accumulate_dtype)
+    if seq.key_valid is not None:  # the kernel reports 0 for a row that sees nothing
+        lse = lse.masked_fill(_dead_rows(seq, rows, keys, causal), -torch.inf)
+    return o, lse
+
+
+def _dead_rows(seq: Sequence, rows: slice, keys: slice, causal: bool) -> Tensor:
+    """(r,) bool: queries of this call that see no real key."""
+    seen = seq.key_valid[keys].cumsum(0) if causal else seq.key_valid[keys].sum()[None]
+    return (seen == 0).expand(rows.stop - rows.start)
+
+
+def _kernel_backward(
+    seq: Sequence,
+    rows: slice,
+    keys: slice,
+    causal: bool,
+    scale: float,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv) of one fused call, given the merged out and lse."""
+    q, k, v = _kernel_inputs(seq, rows, keys)
+    Hkv, G, r, width = q.shape
+    D, Dv = seq.q.shape[-1], seq.v.shape[-1]
+    group = lambda x: F.pad(x[rows], (0, width - Dv)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
+    l = lse[:, rows].unflatten(0, (Hkv, G))
+    l = torch.where(l.isinf(), 0, l).contiguous()
+    if q.device.type == "cpu":
+        bias = _padding_bias(seq, keys)
+        gq, gk, gv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            group(grad), q, k, v, group(out), l, 0.0, causal, attn_mask=bias, scale=scale
+        )
+    else:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        gq, gk, gv = _cuda_backward(group(grad).contiguous(), q, k, v, group(out).contiguous(), l, causal, scale)
+    gq = gq.permute(2, 0, 1, 3).flatten(1, 2)[..., :D]
+    gk, gv = (x.sum(1, dtype=seq.accumulate_dtype).transpose(0, 1) for x in (gk, gv))
+    return gq, gk[..., :D], gv[..., :Dv]
+
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's FlashAttention-2."""
+    return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+
+
+def _cuda_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # read only under dropout
+    offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+    return _aten._scaled_dot_product_flash_attention_backward(
+        g, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset, scale=scale
+    )
+
+
+def _delta_backward(
+    seq: Sequence, options: AttentionOptions, lse: Tensor, extra_delta: Tensor, dq: Tensor, dk: Tensor
+) -> None:
+    """``dS_ij -= p_ij * extra_delta_i`` on the rows where it is not 0: the text queries, against all their keys."""
+    acc, (H, Hkv) = seq.accumulate_dtype, (seq.q.shape[1], seq.k.shape[1])
+    rows = (extra_delta != 0).any(0).nonzero()[:, 0]
+    for block, (k0, k1) in row_blocks(seq, options, rows, copies=2):
+        s = scores(seq, options, block, (k0, k1))  # [Hkv, G, r, n]
+        delta = extra_delta[:, block].view(Hkv, H // Hkv, -1, 1)
+        row_lse = lse[:, block].view(Hkv, H // Hkv, -1, 1)
+        ds = -options.softmax_scale * delta * torch.exp(s - row_lse)
+        q = seq.q[block].to(acc).view(block.numel(), Hkv, H // Hkv, -1)
+        dq[block] += torch.einsum("kgrn,nkd->rkgd", ds, seq.k[k0:k1].to(acc)).reshape(block.numel(), H, -1)
+        dk[k0:k1] += torch.einsum("kgrn,rkgd->nkd", ds, q)

@@ -1,0 +1,230 @@
+"""Run a chosen backend on real tensors: whole batches in, outputs, statistics and gradients out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+from torch import Tensor
+
+from sar_fast.backends.select import PYTORCH_BACKENDS
+from sar_fast.backends.sequence import Sequence, dense_sequences, packed_sequences
+from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
+from sar_fast.backends.torch_backend import log_sum_exp
+from sar_fast.types import AttentionOptions
+from sar_fast.weights import head_weights, head_weights_vjp
+
+logger = logging.getLogger("sar_fast")
+
+
+@dataclasses.dataclass
+class Call:
+    """Tensors of one attention call. With ``visual`` None it is plain attention.
+
+    Dense: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). Packed: without B, and ``cu_seqlens_*`` (B + 1,)
+    int32. ``carried`` holds (av_sum, sa_sum, count) of queries counted before this call, or is None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visual: Tensor | None
+    text: Tensor | None
+    prior: Tensor | None
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    carried: tuple[Tensor, Tensor, Tensor] | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def batch_size(self) -> int:
+        return self.cu_seqlens_q.numel() - 1 if self.packed else self.q.shape[0]
+
+    def sequences(self) -> list[Sequence]:
+        roles = (self.visual, self.text, self.prior)
+        if self.packed:
+            return list(packed_sequences(self.q, self.k, self.v, *roles, self.cu_seqlens_q, self.cu_seqlens_k))
+        return list(dense_sequences(self.q, self.k, self.v, *roles, self.key_padding_mask, self.attn_mask))
+
+    def part(self, x: Tensor, b: int, *, keys: bool = False) -> Tensor:
+        """Sequence ``b`` of a tensor laid out as q (or as k), (S, ...)."""
+        if not self.packed:
+            return x[b]
+        ends = self.cu_seqlens_k if keys else self.cu_seqlens_q
+        return x[int(ends[b]) : int(ends[b + 1])]
+
+    def lse_part(self, lse: Tensor, b: int) -> Tensor:
+        """(H, Sq) of sequence ``b`` from (B, H, Sq) or (H, total_q)."""
+        if not self.packed:
+            return lse[b]
+        return lse[:, int(self.cu_seqlens_q[b]) : int(self.cu_seqlens_q[b + 1])]
+
+
+def scale_heads_(out: Tensor, c: Tensor) -> Tensor:
+    """out (S, H, D) *= c (H,) in place. On CPU by head: a mixed-dtype broadcast there is 15 times slower."""
+    if out.device.type != "cpu" or out.dtype == c.dtype:
+        return out.mul_(c[:, None].to(out.dtype) if out.dtype == c.dtype else c[:, None])
+    for h, weight in enumerate(c.tolist()):
+        out[:, h].mul_(weight)
+    return out
+
+
+def forward(
+    call: Call, options: AttentionOptions, backend: str, *, need_lse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, av, sa, c, count); lse is empty unless needed, the last four are empty for plain attention."""
+    logger.debug("attention: backend=%s q=%s k=%s", backend, tuple(call.q.shape), tuple(call.k.shape))
+    q, kernel = call.q, PYTORCH_BACKENDS[backend]
+    B, H, Dv = call.batch_size, q.shape[-2], call.v.shape[-1]
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sar = call.visual is not None
+    sequences = call.sequences()
+
+    lse_shape = (H, q.shape[0]) if call.packed else (B, H, q.shape[1])
+    lse = q.new_empty(lse_shape if need_lse else (0,), dtype=acc)
+    stats_shape = (B, H) if sar else (0, 0)
+    av, sa = q.new_zeros(stats_shape, dtype=acc), q.new_zeros(stats_shape, dtype=acc)
+    c = q.new_ones(stats_shape, dtype=acc)
+    count = q.new_zeros(stats_shape[0], dtype=acc)
+    if sar and call.carried is not None:
+        av += call.carried[0]
+        sa += call.carried[1]
+        count += call.carried[2]
+
+    out = None if len(sequences) == 1 else q.new_empty(*q.shape[:-1], Dv)
+    for b, seq in enumerate(sequences):
+        o, row_lse = kernel.attention(seq, options, need_lse=need_lse)
+        if sar:
+            block = text_visual_block(seq, options)
+            text_lse = log_sum_exp(seq, options, block.rows) if row_lse is None else row_lse[:, block.rows]
+            av_sum, sa_sum = statistics_forward(seq, options, block, text_lse)
+            av[b] += av_sum
+            sa[b] += sa_sum
+            count[b] += block.counted.sum()
+            total = count[b : b + 1].clamp_min(1)
+            av[b] /= total
+            sa[b] /= total
+            c[b] = _weights(av[b : b + 1], sa[b : b + 1], count[b : b + 1], options)[0]
+        if need_lse:
+            call.lse_part(lse, b).copy_(row_lse)
+        if out is None:
+            out = o.contiguous() if call.packed else o.contiguous()[None]
+        else:
+            call.part(out, b).copy_(o)
+        if sar:
+            scale_heads_(call.part(out, b), c[b])
+    return (out if sequences else q.new_empty(*q.shape[:-1], Dv)), lse, av, sa, c, count
+
+
+def _weights(av: Tensor, sa: Tensor, count: Tensor, options: AttentionOptions) -> Tensor:
+    return head_weights(
+        av,
+        sa,
+        count,
+        beta=options.beta,
+        protect_first_head=options.protect_first_head,
+        normalize=options.normalize,
+    )
+
+
+def backward(
+    call: Call,
+    options: AttentionOptions,
+    backend: str,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    av: Tensor,
+    sa: Tensor,
+    c: Tensor,
+    count: Tensor,
+    grad_stats: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dprior). ``out`` is the scaled output; dprior is empty unless gradients flow through the weights.
+
+    Args:
+        grad_stats: (grad_av, grad_sa, grad_c), each (B, H): gradients flow through the weights. None: c is constant.
+    """
+    q, k, v, kernel = call.q, call.k, call.v, PYTORCH_BACKENDS[backend]
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sar = call.visual is not None
+    dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+    through = sar and grad_stats is not None
+    dprior = torch.zeros(call.prior.shape, dtype=acc, device=q.device) if through else q.new_empty(0, dtype=acc)
+    if through:
+        grad_av, grad_sa = _statistics_gradients(call, options, grad_out, out, av, sa, c, count, grad_stats)
+
+    for b, seq in enumerate(call.sequences()):
+        row_lse = call.lse_part(lse, b)
+        dq_b, dk_b, dv_b = call.part(dq, b), call.part(dk, b, keys=True), call.part(dv, b, keys=True)
+        extra_delta = None
+        if through:
+            block = text_visual_block(seq, options)
+            extra_delta = statistics_backward(
+                seq,
+                options,
+                block,
+                row_lse[:, block.rows],
+                grad_av[b],
+                grad_sa[b],
+                dq_b,
+                dk_b,
+                call.part(dprior, b, keys=True),
+            )
+        weight = c[b] if sar else q.new_ones(q.shape[-2], dtype=acc)
+        kernel.attention_backward(
+            seq,
+            options,
+            call.part(grad_out, b),
+            call.part(out, b),
+            weight,
+            row_lse,
+            extra_delta,
+            dq_b,
+            dk_b,
+            dv_b,
+        )
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dprior
+
+
+def _statistics_gradients(
+    call: Call,
+    options: AttentionOptions,
+    grad_out: Tensor,
+    out: Tensor,
+    av: Tensor,
+    sa: Tensor,
+    c: Tensor,
+    count: Tensor,
+    grad_stats: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, H) of each counted query's variance and alignment.
+
+    ``dL/dc_h = sum_i delta_i / c_h``; where c_h underflowed to 0 it only ever meets a factor c_h, so 0 is exact.
+    """
+    grad_av, grad_sa, grad_c = grad_stats
+    acc = av.dtype
+    from_out = torch.stack(
+        [
+            torch.einsum("ihd,ihd->h", call.part(grad_out, b).to(acc), call.part(out, b).to(acc))
+            for b in range(call.batch_size)
+        ]
+    )
+    grad_c = grad_c + torch.where(c == 0, 0, from_out / torch.where(c == 0, 1, c))
+    through_av, through_sa = head_weights_vjp(
+        grad_c,
+        av,
+        sa,
+        count,
+        beta=options.beta,
+        protect_first_head=options.protect_first_head,
+        normalize=options.normalize,
+    )
+    per_query = 1 / count.clamp_min(1)[:, None]
+    return (grad_av + through_av) * per_query, (grad_sa + through_sa) * per_query

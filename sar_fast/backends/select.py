@@ -1,0 +1,56 @@
+"""Choosing a backend: by name, by ``SAR_BACKEND``, or by device and options. Never a silent fall-back."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from sar_fast.backends import composed, torch_backend
+from sar_fast.config import check_choice
+from sar_fast.types import AttentionOptions
+
+PYTORCH_BACKENDS = {"composed": composed, "torch": torch_backend}
+BACKENDS = ("triton", *PYTORCH_BACKENDS)
+
+
+def triton_unsupported(
+    device: torch.device, dtype: torch.dtype, options: AttentionOptions, *, padded: bool, masked: bool
+) -> str | None:
+    """Why the Triton kernels cannot run this here, or None."""
+    return "its kernels are not part of this version"
+
+
+def unsupported(name: str, device: torch.device, dtype: torch.dtype, options: AttentionOptions, **has: bool):
+    """Why backend ``name`` cannot run a call, or None."""
+    check = triton_unsupported if name == "triton" else PYTORCH_BACKENDS[name].unsupported
+    return check(device, dtype, options, **has)
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, options: AttentionOptions, *, padded: bool, masked: bool
+) -> str:
+    """The backend that will run a call.
+
+    Args:
+        name: ``"auto"`` takes ``SAR_BACKEND`` if set, else the first of triton, composed, torch that supports the
+            call. A name is taken as it is.
+        padded, masked: whether a key_padding_mask or a dense attn_mask is given.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that lacks something: says what, and which backend has it.
+    """
+    check_choice("backend", name, ("auto", *BACKENDS))
+    origin = "backend"
+    if name == "auto":
+        name = os.environ.get("SAR_BACKEND") or "auto"
+        origin = "SAR_BACKEND"
+        check_choice(origin, name, ("auto", *BACKENDS))
+    able = lambda b: unsupported(b, device, dtype, options, padded=padded, masked=masked)
+    if name == "auto":
+        return next(b for b in BACKENDS if able(b) is None)
+    reason = able(name)
+    if reason is not None:
+        others = [b for b in BACKENDS if b != name and able(b) is None]
+        raise ValueError(f"{origin}={name!r} does not support {reason}; use backend={' or '.join(map(repr, others))}")
+    return name

@@ -1,0 +1,81 @@
+"""One sequence of an attention call: what the PyTorch backends loop over.
+
+Dense batches, packed (varlen) input and KV caches all become lists of :class:`Sequence`, so the mathematics is written
+once, for (Sq, H, D) queries against (Sk, Hkv, D) keys. All members are views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+
+@dataclasses.dataclass
+class Sequence:
+    """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen."""
+
+    q: Tensor  # [Sq, H, D]
+    k: Tensor  # [Sk, Hkv, D]
+    v: Tensor  # [Sk, Hkv, Dv]
+    visual: Tensor | None = None  # [Sk] bool
+    text: Tensor | None = None  # [Sq] bool
+    prior: Tensor | None = None  # [Sk]
+    key_valid: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def offset(self) -> int:
+        """Position of query 0 among the keys: queries are aligned to the last keys."""
+        return self.k.shape[0] - self.q.shape[0]
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """fp64 for fp64 input, fp32 for everything else."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+def dense_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual_mask: Tensor | None,
+    text_mask: Tensor | None,
+    prior: Tensor | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> Iterator[Sequence]:
+    """The samples of a dense (B, S, H, D) batch."""
+    at = lambda t, b: None if t is None else t[b]
+    for b in range(q.shape[0]):
+        mask = None if attn_mask is None else attn_mask[b if attn_mask.shape[0] > 1 else 0, 0]
+        yield Sequence(
+            q[b], k[b], v[b], at(visual_mask, b), at(text_mask, b), at(prior, b), at(key_padding_mask, b), mask
+        )
+
+
+def packed_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual_mask: Tensor | None,
+    text_mask: Tensor | None,
+    prior: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> Iterator[Sequence]:
+    """The sequences of a packed (total, H, D) call."""
+    part = lambda t, a, b: None if t is None else t[a:b]
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:]):
+        yield Sequence(
+            q[q0:q1],
+            k[k0:k1],
+            v[k0:k1],
+            part(visual_mask, k0, k1),
+            part(text_mask, q0, q1),
+            part(prior, k0, k1),
+        )

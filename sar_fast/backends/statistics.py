@@ -1,0 +1,218 @@
+"""AV and SA of one sequence from its T x V block, given the log-sum-exp (docs/method.md, section 7).
+
+``p_ij = exp(s_ij - lse_i)`` makes the block of text queries against visual keys enough; no other score is needed.
+Keys are centred on their mean in fp32 first, so the variance survives any common shift of the keys. Where every text
+query sees all of V and there is no soft-cap, the variance is the closed form ``scale^2 q^T C q``. Memory is one
+(rows, |V|) block at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from sar_fast.backends.blocks import sees
+from sar_fast.backends.sequence import Sequence
+from sar_fast.types import AttentionOptions
+
+_BLOCK_BYTES = {"cpu": 8 << 20}  # stays within a shared CPU cache; measured best between 4 and 16 MB
+_BLOCK_BYTES_DEVICE = 256 << 20
+
+
+@dataclasses.dataclass
+class TextVisualBlock:
+    """Indices of one sequence's statistics, found once and used by forward and backward."""
+
+    rows: Tensor  # [t] int64, text queries
+    keys: Tensor  # [n] int64, visual keys that are not padding
+    all_visible: bool  # every text query sees every visual key
+    visible_count: Tensor  # [t] int64, |V_i|
+
+    @property
+    def counted(self) -> Tensor:
+        """[t] bool: queries with at least two visible visual keys."""
+        return self.visible_count >= 2
+
+
+def text_visual_block(seq: Sequence, options: AttentionOptions) -> TextVisualBlock:
+    """Find the text rows and visual keys of ``seq`` and whether the block needs a mask."""
+    valid = seq.visual if seq.key_valid is None else seq.visual & seq.key_valid
+    rows, keys = seq.text.nonzero()[:, 0], valid.nonzero()[:, 0]
+    n = keys.numel()
+    all_visible = seq.mask is None and not options.windowed
+    if all_visible and options.causal and n and rows.numel():
+        all_visible = bool(keys[-1] <= rows[0] + seq.offset)
+    if all_visible or n == 0:
+        visible_count = torch.full_like(rows, n)
+    else:
+        visible_count = torch.cat(
+            [sees(seq, options, part, keys).sum(-1) for part in rows.split(_rows_per_block(1, n, rows.device))]
+            or [rows]
+        )
+    return TextVisualBlock(rows, keys, all_visible, visible_count)
+
+
+def _rows_per_block(heads: int, num_keys: int, device: torch.device) -> int:
+    budget = _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_DEVICE)
+    return max(16, budget // (4 * max(1, heads) * max(1, num_keys)))
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], as a view when the indices are one run."""
+    if index.numel() and int(index[-1] - index[0]) == index.numel() - 1:
+        return x[int(index[0]) : int(index[0]) + index.numel()]
+    return x[index]
+
+
+def statistics_forward(
+    seq: Sequence, options: AttentionOptions, block: TextVisualBlock, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over the counted text queries of variance and semantic alignment.
+
+    Args:
+        lse: (H, t) log-sum-exp of the text queries, ``block.rows`` order.
+
+    Returns:
+        (av_sum, sa_sum), each (H,) in the accumulate dtype.
+    """
+    H, D, Hkv = seq.q.shape[1], seq.q.shape[2], seq.k.shape[1]
+    G, t, n, acc = H // Hkv, block.rows.numel(), block.keys.numel(), seq.accumulate_dtype
+    av_sum, sa_sum = seq.q.new_zeros(H, dtype=acc), seq.q.new_zeros(H, dtype=acc)
+    if t == 0 or n < 2:
+        return av_sum, sa_sum
+    scale, prior = options.softmax_scale, seq.prior[block.keys].to(acc)
+    q_text, k_visual = _gather_rows(seq.q, block.rows), _gather_rows(seq.k, block.keys)
+    closed_form = block.all_visible and options.softcap == 0
+    step = min(t, _rows_per_block(G, n, seq.q.device))
+
+    for kv in range(Hkv):
+        k_c = torch.empty(n, D + 1, dtype=acc, device=seq.k.device)
+        centre = k_visual[:, kv].mean(0, dtype=acc)  # [D]
+        torch.sub(k_visual[:, kv], centre, out=k_c[:, :D])
+        k_c[:, D] = 1  # meets the per-row constant below inside the product
+        heads = slice(kv * G, (kv + 1) * G)
+        covariance = (k_c[:, :D].T @ k_c[:, :D]) / (n - 1) if closed_form else None  # [D, D]
+        for r0 in range(0, t, step):
+            part = slice(r0, r0 + step)
+            q_b = q_text[part, heads].transpose(0, 1).to(acc) * scale  # [G, r, D]
+            r = q_b.shape[1]
+            row_lse = lse[heads, part]  # [G, r]
+            to_lse = q_b @ centre - row_lse  # s_ij = q.(k_j - centre) + q.centre
+            if closed_form:
+                av_sum[heads] += ((q_b @ covariance) * q_b).sum((-1, -2))
+                a = torch.cat([q_b, to_lse[..., None]], -1).view(G * r, D + 1)
+                p = (a @ k_c.T).exp_()  # [G * r, n]
+                sa_sum[heads] += (p @ prior).view(G, r).sum(-1)
+                continue
+            s = (q_b.reshape(G * r, D) @ k_c[:, :D].T).view(G, r, n)  # centred scores
+            var, sa = _masked_statistics(seq, options, block, part, s, to_lse + row_lse, row_lse, prior)
+            av_sum[heads] += var.sum(-1)
+            sa_sum[heads] += sa.sum(-1)
+    return av_sum, sa_sum
+
+
+def _masked_statistics(
+    seq: Sequence,
+    options: AttentionOptions,
+    block: TextVisualBlock,
+    part: slice,
+    s: Tensor,
+    shift: Tensor,
+    lse: Tensor,
+    prior: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Per-row variance and alignment, each (G, r), from centred scores ``s`` (G, r, n); overwrites ``s``."""
+    s, shift, visible, counts = _visible_scores(seq, options, block, part, s, shift)
+    mean, inverse = _row_mean(s, visible, counts)
+    deviation = s - mean[..., None]
+    if visible is not None:
+        deviation.masked_fill_(~visible, 0)
+    counted = block.counted[part].to(s.dtype)
+    var = deviation.square_().sum(-1) * inverse * counted
+    p = s.add_((shift - lse)[..., None]).exp_()
+    if visible is not None:
+        p.masked_fill_(~visible, 0)
+    return var, (p @ prior) * counted
+
+
+def _visible_scores(
+    seq: Sequence, options: AttentionOptions, block: TextVisualBlock, part: slice, s: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Soft-capped scores (as s + shift), visibility (r, n) or None, and |V_i| (r,)."""
+    if options.softcap > 0:
+        s = s.add_(shift[..., None]).div_(options.softcap).tanh_().mul_(options.softcap)
+        shift = torch.zeros_like(shift)
+    visible = None
+    if not block.all_visible:
+        visible = sees(seq, options, block.rows[part], block.keys)
+    return s, shift, visible, block.visible_count[part]
+
+
+def _row_mean(s: Tensor, visible: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over visible keys (G, r) and 1 / (|V_i| - 1) (r,)."""
+    total = s.sum(-1) if visible is None else torch.where(visible, s, 0).sum(-1)
+    return total / counts.clamp_min(1), 1 / (counts - 1).clamp_min(1).to(s.dtype)
+
+
+def statistics_backward(
+    seq: Sequence,
+    options: AttentionOptions,
+    block: TextVisualBlock,
+    lse: Tensor,
+    grad_av: Tensor,
+    grad_sa: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dprior: Tensor,
+) -> Tensor:
+    """Add the statistics' gradients to ``dq`` (Sq, H, D), ``dk`` (Sk, Hkv, D) and ``dprior`` (Sk,), fp32 or fp64.
+
+    Args:
+        lse: (H, t) of the text queries.
+        grad_av, grad_sa: (H,) gradients of each counted query's variance and alignment.
+
+    Returns:
+        (H, Sq): what the alignments add to every query's ``delta_i = sum_d dout_id out_id`` (0 outside T). It acts on
+        all keys that the query sees, so the backend's attention backward applies it.
+    """
+    H, D, Hkv = seq.q.shape[1], seq.q.shape[2], seq.k.shape[1]
+    G, t, n, acc = H // Hkv, block.rows.numel(), block.keys.numel(), seq.accumulate_dtype
+    extra_delta = seq.q.new_zeros(H, seq.q.shape[0], dtype=acc)
+    if t == 0 or n < 2:
+        return extra_delta
+    scale, prior = options.softmax_scale, seq.prior[block.keys].to(acc)
+    q_text, k_visual = seq.q[block.rows], seq.k[block.keys]
+    step = min(t, _rows_per_block(4 * G, n, seq.q.device))
+
+    for kv in range(Hkv):
+        heads = slice(kv * G, (kv + 1) * G)
+        k_f = k_visual[:, kv].to(acc)  # [n, D]
+        centre = k_f.mean(0)
+        for r0 in range(0, t, step):
+            part = slice(r0, r0 + step)
+            rows = block.rows[part]
+            q_b = q_text[part, heads].transpose(0, 1).to(acc)  # [G, r, D]
+            row_lse = lse[heads, part]
+            s, shift, visible, counts = _visible_scores(
+                seq, options, block, part, scale * (q_b @ (k_f - centre).T), scale * (q_b @ centre)
+            )
+            counted = block.counted[part].to(acc)  # [r]
+            mean, inverse = _row_mean(s, visible, counts)
+            p = torch.exp(s + (shift - row_lse)[..., None])  # [G, r, n]
+            if visible is not None:
+                p.masked_fill_(~visible, 0)
+            g_sa, g_av = grad_sa[heads, None] * counted, grad_av[heads, None] * counted  # [G, r]
+            extra_delta[heads, rows] = g_sa * (p @ prior)
+            dprior[block.keys] += torch.einsum("gr,grn->n", g_sa, p)
+            ds = p * (g_sa[..., None] * prior)
+            deviation = s - mean[..., None]
+            if visible is not None:
+                deviation.masked_fill_(~visible, 0)
+            ds += deviation * (2 * g_av * inverse)[..., None]
+            if options.softcap > 0:
+                ds *= 1 - (s / options.softcap).square()
+            dq[rows, heads] += scale * (ds @ k_f).transpose(0, 1)
+            dk[block.keys, kv] += scale * torch.einsum("grn,grd->nd", ds, q_b)
+    return extra_delta

@@ -1,0 +1,101 @@
+"""SARConfig: what the method does, validated once and serialisable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any, Literal, get_args
+
+Normalize = Literal["none", "standardize"]
+TextQueries = Literal["after_last_image", "after_first_image"]
+PriorSource = Literal["vision_layer", "projected"]
+DecodeMode = Literal["running", "step", "prompt"]
+BackendName = Literal["auto", "triton", "composed", "torch"]
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` naming the argument unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_beta(beta: float) -> None:
+    """Raise unless beta is a number in (0, inf]; ``inf`` gives every head the same weight."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a number; got {type(beta).__name__}")
+    if math.isnan(beta) or beta <= 0:
+        raise ValueError(f"beta must be > 0 (a softmax temperature); got {beta!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SARConfig:
+    """Options of SAR (docs/method.md).
+
+    Args:
+        activation_layer_k: number K of final attention layers that are re-weighted; 0 switches SAR off, more than
+            the model has is an error when the config meets the model.
+        beta: temperature of the softmax over heads.
+        protect_first_head: give head 0 the largest weight of its layer.
+        normalize: ``"none"`` (SAV / beta) or ``"standardize"`` (SAV standardised over heads, then / beta).
+        text_queries: which positions are text queries: those after the sample's last visual token, or after its first.
+        prior_source: ``"vision_layer"`` (norms of vision block ``min(2L//3, L-1)``) or ``"projected"`` (norms of the
+            projected features that enter the language model).
+        decode: weights at decode steps: ``"running"`` means, statistics of the ``"step"`` alone, or the ``"prompt"``'s.
+        sav_grad: let gradients flow through the weights (False: the weights are constants in backward).
+        backend: which implementation computes attention; ``"auto"`` chooses by device and options.
+        record: keep each layer's statistics of the last call in ``handle.stats``.
+    """
+
+    activation_layer_k: int = 10
+    beta: float = 0.5
+    protect_first_head: bool = True
+    normalize: Normalize = "none"
+    text_queries: TextQueries = "after_last_image"
+    prior_source: PriorSource = "vision_layer"
+    decode: DecodeMode = "running"
+    sav_grad: bool = False
+    backend: BackendName = "auto"
+    record: bool = False
+
+    def __post_init__(self) -> None:
+        k = self.activation_layer_k
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"activation_layer_k must be an int; got {type(k).__name__}")
+        if k < 0:
+            raise ValueError(f"activation_layer_k must be >= 0; got {k}")
+        check_beta(self.beta)
+        for name in ("protect_first_head", "sav_grad", "record"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool; got {type(getattr(self, name)).__name__}")
+        check_choice("normalize", self.normalize, get_args(Normalize))
+        check_choice("text_queries", self.text_queries, get_args(TextQueries))
+        check_choice("prior_source", self.prior_source, get_args(PriorSource))
+        check_choice("decode", self.decode, get_args(DecodeMode))
+        check_choice("backend", self.backend, get_args(BackendName))
+
+    def replace(self, **changes: Any) -> SARConfig:
+        """A validated copy with ``changes`` applied."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; ``from_dict`` inverts it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SARConfig:
+        """Build from ``to_dict``'s output; unknown keys are an error that lists the known ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown SARConfig field(s) {unknown}; known: {sorted(known)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """One JSON object; ``from_json`` inverts it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SARConfig:
+        """Build from ``to_json``'s output."""
+        return cls.from_dict(json.loads(text))

@@ -1,0 +1,233 @@
+"""SAR attention as functions, in FlashAttention's layout and with FlashAttention-2's conventions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sar_fast import ops, validation
+from sar_fast.backends.select import choose_backend
+from sar_fast.types import AttentionOptions, SARStats
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, cast as scaled_dot_product_attention does: everything but fp64 to the autocast dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _stats(lse: Tensor, av: Tensor, sa: Tensor, c: Tensor, count: Tensor, backend: str) -> SARStats:
+    narrow = lambda t: t.to(torch.float32)
+    return SARStats(narrow(lse), narrow(av), narrow(sa), narrow(av * sa), narrow(c), narrow(count), backend)
+
+
+def sar_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual_mask: Tensor,
+    text_mask: Tensor,
+    prior: Tensor,
+    *,
+    beta: float = 0.5,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    protect_first_head: bool = True,
+    normalize: str = "none",
+    sav_grad: bool = False,
+    backend: str = "auto",
+    return_stats: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Tensor | tuple[Tensor, SARStats]:
+    """Attention whose heads are re-weighted by Semantic Alignment Variance (docs/method.md).
+
+    Args:
+        q: (B, Sq, H, D) fp16, bf16, fp32 or fp64; D <= 256. Only the last dimension need be dense.
+        k, v: (B, Sk, Hkv, D) and (B, Sk, Hkv, Dv), same dtype; H a multiple of Hkv, head h reads h // (H // Hkv).
+        visual_mask: (B, Sk) bool, the visual keys V.
+        text_mask: (B, Sq) bool, the text queries T.
+        prior: (B, Sk) floating point, non-negative and finite; sums to 1 over V, ignored elsewhere.
+        beta: temperature of the softmax over heads, > 0.
+        causal: mask aligned bottom-right when Sq != Sk, as in FlashAttention.
+        softmax_scale: default 1 / sqrt(D).
+        key_padding_mask: (B, Sk) bool, True = real token.
+        window_size: (left, right) keys that a query sees around its position; -1 = unbounded.
+        softcap: scores become softcap * tanh(score / softcap); 0 = off.
+        protect_first_head: head 0 gets the largest weight.
+        normalize: ``"none"`` or ``"standardize"`` (SAV standardised over heads before the softmax).
+        sav_grad: gradients also flow through the weights, exactly; otherwise they are constants in backward.
+        backend: ``"auto"``, ``"triton"``, ``"composed"`` or ``"torch"``; ``SAR_BACKEND`` replaces ``"auto"``.
+        return_stats: also return the statistics.
+        attn_mask: (B or 1, 1, Sq, Sk) bool, True = may be seen, for patterns that the options above cannot say.
+
+    Returns:
+        out (B, Sq, H, Dv), or (out, :class:`SARStats`). A sample without counted text queries is plain attention,
+        bit for bit. Queries that see no key give 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is needed.
+    """
+    validation.check_qkv(q, k, v)
+    B, Sq, Sk, device = q.shape[0], q.shape[1], k.shape[1], q.device
+    validation.check_mask("visual_mask", visual_mask, (B, Sk), device)
+    validation.check_mask("text_mask", text_mask, (B, Sq), device)
+    validation.check_prior(prior, (B, Sk), device)
+    if key_padding_mask is not None:
+        validation.check_mask("key_padding_mask", key_padding_mask, (B, Sk), device)
+    if attn_mask is not None:
+        validation.check_attn_mask(attn_mask, q, k)
+    options = validation.make_options(
+        q,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        beta=beta,
+        protect_first_head=protect_first_head,
+        normalize=normalize,
+    )
+    q, k, v = _autocast(q, k, v)
+    backend = choose_backend(
+        backend, device, q.dtype, options, padded=key_padding_mask is not None, masked=attn_mask is not None
+    )
+    out, *stats = ops.attention(
+        q,
+        k,
+        v,
+        visual_mask,
+        text_mask,
+        prior,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        options=options,
+        backend=backend,
+        sav_grad=sav_grad,
+        need_lse=return_stats,
+    )
+    return (out, _stats(*stats, backend)) if return_stats else out
+
+
+def sar_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    visual_mask: Tensor,
+    text_mask: Tensor,
+    prior: Tensor,
+    *,
+    beta: float = 0.5,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    protect_first_head: bool = True,
+    normalize: str = "none",
+    sav_grad: bool = False,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, SARStats]:
+    """:func:`sar_attn_func` on sequences packed without padding; statistics are per sequence.
+
+    Args:
+        q: (total_q, H, D). k, v: (total_k, Hkv, D) and (total_k, Hkv, Dv).
+        cu_seqlens_q, cu_seqlens_k: (num_sequences + 1,) int32, where each sequence starts; the last is the total.
+        max_seqlen_q, max_seqlen_k: longest sequence.
+        visual_mask, prior: (total_k,). text_mask: (total_q,).
+
+    Returns:
+        out (total_q, H, Dv), or (out, stats) with ``stats.lse`` (H, total_q) and the others (num_sequences, H).
+    """
+    validation.check_qkv(q, k, v, packed=True)
+    total_q, total_k, device = q.shape[0], k.shape[0], q.device
+    validation.check_mask("visual_mask", visual_mask, (total_k,), device)
+    validation.check_mask("text_mask", text_mask, (total_q,), device)
+    validation.check_prior(prior, (total_k,), device)
+    options = validation.make_options(
+        q,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        beta=beta,
+        protect_first_head=protect_first_head,
+        normalize=normalize,
+    )
+    _check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_q, total_k, device)
+    q, k, v = _autocast(q, k, v)
+    backend = choose_backend(backend, device, q.dtype, options, padded=False, masked=False)
+    out, *stats = ops.attention(
+        q,
+        k,
+        v,
+        visual_mask,
+        text_mask,
+        prior,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        options=options,
+        backend=backend,
+        sav_grad=sav_grad,
+        need_lse=return_stats,
+    )
+    return (out, _stats(*stats, backend)) if return_stats else out
+
+
+def _check_packing(
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, total_q: int, total_k: int, device: torch.device
+) -> None:
+    validation.check_cu_seqlens("cu_seqlens_q", cu_q, total_q, device)
+    validation.check_cu_seqlens("cu_seqlens_k", cu_k, total_k, device)
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k must describe as many sequences as cu_seqlens_q; got {cu_k.shape[0] - 1} and "
+            f"{cu_q.shape[0] - 1}"
+        )
+    for name, value in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an int >= 0; got {value!r}")
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    options: AttentionOptions,
+    backend: str = "auto",
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    need_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same kernels with SAR off, on validated arguments: (out, lse)."""
+    q, k, v = _autocast(q, k, v)
+    backend = choose_backend(
+        backend, q.device, q.dtype, options, padded=key_padding_mask is not None, masked=attn_mask is not None
+    )
+    out, lse, *_ = ops.attention(
+        q,
+        k,
+        v,
+        None,
+        None,
+        None,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        options=options,
+        backend=backend,
+        need_lse=need_lse,
+    )
+    return out, lse

@@ -1,0 +1,206 @@
+"""torch.library operators of SAR attention and the autograd function around them.
+
+The operators are opaque to ``torch.compile`` (schema, fake, one implementation per call), so a compiled graph holds one
+node per attention call. Everything above them is traced, everything below them runs on real tensors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sar_fast.backends import run
+from sar_fast.types import AttentionOptions
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? visual_mask, Tensor? text_mask, Tensor? prior, "
+    "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+_OPTIONS = (
+    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, float beta, "
+    "bool protect_first_head, str normalize, str backend"
+)
+_library = torch.library.Library("sar_fast", "DEF")
+_library.define(
+    f"attention_forward({_TENSORS}, Tensor? av_sum, Tensor? sa_sum, Tensor? count, {_OPTIONS}, bool need_lse)"
+    " -> (Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, Tensor count_out)"
+)
+_library.define(
+    f"attention_backward(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, "
+    f"Tensor count, Tensor? grad_av, Tensor? grad_sa, Tensor? grad_c, {_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprior)"
+)
+
+
+def _options(scale, causal, left, right, softcap, beta, protect_first_head, normalize) -> AttentionOptions:
+    return AttentionOptions(scale, causal, (left, right), softcap, beta, protect_first_head, normalize)
+
+
+def _accumulate_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
+def _forward_impl(
+    q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
+    normalize, backend, need_lse,
+):  # fmt: skip
+    if prior is not None and not _capturing(prior):
+        _check_prior_values(prior)
+    carried = None if av_sum is None else (av_sum, sa_sum, count)
+    call = run.Call(
+        q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, carried
+    )
+    options = _options(
+        softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize
+    )
+    return run.forward(call, options, backend, need_lse=need_lse)
+
+
+def _check_prior_values(prior: Tensor) -> None:
+    """Values can only be looked at here: under ``torch.compile`` the caller sees no data."""
+    if not bool((prior >= 0).all() & prior.isfinite().all()):
+        raise ValueError(
+            f"prior must be finite and non-negative; got values from {prior.min().item()} to {prior.max().item()}"
+        )
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@torch.library.register_fake("sar_fast::attention_forward", lib=_library)
+def _forward_fake(
+    q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
+    normalize, backend, need_lse,
+):  # fmt: skip
+    acc, packed, sar = _accumulate_dtype(q), cu_seqlens_q is not None, visual_mask is not None
+    batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
+    heads = q.shape[-2]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse_shape = (heads, q.shape[0]) if packed else (batch, heads, q.shape[1])
+    lse = q.new_empty(lse_shape if need_lse else (0,), dtype=acc)
+    stats = lambda: q.new_empty((batch, heads) if sar else (0, 0), dtype=acc)
+    return out, lse, stats(), stats(), stats(), q.new_empty((batch if sar else 0,), dtype=acc)
+
+
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _backward_impl(
+    grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+    out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
+    beta, protect_first_head, normalize, backend,
+):  # fmt: skip
+    call = run.Call(
+        q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, None
+    )
+    options = _options(
+        softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize
+    )
+    grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
+    return run.backward(call, options, backend, grad_out, out, lse, av, sa, c, count, grad_stats)
+
+
+@torch.library.register_fake("sar_fast::attention_backward", lib=_library)
+def _backward_fake(
+    grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+    out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
+    beta, protect_first_head, normalize, backend,
+):  # fmt: skip
+    through = visual_mask is not None and grad_av is not None
+    dense = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dprior = q.new_empty(prior.shape if through else (0,), dtype=_accumulate_dtype(q))
+    return dense(q), dense(k), dense(v), dprior
+
+
+class SARAttentionFunction(torch.autograd.Function):
+    """Differentiable attention: (q, k, v, prior, static arguments) -> (out, lse, av, sa, c, count).
+
+    ``out`` is always differentiable; av, sa and c are when ``sav_grad``; lse and count never are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q, k, v, prior, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+        sav_grad, flat_options,
+    ):  # fmt: skip
+        masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+        out, lse, av, sa, c, count = torch.ops.sar_fast.attention_forward(
+            q, k, v, visual_mask, text_mask, prior, *masks, None, None, None, *flat_options, True
+        )
+        ctx.save_for_backward(q, k, v, visual_mask, text_mask, prior, *masks, out, lse, av, sa, c, count)
+        ctx.flat_options, ctx.sav_grad = flat_options, sav_grad and prior is not None
+        if ctx.sav_grad:
+            ctx.mark_non_differentiable(lse, count)
+        else:
+            ctx.mark_non_differentiable(lse, av, sa, c, count)
+        return out, lse, av, sa, c, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _grad_lse, grad_av, grad_sa, grad_c, _grad_count):
+        saved = ctx.saved_tensors
+        grads = (grad_av, grad_sa, grad_c) if ctx.sav_grad else (None, None, None)
+        dq, dk, dv, dprior = torch.ops.sar_fast.attention_backward(
+            grad_out.contiguous(), *saved, *grads, *ctx.flat_options
+        )
+        prior = saved[5]
+        dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[3] else None
+        return (dq, dk, dv, dprior) + (None,) * 8
+
+
+def _flatten(options: AttentionOptions, backend: str) -> tuple:
+    """Options in the order of the schemas."""
+    scale = float(options.softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite; got {scale}")
+    return (
+        scale,
+        options.causal,
+        *options.window_size,
+        float(options.softcap),
+        float(options.beta),
+        options.protect_first_head,
+        options.normalize,
+        backend,
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual: Tensor | None,
+    text: Tensor | None,
+    prior: Tensor | None,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    carried: tuple[Tensor, Tensor, Tensor] | None = None,
+    options: AttentionOptions,
+    backend: str,
+    sav_grad: bool = False,
+    need_lse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attention on validated arguments with a chosen backend: (out, lse, av, sa, c, count).
+
+    ``visual`` None means plain attention (statistics come back empty). ``carried`` (decode) is for inference only.
+    """
+    differentiates = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, prior if sav_grad else None)
+    )
+    masks, flat = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k), _flatten(options, backend)
+    if differentiates:
+        if carried is not None:
+            raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
+        return SARAttentionFunction.apply(q, k, v, prior, visual, text, *masks, sav_grad, flat)
+    carried = carried or (None, None, None)
+    return torch.ops.sar_fast.attention_forward(
+        q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse
+    )

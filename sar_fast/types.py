@@ -1,0 +1,97 @@
+"""Values that cross module borders: static options of an attention call, its statistics, its decode state."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Static options of one attention call, after validation; what a compiled graph specialises on.
+
+    ``window_size`` is (left, right) in keys, -1 for unbounded; ``softcap`` 0.0 is off.
+    """
+
+    softmax_scale: float
+    causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    beta: float = 0.5
+    protect_first_head: bool = True
+    normalize: str = "none"
+
+    @property
+    def windowed(self) -> bool:
+        return self.window_size != (-1, -1)
+
+
+@dataclasses.dataclass
+class SARStats:
+    """Statistics of one SAR attention call (docs/method.md, section 2).
+
+    Attributes:
+        lse: (B, H, Sq) fp32, natural log-sum-exp of the scores of every query; (H, total_q) for packed input.
+        alignment_variance: (B, H) fp32, AV.
+        semantic_alignment: (B, H) fp32, SA.
+        sav: (B, H) fp32, AV * SA.
+        head_weights: (B, H) fp32, c, the factor on each head's output.
+        query_count: (B,) fp32, number of text queries that the means run over; 0 means ``head_weights`` is 1.
+        backend: name of the backend that ran.
+    """
+
+    lse: Tensor
+    alignment_variance: Tensor
+    semantic_alignment: Tensor
+    sav: Tensor
+    head_weights: Tensor
+    query_count: Tensor
+    backend: str
+
+
+@dataclasses.dataclass
+class SARState:
+    """Decode state of one layer: sums over the counted text queries so far. Updated in place.
+
+    Attributes:
+        av_sum, sa_sum: (B, H) fp32, sums of each query's variance and semantic alignment.
+        count: (B,) fp32, number of queries in the sums.
+        head_weights: (B, H) fp32, the prompt's weights (used by ``decode="prompt"``).
+    """
+
+    av_sum: Tensor
+    sa_sum: Tensor
+    count: Tensor
+    head_weights: Tensor
+
+    @classmethod
+    def empty(cls, batch_size: int, num_heads: int, device: torch.device | str = "cpu") -> SARState:
+        """State before any query was counted: zero sums, weights 1."""
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=device)
+        return cls(
+            zeros(batch_size, num_heads),
+            zeros(batch_size, num_heads),
+            zeros(batch_size),
+            torch.ones(batch_size, num_heads, dtype=torch.float32, device=device),
+        )
+
+    @classmethod
+    def from_stats(cls, stats: SARStats) -> SARState:
+        """State after a prompt whose statistics are ``stats``."""
+        count = stats.query_count.detach().clone()
+        return cls(
+            stats.alignment_variance.detach() * count[:, None],
+            stats.semantic_alignment.detach() * count[:, None],
+            count,
+            stats.head_weights.detach().clone(),
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(av_sum, sa_sum, count, head_weights)."""
+        return self.av_sum, self.sa_sum, self.count, self.head_weights
+
+    def index_select(self, rows: Tensor) -> SARState:
+        """State of the batch rows ``rows`` (int64), as beam search reorders them."""
+        return SARState(*(t.index_select(0, rows.to(t.device)) for t in self.tensors()))

@@ -1,0 +1,140 @@
+"""Argument checks of the public functions: every error names the argument, what came and what is needed.
+
+Only shapes, dtypes, devices and Python values are looked at, so that the checks trace under ``torch.compile``; tensor
+values (a negative prior) are checked inside the operator.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sar_fast.config import check_beta, check_choice
+from sar_fast.types import AttentionOptions
+
+MAX_HEAD_DIM = 256
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raise ``TypeError`` unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
+    """Check layout, dtype, device and head counts of q, k, v."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+    layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != (3 if packed else 4):
+            raise ValueError(f"{name} must be {layout}; got shape {_shape(x)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
+    if not q.is_floating_point():
+        raise TypeError(f"q must be a floating point tensor; got {q.dtype}")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64; got {q.dtype}")
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's batch size {q.shape[0]}; got shape {_shape(k)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's head dim {q.shape[-1]}; got shape {_shape(k)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v must have k's batch, length and heads {_shape(k)[:-1]}; got shape {_shape(v)}")
+    H, Hkv = q.shape[-2], k.shape[-2]
+    if Hkv == 0 or H % Hkv != 0:
+        raise ValueError(f"q's number of heads must be a multiple of k's; got {H} query and {Hkv} key/value heads")
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s head dim must be between 1 and {MAX_HEAD_DIM}; got {x.shape[-1]}")
+
+
+def check_mask(name: str, mask: object, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless ``mask`` is a bool tensor of ``shape`` on ``device``."""
+    check_tensor(name, mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor; got {mask.dtype}")
+    if _shape(mask) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {_shape(mask)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on q's device {device}; got {mask.device}")
+
+
+def check_prior(prior: object, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless ``prior`` is a floating point tensor of ``shape``; its values are checked where they are data."""
+    check_tensor("prior", prior)
+    if not prior.is_floating_point():
+        raise TypeError(f"prior must be a floating point tensor; got {prior.dtype}")
+    if _shape(prior) != tuple(shape):
+        raise ValueError(f"prior must have shape {tuple(shape)}; got {_shape(prior)}")
+    if prior.device != device:
+        raise ValueError(f"prior must be on q's device {device}; got {prior.device}")
+
+
+def check_attn_mask(attn_mask: object, q: Tensor, k: Tensor) -> None:
+    """Raise unless ``attn_mask`` is bool, (B or 1, 1, Sq, Sk)."""
+    check_tensor("attn_mask", attn_mask)
+    batch = attn_mask.shape[0] if attn_mask.dim() == 4 and attn_mask.shape[0] == 1 else q.shape[0]
+    check_mask("attn_mask", attn_mask, (batch, 1, q.shape[1], k.shape[1]), q.device)
+
+
+def check_cu_seqlens(name: str, cu: object, total: int, device: torch.device) -> None:
+    """Raise unless ``cu`` is (num_sequences + 1,) int32 on ``device``."""
+    check_tensor(name, cu)
+    if cu.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {cu.dtype}")
+    if cu.dim() != 1 or cu.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (num_sequences + 1,); got {_shape(cu)}")
+    if cu.device != device:
+        raise ValueError(f"{name} must be on q's device {device}; got {cu.device}")
+
+
+def make_options(
+    q: Tensor,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    beta: float = 0.5,
+    protect_first_head: bool = True,
+    normalize: str = "none",
+) -> AttentionOptions:
+    """Check the options of a call and fill in the default scale, 1 / sqrt(head_dim)."""
+    check_beta(beta)
+    check_choice("normalize", normalize, ("none", "standardize"))
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    elif isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale must be a number or None; got {type(softmax_scale).__name__}")
+    elif not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite; got {softmax_scale}")
+    if not isinstance(softcap, (int, float)) or not math.isfinite(softcap) or softcap < 0:
+        raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r}")
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), -1 for unbounded; got {window_size!r}")
+    if any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window_size):
+        raise ValueError(f"window_size must hold two ints >= -1 (-1 = unbounded); got {tuple(window_size)!r}")
+    for name, flag in (("causal", causal), ("protect_first_head", protect_first_head)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool; got {type(flag).__name__}")
+    left, right = window_size
+    if causal and right >= 0:
+        right = -1  # the causal mask is at least as strict
+    return AttentionOptions(
+        float(softmax_scale), causal, (left, right), float(softcap), float(beta), protect_first_head, normalize
+    )
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise on dropout: no backend has it."""
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0.0: these kernels have no dropout; got {dropout_p}")
