@@ -239,6 +239,22 @@ class _Sav:
         }
 
 
+@dataclass
+class _Through:
+    """What the gradient through the statistics needs beyond plain attention's backward."""
+
+    visual_mask: torch.Tensor
+    text_mask: torch.Tensor
+    prior: torch.Tensor
+    weights: WeightOptions
+    av: torch.Tensor
+    sa: torch.Tensor
+    count: torch.Tensor
+    dav: torch.Tensor | None = None
+    dsa: torch.Tensor | None = None
+    dc: torch.Tensor | None = None
+
+
 NO_SAV = {"visual_ptr": None, "text_ptr": None, "prior_ptr": None, "ranges_ptr": None}
 
 
@@ -421,3 +437,261 @@ def sar_forward(
     outputs, launches = plan_sar_forward(call, visual_mask, text_mask, prior, weights)
     run_all(launches)
     return outputs
+
+
+def _plan_delta(call: _Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums: bool):
+    """delta (as per_row), its sums per row block (B, H, row blocks) or None, and the launch."""
+    block_m = 64
+    grid = call.grid(block_m)
+    delta = call.per_row()
+    sums = torch.empty((call.batch, call.heads, grid[0]), dtype=call.acc, device=dout.device) if with_sums else None
+    arguments = {
+        "dout_ptr": dout,
+        "out_ptr": out,
+        "delta_ptr": delta,
+        "sums_ptr": sums,
+        "cu_seqlens_q_ptr": call.cu_q,
+        **call.strides("do", dout),
+        **call.strides("o", out),
+        **call.row_strides(),
+        "max_seqlen_q": call.max_q,
+        "HEAD_DIM_V": call.head_dim_v,
+        "BLOCK_DV": padded_head_dim(call.head_dim_v),
+        "BLOCK_M": block_m,
+        "VARLEN": call.varlen,
+        "WITH_SUMS": with_sums,
+        "ACC": tl.float64 if call.acc == torch.float64 else tl.float32,
+    }
+    return delta, sums, Launch(delta_kernel, grid, arguments, num_warps=4)
+
+
+def _plan_weights_backward(call: _Call, weights: WeightOptions, sums, av, sa, count, dav, dsa, dc, block_m):
+    """Gradients of each counting query's variance and semantic alignment, (B, H) both, and the launch."""
+    gains = call.per_head(), call.per_head()
+    incoming = (None if g is None else g.to(call.acc).contiguous() for g in (dav, dsa, dc))
+    arguments = {
+        "sums_ptr": sums,
+        "variance_ptr": av,
+        "alignment_ptr": sa,
+        "count_ptr": count,
+        **dict(zip(("dvariance_ptr", "dalignment_ptr", "dc_ptr"), incoming)),
+        "variance_gain_ptr": gains[0],
+        "alignment_gain_ptr": gains[1],
+        "cu_seqlens_q_ptr": call.cu_q,
+        "max_seqlen_q": call.max_q,
+        "VARLEN": call.varlen,
+        **_weight_constants(call, weights, sums.shape[2], block_m),
+    }
+    return gains, Launch(head_weights_backward_kernel, (call.batch,), arguments, num_warps=4)
+
+
+def _plan_statistics(call: _Call, sav: _Sav, lse: torch.Tensor, **outputs: torch.Tensor) -> Launch:
+    """The text-by-visual block: partial sums if `outputs` is partials_ptr, else what the backward kernels need."""
+    config = call.config("statistics", sav=True)
+    names = ("partials_ptr", "variance_gain_ptr", "alignment_gain_ptr", "delta_ptr")
+    names += ("row_mean_ptr", "row_slope_ptr", "row_gain_ptr")
+    arguments = {
+        **call.common(),
+        **sav.arguments(),
+        "lse_ptr": lse,
+        **{name: outputs.get(name) for name in names},
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GRADIENT": "partials_ptr" not in outputs,
+    }
+    return Launch(statistics_kernel, call.grid(config.block_m), arguments, config.num_warps, config.num_stages)
+
+
+def plan_attention_statistics(call: _Call, lse, visual_mask, text_mask, prior, weights: WeightOptions):
+    """(av, sa, c, count) from an lse that is already there, and the three launches that fill them."""
+    sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
+    block_m = call.config("statistics", sav=True).block_m
+    partials = _partials(call, call.grid(block_m)[0])
+    statistics = _plan_statistics(call, sav, lse, partials_ptr=partials)
+    outputs, head_weights = _plan_weights(call, sav, weights, partials, block_m)
+    return outputs, [ranges, statistics, head_weights]
+
+
+def plan_backward(
+    call: _Call,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    c: torch.Tensor | None = None,
+    through: _Through | None = None,
+):
+    """(dq, dk, dv, dprior or None) and their launches; `through` carries the gradient through the statistics."""
+    if dout.shape != out.shape or dout.dtype != call.q.dtype:
+        raise ValueError(f"dout: got {dout.dtype} {tuple(dout.shape)}, need {call.q.dtype} {tuple(out.shape)}")
+    dout = dense_last(dout)
+    delta, sums, launch = _plan_delta(call, dout, out, with_sums=through is not None)
+    launches = [launch]
+    rows = dict.fromkeys(("row_mean_ptr", "row_slope_ptr", "row_gain_ptr"))
+    dprior = None
+    if through is not None:
+        sav, ranges = _plan_ranges(call, through.visual_mask, through.text_mask, through.prior)
+        gains, weights_backward = _plan_weights_backward(
+            call,
+            through.weights,
+            sums,
+            through.av,
+            through.sa,
+            through.count,
+            through.dav,
+            through.dsa,
+            through.dc,
+            launch.arguments["BLOCK_M"],
+        )
+        rows = {name: call.per_row() for name in rows}
+        statistics = _plan_statistics(
+            call, sav, lse, variance_gain_ptr=gains[0], alignment_gain_ptr=gains[1], delta_ptr=delta, **rows
+        )
+        launches += [ranges, weights_backward, statistics]
+        dprior = torch.empty((call.kv_heads, *sav.prior.shape), dtype=call.acc, device=dout.device)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
+    shared = {
+        **call.common(),
+        **call.values(),
+        **(NO_SAV if through is None else sav.arguments()),
+        **rows,
+        **call.strides("do", dout),
+        "dout_ptr": dout,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "c_ptr": c,
+        "SCALED": c is not None,
+        "STATISTICS": through is not None,
+    }
+    config = call.config("dkdv", sav=through is not None)
+    dkdv = {
+        **shared,
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        "dprior_ptr": dprior,
+        **call.strides("dk", dk),
+        **call.strides("dv", dv),
+        "stride_dprior_h": 0 if dprior is None else dprior[0].numel(),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    del dkdv["text_ptr"]
+    grid = triton.cdiv(call.max_k, config.block_n), call.kv_heads, call.batch
+    launches.append(Launch(dkdv_kernel, grid, dkdv, config.num_warps, config.num_stages))
+    config = call.config("dq", sav=through is not None)
+    arguments = {
+        **shared,
+        "dq_ptr": dq,
+        **call.strides("dq", dq),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    launches.append(Launch(dq_kernel, call.grid(config.block_m), arguments, config.num_warps, config.num_stages))
+    return (dq, dk, dv, dprior), launches
+
+
+def attention_statistics(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    visual_mask: torch.Tensor,
+    text_mask: torch.Tensor,
+    prior: torch.Tensor,
+    *,
+    options: AttentionOptions,
+    weights: WeightOptions,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Statistics and head weights after any attention forward that returned lse; reads the text-by-visual block only.
+
+    Returns:
+        (av, sa, c, count) as in `sar_forward`.
+    """
+    call = _Call(q, k, k, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    outputs, launches = plan_attention_statistics(call, lse, visual_mask, text_mask, prior, weights)
+    run_all(launches)
+    return outputs
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    options: AttentionOptions,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention_forward`; deterministic.
+
+    Args:
+        dout: the gradient of out, with its shape and dtype, any strides.
+        out, lse: what the forward returned.
+        The others as given to the forward.
+
+    Returns:
+        (dq, dk, dv), contiguous, in the inputs' shapes and dtype.
+    """
+    call = _Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    (dq, dk, dv, _), launches = plan_backward(call, dout, out, lse)
+    run_all(launches)
+    return dq, dk, dv
+
+
+def sar_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out_scaled: torch.Tensor,
+    lse: torch.Tensor,
+    visual_mask: torch.Tensor,
+    text_mask: torch.Tensor,
+    prior: torch.Tensor,
+    av: torch.Tensor,
+    sa: torch.Tensor,
+    c: torch.Tensor,
+    count: torch.Tensor,
+    *,
+    options: AttentionOptions,
+    weights: WeightOptions,
+    sav_grad: bool,
+    dav: torch.Tensor | None = None,
+    dsa: torch.Tensor | None = None,
+    dc: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of `sar_forward`; deterministic.
+
+    Args:
+        dout: the gradient of out_scaled, with its shape and dtype, any strides.
+        out_scaled, lse, av, sa, c, count: what the forward returned.
+        sav_grad: False takes c for a constant and costs what plain attention's backward costs. True is exact.
+        dav, dsa, dc: gradients of av, sa and c themselves, (B, H) each; need sav_grad.
+        The others as given to the forward.
+
+    Returns:
+        (dq, dk, dv, dprior), contiguous; dprior has prior's shape in fp32, None without sav_grad.
+    """
+    if not sav_grad and any(g is not None for g in (dav, dsa, dc)):
+        raise ValueError("dav, dsa, dc: got a gradient, need sav_grad=True for it to be used")
+    call = _Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    through = None
+    if sav_grad:
+        through = _Through(visual_mask, text_mask, prior, weights, av, sa, count, dav, dsa, dc)
+    (dq, dk, dv, dprior), launches = plan_backward(call, dout, out_scaled, lse, c, through)
+    run_all(launches)
+    return dq, dk, dv, None if dprior is None else dprior.sum(0)
