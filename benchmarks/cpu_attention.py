@@ -1,0 +1,176 @@
+"""CPU ratios of SAR attention: ours against plain SDPA and against the research code's eager formulation.
+
+Prints, for fp32 and bf16 and two prompt lengths, times (median of interleaved repeats, one process) and the peak memory
+that a call adds (one child process each). Every figure of a row is measured in this run; compare within a row only.
+
+    python benchmarks/cpu_attention.py                     # prints the table
+    python benchmarks/cpu_attention.py --json out.json     # also writes it, with versions and seed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from sar_fast import sar_attn_func
+
+HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B's attention
+SHAPES = {704: 576, 3072: 2880}  # prompt length: visual tokens (LLaVA-1.5; LLaVA-NeXT)
+SYSTEM_TOKENS = 32
+
+
+def make_inputs(length: int, visual: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """q (1, N, 28, 128), k and v (1, N, 4, 128), visual and text masks, prior: system text, image, question."""
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda heads: torch.randn(1, length, heads, HEAD_DIM, generator=generator).to(dtype)
+    q, k, v = rand(HEADS), rand(KV_HEADS), rand(KV_HEADS)
+    visual_mask = torch.zeros(1, length, dtype=torch.bool)
+    visual_mask[:, SYSTEM_TOKENS : SYSTEM_TOKENS + visual] = True
+    text_mask = torch.zeros_like(visual_mask)
+    text_mask[:, SYSTEM_TOKENS + visual :] = True
+    prior = torch.rand(1, length, generator=generator) * visual_mask
+    return q, k, v, visual_mask, text_mask, prior / prior.sum(-1, keepdim=True)
+
+
+def sdpa(q, k, v, visual_mask, text_mask, prior):
+    """Plain attention as transformers calls it: the floor."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def eager_sar(q, k, v, visual_mask, text_mask, prior):
+    """The research code's formulation: the whole score matrix, fp32 softmax, statistics from both, per head."""
+    B, N, H, D = q.shape
+    visual, text = visual_mask[0].nonzero()[:, 0], text_mask[0].nonzero()[:, 0]
+    q = q.transpose(1, 2)
+    k, v = (x.transpose(1, 2).repeat_interleave(H // x.shape[2], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * D**-0.5
+    scores = scores + torch.full((N, N), -torch.inf, dtype=q.dtype).triu(1)
+    probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    block = scores[:, :, text][:, :, :, visual].float()
+    alignment_variance = block.var(-1).mean(-1)
+    semantic_alignment = (probs[:, :, text][:, :, :, visual].float() * prior[:, None, None, visual]).sum(-1).mean(-1)
+    weights = torch.softmax(alignment_variance * semantic_alignment / 0.5, dim=-1)
+    weights = torch.cat([weights.amax(-1, keepdim=True), weights[:, 1:]], dim=-1)
+    out = (probs @ v) * (H * weights)[:, :, None, None].to(q.dtype)
+    return out.transpose(1, 2)
+
+
+PROVIDERS = {
+    "sdpa (no SAR)": sdpa,
+    "sar composed": lambda *inputs: sar_attn_func(*inputs, backend="composed"),
+    "sar torch": lambda *inputs: sar_attn_func(*inputs, backend="torch"),
+    "sar eager": eager_sar,
+}
+
+
+def interleaved_times(inputs: tuple, repeats: int) -> dict[str, float]:
+    """Median seconds of each provider; rounds visit all providers, so that a slow spell hits them alike."""
+    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    for turn in range(repeats + 1):
+        for name, run in PROVIDERS.items():
+            start = time.perf_counter()
+            run(*inputs)
+            if turn:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _status_kb(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1])
+
+
+def _peak_child(name: str, length: int, visual: int, dtype: torch.dtype, threads: int, pipe) -> None:
+    torch.set_num_threads(threads)
+    inputs = make_inputs(length, visual, dtype)
+    PROVIDERS[name](*make_inputs(64, 32, dtype))  # allocate the libraries' own buffers first
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = _status_kb("VmRSS")
+    out = PROVIDERS[name](*inputs)
+    pipe.send((_status_kb("VmHWM") - before) * 1024 - out.numel() * out.element_size())
+
+
+def peak_extra_bytes(name: str, length: int, visual: int, dtype: torch.dtype) -> int:
+    """Peak resident memory that one call adds, beyond its inputs and its output."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_peak_child, args=(name, length, visual, dtype, torch.get_num_threads(), send))
+    child.start()
+    send.close()
+    extra = receive.recv()
+    child.join()
+    return max(extra, 0)
+
+
+def check(inputs: tuple) -> None:
+    """Refuse to time a wrong answer: our output against the eager formulation in fp64."""
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    expected = eager_sar(*wide)
+    allowed = 2 * (eager_sar(*inputs).double() - expected).abs().max() + 1e-5
+    for name in ("sar composed", "sar torch"):
+        error = (PROVIDERS[name](*inputs).double() - expected).abs().max()
+        if error > allowed:
+            raise SystemExit(f"{name}: error {error:.2e} against fp64 exceeds {allowed:.2e}; no timing of a wrong answer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--json", type=Path, help="also write the records here")
+    args = parser.parse_args()
+
+    records = []
+    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"H {HEADS}, Hkv {KV_HEADS}, D {HEAD_DIM}, causal, batch 1; time is the median of {args.repeats} rounds\n")
+    print(f"{'N':>5} {'dtype':>9} {'provider':>14} {'ms':>9} {'x SDPA':>7} {'eager/x':>8} {'extra MB':>9} {'% eager':>8}")
+    for length in args.lengths:
+        for dtype in (torch.float32, torch.bfloat16):
+            check(make_inputs(256, 192, dtype))
+            times = interleaved_times(make_inputs(length, SHAPES[length], dtype), args.repeats)
+            extra = {name: peak_extra_bytes(name, length, SHAPES[length], dtype) for name in PROVIDERS}
+            for name, seconds in times.items():
+                record = {
+                    "kernel": "sar_attention",
+                    "provider": name,
+                    "mode": "forward",
+                    "shape": {"N": length, "V": SHAPES[length], "H": HEADS, "Hkv": KV_HEADS, "D": HEAD_DIM},
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "milliseconds_p50": seconds * 1e3,
+                    "times_sdpa": seconds / times["sdpa (no SAR)"],
+                    "speedup_over_eager": times["sar eager"] / seconds,
+                    "peak_extra_bytes": extra[name],
+                    "peak_extra_of_eager": extra[name] / extra["sar eager"],
+                }
+                records.append(record)
+                print(
+                    f"{length:>5} {record['dtype']:>9} {name:>14} {seconds * 1e3:>9.1f} {record['times_sdpa']:>7.2f} "
+                    f"{record['speedup_over_eager']:>8.2f} {extra[name] / 1e6:>9.1f} "
+                    f"{100 * record['peak_extra_of_eager']:>7.1f}%"
+                )
+    if args.json:
+        meta = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "cpu": next(
+                (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x),
+                "unknown",
+            ),
+            "repeats": args.repeats,
+            "seed": 0,
+        }
+        args.json.write_text(json.dumps({"meta": meta, "records": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

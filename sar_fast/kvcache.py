@@ -1,0 +1,180 @@
+"""SAR attention over a KV cache: decode steps whose weights continue the prompt's (docs/method.md, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sar_fast import ops, validation
+from sar_fast.backends.select import choose_backend
+from sar_fast.config import check_choice
+from sar_fast.functional import _stats, plain_attention
+from sar_fast.types import SARState, SARStats
+
+
+def write_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    block_table: Tensor | None,
+) -> list[int]:
+    """Check the arguments, write k and v into the cache in place, and return every sample's length after that."""
+    paged = block_table is not None
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        validation.check_tensor(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions; got shape {tuple(x.shape)}")
+    batch = q.shape[0]
+    if not paged and k_cache.shape[0] != batch:
+        raise ValueError(f"k_cache must have q's batch size {batch}; got shape {tuple(k_cache.shape)}")
+    if paged and (block_table.dim() != 2 or block_table.shape[0] != batch or block_table.dtype != torch.int32):
+        raise ValueError(
+            f"block_table must be ({batch}, pages) int32; got {tuple(block_table.shape)} {block_table.dtype}"
+        )
+    page = k_cache.shape[1]
+    capacity = page * block_table.shape[1] if paged else page
+    if cache_seqlens is None:
+        lengths = [capacity] * batch
+    elif isinstance(cache_seqlens, int):
+        lengths = [cache_seqlens] * batch
+    else:
+        validation.check_tensor("cache_seqlens", cache_seqlens)
+        if tuple(cache_seqlens.shape) != (batch,):
+            raise ValueError(f"cache_seqlens must be an int or ({batch},) int32; got {tuple(cache_seqlens.shape)}")
+        lengths = cache_seqlens.tolist()
+    if (k is None) != (v is None):
+        raise ValueError(f"k and v must be given together; got only {'v' if k is None else 'k'}")
+    new = 0 if k is None else k.shape[1]
+    for b, length in enumerate(lengths):
+        if not 0 <= length <= capacity - new:
+            raise ValueError(
+                f"cache_seqlens[{b}] must leave room for {new} new key(s) in a cache of {capacity}; got {length}"
+            )
+    if k is None:
+        return lengths
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        expected = (batch, new, *cache.shape[2:])
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}; got {tuple(x.shape)}")
+        for b, length in enumerate(lengths):
+            if paged:
+                at = torch.arange(length, length + new, device=cache.device)
+                cache[block_table[b].long()[at // page], at % page] = x[b].to(cache.dtype)
+            else:
+                cache[b, length : length + new] = x[b]
+    return [length + new for length in lengths]
+
+
+def cached_sequences(
+    k_cache: Tensor, v_cache: Tensor, lengths: list[int], block_table: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(k, v) of every sample, each (length, Hkv, D): views, or gathered pages."""
+    for b, length in enumerate(lengths):
+        if block_table is None:
+            yield k_cache[b, :length], v_cache[b, :length]
+        else:
+            pages = block_table[b, : -(-length // k_cache.shape[1])].long()
+            yield k_cache[pages].flatten(0, 1)[:length], v_cache[pages].flatten(0, 1)[:length]
+
+
+def sar_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor,
+    visual_mask: Tensor,
+    prior: Tensor,
+    state: SARState,
+    text_mask: Tensor | None = None,
+    decode: str = "running",
+    block_table: Tensor | None = None,
+    beta: float = 0.5,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    protect_first_head: bool = True,
+    normalize: str = "none",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, SARStats]:
+    """SAR attention of new queries over a KV cache, which k and v, if given, extend in place.
+
+    Args:
+        q: (B, Sq, H, D), the newest Sq positions. k, v: (B, Snew, Hkv, D) or None.
+        k_cache, v_cache: (B, Smax, Hkv, D), or (blocks, page, Hkv, D) with ``block_table`` (B, pages) int32.
+        cache_seqlens: int or (B,) int32, keys in the cache before this call. It is not changed.
+        visual_mask, prior: (B, Smax) bool and floating point, over cache positions; Smax = pages * page when paged.
+        state: sums and weights of this layer so far; updated in place. ``SARState.empty`` before the first tokens,
+            ``SARState.from_stats`` after a prompt.
+        text_mask: (B, Sq) bool, which new queries count as text; default all.
+        decode: ``"running"`` (means over all text queries so far, these included), ``"step"`` (these alone),
+            ``"prompt"`` (``state.head_weights``, unchanged).
+        Others: as :func:`sar_fast.sar_attn_func`.
+
+    Returns:
+        out (B, Sq, H, Dv), or (out, stats of the weights that were used). Inference only.
+    """
+    check_choice("decode", decode, ("running", "step", "prompt"))
+    if not isinstance(state, SARState):
+        raise TypeError(f"state must be a SARState; got {type(state).__name__}")
+    lengths = write_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    B, Sq, H, _ = q.shape
+    capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
+    validation.check_mask("visual_mask", visual_mask, (B, capacity), q.device)
+    validation.check_prior(prior, (B, capacity), q.device)
+    if text_mask is None:
+        text_mask = torch.ones(B, Sq, dtype=torch.bool, device=q.device)
+    validation.check_mask("text_mask", text_mask, (B, Sq), q.device)
+    if tuple(state.av_sum.shape) != (B, H):
+        raise ValueError(f"state must be for batch {B} and {H} heads; got {tuple(state.av_sum.shape)}")
+    options = validation.make_options(
+        q,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        beta=beta,
+        protect_first_head=protect_first_head,
+        normalize=normalize,
+    )
+    chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
+    results = []
+    with torch.no_grad():
+        for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
+            row, length = slice(b, b + 1), lengths[b]
+            if decode == "prompt":
+                out, lse = plain_attention(q[row], k_b[None], v_b[None], options=options, backend=chosen, need_lse=True)
+                c = state.head_weights[row]
+                out = (out * c[:, None, :, None]).to(q.dtype)
+                av, sa, count = state.av_sum[row], state.sa_sum[row], state.count[row]
+                total = count.clamp_min(1)[:, None]
+                results.append((out, lse, av / total, sa / total, c, count.clone()))
+                continue
+            carried = (state.av_sum[row], state.sa_sum[row], state.count[row]) if decode == "running" else None
+            roles = visual_mask[row, :length], text_mask[row], prior[row, :length]
+            out, lse, av, sa, c, count = ops.attention(
+                q[row],
+                k_b[None],
+                v_b[None],
+                *roles,
+                carried=carried,
+                options=options,
+                backend=chosen,
+                need_lse=return_stats,
+            )
+            if decode == "running":
+                state.av_sum[row] = (av * count[:, None]).to(torch.float32)
+                state.sa_sum[row] = (sa * count[:, None]).to(torch.float32)
+                state.count[row] = count.to(torch.float32)
+            results.append((out, lse, av, sa, c, count))
+    out, lse, av, sa, c, count = (torch.cat(parts) for parts in zip(*results))
+    return (out, _stats(lse, av, sa, c, count, chosen)) if return_stats else out
