@@ -119,7 +119,9 @@ def check(inputs: tuple) -> None:
     for name in ("sar composed", "sar torch"):
         error = (PROVIDERS[name](*inputs).double() - expected).abs().max()
         if error > allowed:
-            raise SystemExit(f"{name}: error {error:.2e} against fp64 exceeds {allowed:.2e}; no timing of a wrong answer")
+            raise SystemExit(
+                f"{name}: error {error:.2e} against fp64 exceeds {allowed:.2e}; no timing of a wrong answer"
+            )
 
 
 def main() -> None:
@@ -132,7 +134,9 @@ def main() -> None:
     records = []
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     print(f"H {HEADS}, Hkv {KV_HEADS}, D {HEAD_DIM}, causal, batch 1; time is the median of {args.repeats} rounds\n")
-    print(f"{'N':>5} {'dtype':>9} {'provider':>14} {'ms':>9} {'x SDPA':>7} {'eager/x':>8} {'extra MB':>9} {'% eager':>8}")
+    print(
+        f"{'N':>5} {'dtype':>9} {'provider':>14} {'ms':>9} {'x SDPA':>7} {'eager/x':>8} {'extra MB':>9} {'% eager':>8}"
+    )
     for length in args.lengths:
         for dtype in (torch.float32, torch.bfloat16):
             check(make_inputs(256, 192, dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sar_fast import validation
 from sar_fast.functional import _check_packing, plain_attention
-from sar_fast.kvcache import cached_sequences, write_cache
+from sar_fast.kvcache import cached_sequences, check_cache, write_cache
 
 
 def _reject(**arguments: object) -> None:
@@ -132,10 +132,11 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         alibi_slopes=alibi_slopes,
     )
-    lengths = write_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    lengths = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     options = validation.make_options(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
+    lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
     outs, lses = [], []
     for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
         out, lse = plain_attention(

@@ -14,7 +14,7 @@ from sar_fast.functional import _stats, plain_attention
 from sar_fast.types import SARState, SARStats
 
 
-def write_cache(
+def check_cache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -23,7 +23,7 @@ def write_cache(
     cache_seqlens: int | Tensor | None,
     block_table: Tensor | None,
 ) -> list[int]:
-    """Check the arguments, write k and v into the cache in place, and return every sample's length after that."""
+    """Check the arguments and return every sample's length before the call; nothing is written."""
     paged = block_table is not None
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         validation.check_tensor(name, x)
@@ -55,18 +55,37 @@ def write_cache(
             raise ValueError(
                 f"cache_seqlens[{b}] must leave room for {new} new key(s) in a cache of {capacity}; got {length}"
             )
-    if k is None:
-        return lengths
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (batch, new, *cache.shape[2:])
-        if tuple(x.shape) != expected:
+        if x is not None and tuple(x.shape) != expected:
             raise ValueError(f"{name} must have shape {expected}; got {tuple(x.shape)}")
+        if x is not None and x.dtype != cache.dtype:
+            raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype}; got {x.dtype}")
+    for k_b, v_b in cached_sequences(k_cache, v_cache, [0], block_table):
+        validation.check_qkv(q[:1], k_b[None], v_b[None])
+        break
+    return lengths
+
+
+def write_cache(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    lengths: list[int],
+    block_table: Tensor | None,
+) -> list[int]:
+    """Write k and v after each sample's ``lengths`` keys, in place; returns the lengths after that."""
+    if k is None:
+        return lengths
+    page, new = k_cache.shape[1], k.shape[1]
+    for x, cache in ((k, k_cache), (v, v_cache)):
         for b, length in enumerate(lengths):
-            if paged:
-                at = torch.arange(length, length + new, device=cache.device)
-                cache[block_table[b].long()[at // page], at % page] = x[b].to(cache.dtype)
-            else:
+            if block_table is None:
                 cache[b, length : length + new] = x[b]
+            else:
+                at = torch.arange(length, length + new, device=cache.device)
+                cache[block_table[b].long()[at // page], at % page] = x[b]
     return [length + new for length in lengths]
 
 
@@ -126,7 +145,7 @@ def sar_attn_with_kvcache(
     check_choice("decode", decode, ("running", "step", "prompt"))
     if not isinstance(state, SARState):
         raise TypeError(f"state must be a SARState; got {type(state).__name__}")
-    lengths = write_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    lengths = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     B, Sq, H, _ = q.shape
     capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
     validation.check_mask("visual_mask", visual_mask, (B, capacity), q.device)
@@ -147,6 +166,7 @@ def sar_attn_with_kvcache(
         normalize=normalize,
     )
     chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
+    lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
     results = []
     with torch.no_grad():
         for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):

@@ -55,9 +55,7 @@ def _forward_impl(
     call = run.Call(
         q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, carried
     )
-    options = _options(
-        softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize
-    )
+    options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     return run.forward(call, options, backend, need_lse=need_lse)
 
 
@@ -98,9 +96,7 @@ def _backward_impl(
     call = run.Call(
         q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, None
     )
-    options = _options(
-        softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize
-    )
+    options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
     return run.backward(call, options, backend, grad_out, out, lse, av, sa, c, count, grad_stats)
 
@@ -201,6 +197,4 @@ def attention(
             raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
         return SARAttentionFunction.apply(q, k, v, prior, visual, text, *masks, sav_grad, flat)
     carried = carried or (None, None, None)
-    return torch.ops.sar_fast.attention_forward(
-        q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse
-    )
+    return torch.ops.sar_fast.attention_forward(q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse)

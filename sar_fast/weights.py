@@ -1,4 +1,4 @@
-"""From statistics to head weights: softmax over heads, protected head, degenerate samples (docs/method.md, section 2)."""
+"""From statistics to head weights: softmax over heads, protected head, degenerate samples (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ def head_weights(
     Returns:
         (B, H) in the dtype of ``av``.
     """
-    num_heads = av.shape[-1]
     w = _softmax_over_heads(av * sa, beta, normalize)[0]
     if protect_first_head:
         w = torch.cat([w.amax(-1, keepdim=True), w[:, 1:]], dim=-1)

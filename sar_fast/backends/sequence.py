@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 
-
 @dataclasses.dataclass
 class Sequence:
     """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen."""
