@@ -74,7 +74,7 @@ class WeightOptions:
             raise ValueError(f"normalize: got {self.normalize!r}, need one of {NORMALIZE}")
 
 
-class _Call:
+class Call:
     """One call's tensors seen as 4-dimensional, its sizes, and the arguments that all its kernels share."""
 
     def __init__(
@@ -222,7 +222,7 @@ def dense_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class _Sav:
+class Sav:
     """The arguments that SAR adds to a call, and the ranges that tell kernels which tiles concern it."""
 
     visual: torch.Tensor
@@ -240,7 +240,7 @@ class _Sav:
 
 
 @dataclass
-class _Through:
+class Through:
     """What the gradient through the statistics needs beyond plain attention's backward."""
 
     visual_mask: torch.Tensor
@@ -258,8 +258,8 @@ class _Through:
 NO_SAV = {"visual_ptr": None, "text_ptr": None, "prior_ptr": None, "ranges_ptr": None}
 
 
-def _plan_ranges(call: _Call, visual_mask, text_mask, prior) -> tuple[_Sav, Launch]:
-    sav = _Sav(
+def _plan_ranges(call: Call, visual_mask, text_mask, prior) -> tuple[Sav, Launch]:
+    sav = Sav(
         visual=call.token_mask("visual_mask", visual_mask, keys=True),
         text=call.token_mask("text_mask", text_mask, keys=False),
         prior=call.token_prior(prior),
@@ -279,7 +279,7 @@ def _plan_ranges(call: _Call, visual_mask, text_mask, prior) -> tuple[_Sav, Laun
     return sav, Launch(token_ranges_kernel, (call.batch,), arguments, num_warps=4)
 
 
-def _plan_forward(call: _Call, sav: _Sav | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Launch]:
+def _plan_forward(call: Call, sav: Sav | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Launch]:
     config = call.config("forward", sav=sav is not None)
     grid = call.grid(config.block_m)
     out = torch.empty((*call.q.shape[:-1], call.head_dim_v), dtype=call.q.dtype, device=call.q.device)
@@ -300,11 +300,11 @@ def _plan_forward(call: _Call, sav: _Sav | None) -> tuple[torch.Tensor, torch.Te
     return out, lse, partials, Launch(forward_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
-def _partials(call: _Call, num_blocks: int) -> torch.Tensor:
+def _partials(call: Call, num_blocks: int) -> torch.Tensor:
     return torch.empty((call.batch, call.heads, num_blocks, 3), dtype=call.acc, device=call.q.device)
 
 
-def _weight_constants(call: _Call, weights: WeightOptions, num_blocks: int, block_m: int) -> dict[str, Any]:
+def _weight_constants(call: Call, weights: WeightOptions, num_blocks: int, block_m: int) -> dict[str, Any]:
     block_h = triton.next_power_of_2(call.heads)
     return {
         "num_blocks": num_blocks,
@@ -320,7 +320,7 @@ def _weight_constants(call: _Call, weights: WeightOptions, num_blocks: int, bloc
 
 
 def _plan_weights(
-    call: _Call, sav: _Sav, weights: WeightOptions, partials: torch.Tensor, block_m: int
+    call: Call, sav: Sav, weights: WeightOptions, partials: torch.Tensor, block_m: int
 ) -> tuple[tuple[torch.Tensor, ...], Launch]:
     """(av, sa, c, count) from partial sums."""
     av, sa, c = call.per_head(), call.per_head(), call.per_head()
@@ -337,7 +337,7 @@ def _plan_weights(
     return (av, sa, c, count), Launch(head_weights_kernel, (call.batch,), arguments, num_warps=4)
 
 
-def _plan_scale(call: _Call, out: torch.Tensor, c: torch.Tensor, count: torch.Tensor) -> Launch:
+def _plan_scale(call: Call, out: torch.Tensor, c: torch.Tensor, count: torch.Tensor) -> Launch:
     block = 4096
     arguments = {
         "out_ptr": out,
@@ -354,13 +354,13 @@ def _plan_scale(call: _Call, out: torch.Tensor, c: torch.Tensor, count: torch.Te
     return Launch(scale_heads_kernel, (pieces, call.batch), arguments, num_warps=8)
 
 
-def plan_attention_forward(call: _Call) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
+def plan_attention_forward(call: Call) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
     """(out, lse) and the one launch that fills them."""
     out, lse, _, launch = _plan_forward(call, None)
     return (out, lse), [launch]
 
 
-def plan_sar_forward(call: _Call, visual_mask, text_mask, prior, weights: WeightOptions):
+def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightOptions):
     """(out_scaled, lse, av, sa, c, count) and the four launches that fill them."""
     sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
     out, lse, partials, forward = _plan_forward(call, sav)
@@ -396,7 +396,7 @@ def attention_forward(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    call = _Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     outputs, launches = plan_attention_forward(call)
     run_all(launches)
     return outputs
@@ -433,13 +433,13 @@ def sar_forward(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    call = _Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     outputs, launches = plan_sar_forward(call, visual_mask, text_mask, prior, weights)
     run_all(launches)
     return outputs
 
 
-def _plan_delta(call: _Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums: bool):
+def _plan_delta(call: Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums: bool):
     """delta (as per_row), its sums per row block (B, H, row blocks) or None, and the launch."""
     block_m = 64
     grid = call.grid(block_m)
@@ -465,7 +465,7 @@ def _plan_delta(call: _Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums
     return delta, sums, Launch(delta_kernel, grid, arguments, num_warps=4)
 
 
-def _plan_weights_backward(call: _Call, weights: WeightOptions, sums, av, sa, count, dav, dsa, dc, block_m):
+def _plan_weights_backward(call: Call, weights: WeightOptions, sums, av, sa, count, dav, dsa, dc, block_m):
     """Gradients of each counting query's variance and semantic alignment, (B, H) both, and the launch."""
     gains = call.per_head(), call.per_head()
     incoming = (None if g is None else g.to(call.acc).contiguous() for g in (dav, dsa, dc))
@@ -485,7 +485,7 @@ def _plan_weights_backward(call: _Call, weights: WeightOptions, sums, av, sa, co
     return gains, Launch(head_weights_backward_kernel, (call.batch,), arguments, num_warps=4)
 
 
-def _plan_statistics(call: _Call, sav: _Sav, lse: torch.Tensor, **outputs: torch.Tensor) -> Launch:
+def _plan_statistics(call: Call, sav: Sav, lse: torch.Tensor, **outputs: torch.Tensor) -> Launch:
     """The text-by-visual block: partial sums if `outputs` is partials_ptr, else what the backward kernels need."""
     config = call.config("statistics", sav=True)
     names = ("partials_ptr", "variance_gain_ptr", "alignment_gain_ptr", "delta_ptr")
@@ -502,7 +502,7 @@ def _plan_statistics(call: _Call, sav: _Sav, lse: torch.Tensor, **outputs: torch
     return Launch(statistics_kernel, call.grid(config.block_m), arguments, config.num_warps, config.num_stages)
 
 
-def plan_attention_statistics(call: _Call, lse, visual_mask, text_mask, prior, weights: WeightOptions):
+def plan_attention_statistics(call: Call, lse, visual_mask, text_mask, prior, weights: WeightOptions):
     """(av, sa, c, count) from an lse that is already there, and the three launches that fill them."""
     sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
     block_m = call.config("statistics", sav=True).block_m
@@ -513,12 +513,12 @@ def plan_attention_statistics(call: _Call, lse, visual_mask, text_mask, prior, w
 
 
 def plan_backward(
-    call: _Call,
+    call: Call,
     dout: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     c: torch.Tensor | None = None,
-    through: _Through | None = None,
+    through: Through | None = None,
 ):
     """(dq, dk, dv, dprior or None) and their launches; `through` carries the gradient through the statistics."""
     if dout.shape != out.shape or dout.dtype != call.q.dtype:
@@ -610,7 +610,7 @@ def attention_statistics(
     Returns:
         (av, sa, c, count) as in `sar_forward`.
     """
-    call = _Call(q, k, k, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    call = Call(q, k, k, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     outputs, launches = plan_attention_statistics(call, lse, visual_mask, text_mask, prior, weights)
     run_all(launches)
     return outputs
@@ -641,7 +641,7 @@ def attention_backward(
     Returns:
         (dq, dk, dv), contiguous, in the inputs' shapes and dtype.
     """
-    call = _Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     (dq, dk, dv, _), launches = plan_backward(call, dout, out, lse)
     run_all(launches)
     return dq, dk, dv
@@ -688,10 +688,10 @@ def sar_backward(
     """
     if not sav_grad and any(g is not None for g in (dav, dsa, dc)):
         raise ValueError("dav, dsa, dc: got a gradient, need sav_grad=True for it to be used")
-    call = _Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     through = None
     if sav_grad:
-        through = _Through(visual_mask, text_mask, prior, weights, av, sa, count, dav, dsa, dc)
+        through = Through(visual_mask, text_mask, prior, weights, av, sa, count, dav, dsa, dc)
     (dq, dk, dv, dprior), launches = plan_backward(call, dout, out_scaled, lse, c, through)
     run_all(launches)
     return dq, dk, dv, None if dprior is None else dprior.sum(0)

@@ -269,7 +269,6 @@ def dq_kernel(
             start, end = collect_hi, full
         else:
             start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
-        MASKED: tl.constexpr = ANYWHERE or segment == 1 or segment == 3
         if not (ANYWHERE and segment == 2):
             dq = _dq_segment(
                 dq,
@@ -308,8 +307,8 @@ def dq_kernel(
                 HAS_RIGHT,
                 HAS_SOFTCAP,
                 SCALED,
-                MASKED,
-                segment == 1,
+                ANYWHERE or segment == 1 or segment == 3,  # MASKED
+                segment == 1,  # COLLECT
                 PRECISION,
             )
     store_tile(dq_ptr, dq * scale, first_row, num_rows, stride_dqs, BLOCK_M, BLOCK_D, HEAD_DIM)
@@ -553,14 +552,12 @@ def dkdv_kernel(
                 start, end = collect_lo, collect_hi
             else:
                 start, end = collect_hi, hi
-            MASKED: tl.constexpr = ANYWHERE or segment == 0 or segment == 2
-            EXISTS: tl.constexpr = (
+            if (
                 (segment == 0 and (HAS_RIGHT or ANYWHERE))
-                or (segment == 1 and STATISTICS and not ANYWHERE)
+                or (segment == 1 and (STATISTICS and not ANYWHERE))
                 or (segment == 2 and STATISTICS)
                 or segment == 3
-            )
-            if EXISTS:
+            ):
                 dk, dv, dprior = _dkdv_segment(
                     dk,
                     dv,
@@ -601,8 +598,8 @@ def dkdv_kernel(
                     HAS_RIGHT,
                     HAS_SOFTCAP,
                     SCALED,
-                    MASKED,
-                    segment == 2,
+                    ANYWHERE or segment == 0 or segment == 2,  # MASKED
+                    segment == 2,  # COLLECT
                     PRECISION,
                 )
 

@@ -81,15 +81,17 @@ def _attend(
             if HAS_PADDING:
                 visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
             scores = tl.where(visible, scores, -float("inf"))
+        if COLLECT:  # the moments first: their temporaries are dead before the softmax's are born
+            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            # Reading the mask back off the scores spares a tile of predicates that would have to stay in registers.
+            selected = visual[None, :] & (scores > -float("inf"))
+            count, mean, m2 = update_moments(scores, selected, count, mean, m2)
         weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
         if STATISTICS:
             alignment = alignment * rescale
         if COLLECT:
-            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-            keys = first_key + tl.arange(0, BLOCK_N)
-            prior = tl.load(prior_ptr + keys, mask=visual & (keys < num_keys), other=0.0)  # [BN]
+            prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
             alignment += tl.sum(weights * prior[None, :], 1)
-            count, mean, m2 = update_moments(scores, visible & visual[None, :], count, mean, m2)
         acc = acc * rescale[:, None]
         v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
@@ -209,7 +211,6 @@ def forward_kernel(
             start, end = collect_hi, full
         else:  # up to the edge of the mask
             start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
-        MASKED: tl.constexpr = ANYWHERE or segment == 1 or segment == 3
         if not (ANYWHERE and segment == 2):
             acc, row_max, row_sum, alignment, count, mean, m2 = _attend(
                 acc,
@@ -246,9 +247,9 @@ def forward_kernel(
                 HAS_LEFT,
                 HAS_RIGHT,
                 HAS_SOFTCAP,
-                MASKED,
+                ANYWHERE or segment == 1 or segment == 3,  # MASKED
                 STATISTICS,
-                segment == 1,
+                segment == 1,  # COLLECT
                 PRECISION,
             )
 

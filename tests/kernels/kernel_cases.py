@@ -1,0 +1,161 @@
+"""Inputs, oracle and tolerances of the kernel tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from sar_kernels.attention import AttentionOptions, WeightOptions
+
+from sar_fast.reference import sar_attention_reference
+
+STATISTICS = ("av", "sa", "c")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, dense. images holds, per sample, the (first, end) of each run of visual keys."""
+
+    name: str = "base"
+    seqlen_q: int = 97
+    seqlen_k: int = 97
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_v: int | None = None
+    images: tuple[tuple[tuple[int, int], ...], ...] = (((5, 45),), ((0, 33),))
+    text_only_rows: bool = True  # text queries are those after the last image; False: after the first
+    causal: bool = True
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    padding: tuple[tuple[int, int], ...] | None = None  # per sample the (first, end) of the real keys
+    beta: float = 0.02  # small, so that the weights differ clearly
+    protect: bool = True
+    normalize: str = "none"
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+    def but(self, **changes) -> Case:
+        return replace(self, **changes)
+
+
+@dataclass
+class Inputs:
+    case: Case
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    visual: torch.Tensor
+    text: torch.Tensor
+    prior: torch.Tensor
+    padding: torch.Tensor | None
+    options: AttentionOptions
+    weights: WeightOptions
+    sav: tuple = field(init=False)
+
+    def __post_init__(self):
+        self.sav = (self.visual, self.text, self.prior)
+
+    def kwargs(self, weights: bool = True) -> dict:
+        both = {"options": self.options, "key_padding_mask": self.padding}
+        return {**both, "weights": self.weights} if weights else both
+
+
+def make(case: Case) -> Inputs:
+    """Random inputs, already rounded to the case's dtype; a third of the prior's entries are zero."""
+    batch, Sq, Sk, D = len(case.images), case.seqlen_q, case.seqlen_k, case.head_dim
+    normal = lambda *shape: torch.randn(*shape).to(case.dtype)
+    q, k = normal(batch, Sq, case.heads, D), normal(batch, Sk, case.kv_heads, D)
+    v = normal(batch, Sk, case.kv_heads, case.head_dim_v or D)
+    visual, text = torch.zeros(batch, Sk, dtype=torch.bool), torch.zeros(batch, Sq, dtype=torch.bool)
+    for b, runs in enumerate(case.images):
+        for first, end in runs:
+            visual[b, first:end] = True
+        begin = 0 if not runs else runs[-1][1] if case.text_only_rows else runs[0][0]
+        text[b, max(0, begin - (Sk - Sq)) :] = True
+        query_is_visual = visual[b, Sk - Sq :] if Sq <= Sk else torch.cat([torch.zeros(Sq - Sk).bool(), visual[b]])
+        text[b] &= ~query_is_visual
+    prior = torch.rand(batch, Sk, dtype=torch.float64) * visual * (torch.arange(Sk) % 3 != 0)
+    prior = (prior / prior.sum(-1, keepdim=True).clamp_min(1e-9)).to(
+        torch.float64 if case.dtype == torch.float64 else torch.float32
+    )
+    padding = None
+    if case.padding is not None:
+        padding = torch.zeros(batch, Sk, dtype=torch.bool)
+        for b, (first, end) in enumerate(case.padding):
+            padding[b, first:end] = True
+    options = AttentionOptions(case.causal, D**-0.5, case.window, case.softcap)
+    weights = WeightOptions(case.beta, case.protect, case.normalize)
+    return Inputs(case, q, k, v, visual, text, prior, padding, options, weights)
+
+
+def reference(inputs: Inputs, dtype: torch.dtype = torch.float64, *, sav_grad=False, requires_grad=False):
+    """(out, stats, leaves) of the eager oracle on the same rounded inputs, in a dtype."""
+    case = inputs.case
+    leaves = [t.to(dtype).requires_grad_(requires_grad) for t in (inputs.q, inputs.k, inputs.v, inputs.prior)]
+    out, stats = sar_attention_reference(
+        *leaves[:3],
+        inputs.visual,
+        inputs.text,
+        leaves[3],
+        beta=case.beta,
+        causal=case.causal,
+        key_padding_mask=inputs.padding,
+        window_size=case.window,
+        softcap=case.softcap,
+        protect_first_head=case.protect,
+        normalize=case.normalize,
+        sav_grad=sav_grad,
+        return_stats=True,
+    )
+    return out, stats, leaves
+
+
+def assert_close(name: str, got, exact, eager, factor: float, atol: float) -> None:
+    """max|got - exact| <= factor * max|eager - exact| + atol: no worse than eager PyTorch in the same dtype."""
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    error, allowed = (got - exact).abs().max().item(), (eager.to(exact.dtype) - exact).abs().max().item()
+    assert error <= factor * allowed + atol, f"{name}: error {error:.3g}, eager in the input dtype {allowed:.3g}"
+
+
+def assert_relative(name: str, got, exact, rtol: float = 1e-3) -> None:
+    """Relative error per entry, where zero must be exactly zero."""
+    error = ((got.double() - exact.double()).abs() - rtol * exact.double().abs()).max().item()
+    assert error <= 0, f"{name}: {got} instead of {exact}"
+
+
+def counting_queries(inputs: Inputs) -> torch.Tensor:
+    """Per sample, the text queries that see two or more visual keys."""
+    case = inputs.case
+    distance = torch.arange(case.seqlen_k) - (torch.arange(case.seqlen_q)[:, None] + case.seqlen_k - case.seqlen_q)
+    left, right = case.window[0], 0 if case.causal else case.window[1]
+    sees = inputs.visual[:, None, :].expand(-1, case.seqlen_q, -1)
+    if right >= 0:
+        sees = sees & (distance <= right)
+    if left >= 0:
+        sees = sees & (distance >= -left)
+    if inputs.padding is not None:
+        sees = sees & inputs.padding[:, None, :]
+    return (inputs.text & (sees.sum(-1) >= 2)).sum(-1)
+
+
+def statistics_of(stats) -> tuple[torch.Tensor, ...]:
+    return stats.alignment_variance, stats.semantic_alignment, stats.head_weights
+
+
+def check_forward(inputs: Inputs, out, lse, av, sa, c, count) -> None:
+    """SPEC's output and statistics rules against the oracle."""
+    exact, stats, _ = reference(inputs)
+    eager, _, _ = reference(inputs, inputs.case.dtype)
+    assert out.dtype == inputs.q.dtype
+    assert_close("out", out.double(), exact, eager.double(), 2, 1e-5)
+    dead = stats.lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, dead)
+    torch.testing.assert_close(lse.double()[~dead], stats.lse[~dead], rtol=1e-5, atol=1e-5)
+    for name, got, want in zip(STATISTICS, (av, sa, c), statistics_of(stats)):
+        assert_relative(name, got, want)
+    assert torch.equal(count.long(), counting_queries(inputs))

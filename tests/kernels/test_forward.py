@@ -1,0 +1,216 @@
+"""Forward kernel and head weights against the fp64 oracle, in the interpreter."""
+
+import pytest
+import torch
+from kernel_cases import Case, assert_relative, check_forward, make, reference
+from sar_kernels.attention import (
+    AttentionOptions,
+    WeightOptions,
+    attention_forward,
+    attention_statistics,
+    sar_forward,
+)
+
+BASE = Case()
+TWO_IMAGES = (((3, 20), (30, 61)), ((0, 1),))
+CASES = [
+    BASE,
+    BASE.but(name="fp16", dtype=torch.float16),
+    BASE.but(name="fp64", dtype=torch.float64),
+    BASE.but(name="mha-d16", kv_heads=4, head_dim=16),
+    BASE.but(name="mqa-d80", kv_heads=1, head_dim=80, dtype=torch.float16),
+    BASE.but(name="gqa7-d128", heads=7, kv_heads=1, head_dim=128),
+    BASE.but(name="d96-dv32", head_dim=96, head_dim_v=32),
+    BASE.but(name="d112", head_dim=112, seqlen_q=40),
+    BASE.but(name="d256", head_dim=256, heads=2, kv_heads=1, seqlen_q=70, dtype=torch.float16),
+    BASE.but(name="short-queries", seqlen_q=17),
+    BASE.but(name="one-query", seqlen_q=1, seqlen_k=128),
+    BASE.but(name="more-queries-than-keys", seqlen_q=120, seqlen_k=90),
+    BASE.but(name="full", causal=False),
+    BASE.but(name="padded-left-and-right", padding=((11, 97), (0, 60))),
+    BASE.but(name="all-padding", padding=((0, 0), (0, 97)), causal=False),
+    BASE.but(name="window", window=(40, -1)),
+    BASE.but(name="window-both", window=(20, 9), causal=False, head_dim=16),
+    BASE.but(name="softcap", softcap=2.0, dtype=torch.float16),
+    BASE.but(name="everything", window=(50, -1), softcap=3.0, padding=((4, 97), (0, 90)), seqlen_q=65, head_dim=16),
+    BASE.but(name="two-images", images=TWO_IMAGES, head_dim=16),
+    BASE.but(name="text-between-images", images=TWO_IMAGES, text_only_rows=False, head_dim=16),
+    BASE.but(name="text-only-sample", images=(((5, 45),), ()), head_dim=16),
+    BASE.but(name="image-only-sample", images=(((5, 45),), ((0, 97),)), head_dim=16),
+    BASE.but(name="unprotected", protect=False, head_dim=16),
+    BASE.but(name="standardize", normalize="standardize", beta=0.5, head_dim=16),
+    BASE.but(name="one-head", heads=1, kv_heads=1, normalize="standardize", head_dim=16),
+    BASE.but(name="underflowing-weights", beta=1e-6, head_dim=16),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case):
+    inputs = make(case)
+    check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1), (7, 1)])
+@pytest.mark.parametrize("seqlens", [(1, 1), (3, 64), (63, 111), (64, 64), (128, 200), (200, 200)])
+def test_matches_reference_grid(dtype, head_dim, heads, seqlens):
+    case = BASE.but(dtype=dtype, head_dim=head_dim, heads=heads[0], kv_heads=heads[1])
+    case = case.but(seqlen_q=seqlens[0], seqlen_k=seqlens[1], images=(((0, min(40, seqlens[1])),), ()))
+    inputs = make(case)
+    check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
+
+
+def test_plain_attention_matches_reference_without_weights():
+    inputs = make(BASE.but(images=((), ()), dtype=torch.float16, padding=((0, 97), (20, 80))))
+    out, lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    n = len(inputs.case.images)
+    ones = torch.ones(n, 4)
+    check_forward(inputs, out, lse, 0 * ones, 0 * ones, ones, torch.zeros(n))
+
+
+def test_sample_without_counting_query_is_plain_attention_bit_for_bit():
+    images = (((5, 45),), (), ((0, 97),), ((7, 8),))  # an image and text, text only, image only, one visual token
+    inputs = make(BASE.but(images=images, dtype=torch.float16, head_dim=16))
+    plain, plain_lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    out, lse, _, _, c, count = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    assert count.tolist() == [52, 0, 0, 0]
+    assert torch.equal(c[1:], torch.ones_like(c[1:]))
+    assert torch.equal(out[1:], plain[1:])
+    assert torch.equal(lse, plain_lse)
+    assert not torch.equal(out[0], plain[0])
+
+
+def test_huge_unprotected_beta_is_plain_attention():
+    inputs = make(BASE.but(beta=1e30, protect=False, head_dim=16))
+    plain, _ = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    out = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())[0]
+    torch.testing.assert_close(out, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_variance_survives_a_common_shift_of_all_keys():
+    inputs = make(BASE)
+    shift = torch.randn(BASE.head_dim)
+    shift *= 100 * inputs.k.std() / shift.std()
+    inputs.k = inputs.k + shift
+    exact = reference(inputs)[1]
+    _, lse, av, _, _, _ = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    assert_relative("av in the forward pass", av, exact.alignment_variance)
+    av = attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())[0]
+    assert_relative("av from lse", av, exact.alignment_variance)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BASE,
+        BASE.but(name="softcap-window", softcap=2.0, window=(60, -1), head_dim=16),
+        BASE.but(name="padding", padding=((9, 97), (0, 40)), seqlen_q=33, head_dim=80),
+        BASE.but(name="text-only", images=((), ((3, 5),)), causal=False, head_dim=16),
+    ],
+    ids=str,
+)
+def test_statistics_from_lse_equal_the_forward_pass(case):
+    inputs = make(case)
+    _, lse, *expected = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    got = attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())
+    for name, a, b in zip(("av", "sa", "c", "count"), got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_is_deterministic():
+    inputs = make(BASE)
+    runs = [sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_strided_inputs_are_read_in_place():
+    inputs = make(BASE.but(heads=2, head_dim=16))
+    expected = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    fused = torch.randn(2, 97, 3, 2, 16)
+    fused[:, :, 0], fused[:, :, 1], fused[:, :, 2] = inputs.q, inputs.k, inputs.v
+    got = sar_forward(*fused.unbind(2), *inputs.sav, **inputs.kwargs())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v)]
+    got = sar_forward(*heads_first, *inputs.sav, **inputs.kwargs())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_offsets_beyond_32_bits():
+    """Samples and tokens further apart than 2^31 elements; the memory between them is never touched."""
+    import numpy as np
+
+    inputs = make(BASE.but(seqlen_q=70, seqlen_k=70, images=(((5, 45),), ((0, 20),)), heads=1, kv_heads=1, head_dim=16))
+    expected = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    memory = torch.from_numpy(np.empty(2**31 + 70 * 2**23 + 16, dtype=np.float32))
+    for strides in ((2**31, 2**23, 16, 1), (35 * 2**23 * 2, 2**23, 16, 1)):
+        far = torch.as_strided(memory, inputs.k.shape, strides)
+        far.copy_(inputs.k)
+        got = attention_forward(inputs.q, far, inputs.v, **inputs.kwargs(weights=False))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 1, 1), (1, 0, 0)])
+def test_empty_and_single_tokens(batch, seqlen_q, seqlen_k):
+    q, k = torch.randn(batch, seqlen_q, 2, 16), torch.randn(batch, seqlen_k, 2, 16)
+    visual, text = torch.ones(batch, seqlen_k).bool(), torch.ones(batch, seqlen_q).bool()
+    options = AttentionOptions(True, 0.25)
+    out, lse, _, _, c, count = sar_forward(
+        q, k, k, visual, text, visual.float(), options=options, weights=WeightOptions(0.5)
+    )
+    assert out.shape == q.shape
+    assert lse.shape == (batch, 2, seqlen_q)
+    if seqlen_k == 0:
+        assert not out.any()
+        assert (lse == -torch.inf).all()
+    elif out.numel():
+        torch.testing.assert_close(out, k)
+    assert torch.equal(c, torch.ones(batch, 2))
+    assert not count.any()
+
+
+def test_lengths_never_choose_another_kernel():
+    from sar_kernels import backward, forward, statistics
+
+    for kernel in (forward.forward_kernel, backward.dq_kernel, backward.dkdv_kernel, statistics.statistics_kernel):
+        function = getattr(kernel, "fn", kernel)
+        arguments = function.__code__.co_varnames if hasattr(function, "__code__") else ()
+        assert {"max_seqlen_q", "max_seqlen_k"} <= set(arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=torch.randn(2, 9, 3, 16)), "heads: got 4 query heads, need a multiple of the 3"),
+        (dict(q=torch.randn(2, 9, 4, 32)), "head dim: got 32"),
+        (dict(v=torch.randn(2, 9, 2, 16).half()), "v: got torch.float16"),
+        (dict(q=torch.randn(9, 4, 16)), "q: got shape"),
+        (dict(visual_mask=torch.ones(2, 9)), "visual_mask: got torch.float32"),
+        (dict(text_mask=torch.ones(2, 8).bool()), "text_mask: got torch.bool (2, 8)"),
+        (dict(prior=torch.ones(2, 9).long()), "prior: got torch.int64"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    kv, ones = torch.randn(2, 9, 2, 16), torch.ones(2, 9).bool()
+    arguments = dict(q=torch.randn(2, 9, 4, 16), k=kv, v=kv, visual_mask=ones, text_mask=ones, prior=ones.float())
+    if "k" in change:
+        change = {**change, "v": change["k"]}
+    with pytest.raises(ValueError) as error:
+        sar_forward(**{**arguments, **change}, options=AttentionOptions(True, 0.25), weights=WeightOptions(0.5))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make_options",
+    [
+        lambda: WeightOptions(0.0),
+        lambda: WeightOptions(-1.0),
+        lambda: WeightOptions(1.0, True, "mean"),
+        lambda: AttentionOptions(True, 0.0),
+        lambda: AttentionOptions(True, 1.0, softcap=-1.0),
+    ],
+)
+def test_options_are_checked(make_options):
+    with pytest.raises(ValueError, match="need"):
+        make_options()
