@@ -10,34 +10,26 @@ that a call adds (one child process each). Every figure of a row is measured in 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from sar_fast import sar_attn_func
+from sar_fast.analysis.eager import eager_sar_attention
+from sar_fast.analysis.timing import attention_inputs, interleaved_times
 
 HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B's attention
 SHAPES = {704: 576, 3072: 2880}  # prompt length: visual tokens (LLaVA-1.5; LLaVA-NeXT)
-SYSTEM_TOKENS = 32
 
 
-def make_inputs(length: int, visual: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def make_inputs(length: int, visual: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """q (1, N, 28, 128), k and v (1, N, 4, 128), visual and text masks, prior: system text, image, question."""
-    generator = torch.Generator().manual_seed(seed)
-    rand = lambda heads: torch.randn(1, length, heads, HEAD_DIM, generator=generator).to(dtype)
-    q, k, v = rand(HEADS), rand(KV_HEADS), rand(KV_HEADS)
-    visual_mask = torch.zeros(1, length, dtype=torch.bool)
-    visual_mask[:, SYSTEM_TOKENS : SYSTEM_TOKENS + visual] = True
-    text_mask = torch.zeros_like(visual_mask)
-    text_mask[:, SYSTEM_TOKENS + visual :] = True
-    prior = torch.rand(1, length, generator=generator) * visual_mask
-    return q, k, v, visual_mask, text_mask, prior / prior.sum(-1, keepdim=True)
+    return attention_inputs(length, visual, dtype, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 
 
 def sdpa(q, k, v, visual_mask, text_mask, prior):
@@ -46,42 +38,12 @@ def sdpa(q, k, v, visual_mask, text_mask, prior):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def eager_sar(q, k, v, visual_mask, text_mask, prior):
-    """The research code's formulation: the whole score matrix, fp32 softmax, statistics from both, per head."""
-    B, N, H, D = q.shape
-    visual, text = visual_mask[0].nonzero()[:, 0], text_mask[0].nonzero()[:, 0]
-    q = q.transpose(1, 2)
-    k, v = (x.transpose(1, 2).repeat_interleave(H // x.shape[2], dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * D**-0.5
-    scores = scores + torch.full((N, N), -torch.inf, dtype=q.dtype).triu(1)
-    probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    block = scores[:, :, text][:, :, :, visual].float()
-    alignment_variance = block.var(-1).mean(-1)
-    semantic_alignment = (probs[:, :, text][:, :, :, visual].float() * prior[:, None, None, visual]).sum(-1).mean(-1)
-    weights = torch.softmax(alignment_variance * semantic_alignment / 0.5, dim=-1)
-    weights = torch.cat([weights.amax(-1, keepdim=True), weights[:, 1:]], dim=-1)
-    out = (probs @ v) * (H * weights)[:, :, None, None].to(q.dtype)
-    return out.transpose(1, 2)
-
-
 PROVIDERS = {
     "sdpa (no SAR)": sdpa,
     "sar composed": lambda *inputs: sar_attn_func(*inputs, backend="composed"),
     "sar torch": lambda *inputs: sar_attn_func(*inputs, backend="torch"),
-    "sar eager": eager_sar,
+    "sar eager": eager_sar_attention,
 }
-
-
-def interleaved_times(inputs: tuple, repeats: int) -> dict[str, float]:
-    """Median seconds of each provider; rounds visit all providers, so that a slow spell hits them alike."""
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-    for turn in range(repeats + 1):
-        for name, run in PROVIDERS.items():
-            start = time.perf_counter()
-            run(*inputs)
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _status_kb(field: str) -> int:
@@ -92,7 +54,7 @@ def _status_kb(field: str) -> int:
 def _peak_child(name: str, length: int, visual: int, dtype: torch.dtype, threads: int, pipe) -> None:
     torch.set_num_threads(threads)
     inputs = make_inputs(length, visual, dtype)
-    PROVIDERS[name](*make_inputs(64, 32, dtype))  # allocate the libraries' own buffers first
+    PROVIDERS[name](*make_inputs(64, 24, dtype))  # allocate the libraries' own buffers first
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status_kb("VmRSS")
     out = PROVIDERS[name](*inputs)
@@ -114,8 +76,8 @@ def peak_extra_bytes(name: str, length: int, visual: int, dtype: torch.dtype) ->
 def check(inputs: tuple) -> None:
     """Refuse to time a wrong answer: our output against the eager formulation in fp64."""
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    expected = eager_sar(*wide)
-    allowed = 2 * (eager_sar(*inputs).double() - expected).abs().max() + 1e-5
+    expected = eager_sar_attention(*wide)
+    allowed = 2 * (eager_sar_attention(*inputs).double() - expected).abs().max() + 1e-5
     for name in ("sar composed", "sar torch"):
         error = (PROVIDERS[name](*inputs).double() - expected).abs().max()
         if error > allowed:
@@ -140,7 +102,9 @@ def main() -> None:
     for length in args.lengths:
         for dtype in (torch.float32, torch.bfloat16):
             check(make_inputs(256, 192, dtype))
-            times = interleaved_times(make_inputs(length, SHAPES[length], dtype), args.repeats)
+            inputs = make_inputs(length, SHAPES[length], dtype)
+            calls = {name: functools.partial(run, *inputs) for name, run in PROVIDERS.items()}
+            times = interleaved_times(calls, args.repeats)
             extra = {name: peak_extra_bytes(name, length, SHAPES[length], dtype) for name in PROVIDERS}
             for name, seconds in times.items():
                 record = {

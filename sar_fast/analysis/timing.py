@@ -1,0 +1,57 @@
+"""Timing side by side: the same inputs, interleaved rounds, medians. Compare within one call only."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+SYSTEM_TOKENS = 32  # text before the image in the made-up prompts
+
+
+def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call. Every round visits all of them, so that a slow spell of the machine hits all alike;
+    one round more than ``repeats`` runs first and is not counted."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def attention_inputs(
+    length: int,
+    visual: int,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Random (q, k, v, visual_mask, text_mask, prior) of one prompt: system text, ``visual`` image tokens, a question.
+
+    q is (1, length, heads, head_dim), k and v (1, length, kv_heads, head_dim), the others (1, length).
+    """
+    if not 0 < visual <= length - SYSTEM_TOKENS:
+        raise ValueError(f"visual must be 1 to length - {SYSTEM_TOKENS} = {length - SYSTEM_TOKENS}; got {visual}")
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda n: torch.randn(1, length, n, head_dim, generator=generator).to(device, dtype)
+    q, k, v = rand(heads), rand(kv_heads), rand(kv_heads)
+    visual_mask = torch.zeros(1, length, dtype=torch.bool)
+    visual_mask[:, SYSTEM_TOKENS : SYSTEM_TOKENS + visual] = True
+    text_mask = torch.zeros_like(visual_mask)
+    text_mask[:, SYSTEM_TOKENS + visual :] = True
+    prior = torch.rand(1, length, generator=generator) * visual_mask
+    prior = prior / prior.sum(-1, keepdim=True)
+    return q, k, v, visual_mask.to(device), text_mask.to(device), prior.to(device)
