@@ -11,6 +11,7 @@ Normalize = Literal["none", "standardize"]
 TextQueries = Literal["after_last_image", "after_first_image"]
 PriorSource = Literal["vision_layer", "projected"]
 DecodeMode = Literal["running", "step", "prompt"]
+RecordRows = Literal["none", "last_text"]
 BackendName = Literal["auto", "triton", "composed", "torch"]
 
 
@@ -45,6 +46,8 @@ class SARConfig:
         sav_grad: let gradients flow through the weights (False: the weights are constants in backward).
         backend: which implementation computes attention; ``"auto"`` chooses by device and options.
         record: keep each layer's statistics of the last call in ``handle.stats``.
+        record_rows: ``"last_text"`` keeps, per layer, each head's attention of the last text query over the visual
+            keys in ``handle.rows``, without eager attention; ``"none"`` costs nothing.
     """
 
     activation_layer_k: int = 10
@@ -57,6 +60,7 @@ class SARConfig:
     sav_grad: bool = False
     backend: BackendName = "auto"
     record: bool = False
+    record_rows: RecordRows = "none"
 
     def __post_init__(self) -> None:
         k = self.activation_layer_k
@@ -73,6 +77,7 @@ class SARConfig:
         check_choice("prior_source", self.prior_source, get_args(PriorSource))
         check_choice("decode", self.decode, get_args(DecodeMode))
         check_choice("backend", self.backend, get_args(BackendName))
+        check_choice("record_rows", self.record_rows, get_args(RecordRows))
 
     def replace(self, **changes: Any) -> SARConfig:
         """A validated copy with ``changes`` applied."""

@@ -1,4 +1,4 @@
-"""FlashAttention-2's functions on this project's kernels, SAR off: the same signatures, so that code can be pointed here.
+"""FlashAttention-2's functions on this project's kernels, SAR off, under the same signatures.
 
 What the kernels do not have (dropout, ALiBi, rotary inside the kernel) raises by name.
 """

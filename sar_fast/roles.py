@@ -58,7 +58,7 @@ def roles_from_visual(
     if attention_mask is not None:
         if tuple(attention_mask.shape) != tuple(visual.shape):
             raise ValueError(
-                f"attention_mask must have shape {tuple(visual.shape)} like input_ids; got {tuple(attention_mask.shape)}"
+                f"attention_mask must have input_ids' shape {tuple(visual.shape)}; got {tuple(attention_mask.shape)}"
             )
         real = attention_mask != 0
     visual = visual & real

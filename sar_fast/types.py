@@ -78,15 +78,15 @@ class SARState:
         )
 
     @classmethod
+    def from_means(cls, av: Tensor, sa: Tensor, head_weights: Tensor, count: Tensor) -> SARState:
+        """State of ``count`` (B,) queries whose mean statistics are ``av``, ``sa`` (B, H)."""
+        av, sa, c, n = (t.detach().to(torch.float32) for t in (av, sa, head_weights, count))
+        return cls(av * n[:, None], sa * n[:, None], n.clone(), c.clone())
+
+    @classmethod
     def from_stats(cls, stats: SARStats) -> SARState:
         """State after a prompt whose statistics are ``stats``."""
-        count = stats.query_count.detach().clone()
-        return cls(
-            stats.alignment_variance.detach() * count[:, None],
-            stats.semantic_alignment.detach() * count[:, None],
-            count,
-            stats.head_weights.detach().clone(),
-        )
+        return cls.from_means(stats.alignment_variance, stats.semantic_alignment, stats.head_weights, stats.query_count)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(av_sum, sa_sum, count, head_weights)."""

@@ -1,0 +1,78 @@
+"""One SAR layer's attention with the state of the tokens before it (docs/method.md, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sar_fast import ops
+from sar_fast.backends.select import choose_backend
+from sar_fast.config import SARConfig
+from sar_fast.types import AttentionOptions, SARState, SARStats
+
+
+def attend_with_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual_mask: Tensor,
+    text_mask: Tensor,
+    prior: Tensor,
+    *,
+    config: SARConfig,
+    options: AttentionOptions,
+    past: SARState | None,
+    frozen: bool = False,
+    carried_rows: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+) -> tuple[Tensor, SARStats, SARState]:
+    """Re-weighted attention of new queries over all keys, continuing from ``past``.
+
+    Args:
+        q: (B, Sq, H, D). k, v: (B, Sk, Hkv, D), the cached keys included. Masks and prior as in ``sar_attn_func``.
+        options: mask pattern and scale of the call; beta, protection and normalisation come from ``config``.
+        past: the layer's state, or None for a prompt.
+        frozen: use ``past.head_weights`` as they are (``decode="prompt"`` and no new visual tokens).
+        carried_rows: (B,) fp32, 0 for rows whose sums start afresh; None = all go on.
+
+    Returns:
+        (out, statistics with an empty lse, the state after this call).
+    """
+    options = dataclasses.replace(
+        options, beta=float(config.beta), protect_first_head=config.protect_first_head, normalize=config.normalize
+    )
+    backend = choose_backend(
+        config.backend,
+        q.device,
+        q.dtype,
+        options,
+        padded=key_padding_mask is not None,
+        masked=attn_mask is not None,
+    )
+    call: dict[str, Any] = dict(
+        key_padding_mask=key_padding_mask, attn_mask=attn_mask, options=options, backend=backend
+    )
+    if frozen:
+        out = ops.attention(q, k, v, None, None, None, **call)[0]
+        out = out * past.head_weights[:, None, :, None].to(out.dtype)
+        total = past.count.clamp_min(1)[:, None]
+        av, sa, c, count = past.av_sum / total, past.sa_sum / total, past.head_weights, past.count
+        state = past
+    else:
+        carried = None
+        if past is not None and config.decode != "step":
+            keep = torch.ones_like(past.count) if carried_rows is None else carried_rows
+            carried = (past.av_sum * keep[:, None], past.sa_sum * keep[:, None], past.count * keep)
+        out, _, av, sa, c, count = ops.attention(
+            q, k, v, visual_mask, text_mask, prior, carried=carried, sav_grad=config.sav_grad, **call
+        )
+        state = SARState.from_means(av, sa, c, count)
+    narrow = lambda t: t.detach().to(torch.float32)
+    stats = SARStats(
+        torch.empty(0, device=q.device), narrow(av), narrow(sa), narrow(av * sa), narrow(c), narrow(count), backend
+    )
+    return out, stats, state

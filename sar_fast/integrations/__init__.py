@@ -1,0 +1,1 @@
+"""Integrations of SAR with model libraries."""

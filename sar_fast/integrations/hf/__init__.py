@@ -1,0 +1,20 @@
+"""SAR on Hugging Face multimodal models: ``apply_sar(model, config)``.
+
+How a forward pass goes: a pre-hook on the base model builds a :class:`~.context.SARContext` (token roles) and passes it
+down as the keyword ``sar_context``; the vision encoder's output brings the patch norms that become the prior; the
+registered attention function reads both; decode state rides on the KV cache. Nothing is global.
+"""
+
+from sar_fast.integrations.hf.apply import SARHandle, apply_sar, patch_model_for_sar, remove_sar
+from sar_fast.integrations.hf.families import Family, UnsupportedModelError, register_family, supported_model_types
+
+__all__ = [
+    "Family",
+    "SARHandle",
+    "UnsupportedModelError",
+    "apply_sar",
+    "patch_model_for_sar",
+    "register_family",
+    "remove_sar",
+    "supported_model_types",
+]

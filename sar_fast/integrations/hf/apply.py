@@ -1,0 +1,373 @@
+"""``apply_sar``, ``remove_sar`` and the handle between them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sar_fast.backends.select import choose_backend
+from sar_fast.cache_state import state_of
+from sar_fast.config import SARConfig
+from sar_fast.integrations.hf import attention
+from sar_fast.integrations.hf.context import SARContext, roles_of_pass
+from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
+from sar_fast.roles import TokenRoles
+from sar_fast.types import AttentionOptions, SARStats
+
+HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
+
+_this_thread = threading.local()  # the forward pass and the vision call on this thread's stack, nothing longer-lived
+
+
+class SARHandle:
+    """SAR on one model: removes it, describes it, and holds what the last call recorded. Also a context manager.
+
+    Attributes:
+        config: the options in force.
+        stats: layer index -> :class:`~sar_fast.SARStats` of the last call, with ``SARConfig(record=True)``.
+        rows: layer index -> (B, H, Sk) fp32 attention of each sample's last text query over its visual keys, with
+            ``SARConfig(record_rows="last_text")``.
+        roles, prior: token roles of the last prompt, and its (B, S) fp32 prior.
+    """
+
+    def __init__(self, model: nn.Module, config: SARConfig) -> None:
+        self.config = config
+        self.model = unwrap(model)
+        self.family: Family = find_family(self.model.config)
+        self.base_model = self.model.base_model
+        self.attention_modules = find_attention_modules(self.model)
+        total = len(self.attention_modules)
+        if config.activation_layer_k > total:
+            raise ValueError(
+                f"activation_layer_k must be at most the number of attention layers, {total}; got "
+                f"{config.activation_layer_k}"
+            )
+        self.vision_blocks = self.family.find_vision_blocks(self.base_model)
+        L = len(self.vision_blocks)
+        self.prior_block = min(2 * L // 3, L - 1)
+        self.placeholder_ids = {
+            modality: int(getattr(self.model.config, field))
+            for modality, field in self.family.placeholder_ids.items()
+            if getattr(self.model.config, field, None) is not None
+        }
+        if not self.placeholder_ids:
+            fields = ", ".join(self.family.placeholder_ids.values())
+            raise UnsupportedModelError(f"model: its config has no visual placeholder id ({fields})")
+        self._hooks: list[Any] = []
+        self._previous_implementation: str | None = None
+        self.stats: dict[int, SARStats] = {}
+        self.rows: dict[int, Tensor] = {}
+        self.roles: TokenRoles | None = None
+        self.prior: Tensor | None = None
+
+    @property
+    def sar_layers(self) -> list[int]:
+        """Indices of the re-weighted attention layers, counted among layers that attend."""
+        total = len(self.attention_modules)
+        return list(range(total - self.config.activation_layer_k, total))
+
+    def install(self) -> SARHandle:
+        """Put SAR on the model; ``apply_sar`` calls it."""
+        attention.register()
+        text_config = self.model.config.get_text_config()
+        self._previous_implementation = text_config._attn_implementation
+        self._set_implementation(attention.ATTENTION_NAME)
+        for index in self.sar_layers:
+            setattr(self.attention_modules[index], attention.LAYER_MARK, index)
+        self.base_model.__dict__[HANDLE_MARK] = self
+        for modality in self.placeholder_ids:
+            _watch_features(type(self.base_model), modality)
+        decoder_layers = find_decoder_layers(self.model)
+        self._hooks = [
+            self.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.base_model.register_forward_hook(self._after_forward, always_call=True),
+            self.vision_blocks[self.prior_block].register_forward_hook(self._after_vision_block),
+            *(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in decoder_layers),
+        ]
+        return self
+
+    def remove(self) -> None:
+        """Restore the model exactly; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.base_model.__dict__.get(HANDLE_MARK) is not self:
+            return
+        del self.base_model.__dict__[HANDLE_MARK]
+        for module in self.attention_modules:
+            module.__dict__.pop(attention.LAYER_MARK, None)
+        self._set_implementation(self._previous_implementation)
+
+    def __enter__(self) -> SARHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def describe(self) -> dict[str, Any]:
+        """What this model gets, as plain values."""
+        text_config = self.model.config.get_text_config()
+        heads = text_config.num_attention_heads
+        parameter = next(self.model.parameters())
+        head_dim = getattr(self.attention_modules[0], "head_dim", text_config.hidden_size // heads)
+        options = AttentionOptions(softmax_scale=1.0)
+        return {
+            "model_type": self.model.config.model_type,
+            "family": self.family.name,
+            "attention_layers": len(self.attention_modules),
+            "sar_layers": self.sar_layers,
+            "num_heads": heads,
+            "num_kv_heads": getattr(text_config, "num_key_value_heads", heads),
+            "head_dim": head_dim,
+            "vision_blocks": len(self.vision_blocks),
+            "prior_block": self.prior_block,
+            "prior_source": self.config.prior_source,
+            "backend": choose_backend(
+                self.config.backend, parameter.device, parameter.dtype, options, padded=False, masked=False
+            ),
+            "image_token_ids": self.placeholder_ids,
+        }
+
+    # what attention layers call
+
+    def record(self, layer: int, stats: SARStats) -> None:
+        """Keep a layer's statistics of the call that is running."""
+        self.stats[layer] = stats
+
+    def record_rows(self, layer: int, rows: Tensor) -> None:
+        """Keep a layer's attention rows of the call that is running."""
+        self.rows[layer] = rows
+
+    # hooks; bound methods, so that a deep copy of the model gets hooks of its own handle
+
+    def _set_implementation(self, name: str | None) -> None:
+        text_config = self.model.config.get_text_config()
+        if text_config is self.model.config:
+            self.model.set_attn_implementation(name)
+            return
+        key = next(k for k in self.model.config.sub_configs if getattr(self.model.config, k, None) is text_config)
+        self.model.set_attn_implementation({key: name})
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Build the pass's context and send it down with the other keyword arguments."""
+        given = _bind(type(module).forward, args, kwargs)
+        cache = given.get("past_key_values")
+        past_length = 0 if cache is None else cache.get_seq_length()
+        past = state_of(cache)
+        encoded = given.get("mm_encoder_outputs") or {}
+        comes = {
+            "image": encoded.get("image") is not None or given.get("pixel_values") is not None,
+            "video": encoded.get("video") is not None or given.get("pixel_values_videos") is not None,
+        }
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        shape = (ids if ids is not None else embeds).shape[:2]
+        device = (ids if ids is not None else embeds).device
+        placeholders = {
+            m: _placeholder_mask(module, ids, embeds, token) for m, token in self.placeholder_ids.items() if comes[m]
+        }
+        visual = torch.zeros(shape, dtype=torch.bool, device=device)
+        for mask in placeholders.values():
+            visual = visual | mask
+        attention_mask = given.get("attention_mask")
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
+            attention_mask = None
+        roles = roles_of_pass(visual, attention_mask, past_length, past, self.config)
+        context = SARContext(self.config, roles, past_length, placeholders, past, recorder=self)
+        for modality in placeholders:
+            if encoded.get(modality) is not None:
+                context.add_norms(modality, _norms_on(encoded[modality], modality))
+        if placeholders:
+            self.roles, self.prior = roles, context.prior
+        _this_thread.context = context
+        return args, {**kwargs, "sar_context": context}
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        context = getattr(_this_thread, "context", None)
+        if context is not None and context.placeholders:
+            self.prior = context.prior
+        _this_thread.context = None
+
+    def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Decoder layers see the cache that the text model made itself."""
+        context = kwargs.get("sar_context")
+        if context is not None and context.cache is None:
+            context.cache = kwargs.get("past_key_values")
+
+    def _after_vision_block(self, module: nn.Module, args: tuple, output: Any) -> None:
+        collected = getattr(_this_thread, "patch_norms", None)
+        if collected is not None and self.config.prior_source == "vision_layer":
+            hidden = output[0] if isinstance(output, tuple) else output
+            collected.append(torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32))
+
+    def token_norms(self, modality: str, output: Any, patch_norms: list[Tensor], arguments: dict[str, Any]) -> Tensor:
+        """(n,) fp32 norms of a modality's visual tokens in placeholder order."""
+        features = output.pooler_output
+        features = features if isinstance(features, Tensor) else torch.cat([f.flatten(0, -2) for f in features])
+        if self.config.prior_source == "projected":
+            return torch.linalg.vector_norm(features.detach().flatten(0, -2), dim=-1, dtype=torch.float32)
+        if not patch_norms:
+            raise RuntimeError(
+                f"SAR: vision block {self.prior_block} did not run inside get_{modality}_features; the prior cannot "
+                f"be built. Use prior_source='projected' or describe the {self.family.name} family's vision blocks"
+            )
+        norms = self.family.token_norms(self.base_model, patch_norms[-1], arguments)
+        expected = features.flatten(0, -2).shape[0]
+        if norms.numel() != expected:
+            raise RuntimeError(
+                f"SAR: the {self.family.name} family maps patches to {norms.numel()} visual tokens, the model made "
+                f"{expected}"
+            )
+        return norms
+
+
+def _watch_features(cls: type, modality: str) -> None:
+    """Let ``cls.get_<modality>_features`` put the prior's norms on its output, for instances that SAR is applied to.
+
+    Once per class: other instances, and this one after ``remove``, pass straight through.
+    """
+    name = f"get_{modality}_features"
+    original = getattr(cls, name, None)
+    if original is None or getattr(original, "_sar_watches", False):
+        return
+
+    @functools.wraps(original)
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = self.__dict__.get(HANDLE_MARK)
+        if handle is None:
+            return original(self, *args, **kwargs)
+        _this_thread.patch_norms = []
+        try:
+            output = original(self, *args, **kwargs)
+            arguments = _bind(original, args, kwargs)
+            norms = handle.token_norms(modality, output, _this_thread.patch_norms, arguments)
+        finally:
+            _this_thread.patch_norms = None
+        output[_norms_key(modality)] = norms
+        context = getattr(_this_thread, "context", None)
+        if context is not None and modality in context.placeholders:
+            context.add_norms(modality, norms)
+        return output
+
+    watched._sar_watches = True
+    setattr(cls, name, watched)
+
+
+def _norms_key(modality: str) -> str:
+    return f"sar_{modality}_norms"
+
+
+def _norms_on(output: Any, modality: str) -> Tensor:
+    """The norms that a watched feature call left on its output."""
+    if _norms_key(modality) not in output:
+        raise ValueError(
+            f"mm_encoder_outputs[{modality!r}] was encoded without SAR: encode it after apply_sar, with the model's "
+            f"own get_{modality}_features"
+        )
+    return output[_norms_key(modality)]
+
+
+@functools.cache
+def _parameters(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+def _bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, positional ones included."""
+    return {**dict(zip(_parameters(function), args)), **kwargs}
+
+
+def _placeholder_mask(base_model: nn.Module, ids: Tensor | None, embeds: Tensor | None, token: int) -> Tensor:
+    """(B, S) bool: where the ids, or the embeddings when only they are given, are placeholder ``token``."""
+    if ids is not None:
+        return ids == token
+    row = base_model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
+    return (embeds == row).all(-1)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT, DDP and compile wrappers."""
+    from transformers import PreTrainedModel
+
+    seen = model
+    while not isinstance(seen, PreTrainedModel):
+        if hasattr(seen, "get_base_model"):
+            inner = seen.get_base_model()
+        else:
+            inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
+        if inner is None or inner is seen:
+            raise TypeError(
+                f"model must be a transformers PreTrainedModel or a wrapper of one; got {type(model).__name__}"
+            )
+        seen = inner
+    return seen
+
+
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The text model's list of decoder layers."""
+    decoder = model.get_decoder()
+    while decoder is not None and not hasattr(decoder, "layers"):
+        decoder = getattr(decoder, "model", None) or getattr(decoder, "language_model", None)
+    if decoder is None:
+        raise UnsupportedModelError(f"model: {type(model).__name__} has no decoder with a list of layers")
+    return decoder.layers
+
+
+def find_attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The self-attention modules of the text model, in depth order."""
+    modules = [layer.self_attn for layer in find_decoder_layers(model) if hasattr(layer, "self_attn")]
+    if not modules:
+        raise UnsupportedModelError(f"model: the decoder layers of {type(model).__name__} have no self_attn")
+    return modules
+
+
+def apply_sar(model: nn.Module, config: SARConfig | None = None) -> SARHandle:
+    """Put SAR on a Hugging Face multimodal model, in place.
+
+    Args:
+        model: a transformers model of a supported family, PEFT-wrapped or not.
+        config: default :class:`~sar_fast.SARConfig`.
+
+    Returns:
+        A handle: ``handle.remove()`` restores the model exactly; ``with apply_sar(model):`` does it at the end.
+
+    Raises:
+        UnsupportedModelError: the model's family is not known, or lacks something; the message says what.
+        ValueError: K exceeds the number of attention layers, or SAR is on this model already.
+    """
+    config = SARConfig() if config is None else config
+    if not isinstance(config, SARConfig):
+        raise TypeError(f"config must be a SARConfig; got {type(config).__name__}")
+    inner = unwrap(model)
+    if HANDLE_MARK in inner.base_model.__dict__:
+        raise ValueError("model: SAR is applied to it already; call remove_sar(model) or handle.remove() first")
+    return SARHandle(inner, config).install()
+
+
+def remove_sar(model: nn.Module) -> None:
+    """Take SAR off a model that ``apply_sar`` put it on."""
+    handle = unwrap(model).base_model.__dict__.get(HANDLE_MARK)
+    if handle is None:
+        raise ValueError("model: SAR is not applied to it")
+    handle.remove()
+
+
+def patch_model_for_sar(
+    model: nn.Module,
+    use_sar: bool = True,
+    sar_activation_layer_k: int = 10,
+    sar_beta: float = 0.5,
+    **options: Any,
+) -> SARHandle | None:
+    """The research code's name for :func:`apply_sar`; ``use_sar=False`` leaves the model alone and returns None.
+
+    ``options`` are further fields of :class:`~sar_fast.SARConfig`.
+    """
+    if not use_sar:
+        return None
+    return apply_sar(model, SARConfig(activation_layer_k=sar_activation_layer_k, beta=sar_beta, **options))
