@@ -1,0 +1,177 @@
+"""Backward kernels against autograd of the fp64 oracle, in the interpreter."""
+
+import pytest
+import torch
+from kernel_cases import Case, assert_close, make, reference, statistics_of
+from sar_kernels.attention import (
+    AttentionOptions,
+    WeightOptions,
+    attention_backward,
+    attention_forward,
+    sar_backward,
+    sar_forward,
+)
+
+BASE = Case(heads=4, head_dim=16)
+TWO_IMAGES = (((3, 20), (30, 61)), ((0, 1),))
+CASES = [
+    BASE.but(head_dim=64),
+    BASE.but(name="fp16", dtype=torch.float16, head_dim=64),
+    BASE.but(name="mqa-d80-fp16", dtype=torch.float16, head_dim=80, kv_heads=1),
+    BASE.but(name="gqa7-d128", heads=7, kv_heads=1, head_dim=128, images=(((5, 45),),)),
+    BASE.but(name="mha-dv32", kv_heads=4, head_dim_v=32),
+    BASE.but(name="short-queries", seqlen_q=17),
+    BASE.but(name="more-queries-than-keys", seqlen_q=120, seqlen_k=90),
+    BASE.but(name="full", causal=False),
+    BASE.but(name="padded", padding=((11, 97), (0, 60))),
+    BASE.but(name="all-padding", padding=((0, 0), (0, 97)), causal=False),
+    BASE.but(name="window", window=(40, -1)),
+    BASE.but(name="window-both-softcap", window=(20, 9), causal=False, softcap=3.0),
+    BASE.but(name="softcap", softcap=2.0),
+    BASE.but(name="text-between-images", images=TWO_IMAGES, text_only_rows=False),
+    BASE.but(name="text-only-sample", images=(((5, 45),), ())),
+    BASE.but(name="unprotected", protect=False),
+    BASE.but(name="standardize", normalize="standardize", beta=0.5),
+    BASE.but(name="underflowing-weights", beta=1e-4),
+]
+
+
+def both_gradients(case, sav_grad, statistics_too=False):
+    """(ours, exact, eager in the input dtype), each (dq, dk, dv[, dprior])."""
+    inputs = make(case)
+    out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    dout = torch.randn_like(out)
+    incoming = [torch.randn(out.shape[0], case.heads) if statistics_too else None for _ in range(3)]
+    got = sar_backward(
+        dout,
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        out,
+        lse,
+        *inputs.sav,
+        *saved,
+        **inputs.kwargs(),
+        sav_grad=sav_grad,
+        **dict(zip(("dav", "dsa", "dc"), incoming)),
+    )
+    references = []
+    for dtype in (torch.float64, case.dtype):
+        out, stats, leaves = reference(inputs, dtype, sav_grad=sav_grad, requires_grad=True)
+        loss = (out * dout.to(dtype)).sum()
+        if statistics_too:
+            loss = loss + sum((s * g).sum() for s, g in zip(statistics_of(stats), incoming))
+        references.append(torch.autograd.grad(loss, leaves[: 4 if sav_grad else 3], allow_unused=True))
+    return got, *references
+
+
+def check(got, exact, eager):
+    names = ("dq", "dk", "dv", "dprior")[: len(exact)]
+    for name, ours, want, low in zip(names, got, exact, eager):
+        want = torch.zeros_like(ours, dtype=torch.float64) if want is None else want
+        low = want if low is None else low
+        # Gradients of small beta are large; the absolute allowance is meant for gradients of order one.
+        assert_close(name, ours.double(), want, low.double(), 3, 1e-4 * max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.parametrize("sav_grad", [False, True], ids=["constant-c", "sav-grad"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_autograd_of_the_reference(case, sav_grad):
+    got, exact, eager = both_gradients(case, sav_grad)
+    assert (got[3] is None) == (not sav_grad)
+    check(got, exact, eager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sav_grad", [False, True], ids=["constant-c", "sav-grad"])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1), (7, 1)])
+@pytest.mark.parametrize("seqlens", [(1, 1), (3, 64), (63, 111), (64, 64), (128, 200)])
+def test_matches_autograd_grid(head_dim, heads, seqlens, sav_grad):
+    case = BASE.but(head_dim=head_dim, heads=heads[0], kv_heads=heads[1], seqlen_q=seqlens[0], seqlen_k=seqlens[1])
+    case = case.but(images=(((0, min(40, seqlens[1])),), ()), dtype=torch.float16)
+    check(*both_gradients(case, sav_grad))
+
+
+@pytest.mark.parametrize("normalize", ["none", "standardize"])
+def test_gradients_of_the_statistics_themselves(normalize):
+    check(*both_gradients(BASE.but(dtype=torch.float64, normalize=normalize, beta=0.5), True, statistics_too=True))
+
+
+def test_gradient_of_statistics_needs_sav_grad():
+    inputs = make(BASE.but(seqlen_q=5, seqlen_k=5, images=((),)))
+    out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    args = (out, inputs.q, inputs.k, inputs.v, out, lse, *inputs.sav, *saved)
+    with pytest.raises(ValueError, match="sav_grad=True"):
+        sar_backward(*args, **inputs.kwargs(), sav_grad=False, dc=saved[2])
+
+
+class _Attention(torch.autograd.Function):
+    """The kernels under autograd, for gradcheck."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, prior, visual, text, options, weights):
+        out, lse, av, sa, c, count = sar_forward(q, k, v, visual, text, prior, options=options, weights=weights)
+        ctx.save_for_backward(q, k, v, out, lse, visual, text, prior, av, sa, c, count)
+        ctx.options, ctx.weights = options, weights
+        ctx.mark_non_differentiable(lse, count)
+        return out, av, sa, c
+
+    @staticmethod
+    def backward(ctx, dout, dav, dsa, dc):
+        options = dict(options=ctx.options, weights=ctx.weights)
+        grads = sar_backward(dout, *ctx.saved_tensors, **options, sav_grad=True, dav=dav, dsa=dsa, dc=dc)
+        return *grads, None, None, None, None
+
+
+@pytest.mark.parametrize("normalize", ["none", "standardize"])
+def test_gradcheck(normalize):
+    case = BASE.but(seqlen_q=11, seqlen_k=13, images=(((1, 7),),), dtype=torch.float64, normalize=normalize)
+    inputs = make(case)
+    leaves = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v, inputs.prior)]
+    # Numbers that fp32 holds exactly: the kernels take them as fp32 arguments.
+    rest = inputs.visual, inputs.text, AttentionOptions(True, 0.25), WeightOptions(0.125, True, normalize)
+    assert torch.autograd.gradcheck(lambda *x: _Attention.apply(*x, *rest), leaves, fast_mode=True)
+
+
+def test_constant_c_needs_no_more_launches_than_plain_attention():
+    from sar_kernels.attention import Call, plan_backward
+
+    empty = lambda *shape: torch.zeros(*shape, device="meta")
+    q = empty(2, 64, 4, 64)
+    call = Call(q, q, q, AttentionOptions(True, 0.125), None, None, None, None, None, "sm_90")
+    plain = plan_backward(call, q, q, empty(2, 4, 64))[1]
+    scaled = plan_backward(call, q, q, empty(2, 4, 64), empty(2, 4))[1]
+    assert [x.kernel for x in plain] == [x.kernel for x in scaled]
+
+
+def test_expanded_and_strided_output_gradients():
+    inputs = make(BASE.but(heads=2))
+    out, lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    run = lambda dout: attention_backward(
+        dout, inputs.q, inputs.k, inputs.v, out, lse, **inputs.kwargs(weights=False)
+    )
+    expected = run(torch.ones_like(out))
+    for dout in (torch.ones(()).expand_as(out), torch.ones(16).expand_as(out)):
+        assert all(torch.equal(a, b) for a, b in zip(run(dout), expected))
+
+
+def test_is_deterministic():
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        runs.append(both_gradients(BASE, True)[0])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (1, 1)])
+def test_empty_and_single_tokens(seqlen_q, seqlen_k):
+    q, k = torch.randn(2, seqlen_q, 2, 16), torch.randn(2, seqlen_k, 2, 16)
+    visual, text = torch.ones(2, seqlen_k).bool(), torch.ones(2, seqlen_q).bool()
+    sav = visual, text, visual.float()
+    both = dict(options=AttentionOptions(True, 0.25), weights=WeightOptions(0.5))
+    out, lse, *saved = sar_forward(q, k, k, *sav, **both)
+    dq, dk, dv, dprior = sar_backward(torch.ones_like(out), q, k, k, out, lse, *sav, *saved, **both, sav_grad=True)
+    for gradient in (dq, dk, dprior):  # one key: nothing to choose between
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-5)
+    torch.testing.assert_close(dv, torch.ones_like(dv) if seqlen_q else torch.zeros_like(dv))
