@@ -1,0 +1,34 @@
+"""Fixtures of every test below this folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that Python code allocates without initialising it starts as NaN (integers: a large number)."""
+
+    def poison(allocate):
+        def allocate_and_fill(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(True if tensor.dtype == torch.bool else 111)
+
+        return allocate_and_fill
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_from_the_environment(monkeypatch):
+    """``SAR_BACKEND`` of the shell must not choose what the tests measure."""
+    monkeypatch.delenv("SAR_BACKEND", raising=False)
