@@ -1,2 +1,45 @@
+"""``sar-fast``: demo, generate, inspect, doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sar_fast import __version__
+from sar_fast.cli.demo import demo
+from sar_fast.cli.doctor import doctor
+from sar_fast.cli.errors import Commands
+from sar_fast.cli.generate import generate
+from sar_fast.cli.inspect import inspect
+
+app = typer.Typer(
+    cls=Commands,
+    help="Semantic Attention Re-weighting (SAR) for multimodal LLMs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, generate, inspect, doctor):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sar_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
-    raise SystemExit("not built yet")
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,128 @@
+"""``sar-fast demo``: questions about pictures with and without SAR, as one HTML page and one JSON file."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sar_fast.cli import loading, options
+from sar_fast.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from sar_fast.cli.demo_results import Results
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for report.html and metrics.json.")] = Path(
+        "results/demo"
+    ),
+    model: options.Model = loading.MINIATURE,
+    image: Annotated[Path | None, typer.Option("--image", help="Your picture; needs --question.")] = None,
+    question: Annotated[str | None, typer.Option("--question", help="Your question; needs --image.")] = None,
+    k: options.K = None,
+    beta: options.Beta = None,
+    normalize: options.Normalize = None,
+    backend: options.Backend = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the drawn pictures and of the timed inputs.")] = 0,
+    num_questions: Annotated[
+        int, typer.Option("--num-questions", min=1, max=60, help="Questions about drawn pictures that the page shows.")
+    ] = 10,
+    sample_size: Annotated[
+        int, typer.Option("--sample-size", min=0, help="Questions per kind and background that are counted; 0 = none.")
+    ] = 100,
+    timings: Annotated[bool, typer.Option(help="Time SAR against the eager formulation.")] = True,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Ask a model about pictures with and without SAR, and write a page that shows what changed.
+
+    By itself it takes the small model that is shipped, pictures that it draws, and no network. With --model, --image
+    and --question it takes yours.
+
+    **Examples**
+
+    * `sar-fast demo`
+
+    * `sar-fast demo --k 4 --beta 0.1 --seed 7`
+
+    * `sar-fast demo --model llava-hf/llava-1.5-7b-hf --image photo.jpg --question "What is left of the car?"`
+    """
+    start = time.perf_counter()
+    if (image is None) != (question is None):
+        missing, given = ("--question", "--image") if question is None else ("--image", "--question")
+        raise UserError(f"{missing} is missing; {given} needs it")
+    if model != loading.MINIATURE and image is None:
+        raise UserError("--model needs --image and --question: the drawn questions are the shipped model's own")
+    _need("jinja2", "matplotlib", *(["skimage"] if image is None else []))
+    _make_folder(output_dir)
+    picture = None if image is None else loading.open_image(image)
+    console = Console()
+    with console.status("loading the model") as status:
+        loaded, processor = loading.load_model(model, device, dtype)
+        config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
+
+        from sar_fast.analysis.examples import Prompt, drawn_prompts
+        from sar_fast.cli import demo_results as work
+
+        status.update("asking with and without SAR")
+        prompts = drawn_prompts(seed, num_questions) if picture is None else [Prompt(picture, question)]
+        results = work.ask_both(loaded, processor, prompts, config, model_name=model, seed=seed)
+        if picture is None and sample_size:
+            status.update("counting right answers over a larger sample")
+            work.count_right(results, loaded, processor, sample_size)
+        if timings:
+            status.update("timing")
+            work.time_everything(results, loaded, processor)
+        results.seconds = time.perf_counter() - start
+        report = work.write(results, output_dir)
+    _print(console, results, report)
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the report needs {', '.join(missing)}: pip install 'sar_fast[reports]'")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {str(path)!r} cannot be made: {error.strerror}") from error
+
+
+def _print(console: Console, results: Results, report: Path) -> None:
+    answers = Table(title="Answers", title_justify="left")
+    for name in ("question", "truth", "without SAR", "with SAR"):
+        answers.add_column(name)
+    for example in results.examples:
+        answers.add_row(
+            example.prompt.question,
+            example.prompt.truth or "not known",
+            _marked(example.reply_off, example.right_off),
+            _marked(example.reply_on, example.right_on),
+        )
+    console.print(answers)
+    if results.accuracy:
+        total = results.total
+        console.print(
+            f"\nOver {total.questions} questions: {total.right_off} right without SAR, {total.right_on} with it "
+            f"({total.changed} answers changed, {total.gained} became right, {total.lost} wrong).\n{results.verdict}"
+        )
+    for timing in results.timings:
+        console.print(f"\n[bold]{timing.title}[/bold] ({timing.shape})", highlight=False)
+        for name, seconds in timing.seconds.items():
+            console.print(f"  {name:<40} {1e3 * seconds:8.1f} ms", highlight=False)
+    console.print(f"\nReport: {report}  ({results.seconds:.0f} s)", highlight=False, soft_wrap=True)
+
+
+def _marked(reply: str, right: bool | None) -> str:
+    mark = "" if right is None else " [green]✓[/green]" if right else " [red]✗[/red]"
+    return escape(reply or "(nothing)") + mark

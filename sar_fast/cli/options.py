@@ -1,0 +1,69 @@
+"""Options that several commands share, and how they become a SARConfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from sar_fast.cli.errors import UserError
+from sar_fast.config import SARConfig
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Folder or Hugging Face id of an image-text-to-text model; 'miniature' is the small one that is shipped.",
+    ),
+]
+Image = Annotated[Path, typer.Option("--image", help="Picture file.", show_default=False)]
+Question = Annotated[str, typer.Option("--question", help="Question about the picture.", show_default=False)]
+K = Annotated[
+    int | None,
+    typer.Option(
+        "--k", help="Number of final attention layers that are re-weighted. Default: 10, but at most half of them."
+    ),
+]
+Beta = Annotated[float | None, typer.Option("--beta", help="Temperature of the softmax over heads, > 0. Default: 0.5.")]
+Normalize = Annotated[
+    str | None,
+    typer.Option(
+        "--normalize",
+        help="'none', or 'standardize': SAV standardised over heads, so that beta means the same at any number of "
+        "visual tokens. Default: none.",
+    ),
+]
+Decode = Annotated[
+    str | None,
+    typer.Option(
+        "--decode",
+        help="Weights while generating: 'running' means, the 'step' alone, or the 'prompt's. Default: running.",
+    ),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option("--backend", help="'auto', 'triton', 'composed' or 'torch'; see `sar-fast doctor`. Default: auto."),
+]
+Device = Annotated[str, typer.Option("--device", help="'auto' (the GPU if there is one), 'cpu', 'cuda', 'cuda:1' ...")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="'auto' (bfloat16 on a GPU, else float32), 'float32', 'bfloat16', 'float16'.")
+]
+
+
+def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:
+    """The configuration that the options ask for, tried on the model; an option left at None takes its default."""
+    from sar_fast.analysis.recording import attention_layers
+    from sar_fast.integrations.hf import apply_sar
+
+    fields = {name: value for name, value in given.items() if value is not None}
+    try:
+        if k is None:
+            k = min(SARConfig().activation_layer_k, max(1, attention_layers(model) // 2))
+        config = SARConfig(activation_layer_k=k, **fields)
+        with apply_sar(model, config) as handle:
+            handle.describe()  # chooses the backend, or says why it cannot run here
+    except (ValueError, TypeError) as error:
+        raise UserError.of(error) from error
+    return config
