@@ -135,7 +135,8 @@ def test_gradcheck(normalize):
 
 
 def test_constant_c_needs_no_more_launches_than_plain_attention():
-    from sar_kernels.attention import Call, plan_backward
+    from sar_kernels.call import Call
+    from sar_kernels.plan import plan_backward
 
     empty = lambda *shape: torch.zeros(*shape, device="meta")
     q = empty(2, 64, 4, 64)

@@ -171,9 +171,9 @@ def test_empty_and_single_tokens(batch, seqlen_q, seqlen_k):
 
 
 def test_lengths_never_choose_another_kernel():
-    from sar_kernels import backward, forward, statistics
+    from sar_kernels import dkdv, dq, forward, statistics
 
-    for kernel in (forward.forward_kernel, backward.dq_kernel, backward.dkdv_kernel, statistics.statistics_kernel):
+    for kernel in (forward.forward_kernel, dq.dq_kernel, dkdv.dkdv_kernel, statistics.statistics_kernel):
         function = getattr(kernel, "fn", kernel)
         arguments = function.__code__.co_varnames if hasattr(function, "__code__") else ()
         assert {"max_seqlen_q", "max_seqlen_k"} <= set(arguments)

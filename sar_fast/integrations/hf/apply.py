@@ -59,6 +59,7 @@ class SARHandle:
         if not self.placeholder_ids:
             fields = ", ".join(self.family.placeholder_ids.values())
             raise UnsupportedModelError(f"model: its config has no visual placeholder id ({fields})")
+        self._forward_parameters = _parameters(type(self.base_model).forward)
         self._hooks: list[Any] = []
         self._previous_implementation: str | None = None
         self.stats: dict[int, SARStats] = {}
@@ -156,7 +157,7 @@ class SARHandle:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Build the pass's context and send it down with the other keyword arguments."""
-        given = _bind(type(module).forward, args, kwargs)
+        given = {**dict(zip(self._forward_parameters, args)), **kwargs}
         cache = given.get("past_key_values")
         past_length = 0 if cache is None else cache.get_seq_length()
         past = state_of(cache)
@@ -177,7 +178,7 @@ class SARHandle:
         attention_mask = given.get("attention_mask")
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
             attention_mask = None
-        roles = roles_of_pass(visual, attention_mask, past_length, past, self.config)
+        roles = roles_of_pass(visual, attention_mask, past, self.config)
         context = SARContext(self.config, roles, past_length, placeholders, past, recorder=self)
         for modality in placeholders:
             if encoded.get(modality) is not None:
@@ -235,6 +236,7 @@ def _watch_features(cls: type, modality: str) -> None:
     original = getattr(cls, name, None)
     if original is None or getattr(original, "_sar_watches", False):
         return
+    parameters = _parameters(original)
 
     @functools.wraps(original)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -244,7 +246,7 @@ def _watch_features(cls: type, modality: str) -> None:
         _this_thread.patch_norms = []
         try:
             output = original(self, *args, **kwargs)
-            arguments = _bind(original, args, kwargs)
+            arguments = {**dict(zip(parameters, args)), **kwargs}
             norms = handle.token_norms(modality, output, _this_thread.patch_norms, arguments)
         finally:
             _this_thread.patch_norms = None
@@ -272,14 +274,9 @@ def _norms_on(output: Any, modality: str) -> Tensor:
     return output[_norms_key(modality)]
 
 
-@functools.cache
-def _parameters(function: Callable) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)[1:]
-
-
-def _bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, positional ones included."""
-    return {**dict(zip(_parameters(function), args)), **kwargs}
+def _parameters(method: Callable) -> tuple[str, ...]:
+    """Names of a method's parameters after self; found once, as ``inspect`` does not belong in a traced graph."""
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def _placeholder_mask(base_model: nn.Module, ids: Tensor | None, embeds: Tensor | None, token: int) -> Tensor:

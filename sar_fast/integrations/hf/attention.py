@@ -99,7 +99,10 @@ def sar_attention_forward(
             "apply_sar was given (or a wrapper of it), not its language model alone"
         )
     reweighted = layer is not None and sar_context.active and sar_context.config.activation_layer_k > 0
-    if not reweighted and softcap is None and (attention_mask is None or attention_mask.dim() == 4):
+    # transformers' SDPA reads "no mask, fewer queries than keys" as an empty static cache; here it is a second turn
+    square = query.shape[2] in (1, key.shape[2])
+    for_sdpa = attention_mask.dim() == 4 if attention_mask is not None else square
+    if not reweighted and softcap is None and for_sdpa:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )

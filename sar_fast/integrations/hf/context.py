@@ -21,17 +21,18 @@ class SARContext:
     Attributes:
         config: the options in force.
         roles: visual and text masks (B, S) of the new positions.
-        past_length: number of cached positions before this pass.
+        past_length: number of cached positions before this pass; a static cache gives a 0-dim tensor.
         placeholders: modality -> (B, S) bool, the positions that this pass's vision features fill.
         past: state of the cache before this pass, or None.
         recorder: the handle that collects statistics.
         cache: the cache that the decoder layers use in this pass, once they run.
-        visual_mask, norms, prior: (B, past + S); complete when the features of all modalities are there.
+        visual_mask, norms, prior: (B, L) over the positions up to the newest visual tokens' pass; there once the
+            features of all modalities are.
     """
 
     config: SARConfig
     roles: TokenRoles
-    past_length: int
+    past_length: int | Tensor
     placeholders: dict[str, Tensor]
     past: CacheState | None
     recorder: Any
@@ -42,14 +43,8 @@ class SARContext:
 
     def __post_init__(self) -> None:
         self._received: dict[str, Tensor] = {}
-        if self.past_visual:
-            missing = max(0, self.past_length - self.past.visual_mask.shape[1])
-            self.visual_mask, self.norms = (
-                F.pad(self.past.visual_mask, (0, missing)),
-                F.pad(self.past.norms, (0, missing)),
-            )
-            if not self.placeholders:
-                self._complete(torch.zeros(self.roles.text_mask.shape, dtype=torch.float32, device=self.norms.device))
+        if self.past_visual and not self.placeholders:
+            self._set(self.past.visual_mask, self.past.norms)
 
     @property
     def past_visual(self) -> bool:
@@ -68,18 +63,21 @@ class SARContext:
             new = torch.zeros(self.roles.text_mask.shape, dtype=torch.float32, device=norms.device)
             for name, mask in self.placeholders.items():
                 new = new.masked_scatter(mask, _per_placeholder(self._received[name].to(new), mask))
-            self._complete(new)
+            self._set(*self._after_cached(self.roles.visual_mask, new))
 
-    def _complete(self, new_norms: Tensor) -> None:
-        new_visual = self.roles.visual_mask
-        if self.past_visual:
-            self.visual_mask = torch.cat([self.visual_mask, new_visual], dim=1)
-            self.norms = torch.cat([self.norms, new_norms], dim=1)
-        else:
-            self.visual_mask = F.pad(new_visual, (self.past_length, 0))
-            self.norms = F.pad(new_norms, (self.past_length, 0))
-        silent = (self.norms.sum(-1, keepdim=True) == 0) & self.visual_mask  # all-zero features: uniform prior
-        shares = torch.where(silent, 1.0, self.norms)
+    def _after_cached(self, new_visual: Tensor, new_norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask and norms over the cached positions and the new ones."""
+        past_length = int(self.past_length)
+        if not self.past_visual:
+            return F.pad(new_visual, (past_length, 0)), F.pad(new_norms, (past_length, 0))
+        missing = (0, max(0, past_length - self.past.visual_mask.shape[1]))
+        old_visual, old_norms = F.pad(self.past.visual_mask, missing), F.pad(self.past.norms, missing)
+        return torch.cat([old_visual, new_visual], dim=1), torch.cat([old_norms, new_norms], dim=1)
+
+    def _set(self, visual_mask: Tensor, norms: Tensor) -> None:
+        self.visual_mask, self.norms = visual_mask, norms
+        silent = (norms.sum(-1, keepdim=True) == 0) & visual_mask  # all-zero features: uniform prior
+        shares = torch.where(silent, 1.0, norms)
         self.prior = shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
     def carried_rows(self) -> Tensor:
@@ -91,11 +89,12 @@ class SARContext:
 
         More keys than positions: a static cache's unfilled slots come last. Fewer: a sliding layer kept the newest.
         """
-        positions = self.visual_mask.shape[1]
-        if num_keys >= positions:
-            pad = (0, num_keys - positions)
-            return F.pad(self.visual_mask, pad), F.pad(self.prior, pad)
-        return self.visual_mask[:, positions - num_keys :], self.prior[:, positions - num_keys :]
+        known = self.visual_mask.shape[1]
+        positions = num_keys
+        if not isinstance(self.past_length, Tensor):  # a static cache counts in a tensor and drops no position
+            positions = max(num_keys, self.past_length + self.roles.text_mask.shape[1])
+        mask, prior = (F.pad(x, (0, max(0, positions - known))) for x in (self.visual_mask, self.prior))
+        return mask[:, positions - num_keys : positions], prior[:, positions - num_keys : positions]
 
 
 def _per_placeholder(norms: Tensor, mask: Tensor) -> Tensor:
@@ -119,7 +118,7 @@ def _per_placeholder(norms: Tensor, mask: Tensor) -> Tensor:
 
 
 def roles_of_pass(
-    visual: Tensor, attention_mask: Tensor | None, past_length: int, past: CacheState | None, config: SARConfig
+    visual: Tensor, attention_mask: Tensor | None, past: CacheState | None, config: SARConfig
 ) -> TokenRoles:
     """Roles of the new positions.
 
@@ -127,13 +126,8 @@ def roles_of_pass(
         visual: (B, S) bool, placeholders that this pass's features fill.
         attention_mask: (B, past + S) or (B, S), non-zero = real token; None = no padding.
     """
-    length = visual.shape[1]
     if attention_mask is not None:
-        attention_mask = (
-            attention_mask[:, -length:]
-            if attention_mask.shape[1] <= past_length + length
-            else (attention_mask[:, past_length : past_length + length])
-        )
+        attention_mask = attention_mask[:, -visual.shape[1] :]
     roles = roles_from_visual(visual, attention_mask, text_queries=config.text_queries)
     if past is None or past.visual_mask is None:
         return roles

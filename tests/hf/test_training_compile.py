@@ -1,0 +1,132 @@
+"""Training with SAR on, gradient checkpointing, and torch.compile of whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from sar_fast import SARConfig, apply_sar
+from tests.hf.oracle import eager_oracle, llava_prior
+from tests.hf.tiny import MODELS, llava, llava_batch
+
+BETA = 0.02
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad(set_to_none=True)
+    labels = batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones_like(batch["input_ids"])) == 0, -100)
+    loss = model(**batch, labels=labels, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(params=list(MODELS))
+def family(request):
+    make, batch = MODELS[request.param]
+    return make(), batch
+
+
+@pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "through-weights"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+def test_checkpointed_gradients_equal_plain_ones(family, sav_grad, reentrant):
+    model, batch_of = family
+    batch = batch_of([1, 2, 0])
+    model.train()
+    with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA, sav_grad=sav_grad)):
+        loss, want = loss_and_gradients(model, batch)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        again, got = loss_and_gradients(model, batch)
+    assert torch.equal(loss, again)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_through_the_weights_equal_the_eager_oracles():
+    model = llava()
+    row = {k: v for k, v in llava_batch([1]).items() if k != "attention_mask"}
+    with torch.no_grad():
+        prior = llava_prior(model, row["pixel_values"])
+    with eager_oracle(model, ids=row["input_ids"][0], prior=prior, k=3, beta=BETA):
+        loss, want = loss_and_gradients(model, row)
+    with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA, sav_grad=True)):
+        got_loss, got = loss_and_gradients(model, row)
+    torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=1e-6)
+    for name in want:
+        bound = 1e-3 * want[name].abs().max() + 1e-6  # some gradients are exactly 0 but for rounding (k biases)
+        assert (got[name] - want[name]).abs().max() <= bound, name
+    with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA, sav_grad=False)):
+        _, constant = loss_and_gradients(model, row)
+    name = "model.language_model.layers.2.self_attn.q_proj.weight"
+    assert (constant[name] - want[name]).abs().max() > 1e-2 * want[name].abs().max()
+
+
+@pytest.mark.parametrize("sav_grad", [False, True])
+def test_loss_decreases(sav_grad):
+    model, batch = llava(), llava_batch([1, 2, 1])
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with apply_sar(model, SARConfig(activation_layer_k=4, beta=0.5, sav_grad=sav_grad)):
+        losses = []
+        for _ in range(12):
+            loss, _ = loss_and_gradients(model, batch)
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_autocast_bf16_runs_in_bf16(family):
+    model, batch_of = family
+    batch = batch_of([1, 2])
+    with apply_sar(model, SARConfig(activation_layer_k=4, beta=0.5)), torch.no_grad():
+        want = model(**batch).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(**batch).logits
+    real = batch["attention_mask"].bool()
+    assert (got.float() - want)[real].abs().mean() < 0.1 * want[real].abs().mean()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_whole_model_compiles_in_one_graph(padded):
+    model, batch = llava(), llava_batch([1, 2] if padded else [1])
+    if not padded:
+        batch.pop("attention_mask")
+    with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA)), torch.no_grad():
+        want = model(**batch, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**batch, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["running", "step", "prompt"])
+def test_compiled_decode_on_a_static_cache(mode):
+    from torch._dynamo.testing import CompileCounter
+
+    model, batch = llava(), llava_batch([1, 2, 0])
+    counter = CompileCounter()
+
+    def decode(forward, steps):
+        cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
+        mask, logits = batch["attention_mask"], []
+        with torch.no_grad():
+            model(**batch, past_key_values=cache, use_cache=True)
+            for i in range(steps):
+                token = torch.full((3, 1), 20 + i)
+                mask = torch.cat([mask, torch.ones_like(token)], 1)
+                positions = mask.sum(-1, keepdim=True) - 1
+                out = forward(
+                    input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+                logits.append(out.logits)
+        return torch.cat(logits, 1)
+
+    with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA, decode=mode)):
+        want = decode(model, 6)
+        torch._dynamo.reset()
+        compiled = torch.compile(model.forward, backend=counter, fullgraph=True)
+        torch.testing.assert_close(decode(compiled, 6), want, rtol=1e-4, atol=1e-4)
+        graphs = counter.frame_count
+        decode(compiled, 12)
+        assert counter.frame_count == graphs <= 2  # the growing mask is one dynamic dimension, nothing else recompiles
