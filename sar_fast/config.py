@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any, Literal, get_args
 
 Normalize = Literal["none", "standardize"]
@@ -25,7 +24,7 @@ def check_beta(beta: float) -> None:
     """Raise unless beta is a number in (0, inf]; ``inf`` gives every head the same weight."""
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a number; got {type(beta).__name__}")
-    if math.isnan(beta) or beta <= 0:
+    if not beta > 0:
         raise ValueError(f"beta must be > 0 (a softmax temperature); got {beta!r}")
 
 

@@ -53,9 +53,12 @@ def attend_with_state(
         padded=key_padding_mask is not None,
         masked=attn_mask is not None,
     )
-    call: dict[str, Any] = dict(
-        key_padding_mask=key_padding_mask, attn_mask=attn_mask, options=options, backend=backend
-    )
+    call: dict[str, Any] = {
+        "key_padding_mask": key_padding_mask,
+        "attn_mask": attn_mask,
+        "options": options,
+        "backend": backend,
+    }
     if frozen:
         out = ops.attention(q, k, v, None, None, None, **call)[0]
         out = out * past.head_weights[:, None, :, None].to(out.dtype)

@@ -86,6 +86,7 @@ def flash_attn_varlen_func(
         backend=backend,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        max_seqlens=(max_seqlen_q, max_seqlen_k),
         need_lse=return_attn_probs,
     )
     return (out, lse.to(torch.float32), None) if return_attn_probs else out

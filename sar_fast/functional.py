@@ -174,6 +174,7 @@ def sar_attn_varlen_func(
         prior,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        max_seqlens=(max_seqlen_q, max_seqlen_k),
         options=options,
         backend=backend,
         sav_grad=sav_grad,
@@ -208,6 +209,7 @@ def plain_attention(
     attn_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlens: tuple[int, int] = (0, 0),
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same kernels with SAR off, on validated arguments: (out, lse)."""
@@ -226,6 +228,7 @@ def plain_attention(
         attn_mask=attn_mask,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        max_seqlens=max_seqlens,
         options=options,
         backend=backend,
         need_lse=need_lse,

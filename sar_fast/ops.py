@@ -6,8 +6,6 @@ node per attention call. Everything above them is traced, everything below them 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -23,14 +21,16 @@ _OPTIONS = (
     "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, float beta, "
     "bool protect_first_head, str normalize, str backend"
 )
+_PACKED = "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 _library = torch.library.Library("sar_fast", "DEF")
 _library.define(
-    f"attention_forward({_TENSORS}, Tensor? av_sum, Tensor? sa_sum, Tensor? count, {_OPTIONS}, bool need_lse)"
+    f"attention_forward({_TENSORS}, Tensor? av_sum, Tensor? sa_sum, Tensor? count, {_OPTIONS}, bool need_lse, "
+    f"{_PACKED})"
     " -> (Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, Tensor count_out)"
 )
 _library.define(
     f"attention_backward(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, "
-    f"Tensor count, Tensor? grad_av, Tensor? grad_sa, Tensor? grad_c, {_OPTIONS})"
+    f"Tensor count, Tensor? grad_av, Tensor? grad_sa, Tensor? grad_c, {_OPTIONS}, {_PACKED})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprior)"
 )
 
@@ -47,13 +47,24 @@ def _accumulate_dtype(q: Tensor) -> torch.dtype:
 def _forward_impl(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
-    normalize, backend, need_lse,
+    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     if prior is not None and not _capturing(prior):
         _check_prior_values(prior)
     carried = None if av_sum is None else (av_sum, sa_sum, count)
     call = run.Call(
-        q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, carried
+        q,
+        k,
+        v,
+        visual_mask,
+        text_mask,
+        prior,
+        key_padding_mask,
+        attn_mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        carried,
+        (max_seqlen_q, max_seqlen_k),
     )
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     return run.forward(call, options, backend, need_lse=need_lse)
@@ -75,7 +86,7 @@ def _capturing(x: Tensor) -> bool:
 def _forward_fake(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
-    normalize, backend, need_lse,
+    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     acc, packed, sar = _accumulate_dtype(q), cu_seqlens_q is not None, visual_mask is not None
     batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
@@ -91,10 +102,21 @@ def _forward_fake(
 def _backward_impl(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
-    beta, protect_first_head, normalize, backend,
+    beta, protect_first_head, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     call = run.Call(
-        q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, None
+        q,
+        k,
+        v,
+        visual_mask,
+        text_mask,
+        prior,
+        key_padding_mask,
+        attn_mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None,
+        (max_seqlen_q, max_seqlen_k),
     )
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
@@ -105,7 +127,7 @@ def _backward_impl(
 def _backward_fake(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
-    beta, protect_first_head, normalize, backend,
+    beta, protect_first_head, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     through = visual_mask is not None and grad_av is not None
     dense = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -122,14 +144,15 @@ class SARAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, prior, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-        sav_grad, flat_options,
+        sav_grad, flat_options, max_seqlens,
     ):  # fmt: skip
         masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
         out, lse, av, sa, c, count = torch.ops.sar_fast.attention_forward(
-            q, k, v, visual_mask, text_mask, prior, *masks, None, None, None, *flat_options, True
+            q, k, v, visual_mask, text_mask, prior, *masks, None, None, None, *flat_options, True, *max_seqlens
         )
         ctx.save_for_backward(q, k, v, visual_mask, text_mask, prior, *masks, out, lse, av, sa, c, count)
-        ctx.flat_options, ctx.sav_grad = flat_options, sav_grad and prior is not None
+        ctx.flat_options, ctx.max_seqlens = flat_options, max_seqlens
+        ctx.sav_grad = sav_grad and prior is not None
         if ctx.sav_grad:
             ctx.mark_non_differentiable(lse, count)
         else:
@@ -142,20 +165,17 @@ class SARAttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         grads = (grad_av, grad_sa, grad_c) if ctx.sav_grad else (None, None, None)
         dq, dk, dv, dprior = torch.ops.sar_fast.attention_backward(
-            grad_out.contiguous(), *saved, *grads, *ctx.flat_options
+            grad_out.contiguous(), *saved, *grads, *ctx.flat_options, *ctx.max_seqlens
         )
         prior = saved[5]
         dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[3] else None
-        return (dq, dk, dv, dprior) + (None,) * 8
+        return (dq, dk, dv, dprior) + (None,) * 9
 
 
 def _flatten(options: AttentionOptions, backend: str) -> tuple:
     """Options in the order of the schemas."""
-    scale = float(options.softmax_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be finite; got {scale}")
     return (
-        scale,
+        float(options.softmax_scale),
         options.causal,
         *options.window_size,
         float(options.softcap),
@@ -178,6 +198,7 @@ def attention(
     attn_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlens: tuple[int, int] = (0, 0),
     carried: tuple[Tensor, Tensor, Tensor] | None = None,
     options: AttentionOptions,
     backend: str,
@@ -195,6 +216,8 @@ def attention(
     if differentiates:
         if carried is not None:
             raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
-        return SARAttentionFunction.apply(q, k, v, prior, visual, text, *masks, sav_grad, flat)
+        return SARAttentionFunction.apply(q, k, v, prior, visual, text, *masks, sav_grad, flat, max_seqlens)
     carried = carried or (None, None, None)
-    return torch.ops.sar_fast.attention_forward(q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse)
+    return torch.ops.sar_fast.attention_forward(
+        q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse, *max_seqlens
+    )

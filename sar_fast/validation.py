@@ -115,9 +115,9 @@ def make_options(
         softmax_scale = q.shape[-1] ** -0.5
     elif isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale must be a number or None; got {type(softmax_scale).__name__}")
-    elif not math.isfinite(softmax_scale):
+    elif not -math.inf < softmax_scale < math.inf:  # comparisons trace with symbolic floats, math.isfinite does not
         raise ValueError(f"softmax_scale must be finite; got {softmax_scale}")
-    if not isinstance(softcap, (int, float)) or not math.isfinite(softcap) or softcap < 0:
+    if not isinstance(softcap, (int, float)) or not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r}")
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), -1 for unbounded; got {window_size!r}")

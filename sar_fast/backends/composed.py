@@ -168,7 +168,7 @@ def _kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv) of one fused call, given the merged out and lse."""
     q, k, v = _kernel_inputs(seq, rows, keys)
-    Hkv, G, r, width = q.shape
+    Hkv, G, _, width = q.shape
     D, Dv = seq.q.shape[-1], seq.v.shape[-1]
     group = lambda x: F.pad(x[rows], (0, width - Dv)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
     l = lse[:, rows].unflatten(0, (Hkv, G))

@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
+from sar_fast.backends import triton_backend
 from sar_fast.backends.select import PYTORCH_BACKENDS
 from sar_fast.backends.sequence import Sequence, dense_sequences, packed_sequences
 from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
@@ -23,7 +24,8 @@ class Call:
     """Tensors of one attention call. With ``visual`` None it is plain attention.
 
     Dense: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). Packed: without B, and ``cu_seqlens_*`` (B + 1,)
-    int32. ``carried`` holds (av_sum, sa_sum, count) of queries counted before this call, or is None.
+    int32, with the longest lengths in ``max_seqlens``. ``carried`` holds (av_sum, sa_sum, count) of queries counted
+    before this call, or is None.
     """
 
     q: Tensor
@@ -37,6 +39,7 @@ class Call:
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     carried: tuple[Tensor, Tensor, Tensor] | None
+    max_seqlens: tuple[int, int] = (0, 0)
 
     @property
     def packed(self) -> bool:
@@ -80,6 +83,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, av, sa, c, count); lse is empty unless needed, the last four are empty for plain attention."""
     logger.debug("attention: backend=%s q=%s k=%s", backend, tuple(call.q.shape), tuple(call.k.shape))
+    if backend == triton_backend.name:
+        out, lse, *stats = triton_backend.forward(call, options)
+        return out, lse if need_lse else lse.new_empty(0), *stats
     q, kernel = call.q, PYTORCH_BACKENDS[backend]
     B, H, Dv = call.batch_size, q.shape[-2], call.v.shape[-1]
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -110,7 +116,7 @@ def forward(
             total = count[b : b + 1].clamp_min(1)
             av[b] /= total
             sa[b] /= total
-            c[b] = _weights(av[b : b + 1], sa[b : b + 1], count[b : b + 1], options)[0]
+            c[b] = weights_of(av[b : b + 1], sa[b : b + 1], count[b : b + 1], options)[0]
         if need_lse:
             call.lse_part(lse, b).copy_(row_lse)
         if out is None:
@@ -122,7 +128,8 @@ def forward(
     return (out if sequences else q.new_empty(*q.shape[:-1], Dv)), lse, av, sa, c, count
 
 
-def _weights(av: Tensor, sa: Tensor, count: Tensor, options: AttentionOptions) -> Tensor:
+def weights_of(av: Tensor, sa: Tensor, count: Tensor, options: AttentionOptions) -> Tensor:
+    """Head weights (B, H) under a call's options."""
     return head_weights(
         av,
         sa,
@@ -151,6 +158,8 @@ def backward(
     Args:
         grad_stats: (grad_av, grad_sa, grad_c), each (B, H): gradients flow through the weights. None: c is constant.
     """
+    if backend == triton_backend.name:
+        return triton_backend.backward(call, options, grad_out, out, lse, av, sa, c, count, grad_stats)
     q, k, v, kernel = call.q, call.k, call.v, PYTORCH_BACKENDS[backend]
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     sar = call.visual is not None

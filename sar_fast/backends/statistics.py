@@ -177,7 +177,7 @@ def statistics_backward(
         (H, Sq): what the alignments add to every query's ``delta_i = sum_d dout_id out_id`` (0 outside T). It acts on
         all keys that the query sees, so the backend's attention backward applies it.
     """
-    H, D, Hkv = seq.q.shape[1], seq.q.shape[2], seq.k.shape[1]
+    H, Hkv = seq.q.shape[1], seq.k.shape[1]
     G, t, n, acc = H // Hkv, block.rows.numel(), block.keys.numel(), seq.accumulate_dtype
     extra_delta = seq.q.new_zeros(H, seq.q.shape[0], dtype=acc)
     if t == 0 or n < 2:

@@ -1,0 +1,159 @@
+"""Backend ``"triton"``: this project's fused kernels (``sar_kernels``), whole batches in a few launches.
+
+Imported only when it runs or is asked about, so that the package works where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from sar_fast.types import AttentionOptions
+from sar_fast.weights import head_weights
+
+name = "triton"
+
+_GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INTERPRETER_DTYPES = (torch.float16, torch.float32, torch.float64)  # its bfloat16 arithmetic is wrong
+
+
+def interpreting() -> bool:
+    """Whether Triton's CPU interpreter is on (``TRITON_INTERPRET=1``): for tests, thousands of times slower."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the kernels cannot be imported here, or None."""
+    try:
+        import sar_kernels.attention  # noqa: F401
+    except ImportError as error:
+        return f"the Triton kernels, which do not import here ({error})"
+    return None
+
+
+def unsupported(
+    device: torch.device, dtype: torch.dtype, options: AttentionOptions, *, padded: bool, masked: bool
+) -> str | None:
+    """Why these options cannot run here, or None."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"{device.type} tensors: the kernels need a CUDA or ROCm device (or TRITON_INTERPRET=1 for tests)"
+    reason = missing()
+    if reason is not None:
+        return reason
+    dtypes = _INTERPRETER_DTYPES if interpreting() else _GPU_DTYPES
+    if dtype not in dtypes:
+        return f"{dtype}: the kernels take {', '.join(map(str, dtypes))} here"
+    if masked:
+        return "attn_mask: the kernels never read a dense mask"
+    return None
+
+
+def _kernel_options(options: AttentionOptions):
+    from sar_kernels.attention import AttentionOptions as KernelOptions
+    from sar_kernels.attention import WeightOptions
+
+    attention = KernelOptions(options.causal, options.softmax_scale, options.window_size, options.softcap)
+    return attention, WeightOptions(options.beta, options.protect_first_head, options.normalize)
+
+
+def forward(call, options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, av, sa, c, count) of a :class:`~sar_fast.backends.run.Call`; statistics empty for plain attention."""
+    from sar_kernels import attention as kernels
+
+    attention, weights = _kernel_options(options)
+    q = call.q
+    if call.visual is None:
+        out, lse = kernels.attention_forward(q, call.k, call.v, options=attention, **_layout(call))
+        none = lambda *shape: q.new_zeros(shape, dtype=lse.dtype)
+        return out, lse, none(0, 0), none(0, 0), none(0, 0), none(0)
+    roles = (call.visual, call.text, call.prior)
+    if call.carried is not None:
+        return _continue_sums(call, options, attention, weights)
+    return kernels.sar_forward(q, call.k, call.v, *roles, options=attention, weights=weights, **_layout(call))
+
+
+def _continue_sums(call, options: AttentionOptions, attention, weights) -> tuple[Tensor, ...]:
+    """A call whose means go on from earlier queries: plain attention, its statistics, then the merged weights."""
+    from sar_kernels import attention as kernels
+
+    q, layout = call.q, _layout(call)
+    out, lse = kernels.attention_forward(q, call.k, call.v, options=attention, **layout)
+    av, sa, _, n = kernels.attention_statistics(
+        q, call.k, lse, call.visual, call.text, call.prior, options=attention, weights=weights, **layout
+    )
+    av_sum, sa_sum, before = call.carried
+    count = before + n
+    total = count.clamp_min(1)[:, None]
+    av, sa = (av_sum + av * n[:, None]) / total, (sa_sum + sa * n[:, None]) / total
+    c = head_weights(
+        av,
+        sa,
+        count,
+        beta=options.beta,
+        protect_first_head=options.protect_first_head,
+        normalize=options.normalize,
+    )
+    return out.mul_(c[:, None, :, None]), lse, av, sa, c, count
+
+
+def backward(
+    call,
+    options: AttentionOptions,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    av: Tensor,
+    sa: Tensor,
+    c: Tensor,
+    count: Tensor,
+    grad_stats: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dprior); dprior is empty unless gradients flow through the weights."""
+    from sar_kernels import attention as kernels
+
+    attention, weights = _kernel_options(options)
+    qkv = (call.q, call.k, call.v)
+    empty = call.q.new_empty(0, dtype=lse.dtype)
+    if call.visual is None:
+        return (
+            *kernels.attention_backward(grad_out, *qkv, out, lse, options=attention, **_layout(call)),
+            empty,
+        )
+    grad_av, grad_sa, grad_c = grad_stats or (None, None, None)
+    dq, dk, dv, dprior = kernels.sar_backward(
+        grad_out,
+        *qkv,
+        out,
+        lse,
+        call.visual,
+        call.text,
+        call.prior,
+        av,
+        sa,
+        c,
+        count,
+        options=attention,
+        weights=weights,
+        sav_grad=grad_stats is not None,
+        dav=grad_av,
+        dsa=grad_sa,
+        dc=grad_c,
+        **_layout(call),
+    )
+    return dq, dk, dv, empty if dprior is None else dprior
+
+
+def _layout(call) -> dict:
+    layout = {"key_padding_mask": call.key_padding_mask}
+    if call.packed:
+        layout |= {
+            "cu_seqlens_q": call.cu_seqlens_q,
+            "cu_seqlens_k": call.cu_seqlens_k,
+            "max_seqlen_q": call.max_seqlens[0],
+            "max_seqlen_k": call.max_seqlens[1],
+        }
+    return layout

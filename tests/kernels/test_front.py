@@ -1,0 +1,136 @@
+"""The public functions with backend="triton": the operators, autograd and compile paths around the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sar_fast
+from sar_fast import SARState, flash_attn_func, flash_attn_varlen_func, sar_attn_func, sar_attn_varlen_func
+from sar_fast.reference import sar_attention_reference
+
+TRITON = {"backend": "triton"}
+
+
+def inputs(B=2, S=19, H=4, Hkv=2, D=16, dtype=torch.float64):
+    tensors = [torch.randn(B, S, h, D, dtype=dtype) for h in (H, Hkv, Hkv)]
+    visual = torch.zeros(B, S, dtype=torch.bool)
+    visual[0, 2:9] = True  # row 1 is text only
+    text = torch.zeros(B, S, dtype=torch.bool)
+    text[0, 9:] = True
+    prior = torch.rand(B, S, dtype=dtype) * visual
+    return *tensors, visual, text, prior / prior.sum(-1, keepdim=True).clamp_min(1e-9)
+
+
+def leaves(case):
+    return [t.clone().requires_grad_() if t.is_floating_point() else t for t in case]
+
+
+@pytest.mark.parametrize("sav_grad", [False, True])
+def test_output_statistics_and_gradients_equal_the_reference(sav_grad):
+    case = inputs()
+    ours, reference = leaves(case), leaves(case)
+    options = {"beta": 0.05, "sav_grad": sav_grad, "return_stats": True}
+    out, stats = sar_attn_func(*ours, **options, **TRITON)
+    want, expected = sar_attention_reference(*reference, **options)
+    grad = torch.randn_like(want)
+    out.backward(grad)
+    want.backward(grad)
+    assert stats.backend == "triton"
+    torch.testing.assert_close(out, want)
+    for name in ("lse", "alignment_variance", "semantic_alignment", "sav", "head_weights", "query_count"):
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name).float(), rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours[:3], reference[:3]):
+        torch.testing.assert_close(a.grad, b.grad)
+    if sav_grad:
+        torch.testing.assert_close(ours[5].grad, reference[5].grad)
+
+
+def test_packed_equals_dense():
+    q, k, v, visual, text, prior = case = inputs(dtype=torch.float32)
+    want = sar_attn_func(*case, **TRITON)
+    cu = torch.tensor([0, 19, 38], dtype=torch.int32)
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    roles = [t.flatten() for t in (visual, text, prior)]
+    got = sar_attn_varlen_func(*flat, cu, cu, 19, 19, *roles, **TRITON)
+    torch.testing.assert_close(got.view_as(want), want)
+    plain = flash_attn_varlen_func(*flat, cu, cu, 19, 19, causal=True, **TRITON)
+    torch.testing.assert_close(plain.view_as(want)[1], want[1], rtol=0, atol=0)
+
+
+def test_plain_attention_and_its_log_sum_exp():
+    q, k, v, *_ = inputs()
+    out, lse, probabilities = flash_attn_func(q, k, v, causal=True, return_attn_probs=True, **TRITON)
+    want, expected, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True, backend="torch")
+    assert probabilities is None
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, expected)
+
+
+def test_text_only_row_is_plain_bit_for_bit():
+    case = inputs(dtype=torch.float32)
+    plain = flash_attn_func(*case[:3], causal=True, **TRITON)
+    assert torch.equal(sar_attn_func(*case, beta=0.01, **TRITON)[1], plain[1])
+
+
+def test_cached_decode_continues_the_sums():
+    q, k, v, visual, text, prior = inputs(dtype=torch.float32)
+    want = {}
+    for backend in ("torch", "triton"):
+        _, stats = sar_attn_func(
+            q[:, :16],
+            k[:, :16],
+            v[:, :16],
+            visual[:, :16],
+            text[:, :16],
+            prior[:, :16],
+            return_stats=True,
+            backend=backend,
+        )
+        state = SARState.from_stats(stats)
+        steps = [
+            sar_fast.sar_attn_with_kvcache(
+                q[:, i : i + 1],
+                k,
+                v,
+                cache_seqlens=i + 1,
+                visual_mask=visual,
+                prior=prior,
+                state=state,
+                backend=backend,
+            )
+            for i in range(16, 19)
+        ]
+        want[backend] = torch.cat(steps, 1), state.count
+    torch.testing.assert_close(want["triton"][0], want["torch"][0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(want["triton"][1], want["torch"][1])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(dynamic):
+    torch._dynamo.reset()
+    case = inputs(dtype=torch.float32)
+    compiled = torch.compile(
+        lambda *a: sar_attn_func(*a, beta=0.05, **TRITON), backend="aot_eager", fullgraph=True, dynamic=dynamic
+    )
+    torch.testing.assert_close(compiled(*case), sar_attn_func(*case, beta=0.05, **TRITON))
+
+
+def test_operator_checks():
+    q, k, v, visual, text, prior = inputs(B=1, S=7)
+    flat = (0.25, True, -1, -1, 0.0, 0.5, True, "none", "triton")
+    forward = torch.ops.sar_fast.attention_forward
+    arguments = (q, k, v, visual, text, prior, None, None, None, None)
+    torch.library.opcheck(forward.default, (*arguments, None, None, None, *flat, True))
+
+
+def test_what_the_kernels_lack_names_the_backend_to_use():
+    case = inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"attn_mask.*use backend='torch'"):
+        sar_attn_func(*case, attn_mask=torch.ones(2, 1, 19, 19, dtype=torch.bool), **TRITON)
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"cpu tensors.*use backend='composed' or 'torch'"):
+        sar_attn_func(*inputs(dtype=torch.float32), **TRITON)
