@@ -14,6 +14,7 @@ import functools
 import json
 import multiprocessing
 import platform
+import statistics
 from pathlib import Path
 
 import torch
@@ -104,7 +105,8 @@ def main() -> None:
             check(make_inputs(256, 192, dtype))
             inputs = make_inputs(length, SHAPES[length], dtype)
             calls = {name: functools.partial(run, *inputs) for name, run in PROVIDERS.items()}
-            times = interleaved_times(calls, args.repeats)
+            rounds = interleaved_times(calls, args.repeats)
+            times = {name: statistics.median(seconds) for name, seconds in rounds.items()}
             extra = {name: peak_extra_bytes(name, length, SHAPES[length], dtype) for name in PROVIDERS}
             for name, seconds in times.items():
                 record = {

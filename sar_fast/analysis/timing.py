@@ -1,8 +1,7 @@
-"""Timing side by side: the same inputs, interleaved rounds, medians. Compare within one call only."""
+"""Timing side by side: the same inputs, interleaved rounds. Compare within one call only."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -12,9 +11,9 @@ from torch import Tensor
 SYSTEM_TOKENS = 32  # text before the image in the made-up prompts
 
 
-def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call. Every round visits all of them, so that a slow spell of the machine hits all alike;
-    one round more than ``repeats`` runs first and is not counted."""
+def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round. Every round visits all of them, so that a slow spell of the machine hits all
+    alike; one round more than ``repeats`` runs first and is not counted."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -25,7 +24,7 @@ def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -
             wait()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def attention_inputs(

@@ -1,0 +1,177 @@
+"""The command line on the shipped miniature: what is printed, what is written, and one-line errors with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from sar_fast import __version__
+from sar_fast.cli import app, loading
+from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.miniature.drawing import draw_scene
+
+QUESTION = "What colour is the circle?"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A picture that is not square."""
+    scene = draw_scene(np.random.default_rng(3), size=96, objects=2)
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.fromarray(np.pad(scene.image, ((0, 0), (0, 32), (0, 0)), mode="edge")).save(path)
+    return str(path)
+
+
+def run(*arguments: str):
+    """(result, stdout) of a command that must succeed."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments: str) -> str:
+    """The one line of an error that a user can mend."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+def test_version():
+    assert run("--version").strip() == f"sar_fast {__version__}"
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "inspect", "doctor"])
+def test_help_has_examples(command):
+    text = run(command, "--help")
+    assert "Examples" in text
+    assert f"sar-fast {command}" in text
+
+
+def test_generate_streams_the_answer(picture):
+    plain = run("generate", "--image", picture, "--question", QUESTION)
+    assert plain.strip()
+    neutral = run("generate", "--image", picture, "--question", QUESTION, "--use-sar", "--beta", "inf")
+    assert neutral == plain  # all heads weigh 1 at infinite beta
+    run("generate", "--image", picture, "--question", QUESTION, "--use-sar", "--k", "4", "--decode", "step")
+
+
+def test_generate_takes_a_folder(picture):
+    shipped = run("generate", "--image", picture, "--question", QUESTION)
+    assert run("generate", "--model", str(MINIATURE_PATH), "--image", picture, "--question", QUESTION) == shipped
+
+
+def test_prompt_without_chat_template():
+    class Bare:
+        chat_template = None
+
+    assert loading.build_prompt(Bare(), QUESTION) == f"USER: <image>\n{QUESTION} ASSISTANT:"
+
+
+def test_miniature_chat_template_is_its_training_prompt():
+    _, processor = loading.load_model("miniature")
+    assert loading.build_prompt(processor, QUESTION) == f"USER: <image>\n{QUESTION} ASSISTANT:"
+
+
+def test_inspect_describes_a_model():
+    found = json.loads(run("inspect", "--json", "--k", "3"))
+    assert found["attention_layers"] == 4
+    assert found["sar_layers"] == [1, 2, 3]
+    assert found["config"]["activation_layer_k"] == 3
+    assert "layers" not in found
+    assert "re-weighted layers" in run("inspect")
+
+
+def test_inspect_measures_an_input(picture, tmp_path):
+    png = tmp_path / "heads.png"
+    given = ("--image", picture, "--question", QUESTION)
+    found = json.loads(run("inspect", *given, "--json", "--k", "2", "--heatmap", str(png)))
+    assert found["input"]["visual_tokens"] == 64
+    assert 0 < found["input"]["text_queries"] < found["input"]["prompt_tokens"] - 64
+    for row in found["layers"]:
+        sav = torch.tensor(row["alignment_variance"]) * torch.tensor(row["semantic_alignment"])
+        torch.testing.assert_close(torch.tensor(row["sav"]), sav)
+        expected = 8 * torch.softmax(sav / 0.5, dim=0)
+        expected[0] = expected.max()
+        torch.testing.assert_close(torch.tensor(row["head_weights"]), expected, rtol=1e-4, atol=1e-5)
+    with Image.open(png) as drawn:
+        assert drawn.format == "PNG"
+    assert "largest c" in run("inspect", *given)
+
+
+def test_doctor_compares_backends():
+    found = json.loads(run("doctor", "--json"))
+    assert found["versions"]["torch"] == torch.__version__
+    results = {(t["backend"], t["device"], t["dtype"]): t for t in found["backends"]}
+    for name in ("torch", "composed"):
+        assert results[name, "cpu", "float32"]["status"] == "works"
+        assert results[name, "cpu", "float32"]["error"] < 1e-5
+    assert all(t["reason"] for t in found["backends"] if t["status"] == "unavailable")
+
+
+def test_doctor_finds_a_wrong_backend(monkeypatch):
+    monkeypatch.setattr("sar_fast.functional.sar_attn_func", lambda q, *rest, **options: q)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    assert any(t["status"] == "wrong" for t in json.loads(result.stdout)["backends"])
+
+
+def test_errors_name_the_option(picture, tmp_path):
+    text = tmp_path / "no_picture.png"
+    text.write_text("not a picture")
+    broken = tmp_path / "broken.png"
+    with open(picture, "rb") as whole:
+        broken.write_bytes(whole.read()[:200])
+    ask = ("--question", QUESTION)
+    ok = ("generate", "--image", picture, *ask)
+    assert "--image" in fails("generate", "--image", str(tmp_path / "missing.png"), *ask)
+    assert "cannot be read" in fails("generate", "--image", str(text), *ask)
+    assert "cannot be read" in fails("generate", "--image", str(broken), *ask)
+    assert "--image" in fails("generate", "--image", str(tmp_path), *ask)
+    assert "--question" in fails("generate", "--image", picture, "--question", " ")
+    assert "--model" in fails(*ok, "--model", "./no/such/folder")
+    assert "--model" in fails(*ok, "--model", str(tmp_path))
+    assert "--device" in fails(*ok, "--device", "warp")
+    assert "--dtype" in fails(*ok, "--dtype", "int3")
+    assert fails(*ok, "--use-sar", "--k", "5").startswith("error: --k must be at most")
+    assert fails(*ok, "--use-sar", "--k", "-1").startswith("error: --k must be >= 0")
+    assert fails(*ok, "--use-sar", "--beta", "0").startswith("error: --beta must be > 0")
+    assert fails(*ok, "--use-sar", "--normalize", "l2").startswith("error: --normalize must be one of")
+    assert fails(*ok, "--use-sar", "--backend", "cuda").startswith("error: --backend must be one of")
+    assert "--use-sar" in fails(*ok, "--beta", "0.1")
+    assert "--question is missing" in fails("inspect", "--image", picture)
+    assert "--heatmap" in fails("inspect", "--heatmap", "x.png")
+    heatmap = ("--heatmap", str(tmp_path / "nowhere" / "x.png"))
+    assert "--heatmap" in fails("inspect", "--image", picture, *ask, *heatmap)
+    assert "--image is missing" in fails("demo", *ask, "--output-dir", str(tmp_path))
+    assert "--model" in fails("demo", "--model", "some/model", "--output-dir", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert "--output-dir" in fails("demo", "--output-dir", str(tmp_path / "file"))
+
+
+def test_a_text_model_is_refused(picture, tmp_path):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 1}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MINIATURE_PATH / name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = fails("generate", "--model", str(tmp_path), "--image", picture, "--question", QUESTION)
+    assert "cannot be loaded as an image-text-to-text model" in line
+
+
+def test_a_missing_package_is_named(picture, tmp_path, monkeypatch):
+    from transformers import AutoProcessor
+
+    def needs_torchvision(*_, **__):
+        raise ImportError("\nVideoProcessor requires the torchvision library but it was not found in your environment.")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", needs_torchvision)
+    line = fails("generate", "--model", str(tmp_path), "--image", picture, "--question", QUESTION)
+    assert "pip install torchvision" in line
