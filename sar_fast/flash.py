@@ -20,6 +20,11 @@ def _reject(**arguments: object) -> None:
             raise ValueError(f"{name} is not supported by these kernels: leave it None; got {type(value).__name__}")
 
 
+def _pair(window_size: object) -> object:
+    """FlashAttention takes anything that indexes, a tensor for one; ours are ints."""
+    return tuple(window_size.tolist()) if isinstance(window_size, Tensor) else window_size
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -44,7 +49,7 @@ def flash_attn_func(
     _reject(alibi_slopes=alibi_slopes)
     validation.check_qkv(q, k, v)
     options = validation.make_options(
-        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
+        q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
     )
     out, lse = plain_attention(q, k, v, options=options, backend=backend, need_lse=return_attn_probs)
     return (out, lse.to(torch.float32), None) if return_attn_probs else out
@@ -76,7 +81,7 @@ def flash_attn_varlen_func(
     validation.check_qkv(q, k, v, packed=True)
     _check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.shape[0], k.shape[0], q.device)
     options = validation.make_options(
-        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
+        q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
     )
     out, lse = plain_attention(
         q,
@@ -135,7 +140,7 @@ def flash_attn_with_kvcache(
     )
     lengths = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     options = validation.make_options(
-        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
+        q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
     )
     lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
     outs, lses = [], []

@@ -1,0 +1,143 @@
+"""FlashAttention's own tests, run against this project's ``flash_attn_*`` functions.
+
+    git clone https://github.com/Dao-AILab/flash-attention
+    python tests/acceptance/flash_attention.py --checkout flash-attention                    # CPU, PyTorch backends
+    python tests/acceptance/flash_attention.py --checkout flash-attention --backend triton   # kernels (GPU, or interpreted)
+
+The test file is taken as it is, but for its device string and the sizes of its grids (``--head-dims``,
+``--max-seqlen``); values that ask for what these kernels refuse by name (dropout, ALiBi, rotary, left padding, batch
+indices) leave the grids. pytest's own summary says what passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import pytest
+
+TESTS = ("test_flash_attn_output", "test_flash_attn_varlen_output", "test_flash_attn_kvcache", "test_flash_attn_causal")
+
+# argument -> the values that stay
+OFF = {
+    "dropout_p": [0.0],
+    "alibi": [False],
+    "rotary_fraction": [0.0],
+    "rotary_interleaved": [False],
+    "has_leftpad": [False],
+    "has_batch_idx": [False],
+    "deterministic": [False],
+    "kvpacked": [False],
+}
+
+
+def stub_flash_attn(backend: str) -> None:
+    """Modules named ``flash_attn`` whose functions are ours."""
+    import torch
+    import torch.nn.functional as F
+
+    import sar_fast
+
+    def bound(function):
+        return lambda *args, **kwargs: function(*args, backend=backend, **kwargs)
+
+    def unpad_input(x, mask):
+        lengths = mask.sum(-1, dtype=torch.int32)
+        index = mask.flatten().nonzero()[:, 0]
+        cu = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return x.flatten(0, 1)[index], index, cu, int(lengths.max()), lengths
+
+    def pad_input(x, index, batch, seqlen):
+        out = x.new_zeros(batch * seqlen, *x.shape[1:])
+        return out.index_put((index,), x).view(batch, seqlen, *x.shape[1:])
+
+    def refused(*args, **kwargs):
+        raise NotImplementedError("outside of what this run selects")
+
+    root = types.ModuleType("flash_attn")
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        setattr(root, name, bound(getattr(sar_fast, name)))
+    for name in ("kvpacked", "qkvpacked", "varlen_kvpacked", "varlen_qkvpacked"):
+        setattr(root, f"flash_attn_{name}_func", refused)
+    padding = types.ModuleType("flash_attn.bert_padding")
+    padding.pad_input, padding.unpad_input = pad_input, unpad_input
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+    interface._get_block_size_n, interface.USE_TRITON_ROCM = refused, False
+    layers, rotary = types.ModuleType("flash_attn.layers"), types.ModuleType("flash_attn.layers.rotary")
+    rotary.apply_rotary_emb = refused
+    for module in (root, padding, interface, layers, rotary):
+        sys.modules[module.__name__] = module
+
+
+class SmallGrids:
+    """pytest plugin: keep only the parameter values that this run covers."""
+
+    def __init__(self, head_dims: list[int], max_seqlen: int, dtypes: list) -> None:
+        self.keep = {**OFF, "d": head_dims}
+        self.max_seqlen, self.dtypes = max_seqlen, dtypes
+
+    def pytest_generate_tests(self, metafunc) -> None:
+        for mark in metafunc.definition.iter_markers("parametrize"):
+            names = (
+                [n.strip() for n in mark.args[0].split(",")] if isinstance(mark.args[0], str) else list(mark.args[0])
+            )
+            values = [v for v in mark.args[1] if self._covers(names, v)]
+            if not values and set(names) & set(OFF):
+                values = [OFF[names[0]][0]]
+            mark.args[1][:] = values
+
+    def _covers(self, names: list[str], value) -> bool:
+        parts = value if len(names) > 1 else (value,)
+        for name, part in zip(names, parts):
+            if name in self.keep and part not in self.keep[name]:
+                return False
+            if name in ("seqlen_q", "seqlen_k", "seqlen") and part > self.max_seqlen:
+                return False
+            if name == "dtype" and part not in self.dtypes:
+                return False
+        return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkout", type=Path, required=True, help="a checkout of Dao-AILab/flash-attention")
+    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "composed", "torch"])
+    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--max-seqlen", type=int, default=256)
+    parser.add_argument("--tests", nargs="+", default=list(TESTS))
+    args, pytest_args = parser.parse_known_args()
+    source = args.checkout / "tests" / "test_flash_attn.py"
+    if not source.is_file():
+        parser.error(f"--checkout must hold tests/test_flash_attn.py; {source} does not exist")
+
+    if args.backend == "triton" and args.device in (None, "cpu"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # ignored below if a GPU is chosen
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        torch.cuda.get_device_capability = lambda *a, **k: (8, 0)
+        torch.cuda.get_device_properties = lambda *a, **k: types.SimpleNamespace(total_memory=80 * 2**30)
+        torch.cuda.synchronize = lambda *a, **k: None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and args.backend == "triton"
+    dtypes = [torch.float16] if interpreted else [torch.float16, torch.bfloat16]  # bf16 is wrong in the interpreter
+    stub_flash_attn(args.backend)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "test_flash_attn.py"
+        copy.write_text(source.read_text().replace('"cuda"', repr(device)))
+        selected = [f"{copy}::{name}" for name in args.tests]
+        plugin = SmallGrids(args.head_dims, args.max_seqlen, dtypes)
+        return pytest.main(
+            [*selected, "-q", "-p", "no:cacheprovider", "--rootdir", folder, "-c", os.devnull, *pytest_args], [plugin]
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
