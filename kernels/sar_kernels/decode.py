@@ -1,0 +1,398 @@
+"""Decode kernels: attention over a KV cache in splits, and the merge that also re-weights the heads.
+
+A step is two launches. The split kernel is flash attention of a few queries over one stretch of the cache; the combine
+kernel merges the stretches of one head. A head's scale depends on all heads of its sample, so every combine program
+reads the sample's statistics (a few floats per head and split, from L2) and computes all the weights itself. That costs
+less than a third launch or a grid-wide barrier, and keeps B * H programs busy on the output.
+"""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    load_keys_mask,
+    load_tile,
+    online_softmax,
+    soft_cap,
+    softmax_over_heads,
+    update_moments,
+    visible_mask,
+)
+
+
+@triton.jit
+def _split_layout(length, seqlen_q, window_left, num_splits, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr):
+    """First key block that any query sees, key blocks per split, and how many splits hold any.
+
+    The keys in view, not the cache's capacity, are shared out, so that a short sample or a window uses every split.
+    """
+    first = 0
+    if HAS_LEFT:
+        first = tl.maximum(length - seqlen_q - window_left, 0) // BLOCK_N
+    blocks = tl.maximum(tl.cdiv(length, BLOCK_N) - first, 0)
+    per_split = tl.maximum(tl.cdiv(blocks, num_splits), 1)
+    return first, per_split, tl.cdiv(blocks, per_split)
+
+
+@triton.jit
+def _load_cache(
+    ptr,
+    table_ptr,
+    first_key,
+    num_keys,
+    stride_b,
+    stride_s,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLS: tl.constexpr,
+    NUM_COLS: tl.constexpr,
+):
+    """Cache entries first_key .. first_key + BLOCK_N of one sample and head, zeros beyond num_keys.  # [BN, COLS]
+
+    PAGE = 0 is a contiguous cache, of which ptr is the sample's first entry.
+    """
+    if PAGE == 0:
+        return load_tile(ptr, first_key, num_keys, stride_s, BLOCK_N, COLS, NUM_COLS, True)
+    elif PAGE % BLOCK_N == 0:  # a tile lies in one page: one look-up
+        page = tl.load(table_ptr + first_key // PAGE).to(tl.int64)
+        ptr += page * stride_b + tl.cast(first_key % PAGE, tl.int64) * stride_s
+        return load_tile(ptr, 0, num_keys - first_key, stride_s, BLOCK_N, COLS, NUM_COLS, True)
+    else:
+        keys = first_key + tl.arange(0, BLOCK_N)
+        cols = tl.arange(0, COLS)[None, :]
+        pages = tl.load(table_ptr + keys // PAGE, mask=keys < num_keys, other=0).to(tl.int64)  # [BN]
+        ptrs = ptr + (pages * stride_b + (keys % PAGE).to(tl.int64) * stride_s)[:, None] + cols
+        return tl.load(ptrs, mask=(keys < num_keys)[:, None] & (cols < NUM_COLS), other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=["capacity", "seqlen_q", "num_heads", "group", "window_left", "window_right", "stride_table_b"]
+)
+def decode_split_kernel(
+    q_ptr,  # (B, Sq, H, D)
+    k_ptr,  # (B, Smax, Hkv, D) or (blocks, PAGE, Hkv, D)
+    v_ptr,  # (B, Smax, Hkv, DV) or (blocks, PAGE, Hkv, DV)
+    lengths_ptr,  # (B,) int32
+    table_ptr,  # (B, pages) int32, paged only
+    visual_ptr,  # (B, Smax) bool; this and the next two STATISTICS only
+    text_ptr,  # (B, Sq) bool
+    prior_ptr,  # (B, Smax)
+    av_sum_ptr,  # (B, H); this and the next three RUNNING only
+    sa_sum_ptr,  # (B, H)
+    count_ptr,  # (B,)
+    carried_ptr,  # (B, 2 H + 1) out: the sums and the count as they were before this step
+    partial_out_ptr,  # (B, H, Sq, splits, DV) out
+    partials_ptr,  # (5, B, H, Sq, splits) out: base-2 lse; count, mean and M2 of the visual scores; SA
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_table_b,
+    stride_visual_b,
+    stride_text_b,
+    stride_prior_b,
+    plane,  # elements of one of the partials' five planes
+    capacity,
+    seqlen_q,
+    num_heads,
+    group,  # query heads per kv head
+    window_left,
+    window_right,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PAGE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    RUNNING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One split of the keys for a tile of rows; a row is one query of one of the heads that share a kv head.
+
+    Grid (splits, B * Hkv, row tiles). A split without keys writes nothing: the combine kernel knows which those are.
+    """
+    split = tl.program_id(0)
+    kv_heads = num_heads // group
+    batch = tl.program_id(1) // kv_heads
+    kv_head = tl.program_id(1) % kv_heads
+    batch64 = batch.to(tl.int64)
+    if RUNNING:
+        # The combine programs all read the old sums while one of them writes the new: they read this copy.
+        is_first = (split == 0) & (kv_head == 0) & (tl.program_id(2) == 0)
+        if is_first:
+            heads = tl.arange(0, BLOCK_H)
+            is_head = heads < num_heads
+            copy_ptr = carried_ptr + batch64 * (2 * num_heads + 1)
+            tl.store(copy_ptr + heads, tl.load(av_sum_ptr + batch64 * num_heads + heads, mask=is_head), mask=is_head)
+            copy_ptr += num_heads
+            tl.store(copy_ptr + heads, tl.load(sa_sum_ptr + batch64 * num_heads + heads, mask=is_head), mask=is_head)
+            tl.store(copy_ptr + num_heads, tl.load(count_ptr + batch))
+
+    num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
+    first_block, per_split, used = _split_layout(num_keys, seqlen_q, window_left, tl.num_programs(0), BLOCK_N, HAS_LEFT)
+    if split >= used:
+        return
+    start = (first_block + split * per_split) * BLOCK_N
+    end = tl.minimum(start + per_split * BLOCK_N, num_keys)
+
+    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_range = rows < group * seqlen_q
+    queries = rows // group
+    heads_in_group = rows % group
+    head_dims = tl.arange(0, BLOCK_D)[None, :]
+    q_ptr += batch64 * stride_qb + tl.cast(kv_head * group, tl.int64) * stride_qh
+    q_ptrs = q_ptr + (queries * stride_qs + heads_in_group * stride_qh)[:, None] + head_dims
+    q = tl.load(q_ptrs, mask=in_range[:, None] & (head_dims < HEAD_DIM), other=0.0)  # [BM, D]
+    k_ptr += tl.cast(kv_head, tl.int64) * stride_kh
+    v_ptr += tl.cast(kv_head, tl.int64) * stride_vh
+    if PAGE == 0:
+        k_ptr += batch64 * stride_kb
+        v_ptr += batch64 * stride_vb
+    else:
+        table_ptr += batch64 * stride_table_b
+    has_text = False
+    if STATISTICS:
+        visual_ptr += batch64 * stride_visual_b
+        prior_ptr += batch64 * stride_prior_b
+        text = tl.load(text_ptr + batch64 * stride_text_b + queries, mask=in_range, other=0)  # [BM]
+        has_text = tl.max(text.to(tl.int32), 0) != 0
+
+    scale = tl.cast(softmax_scale, ACC)
+    cap = tl.cast(softcap, ACC)
+    if HAS_SOFTCAP:
+        scale_log2 = tl.cast(LOG2_E, ACC)
+        unit = tl.cast(1.0, ACC)
+    else:
+        scale_log2 = scale * LOG2_E
+        unit = scale
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+    row_max = tl.full([BLOCK_M], -float("inf"), ACC)
+    row_sum = tl.zeros([BLOCK_M], ACC)
+    alignment = tl.zeros([BLOCK_M], ACC)
+    count = tl.zeros([BLOCK_M], ACC)
+    mean = tl.zeros([BLOCK_M], ACC)
+    m2 = tl.zeros([BLOCK_M], ACC)
+    for first_key in range(start, end, BLOCK_N):
+        k = _load_cache(k_ptr, table_ptr, first_key, num_keys, stride_kb, stride_ks, PAGE, BLOCK_N, BLOCK_D, HEAD_DIM)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        if HAS_SOFTCAP:
+            scores, _ = soft_cap(scores * scale, cap)
+        keys = first_key + tl.arange(0, BLOCK_N)
+        visible = visible_mask(
+            queries[:, None],
+            keys[None, :],
+            num_keys,
+            num_keys - seqlen_q,
+            window_left,
+            window_right,
+            HAS_LEFT,
+            HAS_RIGHT,
+        )
+        scores = tl.where(visible, scores, -float("inf"))
+        weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, True)
+        if STATISTICS:
+            alignment = alignment * rescale
+            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            if has_text & (tl.max(visual.to(tl.int32), 0) != 0):
+                count, mean, m2 = update_moments(scores, visible & visual[None, :], count, mean, m2)
+                prior = tl.load(prior_ptr + keys, mask=visual, other=0.0).to(ACC)  # [BN]
+                alignment += tl.sum(weights * prior[None, :], 1)
+        v = _load_cache(
+            v_ptr, table_ptr, first_key, num_keys, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
+        )
+        acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
+
+    seen = row_sum > 0.0
+    row_sum = tl.where(seen, row_sum, 1.0)
+    head_rows = (batch64 * num_heads + kv_head * group + heads_in_group) * seqlen_q + queries
+    index = head_rows * tl.num_programs(0) + split  # [BM]
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    out_ptrs = partial_out_ptr + index[:, None] * HEAD_DIM_V + columns
+    tl.store(out_ptrs, acc / row_sum[:, None], mask=in_range[:, None] & (columns < HEAD_DIM_V))
+    ptrs = partials_ptr + index
+    tl.store(ptrs, tl.where(seen, row_max + tl.log2(row_sum), -float("inf")), mask=in_range)
+    if STATISTICS:
+        plane = tl.cast(plane, tl.int64)
+        tl.store(ptrs + plane, count, mask=in_range)
+        tl.store(ptrs + 2 * plane, mean * unit, mask=in_range)
+        tl.store(ptrs + 3 * plane, m2 * unit * unit, mask=in_range)
+        tl.store(ptrs + 4 * plane, alignment / row_sum, mask=in_range)
+
+
+@triton.jit
+def _softmax_step(lse, top, total, AXIS: tl.constexpr):
+    """Adds splits (along AXIS) to a running softmax in base 2: their weights, the factor for older sums, max, total."""
+    new_top = tl.maximum(top, tl.max(lse, AXIS))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(lse - (tl.expand_dims(shift, AXIS) if AXIS == 1 else shift))
+    rescale = tl.exp2(top - shift)
+    return weights, rescale, new_top, total * rescale + tl.sum(weights, AXIS)
+
+
+@triton.jit
+def _query_statistics(
+    partials_ptr, rows, is_head, used, plane, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr
+):
+    """One query's variance, semantic alignment and whether it counts, for every head.  # [BH] each
+
+    rows: index of each head's first split. Groups of splits are merged about their common mean.
+    """
+    top = tl.full([BLOCK_H], -float("inf"), ACC)
+    total = tl.zeros([BLOCK_H], ACC)
+    alignment = tl.zeros([BLOCK_H], ACC)
+    count = tl.zeros([BLOCK_H], ACC)
+    mean = tl.zeros([BLOCK_H], ACC)
+    m2 = tl.zeros([BLOCK_H], ACC)
+    for first in range(0, used, BLOCK_S):
+        splits = first + tl.arange(0, BLOCK_S)
+        mask = is_head[:, None] & (splits < used)[None, :]
+        ptrs = partials_ptr + rows[:, None] + splits[None, :]  # [BH, BS]
+        lse = tl.load(ptrs, mask=mask, other=-float("inf"))
+        weights, rescale, top, total = _softmax_step(lse, top, total, 1)
+        alignment = alignment * rescale + tl.sum(weights * tl.load(ptrs + 4 * plane, mask=mask, other=0.0), 1)
+        counts = tl.load(ptrs + plane, mask=mask, other=0.0)
+        means = tl.load(ptrs + 2 * plane, mask=mask, other=0.0)
+        new_count = count + tl.sum(counts, 1)
+        new_mean = (count * mean + tl.sum(counts * means, 1)) / tl.maximum(new_count, 1.0)
+        spread = means - new_mean[:, None]
+        m2 += tl.sum(tl.load(ptrs + 3 * plane, mask=mask, other=0.0) + counts * spread * spread, 1)
+        m2 += count * (mean - new_mean) * (mean - new_mean)
+        count = new_count
+        mean = new_mean
+    counts = count >= 2.0  # a variance needs two keys
+    variance = tl.where(counts, m2 / tl.maximum(count - 1.0, 1.0), 0.0)
+    alignment = tl.where(counts, alignment / tl.where(total > 0.0, total, 1.0), 0.0)
+    return variance, alignment, counts.to(ACC)
+
+
+@triton.jit(do_not_specialize=["capacity", "seqlen_q", "num_heads", "num_splits", "window_left"])
+def decode_combine_kernel(
+    partial_out_ptr,  # (B, H, Sq, splits, DV)
+    partials_ptr,  # (5, B, H, Sq, splits)
+    lengths_ptr,  # (B,) int32
+    text_ptr,  # (B, Sq) bool, "step" and "running" only
+    carried_ptr,  # (B, 2 H + 1), "running" only
+    av_sum_ptr,  # (B, H) the state: written if "running", read if "prompt"
+    sa_sum_ptr,  # (B, H)
+    count_ptr,  # (B,)
+    head_weights_ptr,  # (B, H), "prompt" only
+    out_ptr,  # (B, Sq, H, DV) out, contiguous; the rest are outputs too
+    lse_ptr,  # (B, H, Sq)
+    av_ptr,  # (B, H); this and the next three unless "plain"
+    sa_ptr,  # (B, H)
+    c_ptr,  # (B, H)
+    count_out_ptr,  # (B,)
+    stride_text_b,
+    plane,
+    capacity,
+    seqlen_q,
+    num_heads,
+    num_splits,
+    window_left,
+    beta,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # splits at a time in the statistics
+    BLOCK_O: tl.constexpr,  # splits at a time in the output
+    HAS_LEFT: tl.constexpr,
+    PROTECT_FIRST: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    MODE: tl.constexpr,  # "plain", "step", "running" or "prompt"
+    ACC: tl.constexpr,
+):
+    """Merges the splits of one head: out and lse, scaled by the head's weight. Grid (H, B).
+
+    Every program computes the weights of all its sample's heads; head 0's writes them and the state.
+    """
+    head = tl.program_id(0)
+    batch = tl.program_id(1)
+    batch64 = batch.to(tl.int64)
+    num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
+    _, _, used = _split_layout(num_keys, seqlen_q, window_left, num_splits, BLOCK_N, HAS_LEFT)
+    scale = tl.cast(1.0, ACC)
+    if MODE != "plain":
+        heads = tl.arange(0, BLOCK_H)
+        is_head = heads < num_heads
+        per_head = batch64 * num_heads + heads  # [BH]
+        if MODE == "prompt":
+            variance = tl.load(av_sum_ptr + per_head, mask=is_head, other=0.0).to(ACC)
+            alignment = tl.load(sa_sum_ptr + per_head, mask=is_head, other=0.0).to(ACC)
+            count = tl.load(count_ptr + batch).to(ACC)
+        else:
+            variance = tl.zeros([BLOCK_H], ACC)
+            alignment = tl.zeros([BLOCK_H], ACC)
+            counts = tl.zeros([BLOCK_H], ACC)
+            for query in range(0, seqlen_q):
+                if tl.load(text_ptr + batch64 * stride_text_b + query) != 0:
+                    rows = (per_head * seqlen_q + query) * num_splits
+                    query_variance, query_alignment, query_counts = _query_statistics(
+                        partials_ptr, rows, is_head, used, tl.cast(plane, tl.int64), BLOCK_H, BLOCK_S, ACC
+                    )
+                    variance += query_variance
+                    alignment += query_alignment
+                    counts += query_counts
+            count = tl.max(counts, 0)  # the same for every head
+            if MODE == "running":
+                carried_ptr += batch64 * (2 * num_heads + 1)
+                variance += tl.load(carried_ptr + heads, mask=is_head, other=0.0)
+                alignment += tl.load(carried_ptr + num_heads + heads, mask=is_head, other=0.0)
+                count += tl.load(carried_ptr + 2 * num_heads)
+                if head == 0:
+                    tl.store(av_sum_ptr + per_head, variance, mask=is_head)
+                    tl.store(sa_sum_ptr + per_head, alignment, mask=is_head)
+                    tl.store(count_ptr + batch, count)
+        variance = variance / tl.maximum(count, 1.0)
+        alignment = alignment / tl.maximum(count, 1.0)
+        if MODE == "prompt":
+            c = tl.load(head_weights_ptr + per_head, mask=is_head, other=0.0).to(ACC)
+        else:
+            c, _, _, _ = softmax_over_heads(
+                variance * alignment, heads, num_heads, tl.cast(beta, ACC), PROTECT_FIRST, STANDARDIZE
+            )
+            c = tl.where(count > 0.0, c, 1.0)
+        if head == 0:
+            tl.store(av_ptr + per_head, variance, mask=is_head)
+            tl.store(sa_ptr + per_head, alignment, mask=is_head)
+            tl.store(c_ptr + per_head, c, mask=is_head)
+            tl.store(count_out_ptr + batch, count)
+        scale = tl.sum(tl.where(heads == head, c, 0.0), 0)
+
+    columns = tl.arange(0, BLOCK_DV)
+    for query in range(0, seqlen_q):
+        row = (batch64 * num_heads + head) * seqlen_q + query
+        top = tl.cast(-float("inf"), ACC)
+        total = tl.cast(0.0, ACC)
+        acc = tl.zeros([BLOCK_DV], ACC)
+        for first in range(0, used, BLOCK_O):
+            splits = first + tl.arange(0, BLOCK_O)
+            index = row * num_splits + splits  # [BO]
+            lse = tl.load(partials_ptr + index, mask=splits < used, other=-float("inf"))
+            mask = (splits < used)[:, None] & (columns < HEAD_DIM_V)[None, :]
+            partial = tl.load(partial_out_ptr + index[:, None] * HEAD_DIM_V + columns[None, :], mask=mask, other=0.0)
+            weights, rescale, top, total = _softmax_step(lse, top, total, 0)
+            acc = acc * rescale + tl.sum(weights[:, None] * partial, 0)
+        seen = total > 0.0
+        total = tl.where(seen, total, 1.0)
+        out = acc / total * scale
+        out_row = (batch64 * seqlen_q + query) * num_heads + head
+        ptrs = out_ptr + out_row * HEAD_DIM_V + columns
+        tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=columns < HEAD_DIM_V)
+        tl.store(lse_ptr + row, tl.where(seen, (top + tl.log2(total)) * LN_2, -float("inf")))
