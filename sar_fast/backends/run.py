@@ -219,12 +219,10 @@ def _statistics_gradients(
     """
     grad_av, grad_sa, grad_c = grad_stats
     acc = av.dtype
-    from_out = torch.stack(
-        [
-            torch.einsum("ihd,ihd->h", call.part(grad_out, b).to(acc), call.part(out, b).to(acc))
-            for b in range(call.batch_size)
-        ]
-    )
+    # reduced by sum, not by a product: the softmax over heads then cancels most of it, so its rounding counts
+    from_out = torch.zeros_like(grad_c)
+    for b in range(call.batch_size):
+        from_out[b] = (call.part(grad_out, b).to(acc) * call.part(out, b).to(acc)).sum(-1).sum(0)
     grad_c = grad_c + torch.where(c == 0, 0, from_out / torch.where(c == 0, 1, c))
     through_av, through_sa = head_weights_vjp(
         grad_c,
