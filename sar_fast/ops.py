@@ -6,6 +6,8 @@ node per attention call. Everything above them is traced, everything below them 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -43,6 +45,12 @@ def _accumulate_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
+    """Inputs are cast before the operator; inside, autocast would round the fp32 statistics to its dtype."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
 def _forward_impl(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
@@ -67,7 +75,8 @@ def _forward_impl(
         (max_seqlen_q, max_seqlen_k),
     )
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
-    return run.forward(call, options, backend, need_lse=need_lse)
+    with _no_autocast(q):
+        return run.forward(call, options, backend, need_lse=need_lse)
 
 
 def _check_prior_values(prior: Tensor) -> None:
@@ -120,7 +129,8 @@ def _backward_impl(
     )
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
-    return run.backward(call, options, backend, grad_out, out, lse, av, sa, c, count, grad_stats)
+    with _no_autocast(q):
+        return run.backward(call, options, backend, grad_out, out, lse, av, sa, c, count, grad_stats)
 
 
 @torch.library.register_fake("sar_fast::attention_backward", lib=_library)
