@@ -26,9 +26,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest --benchmark-disable benchmarks
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --benchmark-disable benchmarks
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_attention.py
