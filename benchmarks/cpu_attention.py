@@ -10,11 +10,13 @@ that a call adds (one child process each). Every figure of a row is measured in 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from sar_fast import sar_attn_func
 from sar_fast.analysis.eager import eager_sar_attention
 from sar_fast.analysis.timing import attention_inputs, interleaved_times
 
+HERE = Path(__file__).parent
 HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B's attention
 SHAPES = {704: 576, 3072: 2880}  # prompt length: visual tokens (LLaVA-1.5; LLaVA-NeXT)
 
@@ -128,18 +131,24 @@ def main() -> None:
                     f"{100 * record['peak_extra_of_eager']:>7.1f}%"
                 )
     if args.json:
-        meta = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu": next(
-                (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x),
-                "unknown",
-            ),
-            "repeats": args.repeats,
-            "seed": 0,
-        }
-        args.json.write_text(json.dumps({"meta": meta, "records": records}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"meta": metadata(args.repeats), "records": records}, indent=2) + "\n")
+
+
+def metadata(repeats: int) -> dict[str, object]:
+    """What the figures depend on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "script": "benchmarks/cpu_attention.py",
+        "cpu": next((x.split(":")[1].strip() for x in cpu_lines if "model name" in x), platform.machine()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "repeats": repeats,
+        "seed": 0,
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""Write the README's numbers from the result files: every figure there comes from here.
+
+python benchmarks/readme.py            # rewrites the marked blocks of README.md
+python benchmarks/readme.py --check    # exit 1 if they differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_attention() -> str:
+    """Table of benchmarks/results/cpu_attention.json."""
+    data = json.loads((RESULTS / "cpu_attention.json").read_text())
+    lines = [
+        "| N (visual) | dtype | provider | time | x plain SDPA | faster than eager | peak extra memory, of eager's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in data["records"]:
+        lines.append(
+            f"| {r['shape']['N']} ({r['shape']['V']}) | {r['dtype']} | {r['provider']} | {r['milliseconds_p50']:.0f} ms "
+            f"| {r['times_sdpa']:.2f} | {r['speedup_over_eager']:.1f} x | {100 * r['peak_extra_of_eager']:.1f} % |"
+        )
+    meta = data["meta"]
+    lines += ["", f"{meta['cpu']}, {meta['threads']} threads, torch {meta['torch']}, commit {meta['commit']}."]
+    return "\n".join(lines)
+
+
+BLOCKS = {"cpu_attention": cpu_attention}
+
+
+def fill(text: str) -> str:
+    """The README's text with every marked block replaced."""
+    for name, table in BLOCKS.items():
+        begin, end = f"<!-- numbers:{name} -->", f"<!-- /numbers:{name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"README.md lacks the block {begin} ... {end}")
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", f"{begin}\n{table()}\n{end}", text, flags=re.S)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = fill(text)
+    if args.check:
+        raise SystemExit(0 if new == text else "README.md is out of date: run python benchmarks/readme.py")
+    readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
