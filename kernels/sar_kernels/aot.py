@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,8 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,17 +28,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sar_kernels.attention import (
-    AttentionOptions,
-    Call,
-    Through,
-    WeightOptions,
-    plan_attention_forward,
-    plan_backward,
-    plan_sar_forward,
-)
-from sar_kernels.configs import SHARED_MEMORY_LIMIT, SHORT
+from sar_kernels.call import AttentionOptions, Call, WeightOptions
+from sar_kernels.configs import SHARED_MEMORY_LIMIT, SHORT, KernelConfig
 from sar_kernels.launch import Launch
+from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 
 ARCHS = ("sm_80", "sm_90", "gfx942")
 HEAD_DIMS = (64, 128, 256)
@@ -93,11 +87,19 @@ def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.Compile
             if specialize and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=launch.compiler_options())
 
 
-def plan(arch: str, purpose: str, head_dim: int, dtype: torch.dtype, causal: bool, seqlen: int, options=()):
+def plan(
+    arch: str,
+    purpose: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    seqlen: int,
+    options: tuple[str, ...] = (),
+    configs: Mapping[str, KernelConfig] | None = None,
+) -> list[Launch]:
     """All launches of a forward and a backward call on memory-less tensors."""
     batch, heads, kv_heads = 2, 32, 8
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
@@ -111,7 +113,7 @@ def plan(arch: str, purpose: str, head_dim: int, dtype: torch.dtype, causal: boo
     attention = AttentionOptions(causal, head_dim**-0.5, window, 30.0 if "softcap" in options else 0.0)
     padding = mask if "padding" in options else None
     longest = seqlen if packed else None
-    call = Call(q, k, v, attention, padding, cu, cu, longest, longest, arch)
+    call = Call(q, k, v, attention, padding, cu, cu, longest, longest, arch=arch, configs=configs)
     if purpose == "attention":
         (out, lse), launches = plan_attention_forward(call)
         return launches + plan_backward(call, dout, out, lse)[1]
@@ -127,48 +129,37 @@ def variants(
 ) -> Iterator[tuple[Variant, tuple]]:
     """Every distinct variant with the arguments of `plan` that lead to it."""
     seen = set()
-    for arch in archs:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for causal in (True, False):
-                    for purpose in PASSES:
-                        for seqlen in (SHORT, 8 * SHORT):
-                            where = (arch, purpose, head_dim, dtype, causal, seqlen, options)
-                            for launch in plan(*where):
-                                variant = _describe(launch, *where)
-                                name = variant.kernel
-                                if kernels and name not in kernels:
-                                    continue
-                                key = _compile_key(launch, arch)
-                                if key not in seen:
-                                    seen.add(key)
-                                    yield variant, where
+    for where in itertools.product(archs, PASSES, head_dims, dtypes, (True, False), (SHORT, 8 * SHORT), [options]):
+        for launch in plan(*where):
+            variant, key = _describe(launch, *where), _compile_key(launch, where[0])
+            if key not in seen and (kernels is None or variant.kernel in kernels):
+                seen.add(key)
+                yield variant, where
 
 
 def _describe(launch: Launch, arch, purpose, head_dim, dtype, causal, seqlen, options) -> Variant:
-    name = launch.kernel.__name__.removesuffix("_kernel")
-    dtype = str(dtype).removeprefix("torch.")
     block = launch.arguments.get("BLOCK", 0)
-    block_m, block_n = launch.arguments.get("BLOCK_M", block), launch.arguments.get("BLOCK_N", 0)
     return Variant(
-        arch, name, purpose, head_dim, dtype, causal, options, block_m, block_n, launch.num_warps, launch.num_stages
+        arch=arch,
+        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        purpose=purpose,
+        head_dim=head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        causal=causal,
+        options=options,
+        block_m=launch.arguments.get("BLOCK_M", block),
+        block_n=launch.arguments.get("BLOCK_N", 0),
+        num_warps=launch.config.num_warps,
+        num_stages=launch.config.num_stages,
     )
 
 
 def _compile_key(launch: Launch, arch: str) -> tuple:
-    constants = tuple(
-        str(launch.arguments[p.name])
-        for p in launch.kernel.params
-        if p.is_constexpr or launch.arguments[p.name] is None
-    )
-    return (
-        arch,
-        launch.kernel.__name__,
-        constants,
-        launch.num_warps,
-        launch.num_stages,
-        launch.arguments.get("q_ptr", launch.arguments.get("out_ptr")).dtype if 0 else None,
-    )
+    """What tells two compiled kernels apart."""
+    values = ((p, launch.arguments[p.name]) for p in launch.kernel.params)
+    constants = tuple(str(value) for p, value in values if p.is_constexpr or value is None)
+    dtypes = tuple(a.dtype for a in launch.arguments.values() if isinstance(a, torch.Tensor))
+    return arch, launch.kernel.__name__, constants, dtypes, launch.config
 
 
 def measure(variant: Variant, where: tuple) -> Variant:
@@ -186,8 +177,14 @@ def measure(variant: Variant, where: tuple) -> Variant:
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
         wgmma, resident = False, 0
-    figures = dict(registers=registers, spill_bytes=spills, shared_bytes=shared, wgmma=wgmma, blocks_per_sm=resident)
-    return Variant(**{**asdict(variant), "options": variant.options, **figures})
+    return replace(
+        variant,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        wgmma=wgmma,
+        blocks_per_sm=resident,
+    )
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
@@ -213,21 +210,15 @@ def measure_all(work: list[tuple[Variant, tuple]], jobs: int | None = None) -> l
         return list(pool.map(measure, *zip(*work))) if work else []
 
 
-COLUMNS = (
-    "arch kernel purpose head_dim dtype causal options tile warps stages regs spill shared blocks/SM wgmma".split()
-)
-
-
 def table(rows: list[Variant]) -> str:
     """The figures as an aligned text table."""
-    cells = [COLUMNS]
+    columns = "arch kernel purpose head_dim dtype causal options tile warps stages regs spill shared blocks/SM wgmma"
+    cells = [columns.split(" ")]
     for r in rows:
-        cells.append(
-            [r.arch, r.kernel, r.purpose, r.head_dim, r.dtype, r.causal, "+".join(r.options) or "-"]
-            + [f"{r.block_m}x{r.block_n}", r.num_warps, r.num_stages, r.registers, r.spill_bytes, r.shared_bytes]
-            + [r.blocks_per_sm, r.wgmma]
-        )
-    widths = [max(len(str(row[i])) for row in cells) for i in range(len(COLUMNS))]
+        what = (r.arch, r.kernel, r.purpose, r.head_dim, r.dtype, r.causal, "+".join(r.options) or "-")
+        how = (f"{r.block_m}x{r.block_n}", r.num_warps, r.num_stages)
+        cells.append([*what, *how, r.registers, r.spill_bytes, r.shared_bytes, r.blocks_per_sm, r.wgmma])
+    widths = [max(len(str(row[i])) for row in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(str(x).ljust(w) for x, w in zip(row, widths)).rstrip() for row in cells)
 
 

@@ -17,6 +17,8 @@ import torch
 TUNED = Path(__file__).with_name("tuned.json")
 SHORT = 512  # queries; below this the grid is small and smaller row blocks fill more multiprocessors
 
+KERNELS = ("forward", "statistics", "dq", "dkdv")
+
 SHARED_MEMORY_LIMIT = {  # bytes that one thread block can use
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -37,6 +39,7 @@ class KernelConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # per thread, where the compiler's own choice costs a resident block (NVIDIA)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -81,8 +84,8 @@ def choose(
     """The configuration of one kernel: "forward", "statistics", "dq" or "dkdv".
 
     head_dim is the padded one (the larger of D and DV); sav says whether the kernel carries the statistics (forward)
-    or their gradient (dq, dkdv). The forward kernel's choice must not depend on it: a sample without text queries has to
-    give plain attention's bits, and so needs plain attention's tiles.
+    or their gradient (dq, dkdv). The forward kernel's choice must not depend on it: a sample without text queries has
+    to give plain attention's bits, and so needs plain attention's tiles.
     """
     if kernel == "forward":
         sav = False
@@ -91,25 +94,79 @@ def choose(
         return tuned
     if arch == "cpu":  # the interpreter: small and unequal tiles, so that short sequences cross their edges
         return KernelConfig(32, 64, 4, 1) if kernel == "dkdv" else KernelConfig(64, 32, 4, 1)
-    rule = _RULES_32BIT[kernel] if dtype in (torch.float32, torch.float64) else _RULES[kernel]
-    return rule(arch, max(head_dim, 64), sav, length)
+    if dtype in (torch.float32, torch.float64):
+        return _rule_32bit(kernel, head_dim)
+    return _RULES[kernel](arch, head_dim, sav)
 
 
-def _forward(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
-    return KernelConfig(128, 64, 8, 2)
+def _family(arch: str) -> str:
+    """The architecture whose tiles this one takes."""
+    if arch.startswith("gfx"):
+        return "gfx"
+    return "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"  # sm_86, sm_89, sm_120: 99 KiB, like sm_80
 
 
-def _statistics(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
-    return KernelConfig(64, 64, 4, 2)
+def _table(rows: dict[tuple, KernelConfig]):
+    def rule(arch: str, head_dim: int, sav: bool) -> KernelConfig:
+        key = _family(arch), max(head_dim, 64)
+        return rows.get((*key, sav)) or rows[key]
+
+    return rule
 
 
-def _dq(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
-    return KernelConfig(64, 64, 4, 2)
+# (family, padded head dim) or (family, padded head dim, sav): 16-bit inputs
+_FORWARD = {
+    # 168 registers: three blocks per multiprocessor, with the statistics as without
+    ("sm_90", 64): KernelConfig(64, 64, 4, 3, max_registers=168),
+    ("sm_90", 128): KernelConfig(128, 64, 8, 3),
+    ("sm_90", 256): KernelConfig(128, 32, 8, 2),
+    ("sm_80", 64): KernelConfig(128, 64, 8, 2),
+    ("sm_80", 128): KernelConfig(128, 32, 8, 2),
+    ("sm_80", 256): KernelConfig(64, 32, 8, 2),
+    ("gfx", 64): KernelConfig(128, 64, 4, 1),
+    ("gfx", 128): KernelConfig(128, 32, 4, 1),
+    ("gfx", 256): KernelConfig(64, 32, 4, 1),
+}
+_STATISTICS = {
+    ("sm_90", 64): KernelConfig(64, 64, 4, 2),
+    ("sm_90", 128): KernelConfig(64, 64, 4, 2),
+    ("sm_90", 256): KernelConfig(64, 64, 8, 2),
+    ("sm_80", 64): KernelConfig(64, 64, 4, 2),
+    ("sm_80", 128): KernelConfig(64, 64, 8, 2),
+    ("sm_80", 256): KernelConfig(64, 64, 8, 1),
+    ("gfx", 64): KernelConfig(64, 64, 4, 1),
+    ("gfx", 128): KernelConfig(64, 64, 4, 1),
+    ("gfx", 256): KernelConfig(64, 32, 4, 1),
+}
+_DQ = {
+    ("sm_90", 64): KernelConfig(128, 64, 8, 2),
+    ("sm_90", 128): KernelConfig(128, 64, 8, 2),
+    ("sm_90", 256): KernelConfig(64, 32, 8, 2),
+    ("sm_90", 256, True): KernelConfig(128, 16, 8, 2),
+    ("sm_80", 64): KernelConfig(128, 64, 8, 2),
+    ("sm_80", 128): KernelConfig(64, 64, 8, 2),
+    ("sm_80", 256): KernelConfig(64, 32, 8, 1),
+    ("gfx", 64): KernelConfig(64, 64, 4, 1),
+    ("gfx", 128): KernelConfig(64, 32, 4, 1),
+    ("gfx", 256): KernelConfig(64, 32, 4, 1),
+}
+_DKDV = {
+    ("sm_90", 64): KernelConfig(64, 128, 8, 2),
+    ("sm_90", 128): KernelConfig(32, 128, 8, 2),
+    ("sm_90", 256): KernelConfig(32, 64, 8, 2),
+    ("sm_90", 256, True): KernelConfig(64, 32, 8, 2),
+    ("sm_80", 64): KernelConfig(64, 64, 8, 2),
+    ("sm_80", 128): KernelConfig(64, 64, 8, 2),
+    ("sm_80", 128, True): KernelConfig(32, 64, 8, 2),
+    ("sm_80", 256): KernelConfig(32, 32, 8, 2),
+    ("gfx", 64): KernelConfig(32, 64, 4, 1),
+    ("gfx", 128): KernelConfig(32, 64, 4, 1),
+    ("gfx", 256): KernelConfig(32, 64, 4, 1),
+}
+_RULES = {name: _table(rows) for name, rows in zip(KERNELS, (_FORWARD, _STATISTICS, _DQ, _DKDV))}
 
 
-def _dkdv(arch: str, head_dim: int, sav: bool, length: str) -> KernelConfig:
-    return KernelConfig(64, 64, 4, 2)
-
-
-_RULES = {"forward": _forward, "statistics": _statistics, "dq": _dq, "dkdv": _dkdv}
-_RULES_32BIT = _RULES
+def _rule_32bit(kernel: str, head_dim: int) -> KernelConfig:
+    """fp32 inputs: exact products run on the plain units, twice the bytes. For correctness rather than speed."""
+    small = 32 if head_dim <= 128 else 16
+    return KernelConfig(small, small, 4, 1) if kernel == "dkdv" else KernelConfig(32, small, 4, 1)

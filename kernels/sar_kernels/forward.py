@@ -253,14 +253,14 @@ def forward_kernel(
                 PRECISION,
             )
 
-    seen = row_sum > 0.0
-    acc = acc / tl.where(seen, row_sum, 1.0)[:, None]
-    store_tile(out_ptr, acc, first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
-    lse = tl.where(seen, (row_max + tl.log2(tl.where(seen, row_sum, 1.0))) * LN_2, -float("inf"))
+    unseen = row_sum == 0.0  # not a comparison that NaN fails: bad inputs must show in the output
+    row_sum = tl.where(unseen, 1.0, row_sum)
+    store_tile(out_ptr, acc / row_sum[:, None], first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
+    lse = tl.where(unseen, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
     tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
     if STATISTICS:
         unit = 1.0 if HAS_SOFTCAP else scale  # one unit of the scores that the moments were taken of
         counts = text & (count >= 2.0)  # a variance needs two keys
         variance = tl.where(counts, m2 / tl.maximum(count - 1.0, 1.0), 0.0) * unit * unit
-        alignment = tl.where(counts, alignment / tl.where(seen, row_sum, 1.0), 0.0)
+        alignment = tl.where(counts, alignment / row_sum, 0.0)
         store_partials(partials_ptr, batch, head, block, variance, alignment, counts.to(ACC))

@@ -9,16 +9,24 @@ from typing import Any
 
 import torch
 
+from sar_kernels.configs import KernelConfig
+
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with its grid, all its arguments by name, and the compiler's options."""
+    """One kernel with its grid, all its arguments by name, and its configuration."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 2
+    config: KernelConfig
+
+    def compiler_options(self) -> dict[str, int]:
+        """Warps, stages and, where the configuration limits them, registers, as Triton names them."""
+        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        if self.config.max_registers is not None:
+            options["maxnreg"] = self.config.max_registers
+        return options
 
     def run(self) -> None:
         """Launches the kernel on its tensors' device; an empty grid is no launch."""
@@ -26,7 +34,7 @@ class Launch:
             return
         device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.arguments, **self.compiler_options())
 
 
 def run_all(launches: list[Launch]) -> None:

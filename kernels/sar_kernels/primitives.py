@@ -164,7 +164,7 @@ def visual_key_range(
     ANYWHERE: tl.constexpr,
     STATISTICS: tl.constexpr,
 ):
-    """The stretch [collect_lo, collect_hi) of [lo, hi) that holds visual keys; empty at lo if the rows have no text query.
+    """The stretch [collect_lo, collect_hi) of [lo, hi) with visual keys; empty at lo if the rows have no text query.
 
     It starts at a multiple of BLOCK_N and ends at one or at hi. Its loop masks, so unless masking is needed ANYWHERE it
     is made to begin no later than `full`, before which nothing need be masked.
@@ -193,7 +193,7 @@ def soft_cap(scores, cap):
 
 @triton.jit
 def online_softmax(scores, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
-    """One step of the running softmax in base 2: weights [BM, BN], the factor that rescales older sums, new max and sum.
+    """One step of the running softmax in base 2: weights [BM, BN], the factor for older sums, the new max and sum.
 
     A row that has seen nothing keeps max = -inf; subtracting 0 in its place keeps NaN out.
     """
@@ -240,8 +240,8 @@ def store_partials(partials_ptr, batch, head, block, variance, alignment, counts
 def softmax_over_heads(sav, heads, num_heads, beta, PROTECT_FIRST: tl.constexpr, STANDARDIZE: tl.constexpr):
     """H * softmax(SAV / beta) over the heads of one sample, before (w) and after (c) the first head's protection.
 
-    sav: [BH] with anything in lanes >= num_heads. Returns (c, w, z, std): z is the standardised SAV and std its divisor,
-    SAV and 1 without standardisation.
+    sav: [BH] with anything in lanes >= num_heads. Returns (c, w, z, std): z is the standardised SAV and std its
+    divisor; SAV and 1 without standardisation.
     """
     is_head = heads < num_heads
     z = tl.where(is_head, sav, 0.0)

@@ -140,7 +140,7 @@ def test_constant_c_needs_no_more_launches_than_plain_attention():
 
     empty = lambda *shape: torch.zeros(*shape, device="meta")
     q = empty(2, 64, 4, 64)
-    call = Call(q, q, q, AttentionOptions(True, 0.125), None, None, None, None, None, "sm_90")
+    call = Call(q, q, q, AttentionOptions(True, 0.125), arch="sm_90")
     plain = plan_backward(call, q, q, empty(2, 4, 64))[1]
     scaled = plan_backward(call, q, q, empty(2, 4, 64), empty(2, 4))[1]
     assert [x.kernel for x in plain] == [x.kernel for x in scaled]
@@ -149,9 +149,7 @@ def test_constant_c_needs_no_more_launches_than_plain_attention():
 def test_expanded_and_strided_output_gradients():
     inputs = make(BASE.but(heads=2))
     out, lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
-    run = lambda dout: attention_backward(
-        dout, inputs.q, inputs.k, inputs.v, out, lse, **inputs.kwargs(weights=False)
-    )
+    run = lambda dout: attention_backward(dout, inputs.q, inputs.k, inputs.v, out, lse, **inputs.kwargs(weights=False))
     expected = run(torch.ones_like(out))
     for dout in (torch.ones(()).expand_as(out), torch.ones(16).expand_as(out)):
         assert all(torch.equal(a, b) for a, b in zip(run(dout), expected))

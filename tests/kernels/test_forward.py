@@ -119,6 +119,15 @@ def test_statistics_from_lse_equal_the_forward_pass(case):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_nan_inputs_show_in_the_output():
+    inputs = make(BASE.but(head_dim=16))
+    inputs.q[0, 60] = float("nan")
+    out, lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    assert out[0, 60].isnan().all()
+    assert not out[0, :60].isnan().any()
+    assert lse[0, :, 60].isnan().all()
+
+
 def test_is_deterministic():
     inputs = make(BASE)
     runs = [sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()) for _ in range(2)]

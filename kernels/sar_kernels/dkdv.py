@@ -1,0 +1,328 @@
+"""Backward kernel by keys: dK and dV, and the prior's gradient, summed over a group's query heads in registers."""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import (
+    LOG2_E,
+    load_keys_mask,
+    load_lse,
+    load_tile,
+    row_pointer,
+    sequence_bounds,
+    sequence_pointer,
+    soft_cap,
+    store_tile,
+    visible_mask,
+)
+
+
+@triton.jit
+def _dkdv_segment(
+    dk,
+    dv,
+    dprior,
+    k,
+    v,
+    visual,
+    real,
+    prior,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    row_mean_ptr,
+    row_slope_ptr,
+    row_gain_ptr,
+    c_ptr,
+    start,
+    end,
+    group,
+    keys,
+    num_rows,
+    num_keys,
+    diagonal,
+    stride_qs,
+    stride_qh,
+    stride_dos,
+    stride_doh,
+    stride_lse_h,
+    window_left,
+    window_right,
+    scale,
+    scale_log2,
+    cap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    COLLECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the queries [start, end) of all the group's heads to dk, dv and dprior; start is a multiple of BLOCK_M.
+
+    Tiles are keys by rows, so that P^T needs no shuffle. Heads and row blocks are one loop: two nested ones would cost
+    registers, and drain the pipeline at every head.
+    """
+    row_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)
+    for step in range(0, group * row_blocks):
+        member = step // row_blocks
+        first_row = start + (step - member * row_blocks) * BLOCK_M
+        rows = first_row + tl.arange(0, BLOCK_M)
+        in_range = rows < num_rows
+        member_q_ptr = q_ptr + member * tl.cast(stride_qh, tl.int64)
+        member_dout_ptr = dout_ptr + member * tl.cast(stride_doh, tl.int64)
+        member_row = member * tl.cast(stride_lse_h, tl.int64)  # offset in the per-row arrays
+        q = load_tile(member_q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+        dout = load_tile(member_dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)
+        lse = load_lse(lse_ptr + member_row, rows, num_rows)  # [BM]
+        delta = tl.load(delta_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+        if HAS_SOFTCAP:
+            scores, tanh = soft_cap(scores * scale, cap)
+        weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
+        if MASKED:
+            visible = visible_mask(
+                rows[None, :], keys[:, None], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
+            if HAS_PADDING:
+                visible = visible & real[:, None]
+            weights = tl.where(visible, weights, 0.0)
+        if SCALED:
+            c = tl.load(c_ptr + member)
+            dv += tl.dot((weights * c).to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
+        else:
+            dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
+        if SCALED:
+            dweights = dweights * c
+        if COLLECT:
+            row_gain = tl.load(row_gain_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+            dprior += tl.sum(tl.where(visual[:, None], weights * row_gain[None, :], 0.0), 1)  # [BN]
+            dweights += prior[:, None] * row_gain[None, :]
+        dscores = weights * (dweights - delta[None, :])
+        if COLLECT:
+            row_mean = tl.load(row_mean_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+            row_slope = tl.load(row_slope_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+            dscores += tl.where(visible & visual[:, None], row_slope[None, :] * (scores - row_mean[None, :]), 0.0)
+        if HAS_SOFTCAP:
+            dscores = dscores * (1.0 - tanh * tanh)
+        dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)  # [BN, D]
+    return dk, dv, dprior
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+def dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    padding_ptr,
+    c_ptr,  # (B, H), SCALED only
+    visual_ptr,  # this and the rest STATISTICS only
+    prior_ptr,
+    ranges_ptr,
+    row_mean_ptr,
+    row_slope_ptr,
+    row_gain_ptr,
+    dprior_ptr,  # (Hkv, B * Sk or Tk): summed over kv heads afterwards
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_dob,
+    stride_dos,
+    stride_doh,
+    stride_dkb,
+    stride_dks,
+    stride_dkh,
+    stride_dvb,
+    stride_dvs,
+    stride_dvh,
+    stride_dprior_h,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    max_seqlen_k,
+    group,
+    window_left,
+    window_right,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dk and dv of one key block of one kv head: a loop over the group's query heads and their rows.
+
+    Grid (key blocks, Hkv, B); early key blocks, the long ones under a causal mask, go first.
+    """
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_key = block * BLOCK_N
+    if first_key >= num_keys:
+        return
+    k_ptr = sequence_pointer(k_ptr, batch, kv_head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_ptr = sequence_pointer(v_ptr, batch, kv_head, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    dk_ptr = sequence_pointer(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
+    dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
+
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
+    scale = tl.cast(softmax_scale, ACC)
+    cap = tl.cast(softcap, ACC)
+    if HAS_SOFTCAP:
+        scale_log2 = tl.cast(LOG2_E, ACC)
+    else:
+        scale_log2 = scale * LOG2_E
+    diagonal = num_keys - num_rows
+    keys = first_key + tl.arange(0, BLOCK_N)
+
+    # Rows that see the block: [lo, hi); from `full` on, every row sees all of it if only the right edge masks.
+    lo = 0
+    full = 0
+    hi = num_rows
+    last_key = tl.minimum(first_key + BLOCK_N, num_keys) - 1
+    if HAS_RIGHT:
+        lo = tl.maximum(first_key - diagonal - window_right, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(last_key - diagonal - window_right, 0), BLOCK_M) * BLOCK_M
+    if HAS_LEFT:
+        hi = tl.maximum(tl.minimum(hi, last_key - diagonal + window_left + 1), 0)
+    full = tl.minimum(tl.maximum(full, lo), hi)
+
+    k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+    v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)  # [BN, DV]
+    real = keys < num_keys
+    if HAS_PADDING:
+        real = load_keys_mask(padding_ptr + start_k, first_key, num_keys, BLOCK_N)  # [BN]
+    visual = real
+    prior = tl.zeros([BLOCK_N], ACC)
+    # The stretch of rows that carries gradients through the statistics, [collect_lo, collect_hi).
+    collect_lo = full
+    collect_hi = full
+    if STATISTICS:
+        visual = load_keys_mask(visual_ptr + start_k, first_key, num_keys, BLOCK_N)  # [BN]
+        prior = tl.load(prior_ptr + start_k + keys, mask=visual, other=0.0).to(ACC)  # [BN]
+        begin = tl.maximum(tl.load(ranges_ptr + 4 * batch + 2) // BLOCK_M * BLOCK_M, lo)
+        end = tl.minimum(tl.cdiv(tl.load(ranges_ptr + 4 * batch + 3), BLOCK_M) * BLOCK_M, hi)
+        if not ANYWHERE:  # its loop masks, so it may run on to `full` and spare a second stretch on the diagonal
+            end = tl.maximum(end, full)
+        is_empty = (begin >= end) | (tl.max(visual.to(tl.int32), 0) == 0)
+        collect_lo = tl.where(is_empty, full, begin)
+        collect_hi = tl.where(is_empty, full, end)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+    dprior = tl.zeros([BLOCK_N], ACC)
+    head = kv_head * group  # the group's first
+    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    dout_ptr = sequence_pointer(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN)
+    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    delta_ptr = row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    if STATISTICS:
+        row_mean_ptr = row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_slope_ptr = row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_gain_ptr = row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    if SCALED:
+        c_ptr += tl.cast(batch, tl.int64) * tl.num_programs(1) * group + head
+    for segment in tl.static_range(4):
+        if segment == 0:  # the edge of the mask
+            start, end = lo, (collect_lo if ANYWHERE else tl.minimum(full, collect_lo))
+        elif segment == 1:  # rows before the text queries that see every key
+            start, end = tl.minimum(full, collect_lo), collect_lo
+        elif segment == 2:  # the stretch with text queries
+            start, end = collect_lo, collect_hi
+        else:
+            start, end = collect_hi, hi
+        if (
+            (segment == 0 and (HAS_RIGHT or ANYWHERE))
+            or (segment == 1 and (STATISTICS and not ANYWHERE))
+            or (segment == 2 and STATISTICS)
+            or segment == 3
+        ):
+            dk, dv, dprior = _dkdv_segment(
+                dk,
+                dv,
+                dprior,
+                k,
+                v,
+                visual,
+                real,
+                prior,
+                q_ptr,
+                dout_ptr,
+                lse_ptr,
+                delta_ptr,
+                row_mean_ptr,
+                row_slope_ptr,
+                row_gain_ptr,
+                c_ptr,
+                start,
+                end,
+                group,
+                keys,
+                num_rows,
+                num_keys,
+                diagonal,
+                stride_qs,
+                stride_qh,
+                stride_dos,
+                stride_doh,
+                stride_lse_h,
+                window_left,
+                window_right,
+                scale,
+                scale_log2,
+                cap,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_M,
+                HAS_PADDING,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                SCALED,
+                ANYWHERE or segment == 0 or segment == 2,  # MASKED
+                segment == 2,  # COLLECT
+                PRECISION,
+            )
+
+    store_tile(dk_ptr, dk * scale, first_key, num_keys, stride_dks, BLOCK_N, BLOCK_D, HEAD_DIM)
+    store_tile(dv_ptr, dv, first_key, num_keys, stride_dvs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
+    if STATISTICS:
+        dprior_ptr += tl.cast(kv_head, tl.int64) * stride_dprior_h + start_k
+        tl.store(dprior_ptr + keys, dprior, mask=keys < num_keys)

@@ -1,0 +1,314 @@
+"""Backward kernels by rows: delta = rowsum(dout * out), and dQ, with the head weight c folded in.
+
+With out_scaled = c * out, delta = rowsum(dout * out_scaled) already is rowsum((c dout) * out), so neither the unscaled
+output nor a division by c (which can underflow to 0) is needed.
+"""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import (
+    LOG2_E,
+    key_block_range,
+    load_keys_mask,
+    load_lse,
+    load_tile,
+    row_pointer,
+    sequence_bounds,
+    sequence_pointer,
+    soft_cap,
+    store_tile,
+    visible_mask,
+    visual_key_range,
+)
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q"])
+def delta_kernel(
+    dout_ptr,  # (B, Sq, H, DV)
+    out_ptr,  # (B, Sq, H, DV), scaled by c if there are head weights
+    delta_ptr,  # (B, H, Sq)
+    sums_ptr,  # (B, H, row blocks), WITH_SUMS only: what the gradient of c is made of
+    cu_seqlens_q_ptr,
+    stride_dob,
+    stride_dos,
+    stride_doh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    VARLEN: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """delta = rowsum(dout * out). Grid (row blocks, H, B)."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    first_row = block * BLOCK_M
+    if first_row >= num_rows:
+        return
+    dout_ptr = sequence_pointer(dout_ptr, batch, head, start, stride_dob, stride_dos, stride_doh, VARLEN)
+    out_ptr = sequence_pointer(out_ptr, batch, head, start, stride_ob, stride_os, stride_oh, VARLEN)
+    delta_ptr = row_pointer(delta_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    out = load_tile(out_ptr, first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    delta = tl.sum(dout.to(ACC) * out.to(ACC), 1)  # [BM], 0 beyond the last row
+    tl.store(delta_ptr + rows, delta, mask=rows < num_rows)
+    if WITH_SUMS:
+        index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block
+        tl.store(sums_ptr + index, tl.sum(delta, 0))
+
+
+@triton.jit
+def _dq_segment(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    row_mean,
+    row_slope,
+    row_gain,
+    k_ptr,
+    v_ptr,
+    padding_ptr,
+    visual_ptr,
+    prior_ptr,
+    start,
+    end,
+    rows,
+    num_keys,
+    diagonal,
+    stride_ks,
+    stride_vs,
+    window_left,
+    window_right,
+    c,
+    scale,
+    scale_log2,
+    cap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    COLLECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the keys [start, end) to dq; COLLECT (which needs MASKED) adds the gradient through the statistics."""
+    for first_key in range(start, end, BLOCK_N):
+        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
+        v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        if HAS_SOFTCAP:
+            scores, tanh = soft_cap(scores * scale, cap)
+        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
+        if MASKED:
+            keys = first_key + tl.arange(0, BLOCK_N)
+            visible = visible_mask(
+                rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
+            if HAS_PADDING:
+                visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+            weights = tl.where(visible, weights, 0.0)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+        if SCALED:
+            dweights = dweights * c
+        if COLLECT:
+            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
+            dweights += row_gain[:, None] * prior[None, :]
+        dscores = weights * (dweights - delta[:, None])
+        if COLLECT:
+            dscores += tl.where(visible & visual[None, :], row_slope[:, None] * (scores - row_mean[:, None]), 0.0)
+        if HAS_SOFTCAP:
+            dscores = dscores * (1.0 - tanh * tanh)
+        dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)  # [BM, D]
+    return dq
+
+
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    padding_ptr,
+    c_ptr,  # (B, H), SCALED only
+    visual_ptr,  # this and the rest STATISTICS only
+    text_ptr,
+    prior_ptr,
+    ranges_ptr,
+    row_mean_ptr,  # (B, H, Sq) mean score over the visual keys
+    row_slope_ptr,  # (B, H, Sq) factor of (score - mean) in the gradient of AV, 0 for rows that do not count
+    row_gain_ptr,  # (B, H, Sq) factor of the prior in the gradient of SA, 0 for rows that do not count
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_dob,
+    stride_dos,
+    stride_doh,
+    stride_dqb,
+    stride_dqs,
+    stride_dqh,
+    stride_lse_b,
+    stride_lse_h,
+    max_seqlen_q,
+    max_seqlen_k,
+    group,
+    window_left,
+    window_right,
+    softmax_scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dq of one row block of one head, a loop over its keys. Grid (row blocks, H, B), long rows first."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    first_row = block * BLOCK_M
+    if first_row >= num_rows:
+        return
+
+    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    dout_ptr = sequence_pointer(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN)
+    dq_ptr = sequence_pointer(dq_ptr, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh, VARLEN)
+    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    delta_ptr = row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    if HAS_PADDING:
+        padding_ptr += start_k
+
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
+    scale = tl.cast(softmax_scale, ACC)
+    cap = tl.cast(softcap, ACC)
+    if HAS_SOFTCAP:
+        scale_log2 = tl.cast(LOG2_E, ACC)
+    else:
+        scale_log2 = scale * LOG2_E
+    diagonal = num_keys - num_rows
+    rows = first_row + tl.arange(0, BLOCK_M)
+    in_range = rows < num_rows
+    lo, full, hi = key_block_range(
+        first_row, num_rows, num_keys, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+    dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
+    delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)  # [BM]
+    c = scale
+    if SCALED:
+        c = tl.load(c_ptr + tl.cast(batch, tl.int64) * tl.num_programs(1) + head)
+    row_mean = delta
+    row_slope = delta
+    row_gain = delta
+    has_text = False
+    if STATISTICS:
+        visual_ptr += start_k
+        prior_ptr += start_k
+        text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0  # [BM]
+        has_text = tl.max(text.to(tl.int32), 0) != 0
+        row_mean_ptr = row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_slope_ptr = row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_gain_ptr = row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+        row_mean = tl.load(row_mean_ptr + rows, mask=in_range, other=0.0)
+        row_slope = tl.load(row_slope_ptr + rows, mask=in_range, other=0.0)
+        row_gain = tl.load(row_gain_ptr + rows, mask=in_range, other=0.0)
+
+    collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
+    for segment in tl.static_range(0 if STATISTICS else 2, 4):
+        if segment == 0:
+            start, end = lo, collect_lo
+        elif segment == 1:
+            start, end = collect_lo, collect_hi
+        elif segment == 2:
+            start, end = collect_hi, full
+        else:
+            start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
+        if not (ANYWHERE and segment == 2):
+            dq = _dq_segment(
+                dq,
+                q,
+                dout,
+                lse,
+                delta,
+                row_mean,
+                row_slope,
+                row_gain,
+                k_ptr,
+                v_ptr,
+                padding_ptr,
+                visual_ptr,
+                prior_ptr,
+                start,
+                end,
+                rows,
+                num_keys,
+                diagonal,
+                stride_ks,
+                stride_vs,
+                window_left,
+                window_right,
+                c,
+                scale,
+                scale_log2,
+                cap,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_N,
+                HAS_PADDING,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                SCALED,
+                ANYWHERE or segment == 1 or segment == 3,  # MASKED
+                segment == 1,  # COLLECT
+                PRECISION,
+            )
+    store_tile(dq_ptr, dq * scale, first_row, num_rows, stride_dqs, BLOCK_M, BLOCK_D, HEAD_DIM)

@@ -1,0 +1,326 @@
+"""Which kernels a call launches, in order, with every argument. Planning allocates but runs nothing.
+
+The same plans, made on tensors without memory, are what `sar_kernels.aot` compiles for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from sar_kernels.call import Call, WeightOptions, dense_last
+from sar_kernels.configs import KernelConfig, padded_head_dim
+from sar_kernels.dkdv import dkdv_kernel
+from sar_kernels.dq import delta_kernel, dq_kernel
+from sar_kernels.forward import forward_kernel
+from sar_kernels.launch import Launch
+from sar_kernels.statistics import statistics_kernel
+from sar_kernels.weights import (
+    head_weights_backward_kernel,
+    head_weights_kernel,
+    scale_heads_kernel,
+    token_ranges_kernel,
+)
+
+SMALL = KernelConfig(0, 0, 4, 1)  # kernels without matrix products
+
+
+@dataclass
+class Sav:
+    """The arguments that SAR adds to a call, and the ranges that tell kernels which tiles concern it."""
+
+    visual: torch.Tensor
+    text: torch.Tensor
+    prior: torch.Tensor
+    ranges: torch.Tensor  # (B, 4) int32
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "visual_ptr": self.visual,
+            "text_ptr": self.text,
+            "prior_ptr": self.prior,
+            "ranges_ptr": self.ranges,
+        }
+
+
+@dataclass
+class Through:
+    """What the gradient through the statistics needs beyond plain attention's backward."""
+
+    visual_mask: torch.Tensor
+    text_mask: torch.Tensor
+    prior: torch.Tensor
+    weights: WeightOptions
+    av: torch.Tensor
+    sa: torch.Tensor
+    count: torch.Tensor
+    dav: torch.Tensor | None = None
+    dsa: torch.Tensor | None = None
+    dc: torch.Tensor | None = None
+
+
+NO_SAV = {"visual_ptr": None, "text_ptr": None, "prior_ptr": None, "ranges_ptr": None}
+
+
+def _plan_ranges(call: Call, visual_mask, text_mask, prior) -> tuple[Sav, Launch]:
+    sav = Sav(
+        visual=call.token_mask("visual_mask", visual_mask, keys=True),
+        text=call.token_mask("text_mask", text_mask, keys=False),
+        prior=call.token_prior(prior),
+        ranges=torch.empty((call.batch, 4), dtype=torch.int32, device=call.q.device),
+    )
+    arguments = {
+        "visual_ptr": sav.visual,
+        "text_ptr": sav.text,
+        "cu_seqlens_q_ptr": call.cu_q,
+        "cu_seqlens_k_ptr": call.cu_k,
+        "ranges_ptr": sav.ranges,
+        "max_seqlen_q": call.max_q,
+        "max_seqlen_k": call.max_k,
+        "VARLEN": call.varlen,
+        "BLOCK": 4096,
+    }
+    return sav, Launch(token_ranges_kernel, (call.batch,), arguments, SMALL)
+
+
+def _plan_forward(call: Call, sav: Sav | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Launch]:
+    config = call.config("forward", sav=sav is not None)
+    grid = call.grid(config.block_m)
+    out = torch.empty((*call.q.shape[:-1], call.head_dim_v), dtype=call.q.dtype, device=call.q.device)
+    lse = call.per_row()
+    partials = None if sav is None else _partials(call, grid[0])
+    arguments = {
+        **call.common(),
+        **call.values(),
+        **(NO_SAV if sav is None else sav.arguments()),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "partials_ptr": partials,
+        **call.strides("o", out),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STATISTICS": sav is not None,
+    }
+    return out, lse, partials, Launch(forward_kernel, grid, arguments, config)
+
+
+def _partials(call: Call, num_blocks: int) -> torch.Tensor:
+    return torch.empty((call.batch, call.heads, num_blocks, 3), dtype=call.acc, device=call.q.device)
+
+
+def _weight_constants(call: Call, weights: WeightOptions, num_blocks: int, block_m: int) -> dict[str, Any]:
+    block_h = triton.next_power_of_2(call.heads)
+    return {
+        "num_blocks": num_blocks,
+        "num_heads": call.heads,
+        "beta": weights.beta,
+        "BLOCK_M": block_m,
+        "BLOCK_H": block_h,
+        "BLOCK_B": max(1, 1024 // block_h),
+        "PROTECT_FIRST": weights.protect_first_head,
+        "STANDARDIZE": weights.normalize == "standardize",
+        "ACC": call.triton_acc,
+    }
+
+
+def _plan_weights(
+    call: Call, sav: Sav, weights: WeightOptions, partials: torch.Tensor, block_m: int
+) -> tuple[tuple[torch.Tensor, ...], Launch]:
+    """(av, sa, c, count) from partial sums."""
+    av, sa, c = call.per_head(), call.per_head(), call.per_head()
+    count = torch.empty((call.batch,), dtype=call.acc, device=call.q.device)
+    arguments = {
+        "partials_ptr": partials,
+        "ranges_ptr": sav.ranges,
+        "variance_ptr": av,
+        "alignment_ptr": sa,
+        "c_ptr": c,
+        "count_ptr": count,
+        **_weight_constants(call, weights, partials.shape[2], block_m),
+    }
+    return (av, sa, c, count), Launch(head_weights_kernel, (call.batch,), arguments, SMALL)
+
+
+def _plan_scale(call: Call, out: torch.Tensor, c: torch.Tensor, count: torch.Tensor) -> Launch:
+    block = 4096
+    arguments = {
+        "out_ptr": out,
+        "c_ptr": c,
+        "count_ptr": count,
+        "cu_seqlens_ptr": call.cu_q,
+        "max_seqlen": call.max_q,
+        "num_heads": call.heads,
+        "HEAD_DIM": call.head_dim_v,
+        "VARLEN": call.varlen,
+        "BLOCK": block,
+    }
+    pieces = triton.cdiv(call.max_q * call.heads * call.head_dim_v, block)
+    return Launch(scale_heads_kernel, (pieces, call.batch), arguments, SMALL)
+
+
+def plan_attention_forward(call: Call) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
+    """(out, lse) and the one launch that fills them."""
+    out, lse, _, launch = _plan_forward(call, None)
+    return (out, lse), [launch]
+
+
+def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightOptions):
+    """(out_scaled, lse, av, sa, c, count) and the four launches that fill them."""
+    sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
+    out, lse, partials, forward = _plan_forward(call, sav)
+    block_m = forward.arguments["BLOCK_M"]
+    (av, sa, c, count), head_weights = _plan_weights(call, sav, weights, partials, block_m)
+    return (out, lse, av, sa, c, count), [ranges, forward, head_weights, _plan_scale(call, out, c, count)]
+
+
+def _plan_delta(call: Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums: bool):
+    """delta (as per_row), its sums per row block (B, H, row blocks) or None, and the launch."""
+    block_m = 64
+    grid = call.grid(block_m)
+    delta = call.per_row()
+    sums = torch.empty((call.batch, call.heads, grid[0]), dtype=call.acc, device=dout.device) if with_sums else None
+    arguments = {
+        "dout_ptr": dout,
+        "out_ptr": out,
+        "delta_ptr": delta,
+        "sums_ptr": sums,
+        "cu_seqlens_q_ptr": call.cu_q,
+        **call.strides("do", dout),
+        **call.strides("o", out),
+        **call.row_strides(),
+        "max_seqlen_q": call.max_q,
+        "HEAD_DIM_V": call.head_dim_v,
+        "BLOCK_DV": padded_head_dim(call.head_dim_v),
+        "BLOCK_M": block_m,
+        "VARLEN": call.varlen,
+        "WITH_SUMS": with_sums,
+        "ACC": call.triton_acc,
+    }
+    return delta, sums, Launch(delta_kernel, grid, arguments, SMALL)
+
+
+def _plan_weights_backward(call: Call, weights: WeightOptions, sums, av, sa, count, dav, dsa, dc, block_m):
+    """Gradients of each counting query's variance and semantic alignment, (B, H) both, and the launch."""
+    gains = call.per_head(), call.per_head()
+    incoming = (None if g is None else g.to(call.acc).contiguous() for g in (dav, dsa, dc))
+    arguments = {
+        "sums_ptr": sums,
+        "variance_ptr": av,
+        "alignment_ptr": sa,
+        "count_ptr": count,
+        **dict(zip(("dvariance_ptr", "dalignment_ptr", "dc_ptr"), incoming)),
+        "variance_gain_ptr": gains[0],
+        "alignment_gain_ptr": gains[1],
+        "cu_seqlens_q_ptr": call.cu_q,
+        "max_seqlen_q": call.max_q,
+        "VARLEN": call.varlen,
+        **_weight_constants(call, weights, sums.shape[2], block_m),
+    }
+    return gains, Launch(head_weights_backward_kernel, (call.batch,), arguments, SMALL)
+
+
+def _plan_statistics(call: Call, sav: Sav, lse: torch.Tensor, **outputs: torch.Tensor) -> Launch:
+    """The text-by-visual block: partial sums if `outputs` is partials_ptr, else what the backward kernels need."""
+    config = call.config("statistics", sav=True)
+    names = ("partials_ptr", "variance_gain_ptr", "alignment_gain_ptr", "delta_ptr")
+    names += ("row_mean_ptr", "row_slope_ptr", "row_gain_ptr")
+    arguments = {
+        **call.common(),
+        **sav.arguments(),
+        "lse_ptr": lse,
+        **{name: outputs.get(name) for name in names},
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GRADIENT": "partials_ptr" not in outputs,
+    }
+    return Launch(statistics_kernel, call.grid(config.block_m), arguments, config)
+
+
+def plan_attention_statistics(call: Call, lse, visual_mask, text_mask, prior, weights: WeightOptions):
+    """(av, sa, c, count) from an lse that is already there, and the three launches that fill them."""
+    sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
+    block_m = call.config("statistics", sav=True).block_m
+    partials = _partials(call, call.grid(block_m)[0])
+    statistics = _plan_statistics(call, sav, lse, partials_ptr=partials)
+    outputs, head_weights = _plan_weights(call, sav, weights, partials, block_m)
+    return outputs, [ranges, statistics, head_weights]
+
+
+def plan_backward(
+    call: Call,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    c: torch.Tensor | None = None,
+    through: Through | None = None,
+):
+    """(dq, dk, dv, dprior or None) and their launches; `through` carries the gradient through the statistics."""
+    if dout.shape != out.shape or dout.dtype != call.q.dtype:
+        raise ValueError(f"dout: got {dout.dtype} {tuple(dout.shape)}, need {call.q.dtype} {tuple(out.shape)}")
+    dout = dense_last(dout)
+    delta, sums, launch = _plan_delta(call, dout, out, with_sums=through is not None)
+    launches = [launch]
+    rows = dict.fromkeys(("row_mean_ptr", "row_slope_ptr", "row_gain_ptr"))
+    dprior = None
+    if through is not None:
+        sav, ranges = _plan_ranges(call, through.visual_mask, through.text_mask, through.prior)
+        gains, weights_backward = _plan_weights_backward(
+            call,
+            through.weights,
+            sums,
+            through.av,
+            through.sa,
+            through.count,
+            through.dav,
+            through.dsa,
+            through.dc,
+            launch.arguments["BLOCK_M"],
+        )
+        rows = {name: call.per_row() for name in rows}
+        statistics = _plan_statistics(
+            call, sav, lse, variance_gain_ptr=gains[0], alignment_gain_ptr=gains[1], delta_ptr=delta, **rows
+        )
+        launches += [ranges, weights_backward, statistics]
+        dprior = torch.empty((call.kv_heads, *sav.prior.shape), dtype=call.acc, device=dout.device)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
+    shared = {
+        **call.common(),
+        **call.values(),
+        **(NO_SAV if through is None else sav.arguments()),
+        **rows,
+        **call.strides("do", dout),
+        "dout_ptr": dout,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "c_ptr": c,
+        "SCALED": c is not None,
+        "STATISTICS": through is not None,
+    }
+    config = call.config("dkdv", sav=through is not None)
+    dkdv = {
+        **shared,
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        "dprior_ptr": dprior,
+        **call.strides("dk", dk),
+        **call.strides("dv", dv),
+        "stride_dprior_h": 0 if dprior is None else dprior[0].numel(),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    del dkdv["text_ptr"]
+    grid = triton.cdiv(call.max_k, config.block_n), call.kv_heads, call.batch
+    launches.append(Launch(dkdv_kernel, grid, dkdv, config))
+    config = call.config("dq", sav=through is not None)
+    arguments = {
+        **shared,
+        "dq_ptr": dq,
+        **call.strides("dq", dq),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    launches.append(Launch(dq_kernel, call.grid(config.block_m), arguments, config))
+    return (dq, dk, dv, dprior), launches
