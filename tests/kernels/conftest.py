@@ -29,5 +29,5 @@ def poisoned_allocations(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def _seeded(one_thread):
     torch.manual_seed(0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from sar_kernels.attention import AttentionOptions, WeightOptions
 
 from sar_fast.reference import sar_attention_reference
+from sar_kernels.attention import AttentionOptions, WeightOptions
 
 STATISTICS = ("av", "sa", "c")
 

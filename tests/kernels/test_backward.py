@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import Case, assert_close, make, reference, statistics_of
+
 from sar_kernels.attention import (
     AttentionOptions,
     WeightOptions,
@@ -119,7 +120,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dav, dsa, dc):
-        options = dict(options=ctx.options, weights=ctx.weights)
+        options = {"options": ctx.options, "weights": ctx.weights}
         grads = sar_backward(dout, *ctx.saved_tensors, **options, sav_grad=True, dav=dav, dsa=dsa, dc=dc)
         return *grads, None, None, None, None
 
@@ -168,7 +169,7 @@ def test_empty_and_single_tokens(seqlen_q, seqlen_k):
     q, k = torch.randn(2, seqlen_q, 2, 16), torch.randn(2, seqlen_k, 2, 16)
     visual, text = torch.ones(2, seqlen_k).bool(), torch.ones(2, seqlen_q).bool()
     sav = visual, text, visual.float()
-    both = dict(options=AttentionOptions(True, 0.25), weights=WeightOptions(0.5))
+    both = {"options": AttentionOptions(True, 0.25), "weights": WeightOptions(0.5)}
     out, lse, *saved = sar_forward(q, k, k, *sav, **both)
     dq, dk, dv, dprior = sar_backward(torch.ones_like(out), q, k, k, out, lse, *sav, *saved, **both, sav_grad=True)
     for gradient in (dq, dk, dprior):  # one key: nothing to choose between

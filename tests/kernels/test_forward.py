@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import Case, assert_relative, check_forward, make, reference
+
 from sar_kernels.attention import (
     AttentionOptions,
     WeightOptions,
@@ -191,18 +192,25 @@ def test_lengths_never_choose_another_kernel():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(k=torch.randn(2, 9, 3, 16)), "heads: got 4 query heads, need a multiple of the 3"),
-        (dict(q=torch.randn(2, 9, 4, 32)), "head dim: got 32"),
-        (dict(v=torch.randn(2, 9, 2, 16).half()), "v: got torch.float16"),
-        (dict(q=torch.randn(9, 4, 16)), "q: got shape"),
-        (dict(visual_mask=torch.ones(2, 9)), "visual_mask: got torch.float32"),
-        (dict(text_mask=torch.ones(2, 8).bool()), "text_mask: got torch.bool (2, 8)"),
-        (dict(prior=torch.ones(2, 9).long()), "prior: got torch.int64"),
+        ({"k": torch.randn(2, 9, 3, 16)}, "heads: got 4 query heads, need a multiple of the 3"),
+        ({"q": torch.randn(2, 9, 4, 32)}, "head dim: got 32"),
+        ({"v": torch.randn(2, 9, 2, 16).half()}, "v: got torch.float16"),
+        ({"q": torch.randn(9, 4, 16)}, "q: got shape"),
+        ({"visual_mask": torch.ones(2, 9)}, "visual_mask: got torch.float32"),
+        ({"text_mask": torch.ones(2, 8).bool()}, "text_mask: got torch.bool (2, 8)"),
+        ({"prior": torch.ones(2, 9).long()}, "prior: got torch.int64"),
     ],
 )
 def test_errors_name_the_argument(change, message):
     kv, ones = torch.randn(2, 9, 2, 16), torch.ones(2, 9).bool()
-    arguments = dict(q=torch.randn(2, 9, 4, 16), k=kv, v=kv, visual_mask=ones, text_mask=ones, prior=ones.float())
+    arguments = {
+        "q": torch.randn(2, 9, 4, 16),
+        "k": kv,
+        "v": kv,
+        "visual_mask": ones,
+        "text_mask": ones,
+        "prior": ones.float(),
+    }
     if "k" in change:
         change = {**change, "v": change["k"]}
     with pytest.raises(ValueError) as error:
