@@ -19,7 +19,7 @@ def cpu_attention() -> str:
     """Table of benchmarks/results/cpu_attention.json."""
     data = json.loads((RESULTS / "cpu_attention.json").read_text())
     lines = [
-        "| N (visual) | dtype | provider | time | x plain SDPA | faster than eager | peak extra memory, of eager's |",
+        "| N (visual) | dtype | provider | time | x plain SDPA | faster than eager | extra memory, of eager's |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in data["records"]:

@@ -1,8 +1,8 @@
 """FlashAttention's own tests, run against this project's ``flash_attn_*`` functions.
 
     git clone https://github.com/Dao-AILab/flash-attention
-    python tests/acceptance/flash_attention.py --checkout flash-attention                    # CPU, PyTorch backends
-    python tests/acceptance/flash_attention.py --checkout flash-attention --backend triton   # kernels (GPU, or interpreted)
+    python tests/acceptance/flash_attention.py --checkout flash-attention                   # CPU: PyTorch backends
+    python tests/acceptance/flash_attention.py --checkout flash-attention --backend triton  # GPU, or interpreted
 
 The test file is taken as it is, but for its device string and the sizes of its grids (``--head-dims``,
 ``--max-seqlen``); values that ask for what these kernels refuse by name (dropout, ALiBi, rotary, left padding, batch
