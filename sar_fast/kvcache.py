@@ -111,7 +111,7 @@ def sar_attn_with_kvcache(
     cache_seqlens: int | Tensor,
     visual_mask: Tensor,
     prior: Tensor,
-    state: SARState,
+    state: SARState | None,
     text_mask: Tensor | None = None,
     decode: str = "running",
     block_table: Tensor | None = None,
@@ -133,7 +133,7 @@ def sar_attn_with_kvcache(
         cache_seqlens: int or (B,) int32, keys in the cache before this call. It is not changed.
         visual_mask, prior: (B, Smax) bool and floating point, over cache positions; Smax = pages * page when paged.
         state: sums and weights of this layer so far; updated in place. ``SARState.empty`` before the first tokens,
-            ``SARState.from_stats`` after a prompt.
+            ``SARState.from_stats`` after a prompt; None starts afresh and keeps nothing.
         text_mask: (B, Sq) bool, which new queries count as text; default all.
         decode: ``"running"`` (means over all text queries so far, these included), ``"step"`` (these alone),
             ``"prompt"`` (``state.head_weights``, unchanged).
@@ -143,8 +143,12 @@ def sar_attn_with_kvcache(
         out (B, Sq, H, Dv), or (out, stats of the weights that were used). Inference only.
     """
     check_choice("decode", decode, ("running", "step", "prompt"))
+    if state is None:
+        if decode == "prompt":
+            raise ValueError('state must hold the prompt\'s weights for decode="prompt"; got None')
+        state = SARState.empty(q.shape[0], q.shape[2], q.device)
     if not isinstance(state, SARState):
-        raise TypeError(f"state must be a SARState; got {type(state).__name__}")
+        raise TypeError(f"state must be a SARState or None; got {type(state).__name__}")
     lengths = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     B, Sq, H, _ = q.shape
     capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)

@@ -1,6 +1,6 @@
 """The kernels on several Triton versions: the interpreter subset and the ahead-of-time check, each version on its own.
 
-    python tests/acceptance/triton_versions.py                       # 3.4.0 3.6.0 3.9.0: oldest, a GPU machine's, newest
+    python tests/acceptance/triton_versions.py                       # 3.4.0 3.6.0 3.9.0: oldest, common, newest
     python tests/acceptance/triton_versions.py --versions 3.5.1 3.7.1
 
 Each version is unpacked into a folder of its own that comes first on the path, so the environment stays as it is; the
@@ -51,7 +51,8 @@ def run(version: str, target: Path, select: str) -> dict[str, bool]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", select]
     interpreted = subprocess.run([*pytest, *INTERPRETED], cwd=ROOT, env={**env, "TRITON_INTERPRET": "1"})
     env.pop("TRITON_INTERPRET", None)
-    compiled = subprocess.run([sys.executable, "-m", "sar_kernels.aot", "--arch", "sm_80", "sm_90"], cwd=ROOT, env=env)
+    aot = [sys.executable, "-m", "sar_kernels.aot", "--arch", "sm_80", "sm_90", "--head-dim", "64", "128"]
+    compiled = subprocess.run([*aot, "--dtype", "bfloat16"], cwd=ROOT, env=env)
     return {"interpreter": interpreted.returncode == 0, "ahead-of-time": compiled.returncode == 0}
 
 
