@@ -6,8 +6,9 @@ measured without annotation. All randomness comes from the ``numpy.random.Genera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -91,7 +92,7 @@ class Scene:
     background: str
 
 
-def compose(background: np.ndarray, specs: list[ObjectSpec], kind: str = "plain") -> Scene:
+def compose(background: np.ndarray, specs: Sequence[ObjectSpec], kind: str = "plain") -> Scene:
     """Draws objects, anti-aliased and in the order given, onto a copy of ``background`` (H, W, 3) uint8.
 
     The mask of an object is where it covers at least half of a pixel and no later object hides it; the box is the
@@ -119,7 +120,7 @@ def draw_scene(
     size: int = 64,
     objects: int | None = None,
     background: str = "plain",
-    photographs: tuple[str, ...] = HELD_OUT_PHOTOGRAPHS,
+    photographs: Sequence[str] = HELD_OUT_PHOTOGRAPHS,
     recolour: bool = False,
 ) -> Scene:
     """Draws a random square scene of ``size`` x ``size`` pixels.
@@ -162,7 +163,7 @@ def draw_background(
     kind: str,
     size: int,
     *,
-    photographs: tuple[str, ...] = HELD_OUT_PHOTOGRAPHS,
+    photographs: Sequence[str] = HELD_OUT_PHOTOGRAPHS,
     recolour: bool = False,
 ) -> np.ndarray:
     """Draws a background (size, size, 3) uint8. Arguments as in :func:`draw_scene`."""
@@ -184,7 +185,7 @@ def draw_background(
     return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def photograph(name: str) -> np.ndarray:
     """The photograph (H, W, 3) uint8, read-only, out of scikit-image's wheel; ``ImportError`` without scikit-image."""
     if name not in TRAINING_PHOTOGRAPHS + HELD_OUT_PHOTOGRAPHS:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sar_fast.miniature.drawing import COLOURS, SHAPES, Scene
+from sar_fast.miniature.drawing import COLOURS, HELD_OUT_PHOTOGRAPHS, SHAPES, Scene, draw_scene
 
 KINDS = ("colour", "shape", "existence", "position", "box")
 BOX_BINS = 16
@@ -66,6 +67,29 @@ def ask(scene: Scene, rng: np.random.Generator, *, paraphrase: bool = False) -> 
     return questions
 
 
+def draw_questions(
+    rng: np.random.Generator,
+    per_kind: int,
+    backgrounds: Sequence[str],
+    *,
+    size: int = 64,
+    photographs: Sequence[str] = HELD_OUT_PHOTOGRAPHS,
+) -> list[tuple[Scene, Question]]:
+    """``per_kind`` questions of every kind, in the order of ``KINDS``, about random scenes.
+
+    The background of a scene is one of ``backgrounds``; ``size`` and ``photographs`` as in ``draw_scene``.
+    """
+    if per_kind < 1:
+        raise ValueError(f"per_kind is {per_kind}, needed at least 1")
+    found: dict[str, list[tuple[Scene, Question]]] = {kind: [] for kind in KINDS}
+    while min(map(len, found.values())) < per_kind:
+        scene = draw_scene(rng, size=size, background=str(rng.choice(backgrounds)), photographs=photographs)
+        for question in ask(scene, rng):
+            if len(found[question.kind]) < per_kind:
+                found[question.kind].append((scene, question))
+    return [pair for pairs in found.values() for pair in pairs]
+
+
 def build_prompt(text: str) -> str:
     """The LLaVA-1.5 prompt for one image and one question in free words; the answer follows it."""
     if "<image>" in text:
@@ -84,7 +108,10 @@ def quadrant(box: tuple[float, float, float, float], shape: tuple[int, int]) -> 
 
 
 def encode_box(box: tuple[float, float, float, float], shape: tuple[int, int]) -> str:
-    """A box in pixels as four bin numbers ``"x1 y1 x2 y2"``, each 0 to ``BOX_BINS - 1``. ``shape`` is (height, width) of the picture."""
+    """A box in pixels as four bin numbers ``"x1 y1 x2 y2"``, each 0 to ``BOX_BINS - 1``.
+
+    ``shape`` is (height, width) of the picture.
+    """
     height, width = shape
     bins = [min(int(v / side * BOX_BINS), BOX_BINS - 1) for v, side in zip(box, (width, height, width, height))]
     return " ".join(map(str, bins))

@@ -1,0 +1,99 @@
+"""Held-out accuracy of the miniature for every kind of question, beside chance and the majority answer.
+
+    python experiments/miniature/evaluate.py         # writes accuracy.json beside this file
+
+Four sets of scenes that training never drew: plain backgrounds (one colour or a gradient), textures, new crops of the
+training photographs, and photographs that training never saw. Questions take the canonical wording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from sar_fast.miniature.checkpoint import MINIATURE_PATH, answer, load_miniature
+from sar_fast.miniature.drawing import (
+    COLOURS,
+    HELD_OUT_PHOTOGRAPHS,
+    SHAPES,
+    TRAINING_PHOTOGRAPHS,
+    Scene,
+)
+from sar_fast.miniature.questions import KINDS, POSITIONS, Question, draw_questions, is_correct
+
+HERE = Path(__file__).parent
+HELD_OUT_SEED = 20_001  # training draws from the children of SeedSequence(seed), never from default_rng of a list
+SETS = {
+    "plain": (("plain", "gradient"), ()),
+    "texture": (("texture",), ()),
+    "photographs_seen": (("photograph",), TRAINING_PHOTOGRAPHS),
+    "photographs_unseen": (("photograph",), HELD_OUT_PHOTOGRAPHS),
+}
+CHANCE = {
+    "colour": 1 / len(COLOURS),
+    "shape": 1 / len(SHAPES),
+    "existence": 1 / 2,
+    "position": 1 / len(POSITIONS),
+}
+
+
+def majority(pairs: list[tuple[Scene, Question]]) -> float:
+    """Accuracy of the best constant reply out of the answers that occur: for boxes the best of the 200 commonest."""
+    replies = [reply for reply, _ in Counter(q.answer for _, q in pairs).most_common(200)]
+    return max(np.mean([is_correct(q, reply, scene) for scene, q in pairs]) for reply in replies)
+
+
+def accuracy_table(model, processor, pairs: list[tuple[Scene, Question]]) -> dict[str, dict[str, float]]:
+    """Per kind: ``accuracy`` with its 95 % ``half_interval``, ``chance``, ``majority`` and the number of questions."""
+    replies = answer(model, processor, [s.image for s, _ in pairs], [q.text for _, q in pairs])
+    table = {}
+    for kind in KINDS:
+        mine = [(s, q, r) for (s, q), r in zip(pairs, replies) if q.kind == kind]
+        accuracy = float(np.mean([is_correct(q, r, s) for s, q, r in mine]))
+        table[kind] = {
+            "accuracy": round(accuracy, 4),
+            "half_interval": round(1.96 * (accuracy * (1 - accuracy) / len(mine)) ** 0.5, 4),
+            "chance": round(CHANCE[kind], 4) if kind in CHANCE else None,
+            "majority": round(float(majority([(s, q) for s, q, _ in mine])), 4),
+            "questions": len(mine),
+        }
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=MINIATURE_PATH)
+    parser.add_argument("--out", type=Path, default=HERE / "accuracy.json")
+    parser.add_argument("--per-kind", type=int, default=1000, help="questions per kind and set")
+    parser.add_argument("--size", type=int, default=64, help="pixels of the drawn pictures, before the processor")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if args.per_kind < 1:
+        parser.error(f"--per-kind is {args.per_kind}, needed at least 1")
+    torch.set_num_threads(args.threads)
+    model, processor = load_miniature(path=args.checkpoint)
+    report = {
+        "seed": HELD_OUT_SEED,
+        "picture_size": args.size,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "sets": {},
+    }
+    for name in SETS:
+        backgrounds, photographs = SETS[name]
+        rng = np.random.default_rng([HELD_OUT_SEED, list(SETS).index(name)])
+        pairs = draw_questions(rng, args.per_kind, backgrounds, size=args.size, photographs=photographs)
+        table = accuracy_table(model, processor, pairs)
+        report["sets"][name] = table
+        print(f"{name:20s}" + "".join(f"  {kind} {row['accuracy']:.3f}" for kind, row in table.items()), flush=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
