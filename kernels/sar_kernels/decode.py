@@ -4,6 +4,9 @@ A step is two launches. The split kernel is flash attention of a few queries ove
 kernel merges the stretches of one head. A head's scale depends on all heads of its sample, so every combine program
 reads the sample's statistics (a few floats per head and split, from L2) and computes all the weights itself. That costs
 less than a third launch or a grid-wide barrier, and keeps B * H programs busy on the output.
+
+The statistics are taken of every key tile, visual keys or not: decode waits for memory, so they are free, whereas a
+branch around them in the loop was seen to take all 255 registers and to spill (sm_90, D = 128; 192 without it).
 """
 
 import triton
@@ -76,8 +79,7 @@ def decode_split_kernel(
     v_ptr,  # (B, Smax, Hkv, DV) or (blocks, PAGE, Hkv, DV)
     lengths_ptr,  # (B,) int32
     table_ptr,  # (B, pages) int32, paged only
-    visual_ptr,  # (B, Smax) bool; this and the next two STATISTICS only
-    text_ptr,  # (B, Sq) bool
+    visual_ptr,  # (B, Smax) bool; this and the next STATISTICS only
     prior_ptr,  # (B, Smax)
     av_sum_ptr,  # (B, H); this and the next three RUNNING only
     sa_sum_ptr,  # (B, H)
@@ -96,7 +98,6 @@ def decode_split_kernel(
     stride_vh,
     stride_table_b,
     stride_visual_b,
-    stride_text_b,
     stride_prior_b,
     plane,  # elements of one of the partials' five planes
     capacity,
@@ -166,12 +167,9 @@ def decode_split_kernel(
         v_ptr += batch64 * stride_vb
     else:
         table_ptr += batch64 * stride_table_b
-    has_text = False
     if STATISTICS:
         visual_ptr += batch64 * stride_visual_b
         prior_ptr += batch64 * stride_prior_b
-        text = tl.load(text_ptr + batch64 * stride_text_b + queries, mask=in_range, other=0)  # [BM]
-        has_text = tl.max(text.to(tl.int32), 0) != 0
 
     scale = tl.cast(softmax_scale, ACC)
     cap = tl.cast(softcap, ACC)
@@ -188,6 +186,8 @@ def decode_split_kernel(
     count = tl.zeros([BLOCK_M], ACC)
     mean = tl.zeros([BLOCK_M], ACC)
     m2 = tl.zeros([BLOCK_M], ACC)
+    if STATISTICS:
+        next_visual = load_keys_mask(visual_ptr, start, num_keys, BLOCK_N)
     for first_key in range(start, end, BLOCK_N):
         k = _load_cache(k_ptr, table_ptr, first_key, num_keys, stride_kb, stride_ks, PAGE, BLOCK_N, BLOCK_D, HEAD_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
@@ -208,11 +208,13 @@ def decode_split_kernel(
         weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, True)
         if STATISTICS:
             alignment = alignment * rescale
-            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-            if has_text & (tl.max(visual.to(tl.int32), 0) != 0):
-                count, mean, m2 = update_moments(scores, visible & visual[None, :], count, mean, m2)
-                prior = tl.load(prior_ptr + keys, mask=visual, other=0.0).to(ACC)  # [BN]
-                alignment += tl.sum(weights * prior[None, :], 1)
+            visual = next_visual
+            next_visual = load_keys_mask(visual_ptr, first_key + BLOCK_N, num_keys, BLOCK_N)  # [BN]
+            # Reading the mask back off the scores spares a tile of predicates.
+            selected = visual[None, :] & (scores > -float("inf"))
+            count, mean, m2 = update_moments(scores, selected, count, mean, m2)
+            prior = tl.load(prior_ptr + keys, mask=keys < num_keys, other=0.0).to(ACC)  # [BN]
+            alignment += tl.sum(weights * tl.where(visual, prior, 0.0)[None, :], 1)
         v = _load_cache(
             v_ptr, table_ptr, first_key, num_keys, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
         )

@@ -26,18 +26,19 @@ def num_splits_for(sm_count: int, batch: int, kv_heads: int, max_length: int, ro
 
 
 @functools.cache
-def choose_decode(arch: str, head_dim: int, dtype: torch.dtype, rows: int) -> KernelConfig:
+def choose_decode(arch: str, head_dim: int, dtype: torch.dtype, rows: int, paged: bool) -> KernelConfig:
     """The split kernel's tile for `rows` = queries * heads per kv head; head_dim is the padded one.
 
-    block_m holds the rows if it can (16 is the tensor cores' least); more rows take more tiles.
+    16 rows are the tensor cores' least; more than 32 take more tiles, whose second reading of the keys comes from L2.
     """
-    block_m = min(max(16, 1 << (rows - 1).bit_length()), 32 if head_dim > 128 else 64)
     if arch == "cpu":  # the interpreter: small tiles, so that short caches cross their edges
         return KernelConfig(16, 32, 4, 1)
+    block_m, num_warps = (16, 4) if rows <= 16 else (32, 8)
     if dtype in (torch.float32, torch.float64):
-        return KernelConfig(min(block_m, 32), 16 if head_dim > 128 else 32, 4, 1)
-    keys = {16: 128, 32: 128, 64: 128, 128: 64}.get(head_dim, 32)
+        return KernelConfig(block_m, 32 if head_dim <= 128 else 16, num_warps, 1)
+    block_n = 64 if head_dim <= 128 else 32
     if arch.startswith("gfx"):
-        return KernelConfig(block_m, min(keys, 64), 4, 1)
-    # Two blocks of three stages fit into Hopper's shared memory, two of two stages into that of the others.
-    return KernelConfig(block_m, keys, 4, 3 if arch in ("sm_90", "sm_100", "sm_103") else 2)
+        return KernelConfig(block_m, block_n, num_warps, 1)
+    num_stages = 4 if head_dim <= 64 else 3
+    # The page's look-up stands before the key's in the pipeline: the same loads in flight take more stages.
+    return KernelConfig(block_m, block_n, num_warps, 2 * num_stages - 1 if paged else num_stages)

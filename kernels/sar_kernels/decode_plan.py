@@ -86,8 +86,8 @@ def decode_workspace(
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     if num_splits is None:
         rows = seqlen_q * num_heads // num_kv_heads
-        config = _config(arch or device_arch(device), head_dim, head_dim_v, dtype, rows)
-        tiles = triton.cdiv(rows, config.block_m)
+        block_m = _config(arch or device_arch(device), head_dim, head_dim_v, dtype, rows).block_m
+        tiles = triton.cdiv(rows, block_m)
         num_splits = num_splits_for(sm_count or _sm_count(device), batch_size, num_kv_heads, max_length, tiles)
     if num_splits < 1:
         raise ValueError(f"num_splits: got {num_splits}, need 1 or more")
@@ -98,8 +98,10 @@ def decode_workspace(
     )
 
 
-def _config(arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, rows: int) -> KernelConfig:
-    return choose_decode(arch, padded_head_dim(max(head_dim, head_dim_v)), dtype, max(rows, 1))
+def _config(
+    arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, rows: int, paged: bool = False
+) -> KernelConfig:
+    return choose_decode(arch, padded_head_dim(max(head_dim, head_dim_v)), dtype, rows, paged)
 
 
 class DecodeCall:
@@ -135,7 +137,9 @@ class DecodeCall:
             )
         self.group = self.heads // self.kv_heads
         arch = arch or device_arch(q.device)
-        self.config = _config(arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q)
+        self.config = _config(
+            arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q, block_table is not None
+        )
         self.workspace = self._workspace(workspace, num_splits, arch, sm_count)
         self.state = dict.fromkeys(("av_sum_ptr", "sa_sum_ptr", "count_ptr", "head_weights_ptr"))
         self.visual = self.text = self.prior = None
@@ -218,12 +222,10 @@ class DecodeCall:
         left = self.options.window[0]
         return {
             "lengths_ptr": self.lengths,
-            "text_ptr": self.text,
             "partial_out_ptr": self.workspace.partial_out,
             "partials_ptr": self.workspace.partials,
             "carried_ptr": self.workspace.carried,
             **{name: self.state[name] for name in ("av_sum_ptr", "sa_sum_ptr", "count_ptr")},
-            "stride_text_b": 0 if self.text is None else self.text.stride(0),
             "plane": self.workspace.partials[0].numel(),
             "capacity": self.capacity,
             "seqlen_q": self.seqlen_q,
@@ -278,6 +280,8 @@ class DecodeCall:
         outputs = ("out", "lse", "av", "sa", "c")
         arguments = {
             **shared,
+            "text_ptr": self.text,
+            "stride_text_b": 0 if self.text is None else self.text.stride(0),
             "head_weights_ptr": self.state["head_weights_ptr"],
             **{f"{name}_ptr": getattr(self.workspace, name) for name in outputs},
             "count_out_ptr": self.workspace.count,
