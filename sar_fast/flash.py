@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from sar_fast import validation
+from sar_fast.backends import triton_backend
+from sar_fast.backends.select import choose_backend
 from sar_fast.functional import _check_packing, plain_attention
-from sar_fast.kvcache import cached_sequences, check_cache, write_cache
+from sar_fast.kvcache import cached_sequences, check_cache, device_lengths, host_lengths, write_cache
 
 
 def _reject(**arguments: object) -> None:
@@ -138,15 +140,23 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         alibi_slopes=alibi_slopes,
     )
-    lengths = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    capacity = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    new = 0 if k is None else k.shape[1]
     options = validation.make_options(
         q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
     )
+    chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
+    if chosen == triton_backend.name:
+        lengths = device_lengths(cache_seqlens, q, capacity, new)
+        triton_backend.append(k_cache, v_cache, k, v, lengths, block_table)
+        out, lse = triton_backend.decode_plain(q, k_cache, v_cache, lengths, options, block_table)
+        return (out, lse.to(torch.float32)) if return_softmax_lse else out
+    lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
     lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
     outs, lses = [], []
     for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
         out, lse = plain_attention(
-            q[b : b + 1], k_b[None], v_b[None], options=options, backend=backend, need_lse=return_softmax_lse
+            q[b : b + 1], k_b[None], v_b[None], options=options, backend=chosen, need_lse=return_softmax_lse
         )
         outs.append(out)
         lses.append(lse)

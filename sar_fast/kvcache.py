@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sar_fast import ops, validation
+from sar_fast.backends import triton_backend
 from sar_fast.backends.select import choose_backend
 from sar_fast.config import check_choice
 from sar_fast.functional import _stats, plain_attention
@@ -22,8 +23,8 @@ def check_cache(
     v: Tensor | None,
     cache_seqlens: int | Tensor | None,
     block_table: Tensor | None,
-) -> list[int]:
-    """Check the arguments and return every sample's length before the call; nothing is written."""
+) -> int:
+    """Check shapes and dtypes and return the cache's capacity in keys; nothing is written, no value is read."""
     paged = block_table is not None
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         validation.check_tensor(name, x)
@@ -38,23 +39,13 @@ def check_cache(
         )
     page = k_cache.shape[1]
     capacity = page * block_table.shape[1] if paged else page
-    if cache_seqlens is None:
-        lengths = [capacity] * batch
-    elif isinstance(cache_seqlens, int):
-        lengths = [cache_seqlens] * batch
-    else:
+    if cache_seqlens is not None and not isinstance(cache_seqlens, int):
         validation.check_tensor("cache_seqlens", cache_seqlens)
         if tuple(cache_seqlens.shape) != (batch,):
             raise ValueError(f"cache_seqlens must be an int or ({batch},) int32; got {tuple(cache_seqlens.shape)}")
-        lengths = cache_seqlens.tolist()
     if (k is None) != (v is None):
         raise ValueError(f"k and v must be given together; got only {'v' if k is None else 'k'}")
     new = 0 if k is None else k.shape[1]
-    for b, length in enumerate(lengths):
-        if not 0 <= length <= capacity - new:
-            raise ValueError(
-                f"cache_seqlens[{b}] must leave room for {new} new key(s) in a cache of {capacity}; got {length}"
-            )
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (batch, new, *cache.shape[2:])
         if x is not None and tuple(x.shape) != expected:
@@ -64,7 +55,31 @@ def check_cache(
     for k_b, v_b in cached_sequences(k_cache, v_cache, [0], block_table):
         validation.check_qkv(q[:1], k_b[None], v_b[None])
         break
+    return capacity
+
+
+def host_lengths(cache_seqlens: int | Tensor | None, batch: int, capacity: int, new: int) -> list[int]:
+    """Every sample's length before the call, read on the host, with room for ``new`` keys."""
+    if cache_seqlens is None:
+        lengths = [capacity] * batch
+    elif isinstance(cache_seqlens, int):
+        lengths = [cache_seqlens] * batch
+    else:
+        lengths = cache_seqlens.tolist()
+    for b, length in enumerate(lengths):
+        if not 0 <= length <= capacity - new:
+            raise ValueError(
+                f"cache_seqlens[{b}] must leave room for {new} new key(s) in a cache of {capacity}; got {length}"
+            )
     return lengths
+
+
+def device_lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int) -> Tensor:
+    """(B,) int32 lengths after the call, without reading a GPU's values: the kernels stop at the capacity."""
+    if q.device.type == "cpu" or not isinstance(cache_seqlens, Tensor):
+        lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
+        return torch.tensor(lengths, dtype=torch.int32, device=q.device) + new
+    return (cache_seqlens + new).to(torch.int32)
 
 
 def write_cache(
@@ -149,9 +164,9 @@ def sar_attn_with_kvcache(
         state = SARState.empty(q.shape[0], q.shape[2], q.device)
     if not isinstance(state, SARState):
         raise TypeError(f"state must be a SARState or None; got {type(state).__name__}")
-    lengths = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    capacity = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     B, Sq, H, _ = q.shape
-    capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
+    new = 0 if k is None else k.shape[1]
     validation.check_mask("visual_mask", visual_mask, (B, capacity), q.device)
     validation.check_prior(prior, (B, capacity), q.device)
     if text_mask is None:
@@ -170,6 +185,16 @@ def sar_attn_with_kvcache(
         normalize=normalize,
     )
     chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
+    if chosen == triton_backend.name:
+        with torch.no_grad():
+            lengths = device_lengths(cache_seqlens, q, capacity, new)
+            triton_backend.append(k_cache, v_cache, k, v, lengths, block_table)
+            roles = (visual_mask, text_mask, prior)
+            out, *stats = triton_backend.decode(
+                q, k_cache, v_cache, lengths, *roles, state, decode, options, block_table
+            )
+        return (out, _stats(*stats, chosen)) if return_stats else out
+    lengths = host_lengths(cache_seqlens, B, capacity, new)
     lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
     results = []
     with torch.no_grad():

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from sar_fast.types import AttentionOptions
+from sar_fast.types import AttentionOptions, SARState
 from sar_fast.weights import head_weights
 
 name = "triton"
@@ -145,6 +145,68 @@ def backward(
         **_layout(call),
     )
     return dq, dk, dv, empty if dprior is None else dprior
+
+
+def append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+) -> None:
+    """Write new keys and values into the caches; ``lengths`` (B,) int32 are those after the call."""
+    from sar_kernels.decode_call import append_kv
+
+    if k is not None:
+        append_kv(k_cache, v_cache, k, v, lengths, block_table)
+
+
+def decode_plain(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    options: AttentionOptions,
+    block_table: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of new queries over a cache, SAR off."""
+    from sar_kernels.decode_call import decode_forward
+
+    attention, _ = _kernel_options(options)
+    return decode_forward(q, k_cache, v_cache, lengths, options=attention, block_table=block_table)
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    visual_mask: Tensor,
+    text_mask: Tensor,
+    prior: Tensor,
+    state: SARState,
+    mode: str,
+    options: AttentionOptions,
+    block_table: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """(out, lse, av, sa, c, count) of new queries over a cache; the state's sums go on in place."""
+    from sar_kernels.decode_call import sar_decode_forward
+
+    attention, weights = _kernel_options(options)
+    roles = (visual_mask, text_mask, prior)
+    return sar_decode_forward(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        *roles,
+        *state.tensors(),
+        options=attention,
+        weights=weights,
+        mode=mode,
+        block_table=block_table,
+    )
 
 
 def _layout(call) -> dict:
