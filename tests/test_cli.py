@@ -158,20 +158,22 @@ def test_errors_name_the_option(picture, tmp_path):
 
 
 def test_a_text_model_is_refused(picture, tmp_path):
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 1}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MINIATURE_PATH / name, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    line = fails("generate", "--model", str(tmp_path), "--image", picture, "--question", QUESTION)
-    assert "cannot be loaded as an image-text-to-text model" in line
+    ask = ("generate", "--model", str(tmp_path), "--image", picture, "--question", QUESTION)
+    assert "cannot be loaded as an image-text-to-text model" in fails(*ask)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 8}))  # not a multiple of the heads
+    assert "cannot be loaded" in fails(*ask)
 
 
-def test_a_missing_package_is_named(picture, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(picture, monkeypatch):
     from transformers import AutoProcessor
 
     def needs_torchvision(*_, **__):
         raise ImportError("\nVideoProcessor requires the torchvision library but it was not found in your environment.")
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", needs_torchvision)
-    line = fails("generate", "--model", str(tmp_path), "--image", picture, "--question", QUESTION)
+    line = fails("generate", "--model", str(MINIATURE_PATH), "--image", picture, "--question", QUESTION)
     assert "pip install torchvision" in line

@@ -81,7 +81,7 @@ def test_same_seed_same_results(drawn, tmp_path):
 
 
 def test_own_picture_and_timings(tmp_path, monkeypatch):
-    for name, value in {"LAYERS": 2, "SAR_LAYERS": 1, "WIDTH": 64, "HEADS": 2, "REPEATS": 1}.items():
+    for name, value in {"ATTENTION_GRID": 8, "PREFILL_GRID": 8, "WIDTH": 64, "HEADS": 2, "REPEATS": 1}.items():
         monkeypatch.setattr(measurements, name, value)
     path = tmp_path / "<b>.png"  # names and questions are data, not markup
     Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save(path)

@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sar_fast.analysis.eager import EagerSAR, eager_attention, eager_sar_attention
-from sar_fast.analysis.timing import attention_inputs, interleaved_times
+from sar_fast.analysis.timing import SYSTEM_TOKENS, attention_inputs, interleaved_times
 from sar_fast.config import SARConfig
 from sar_fast.functional import sar_attn_func
 from sar_fast.integrations.hf import apply_sar
 
 PLAIN, EAGER, OURS = "no SAR (PyTorch's SDPA)", "SAR, eager formulation", "SAR, this package"
-VISUAL, LENGTH = 576, 704  # LLaVA-1.5: 24 x 24 patches, and a prompt around them
-LAYERS, SAR_LAYERS, WIDTH, HEADS = 4, 2, 1024, 8  # the LLaVA-shaped model; a 7B one has 32 layers of width 4096
-REPEATS = 5
+TEXT = 128  # tokens of a timed prompt that are not visual
+ATTENTION_GRID = 24  # patches per side: LLaVA-1.5's 576 visual tokens
+PREFILL_GRID = 48  # 2304 visual tokens, as models of finer resolution have
+LAYERS, SAR_LAYERS, WIDTH, HEADS = 2, 1, 1024, 8  # the LLaVA-shaped model; a 7B one has 32 layers of width 4096
+PATCH = 14
+REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Timing:
 
 
 def time_attention(
-    device: torch.device, dtype: torch.dtype, config: SARConfig, *, seed: int, heads: int = 32, length: int = LENGTH
+    device: torch.device, dtype: torch.dtype, config: SARConfig, *, seed: int, heads: int = 32
 ) -> Timing:
     """One attention call at the prompt length, head count and head dimension of LLaVA-1.5-7B."""
+    visual = ATTENTION_GRID**2
+    length = visual + TEXT
     inputs = attention_inputs(
-        length, VISUAL, dtype, heads=heads, kv_heads=heads, head_dim=128, seed=seed, device=device
+        length, visual, dtype, heads=heads, kv_heads=heads, head_dim=128, seed=seed, device=device
     )
     q, k, v = (x.transpose(1, 2) for x in inputs[:3])
     ours = lambda **more: sar_attn_func(*inputs, beta=config.beta, backend=config.backend, **more)
@@ -51,7 +56,7 @@ def time_attention(
     seconds = _best_times(
         {PLAIN: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), EAGER: eager, OURS: ours}
     )
-    shape = f"1 prompt of {length} tokens, {VISUAL} of them visual, {heads} heads of dimension 128, {_name(dtype)}"
+    shape = f"1 prompt of {length} tokens, {visual} of them visual, {heads} heads of dimension 128, {_name(dtype)}"
     return Timing("Attention alone", "attention alone", shape, seconds, backend)
 
 
@@ -79,8 +84,8 @@ def time_prefill(device: torch.device, dtype: torch.dtype, config: SARConfig, *,
         _check_agreement(ours(), eager(), dtype)
         seconds = _best_times({PLAIN: run, EAGER: eager, OURS: ours})
     shape = (
-        f"LLaVA-1.5 architecture with random weights, {LAYERS} layers of width {WIDTH}, SAR in the last {SAR_LAYERS}; "
-        f"1 prompt of {LENGTH} tokens, {VISUAL} of them visual, {_name(dtype)}"
+        f"LLaVA-1.5 architecture with random weights, {LAYERS} layers of width {WIDTH}, SAR in {SAR_LAYERS}; "
+        f"1 prompt of {PREFILL_GRID**2 + TEXT} tokens, {PREFILL_GRID**2} of them visual, {_name(dtype)}"
     )
     return Timing("Prefill of a LLaVA-shaped model", "whole prefill", shape, seconds, backend)
 
@@ -108,6 +113,7 @@ def _llava_shaped(seed: int, device: torch.device, dtype: torch.dtype) -> tuple[
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     words, image_token = 1000, 999
+    side, visual = PREFILL_GRID * PATCH, PREFILL_GRID**2
     text = LlamaConfig(
         vocab_size=words,
         hidden_size=WIDTH,
@@ -115,6 +121,7 @@ def _llava_shaped(seed: int, device: torch.device, dtype: torch.dtype) -> tuple[
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
+        max_position_embeddings=visual + TEXT,
     )
     vision = CLIPVisionConfig(
         image_size=336,
@@ -129,9 +136,9 @@ def _llava_shaped(seed: int, device: torch.device, dtype: torch.dtype) -> tuple[
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration._from_config(settings, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, image_token, (1, LENGTH), generator=generator)
-    ids[:, 32 : 32 + VISUAL] = image_token
-    pixels = torch.randn(1, 3, 336, 336, generator=generator)
+    ids = torch.randint(0, image_token, (1, visual + TEXT), generator=generator)
+    ids[:, SYSTEM_TOKENS : SYSTEM_TOKENS + visual] = image_token
+    pixels = torch.randn(1, 3, side, side, generator=generator)
     return model, {
         "input_ids": ids.to(device),
         "attention_mask": torch.ones_like(ids).to(device),

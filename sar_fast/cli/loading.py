@@ -50,13 +50,14 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[nn
 
         return load_miniature(number, place)
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = Path(name).expanduser()
     if not path.is_dir() and (path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise UserError(f"--model {name!r} is no folder on this machine")
     source = str(path) if path.is_dir() else name
     try:
+        AutoConfig.from_pretrained(source)  # the processor asks for five files; without network each waits in turn
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=number)
     except ImportError as error:
@@ -64,7 +65,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[nn
         reason = f"needs {needed}: pip install {needed}" if needed else f"needs a package: {_first_line(error)}"
         build = " (the build that matches your torch)" if needed == "torchvision" else ""
         raise UserError(f"--model {name!r} {reason}{build}") from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a folder can be broken in as many ways as there are files in it
         raise UserError(
             f"--model {name!r} cannot be loaded as an image-text-to-text model: {_first_line(error)}"
         ) from error
