@@ -124,8 +124,8 @@ def _llava_shaped(seed: int, device: torch.device, dtype: torch.dtype) -> tuple[
         max_position_embeddings=visual + TEXT,
     )
     vision = CLIPVisionConfig(
-        image_size=336,
-        patch_size=14,
+        image_size=side,
+        patch_size=PATCH,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
