@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from sar_kernels.configs import SHARED_MEMORY_LIMIT
 
 
