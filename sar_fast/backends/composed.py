@@ -118,17 +118,11 @@ def _padding_bias(seq: Sequence, keys: slice) -> Tensor | None:
     return bias.masked_fill_(~valid, -torch.inf)[None, None, None]
 
 
-def _kernel_width(seq: Sequence) -> int:
-    """The one head dim that the kernels want for q, k and v; zero columns change neither scores nor kept columns."""
-    width = max(seq.q.shape[-1], seq.v.shape[-1])
-    return width if seq.q.device.type == "cpu" else -(-width // 8) * 8
-
-
 def _kernel_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as (Hkv, G, S, D): kv heads are the batch, so that a group shares its keys without a copy."""
     Hkv = seq.k.shape[1]
     G, D, Dv = seq.q.shape[1] // Hkv, seq.q.shape[-1], seq.v.shape[-1]
-    width = _kernel_width(seq)
+    width = max(D, Dv)  # the kernel wants one head dim: zeros change neither scores nor kept columns
     q = F.pad(seq.q[rows], (0, width - D)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
     spread = lambda x: x[keys].transpose(0, 1)[:, None].expand(-1, G, -1, -1)
     return q, spread(F.pad(seq.k, (0, width - D))), spread(F.pad(seq.v, (0, width - Dv)))
@@ -136,13 +130,11 @@ def _kernel_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[Tensor, Ten
 
 def _kernel_forward(seq: Sequence, rows: slice, keys: slice, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """One fused call: out (r, H, Dv), lse (H, r)."""
+    if seq.q.device.type == "cuda":
+        return _cuda_forward(seq, rows, keys, causal, scale)
     q, k, v = _kernel_inputs(seq, rows, keys)
-    if q.device.type == "cpu":
-        bias = _padding_bias(seq, keys)
-        o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    else:
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        o, lse = _cuda_forward(q, k, v, causal, scale)
+    bias = _padding_bias(seq, keys)
+    o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     o = o.permute(2, 0, 1, 3).flatten(1, 2)[..., : seq.v.shape[-1]]
     lse = lse.flatten(0, 1).to(seq.accumulate_dtype)
     if seq.key_valid is not None:  # the kernel reports 0 for a row that sees nothing
@@ -167,38 +159,58 @@ def _kernel_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv) of one fused call, given the merged out and lse."""
+    if seq.q.device.type == "cuda":
+        return _cuda_backward(seq, rows, keys, causal, scale, grad, out, lse)
     q, k, v = _kernel_inputs(seq, rows, keys)
     Hkv, G, _, width = q.shape
     D, Dv = seq.q.shape[-1], seq.v.shape[-1]
     group = lambda x: F.pad(x[rows], (0, width - Dv)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
     l = lse[:, rows].unflatten(0, (Hkv, G))
     l = torch.where(l.isinf(), 0, l).contiguous()
-    if q.device.type == "cpu":
-        bias = _padding_bias(seq, keys)
-        gq, gk, gv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            group(grad), q, k, v, group(out), l, 0.0, causal, attn_mask=bias, scale=scale
-        )
-    else:
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        gq, gk, gv = _cuda_backward(group(grad).contiguous(), q, k, v, group(out).contiguous(), l, causal, scale)
+    bias = _padding_bias(seq, keys)
+    gq, gk, gv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        group(grad), q, k, v, group(out), l, 0.0, causal, attn_mask=bias, scale=scale
+    )
     gq = gq.permute(2, 0, 1, 3).flatten(1, 2)[..., :D]
     gk, gv = (x.sum(1, dtype=seq.accumulate_dtype).transpose(0, 1) for x in (gk, gv))
     return gq, gk[..., :D], gv[..., :Dv]
 
 
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """PyTorch's FlashAttention-2."""
-    return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+def _cuda_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[list[Tensor], list]:
+    """q, k, v (S, heads, width) of one packed sequence, and the sequence bounds; groups are the kernel's own."""
+    width = -(-max(seq.q.shape[-1], seq.v.shape[-1]) // 8) * 8  # one head dim for all, a multiple of 8
+    parts = [F.pad(x, (0, width - x.shape[-1])).contiguous() for x in (seq.q[rows], seq.k[keys], seq.v[keys])]
+    lengths = [x.shape[0] for x in parts[:2]]
+    bounds = [torch.tensor([0, n], dtype=torch.int32, device=seq.q.device) for n in lengths]
+    return parts, [*bounds, *lengths]
+
+
+def _cuda_forward(seq: Sequence, rows: slice, keys: slice, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's FlashAttention-2 on one sequence: out (r, H, Dv), lse (H, r)."""
+    parts, bounds = _cuda_inputs(seq, rows, keys)
+    out, lse, *_ = _aten._flash_attention_forward(*parts, *bounds, 0.0, causal, False, scale=scale)
+    return out[..., : seq.v.shape[-1]], lse.view(seq.q.shape[1], -1)
 
 
 def _cuda_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+    seq: Sequence,
+    rows: slice,
+    keys: slice,
+    causal: bool,
+    scale: float,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # read only under dropout
-    offset = torch.zeros((), dtype=torch.uint64, device=q.device)
-    return _aten._scaled_dot_product_flash_attention_backward(
-        g, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset, scale=scale
-    )
+    """Its backward: gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv)."""
+    parts, bounds = _cuda_inputs(seq, rows, keys)
+    D, Dv, width = seq.q.shape[-1], seq.v.shape[-1], parts[0].shape[-1]
+    grad, out = (F.pad(x[rows], (0, width - Dv)).contiguous() for x in (grad, out))
+    rng = torch.zeros(2, dtype=torch.uint64, device=seq.q.device)  # read only under dropout
+    unused = torch.empty(0, device=seq.q.device)
+    l = lse[:, rows].contiguous()
+    gq, gk, gv = _aten._flash_attention_backward(grad, *parts, out, l, *bounds, 0.0, causal, rng, unused, scale=scale)
+    return gq[..., :D], gk[..., :D], gv[..., :Dv]
 
 
 def _delta_backward(
