@@ -106,7 +106,7 @@ def time_model(model: nn.Module, inputs: Mapping[str, Tensor], config: SARConfig
         seconds = _best_times({PLAIN: run, OURS: ours})
     batch, length = inputs["input_ids"].shape
     shape = f"{batch} prompt{'s' * (batch > 1)} of {length} tokens, SAR in {config.activation_layer_k} layers"
-    return Timing("Prefill of the model of this page", "own prefill", shape, seconds, backend)
+    return Timing("Prefill of the model that was asked", "own prefill", shape, seconds, backend)
 
 
 def _llava_shaped(seed: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
