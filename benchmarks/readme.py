@@ -23,10 +23,17 @@ def cpu_attention() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in data["records"]:
-        lines.append(
-            f"| {r['shape']['N']} ({r['shape']['V']}) | {r['dtype']} | {r['provider']} "
-            f"| {r['milliseconds_p50']:.0f} ms | {r['times_sdpa']:.2f} | {r['speedup_over_eager']:.1f} x | {100 * r['peak_extra_of_eager']:.1f} % |"
-        )
+        shape = r["shape"]
+        cells = [
+            f"{shape['N']} ({shape['V']})",
+            r["dtype"],
+            r["provider"],
+            f"{r['milliseconds_p50']:.0f} ms",
+            f"{r['times_sdpa']:.2f}",
+            f"{r['speedup_over_eager']:.1f} x",
+            f"{100 * r['peak_extra_of_eager']:.1f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     meta = data["meta"]
     lines += ["", f"{meta['cpu']}, {meta['threads']} threads, torch {meta['torch']}, commit {meta['commit']}."]
     return "\n".join(lines)
