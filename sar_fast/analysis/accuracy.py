@@ -6,25 +6,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from sar_fast.miniature.drawing import HELD_OUT_PHOTOGRAPHS, Scene, draw_scene
-from sar_fast.miniature.questions import KINDS, Question, ask, is_correct
+from sar_fast.miniature.drawing import Scene
+from sar_fast.miniature.questions import Question, is_correct
 
 SETS = {"plain backgrounds": ("plain", "gradient"), "photographs": ("photograph",)}  # photographs never trained on
-
-
-def draw_questions(
-    rng: np.random.Generator, per_kind: int, backgrounds: Sequence[str], size: int = 64
-) -> list[tuple[Scene, Question]]:
-    """``per_kind`` questions of every kind, in the order of ``KINDS``, about scenes of ``size`` pixels."""
-    found: dict[str, list[tuple[Scene, Question]]] = {kind: [] for kind in KINDS}
-    while min(map(len, found.values())) < per_kind:
-        scene = draw_scene(rng, size=size, background=str(rng.choice(backgrounds)), photographs=HELD_OUT_PHOTOGRAPHS)
-        for question in ask(scene, rng):
-            if len(found[question.kind]) < per_kind:
-                found[question.kind].append((scene, question))
-    return [pair for pairs in found.values() for pair in pairs]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from sar_fast.analysis.report import colour_stops, write_report
 from sar_fast.cli.loading import answer, build_inputs
 from sar_fast.config import SARConfig
 from sar_fast.integrations.hf import apply_sar
+from sar_fast.miniature.questions import draw_questions
 
 BATCH = 64  # questions of the larger sample that run together
 
@@ -99,7 +100,7 @@ def count_right(results: Results, model: nn.Module, processor: Any, per_kind: in
     """Fills ``results.accuracy``: ``per_kind`` questions of each kind on each kind of background."""
     for number, (name, backgrounds) in enumerate(accuracy.SETS.items()):
         rng = np.random.default_rng([results.seed, 2, number])
-        pairs = accuracy.draw_questions(rng, per_kind, backgrounds)
+        pairs = draw_questions(rng, per_kind, backgrounds)
         pictures, questions = [s.image for s, _ in pairs], [q.text for _, q in pairs]
         replies = _answer_both(model, processor, pictures, questions, results.config)
         results.accuracy[name] = accuracy.paired_accuracy(pairs, *replies)
