@@ -7,6 +7,7 @@ once, for (Sq, H, D) queries against (Sk, Hkv, D) keys. All members are views.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -69,6 +70,8 @@ def packed_sequences(
     """The sequences of a packed (total, H, D) call."""
     part = lambda t, a, b: None if t is None else t[a:b]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    _check_ends("cu_seqlens_q", q_ends, q.shape[0])
+    _check_ends("cu_seqlens_k", k_ends, k.shape[0])
     for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:]):
         yield Sequence(
             q[q0:q1],
@@ -78,3 +81,9 @@ def packed_sequences(
             part(text_mask, q0, q1),
             part(prior, k0, k1),
         )
+
+
+def _check_ends(name: str, ends: list[int], total: int) -> None:
+    """Rows outside every sequence would come back uninitialised; the ends are on the host here anyway."""
+    if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"{name} must rise from 0 to the packed length {total}; got {ends}")
