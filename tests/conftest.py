@@ -37,3 +37,22 @@ def poisoned(monkeypatch):
 def _no_backend_from_the_environment(monkeypatch):
     """``SAR_BACKEND`` of the shell must not choose what the tests measure."""
     monkeypatch.delenv("SAR_BACKEND", raising=False)
+
+
+@pytest.fixture(scope="session")
+def _threads():
+    return torch.get_num_threads()
+
+
+@pytest.fixture
+def one_thread(_threads):
+    """Tensors of a few kilobytes: more threads only wait for each other."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(_threads)
+
+
+@pytest.fixture
+def all_threads(one_thread, _threads):
+    """Undo ``one_thread`` for one test: what must hold however work is split."""
+    torch.set_num_threads(_threads)

@@ -25,16 +25,18 @@ from tests.helpers import (
     relative_error,
 )
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = [pytest.mark.parametrize("backend", BACKENDS), pytest.mark.usefixtures("one_thread")]
 
 SIZES = (1, 3, 17, 64, 97, 128, 200)
 HEADS = ((2, 2), (4, 2), (7, 1), (14, 2))
 PADDINGS = ("none", "left", "right", "holes")
 # every size with every dtype; heads, head dims and paddings take turns so that each meets each dtype
 GRID = [
-    pytest.param(S, dtype, HEADS[(i + j) % 4], D, Dv, PADDINGS[(i + 3 * j) % 4], id=f"S{S}-{dtype_id(dtype)}-D{D}-Dv{Dv}")
+    pytest.param(
+        S, dtype, HEADS[(i + j) % 4], D, Dv, PADDINGS[(i + 3 * j) % 4], id=f"S{S}-{dtype_id(dtype)}-D{D}-Dv{Dv}"
+    )
     for i, (S, (D, Dv)) in enumerate(
-        zip(SIZES, ((64, 64), (96, 96), (80, 80), (256, 256), (32, 48), (128, 128), (80, 64)))
+        zip(SIZES, ((64, 64), (96, 96), (256, 256), (80, 80), (32, 48), (128, 128), (80, 64)))
     )
     for j, dtype in enumerate(DTYPES)
 ]
@@ -109,13 +111,14 @@ def test_plain_attention_of_the_backend(backend, Sq, dtype):
 @pytest.mark.parametrize("H", [4, 7])
 def test_huge_beta_without_protection_is_plain_attention(backend, beta, dtype, H):
     case = make_case(40, H=H, Hkv=1, dtype=dtype, beta=beta, protect_first_head=False)
-    out, stats = case.run(backend)
+    out, _stats = case.run(backend)
     plain = flash_attn_func(case.q, case.k, case.v, causal=True, backend=backend)
     torch.testing.assert_close(out, plain, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("padding", ["none", "right"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.usefixtures("all_threads")
 def test_text_only_rows_are_plain_attention_bit_for_bit(backend, dtype, padding):
     case = make_case(50, H=7, Hkv=1, dtype=dtype, padding=padding)
     plain, _ = plain_attention(
@@ -135,6 +138,7 @@ def test_text_only_rows_are_plain_attention_bit_for_bit(backend, dtype, padding)
     assert torch.equal(alone[0], out[text_row])
 
 
+@pytest.mark.usefixtures("all_threads")
 def test_a_batch_equals_its_samples(backend):
     case = make_case(61, padding="holes", dtype=torch.bfloat16)
     out, stats = case.run(backend)
@@ -321,7 +325,7 @@ def test_long_sequences_in_blocks(backend, monkeypatch):
 def test_the_rules_reject_a_wrong_result(backend):
     """The tolerances are not so wide that a factor of 1.05 on one head passes."""
     case = make_case(64)
-    out, stats = case.run(backend)
+    out, _stats = case.run(backend)
     oracle, in_dtype = case.to(torch.float64).reference()[0], case.reference()[0]
     out[:, :, 1] *= 1.05
     with pytest.raises(AssertionError, match="output error"):

@@ -1,0 +1,90 @@
+"""Which backend runs a call: by name, by ``SAR_BACKEND``, by what the call needs; never a silent fall-back."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from sar_fast import sar_attn_func
+from tests.helpers import make_case
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _without_the_interpreter(monkeypatch):
+    """As users run it: on a CPU the Triton kernels are not an option."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+NEEDS_TORCH = {
+    "softcap": {"softcap": 3.0},
+    "window_size": {"window_size": (4, -1)},
+    "attn_mask": {"attn_mask": torch.ones(1, 1, 12, 12, dtype=torch.bool)},
+}
+
+
+def backend_of(case, **changes) -> str:
+    return case.run("auto", **changes)[1].backend
+
+
+def test_auto_takes_the_fastest_that_supports_the_call():
+    assert backend_of(make_case(12)) == "composed"
+
+
+@pytest.mark.parametrize("name", NEEDS_TORCH)
+def test_auto_takes_torch_for_options_that_the_fused_kernels_lack(name):
+    assert backend_of(make_case(12, **NEEDS_TORCH[name])) == "torch"
+
+
+@pytest.mark.parametrize("name", NEEDS_TORCH)
+def test_a_named_backend_that_lacks_an_option_says_which_one_has_it(name):
+    case = make_case(12, **NEEDS_TORCH[name])
+    with pytest.raises(ValueError, match=rf"backend='composed' does not support {name}.*use backend='torch'"):
+        case.run("composed")
+
+
+def test_triton_on_a_cpu_is_an_error_that_names_the_others():
+    with pytest.raises(ValueError, match=r"backend='triton' does not support .*use backend='composed' or 'torch'"):
+        make_case(12).run("triton")
+
+
+@pytest.mark.parametrize("name", ["torch", "composed"])
+def test_the_environment_replaces_auto(monkeypatch, name):
+    monkeypatch.setenv("SAR_BACKEND", name)
+    assert backend_of(make_case(12)) == name
+
+
+def test_an_argument_outranks_the_environment(monkeypatch):
+    monkeypatch.setenv("SAR_BACKEND", "torch")
+    assert make_case(12).run("composed")[1].backend == "composed"
+
+
+def test_the_environment_never_falls_back(monkeypatch):
+    monkeypatch.setenv("SAR_BACKEND", "composed")
+    with pytest.raises(ValueError, match=r"SAR_BACKEND='composed' does not support softcap.*use backend='torch'"):
+        make_case(12, softcap=3.0).run("auto")
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_an_empty_environment_means_auto(monkeypatch, value):
+    monkeypatch.setenv("SAR_BACKEND", value)
+    assert backend_of(make_case(12)) == "composed"
+
+
+def test_unknown_names_list_the_known_ones(monkeypatch):
+    case = make_case(12)
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'triton', 'composed', 'torch'; got 'cuda'"):
+        case.run("cuda")
+    monkeypatch.setenv("SAR_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"SAR_BACKEND must be one of .*; got 'cuda'"):
+        case.run("auto")
+
+
+def test_the_debug_log_says_what_ran(caplog):
+    case = make_case(12)
+    with caplog.at_level(logging.DEBUG, logger="sar_fast"):
+        sar_attn_func(*case.tensors, backend="torch")
+    assert "backend=torch" in caplog.text
