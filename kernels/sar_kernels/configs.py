@@ -157,7 +157,6 @@ _DKDV = {
     ("sm_90", 256, True): KernelConfig(64, 32, 8, 2),
     ("sm_80", 64): KernelConfig(64, 64, 8, 2),
     ("sm_80", 128): KernelConfig(64, 64, 8, 2),
-    ("sm_80", 128, True): KernelConfig(32, 64, 8, 2),
     ("sm_80", 256): KernelConfig(32, 32, 8, 2),
     ("gfx", 64): KernelConfig(32, 64, 4, 1),
     ("gfx", 128): KernelConfig(32, 64, 4, 1),

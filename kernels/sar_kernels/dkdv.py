@@ -87,14 +87,14 @@ def _dkdv_segment(
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
         if HAS_SOFTCAP:
             scores, tanh = soft_cap(scores * scale, cap)
-        weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
         if MASKED:
             visible = visible_mask(
                 rows[None, :], keys[:, None], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             if HAS_PADDING:
                 visible = visible & real[:, None]
-            weights = tl.where(visible, weights, 0.0)
+            scores = tl.where(visible, scores, -float("inf"))
+        weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
         if SCALED:
             c = tl.load(c_ptr + member)
             dv += tl.dot((weights * c).to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
@@ -111,7 +111,9 @@ def _dkdv_segment(
         if COLLECT:
             row_mean = tl.load(row_mean_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
             row_slope = tl.load(row_slope_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-            dscores += tl.where(visible & visual[:, None], row_slope[None, :] * (scores - row_mean[None, :]), 0.0)
+            dscores += tl.where(
+                visual[:, None] & (scores > -float("inf")), row_slope[None, :] * (scores - row_mean[None, :]), 0.0
+            )
         if HAS_SOFTCAP:
             dscores = dscores * (1.0 - tanh * tanh)
         dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)  # [BN, D]

@@ -116,7 +116,6 @@ def _dq_segment(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores, tanh = soft_cap(scores * scale, cap)
-        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
         if MASKED:
             keys = first_key + tl.arange(0, BLOCK_N)
             visible = visible_mask(
@@ -124,7 +123,8 @@ def _dq_segment(
             )
             if HAS_PADDING:
                 visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
-            weights = tl.where(visible, weights, 0.0)
+            scores = tl.where(visible, scores, -float("inf"))
+        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
         if SCALED:
             dweights = dweights * c
@@ -134,7 +134,9 @@ def _dq_segment(
             dweights += row_gain[:, None] * prior[None, :]
         dscores = weights * (dweights - delta[:, None])
         if COLLECT:
-            dscores += tl.where(visible & visual[None, :], row_slope[:, None] * (scores - row_mean[:, None]), 0.0)
+            dscores += tl.where(
+                visual[None, :] & (scores > -float("inf")), row_slope[:, None] * (scores - row_mean[:, None]), 0.0
+            )
         if HAS_SOFTCAP:
             dscores = dscores * (1.0 - tanh * tanh)
         dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)  # [BM, D]

@@ -126,9 +126,11 @@ def statistics_kernel(
         )
         if HAS_PADDING:
             selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
-        weights = tl.where(selected, tl.exp2(scores * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
+        scores = tl.where(selected, scores, -float("inf"))
+        # The mask is read back off the scores: a tile of predicates would have to stay in registers.
+        count, mean, m2 = update_moments(scores, scores > -float("inf"), count, mean, m2)
+        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN], 0 where not selected
         alignment += tl.sum(weights * prior[None, :], 1)
-        count, mean, m2 = update_moments(scores, selected, count, mean, m2)
 
     counts = text & (count >= 2.0)
     alignment = tl.where(counts, alignment, 0.0)
