@@ -12,6 +12,8 @@ import pytest
 
 from sar_kernels.configs import SHARED_MEMORY_LIMIT
 
+BUDGETED = ("sm_80", "sm_90")  # the others must compile and fit their shared memory
+
 
 def compiled(*arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -27,7 +29,7 @@ def check_budget(rows: list[dict]) -> None:
     for row in rows:
         what = {k: row[k] for k in ("arch", "kernel", "purpose", "head_dim", "causal", "options", "spill_bytes")}
         assert row["shared_bytes"] <= SHARED_MEMORY_LIMIT[row["arch"]], what
-        if not row["arch"].startswith("sm_"):
+        if row["arch"] not in BUDGETED:
             continue
         if row["kernel"] in ("forward", "statistics"):
             assert row["spill_bytes"] <= (0 if row["head_dim"] <= 128 else 64), what
@@ -45,7 +47,7 @@ def check_residency(rows: list[dict]) -> None:
     """The statistics do not cost a resident block: SAR on and off fill a multiprocessor alike."""
     forward = {(r["arch"], r["head_dim"], r["causal"], r["purpose"]): r for r in rows if r["kernel"] == "forward"}
     for (arch, head_dim, causal, purpose), row in forward.items():
-        if purpose != "attention" and arch.startswith("sm_"):
+        if purpose != "attention" and arch in BUDGETED:
             plain = forward[arch, head_dim, causal, "attention"]
             assert (row["block_m"], row["block_n"]) == (plain["block_m"], plain["block_n"])
             assert row["blocks_per_sm"] >= plain["blocks_per_sm"] > 0, (row, plain)
