@@ -71,7 +71,10 @@ def _load_cache(
 
 
 @triton.jit(
-    do_not_specialize=["capacity", "seqlen_q", "num_heads", "group", "window_left", "window_right", "stride_table_b"]
+    do_not_specialize=[
+        *("stride_table_b", "stride_visual_b", "stride_prior_b", "plane", "capacity", "seqlen_q", "num_heads", "group"),
+        *("window_left", "window_right"),
+    ]
 )
 def decode_split_kernel(
     q_ptr,  # (B, Sq, H, D)
@@ -283,7 +286,9 @@ def _query_statistics(
     return variance, alignment, counts.to(ACC)
 
 
-@triton.jit(do_not_specialize=["capacity", "seqlen_q", "num_heads", "num_splits", "window_left"])
+@triton.jit(
+    do_not_specialize=["stride_text_b", "plane", "capacity", "seqlen_q", "num_heads", "num_splits", "window_left"]
+)
 def decode_combine_kernel(
     partial_out_ptr,  # (B, H, Sq, splits, DV)
     partials_ptr,  # (5, B, H, Sq, splits)

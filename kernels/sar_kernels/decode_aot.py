@@ -22,7 +22,7 @@ from sar_kernels.configs import SHARED_MEMORY_LIMIT
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch
 
-MODES = ("plain", "running", "prompt")  # "step" is "running" without the sums
+MODES = ("plain", "running", "step", "prompt")
 # Queries and page size (0 = contiguous), with and without window and soft cap
 CASES = ((1, 0, ()), (8, 0, ()), (1, 16, ()), (1, 256, ()), (1, 0, ("window", "softcap")))
 

@@ -38,7 +38,10 @@ def choose_decode(arch: str, head_dim: int, dtype: torch.dtype, rows: int, paged
         return KernelConfig(block_m, 32 if head_dim <= 128 else 16, num_warps, 1)
     block_n = 64 if head_dim <= 128 else 32
     if arch.startswith("gfx"):
-        return KernelConfig(block_m, block_n, num_warps, 1)
+        return KernelConfig(block_m, block_n, num_warps, 2)
     num_stages = 4 if head_dim <= 64 else 3
-    # The page's look-up stands before the key's in the pipeline: the same loads in flight take more stages.
-    return KernelConfig(block_m, block_n, num_warps, 2 * num_stages - 1 if paged else num_stages)
+    if not paged:
+        return KernelConfig(block_m, block_n, num_warps, num_stages)
+    # The page's look-up stands before the key's in the pipeline: the same loads in flight take more stages. Two blocks
+    # fit with all registers; left alone, the compiler would spill a few bytes to make room for a third.
+    return KernelConfig(block_m, block_n, num_warps, 2 * num_stages - 1, max_registers=255)

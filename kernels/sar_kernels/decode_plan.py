@@ -81,7 +81,12 @@ def decode_workspace(
         max_length: the cache's capacity in keys. head_dim_v: v's head dim if it is not q's.
         num_splits: pieces to cut the keys into; by default from the number of multiprocessors and the sizes.
         arch, sm_count: plan for another device than `device`, as the ahead-of-time check does.
+
+    Raises:
+        ValueError: num_heads is no multiple of num_kv_heads, or num_splits is less than 1.
     """
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads: got {num_heads}, need a multiple of num_kv_heads = {num_kv_heads}")
     device = torch.device(device)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     if num_splits is None:
