@@ -12,7 +12,7 @@ from sar_fast import validation
 from sar_fast.backends import triton_backend
 from sar_fast.backends.select import choose_backend
 from sar_fast.functional import _check_packing, plain_attention
-from sar_fast.kvcache import cached_sequences, check_cache, device_lengths, host_lengths, write_cache
+from sar_fast.kvcache import cached_sequences, check_cache, check_pages, device_lengths, host_lengths, write_cache
 
 
 def _reject(**arguments: object) -> None:
@@ -152,6 +152,7 @@ def flash_attn_with_kvcache(
         out, lse = triton_backend.decode_plain(q, k_cache, v_cache, lengths, options, block_table)
         return (out, lse.to(torch.float32)) if return_softmax_lse else out
     lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
+    check_pages(block_table, lengths, new, k_cache)
     lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
     outs, lses = [], []
     for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
@@ -160,5 +161,7 @@ def flash_attn_with_kvcache(
         )
         outs.append(out)
         lses.append(lse)
-    out = torch.cat(outs) if outs else q.new_empty(*q.shape[:-1], v_cache.shape[-1])
+    if not outs:
+        outs, lses = [q.new_empty(*q.shape[:-1], v_cache.shape[-1])], [q.new_empty(0, q.shape[2], q.shape[1])]
+    out = torch.cat(outs)
     return (out, torch.cat(lses).to(torch.float32)) if return_softmax_lse else out

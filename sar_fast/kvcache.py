@@ -26,25 +26,26 @@ def check_cache(
 ) -> int:
     """Check shapes and dtypes and return the cache's capacity in keys; nothing is written, no value is read."""
     paged = block_table is not None
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        validation.check_tensor(name, x)
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions; got shape {tuple(x.shape)}")
-    batch = q.shape[0]
-    if not paged and k_cache.shape[0] != batch:
-        raise ValueError(f"k_cache must have q's batch size {batch}; got shape {tuple(k_cache.shape)}")
-    if paged and (block_table.dim() != 2 or block_table.shape[0] != batch or block_table.dtype != torch.int32):
-        raise ValueError(
-            f"block_table must be ({batch}, pages) int32; got {tuple(block_table.shape)} {block_table.dtype}"
-        )
-    page = k_cache.shape[1]
+    validation.check_qkv(q, k_cache, v_cache, cache=True, paged=paged)
+    batch, page = q.shape[0], k_cache.shape[1]
+    if paged:
+        validation.check_tensor("block_table", block_table)
+        if block_table.dtype != torch.int32:
+            raise TypeError(f"block_table must be int32; got {block_table.dtype}")
+        if block_table.dim() != 2 or block_table.shape[0] != batch:
+            raise ValueError(f"block_table must have shape ({batch}, pages); got {tuple(block_table.shape)}")
     capacity = page * block_table.shape[1] if paged else page
     if cache_seqlens is not None and not isinstance(cache_seqlens, int):
         validation.check_tensor("cache_seqlens", cache_seqlens)
+        if cache_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cache_seqlens must be an int or int32; got {cache_seqlens.dtype}")
         if tuple(cache_seqlens.shape) != (batch,):
             raise ValueError(f"cache_seqlens must be an int or ({batch},) int32; got {tuple(cache_seqlens.shape)}")
     if (k is None) != (v is None):
         raise ValueError(f"k and v must be given together; got only {'v' if k is None else 'k'}")
+    for name, x in (("k", k), ("v", v)):
+        if x is not None:
+            validation.check_tensor(name, x)
     new = 0 if k is None else k.shape[1]
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (batch, new, *cache.shape[2:])
@@ -52,9 +53,9 @@ def check_cache(
             raise ValueError(f"{name} must have shape {expected}; got {tuple(x.shape)}")
         if x is not None and x.dtype != cache.dtype:
             raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype}; got {x.dtype}")
-    for k_b, v_b in cached_sequences(k_cache, v_cache, [0], block_table):
-        validation.check_qkv(q[:1], k_b[None], v_b[None])
-        break
+    for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens), ("block_table", block_table)):
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
     return capacity
 
 
@@ -72,6 +73,17 @@ def host_lengths(cache_seqlens: int | Tensor | None, batch: int, capacity: int, 
                 f"cache_seqlens[{b}] must leave room for {new} new key(s) in a cache of {capacity}; got {length}"
             )
     return lengths
+
+
+def check_pages(block_table: Tensor | None, lengths: list[int], new: int, k_cache: Tensor) -> None:
+    """Raise if a page that the call reads or writes is not in the cache; entries beyond are free."""
+    if block_table is None:
+        return
+    blocks, page = k_cache.shape[:2]
+    for b, (row, length) in enumerate(zip(block_table.tolist(), lengths)):
+        used = row[: -(-(length + new) // page)]
+        if any(not 0 <= block < blocks for block in used):
+            raise ValueError(f"block_table[{b}] must hold pages between 0 and {blocks - 1}; got {used}")
 
 
 def device_lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int) -> Tensor:
@@ -158,13 +170,13 @@ def sar_attn_with_kvcache(
         out (B, Sq, H, Dv), or (out, stats of the weights that were used). Inference only.
     """
     check_choice("decode", decode, ("running", "step", "prompt"))
+    capacity = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     if state is None:
         if decode == "prompt":
             raise ValueError('state must hold the prompt\'s weights for decode="prompt"; got None')
         state = SARState.empty(q.shape[0], q.shape[2], q.device)
     if not isinstance(state, SARState):
         raise TypeError(f"state must be a SARState or None; got {type(state).__name__}")
-    capacity = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     B, Sq, H, _ = q.shape
     new = 0 if k is None else k.shape[1]
     validation.check_mask("visual_mask", visual_mask, (B, capacity), q.device)
@@ -174,6 +186,8 @@ def sar_attn_with_kvcache(
     validation.check_mask("text_mask", text_mask, (B, Sq), q.device)
     if tuple(state.av_sum.shape) != (B, H):
         raise ValueError(f"state must be for batch {B} and {H} heads; got {tuple(state.av_sum.shape)}")
+    if state.av_sum.device != q.device:
+        raise ValueError(f"state must be on q's device {q.device}; got {state.av_sum.device}")
     options = validation.make_options(
         q,
         softmax_scale=softmax_scale,
@@ -195,6 +209,8 @@ def sar_attn_with_kvcache(
             )
         return (out, _stats(*stats, chosen)) if return_stats else out
     lengths = host_lengths(cache_seqlens, B, capacity, new)
+    check_pages(block_table, lengths, new, k_cache)
+    ops.check_prior_values(prior)  # here, not only in the operator: it runs when the cache is already written
     lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
     results = []
     with torch.no_grad():
@@ -225,5 +241,10 @@ def sar_attn_with_kvcache(
                 state.sa_sum[row] = (sa * count[:, None]).to(torch.float32)
                 state.count[row] = count.to(torch.float32)
             results.append((out, lse, av, sa, c, count))
+    if not results:  # an empty batch
+        none = q.new_empty(0, H, dtype=torch.float32)
+        results.append(
+            (q.new_empty(*q.shape[:-1], v_cache.shape[-1]), q.new_empty(0, H, Sq), none, none, none, none[:, 0])
+        )
     out, lse, av, sa, c, count = (torch.cat(parts) for parts in zip(*results))
     return (out, _stats(lse, av, sa, c, count, chosen)) if return_stats else out

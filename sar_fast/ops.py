@@ -57,8 +57,8 @@ def _forward_impl(
     av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
     normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
-    if prior is not None and not _capturing(prior):
-        _check_prior_values(prior)
+    if prior is not None:
+        check_prior_values(prior)
     carried = None if av_sum is None else (av_sum, sa_sum, count)
     call = run.Call(
         q,
@@ -79,8 +79,10 @@ def _forward_impl(
         return run.forward(call, options, backend, need_lse=need_lse)
 
 
-def _check_prior_values(prior: Tensor) -> None:
-    """Values can only be looked at here: under ``torch.compile`` the caller sees no data."""
+def check_prior_values(prior: Tensor) -> None:
+    """Values can only be looked at where they are data: under ``torch.compile`` the public functions see none."""
+    if _capturing(prior):
+        return
     if not bool((prior >= 0).all() & prior.isfinite().all()):
         raise ValueError(
             f"prior must be finite and non-negative; got values from {prior.min().item()} to {prior.max().item()}"

@@ -27,14 +27,18 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
-    """Check layout, dtype, device and head counts of q, k, v."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False, cache: bool = False, paged: bool = False
+) -> None:
+    """Check layout, dtype, device and head counts of q, k, v; of a cache, whose pages are no batch, if ``paged``."""
+    key, value = ("k_cache", "v_cache") if cache else ("k", "v")
+    for name, x in (("q", q), (key, k), (value, v)):
         check_tensor(name, x)
     layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    pages = "(blocks, page, heads, head_dim)" if paged else layout
+    for name, x, expected in (("q", q, layout), (key, k, pages), (value, v, pages)):
         if x.dim() != (3 if packed else 4):
-            raise ValueError(f"{name} must be {layout}; got shape {_shape(x)}")
+            raise ValueError(f"{name} must be {expected}; got shape {_shape(x)}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
         if x.device != q.device:
@@ -43,16 +47,16 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
         raise TypeError(f"q must be a floating point tensor; got {q.dtype}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"q must be float16, bfloat16, float32 or float64; got {q.dtype}")
-    if not packed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k must have q's batch size {q.shape[0]}; got shape {_shape(k)}")
+    if not packed and not paged and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{key} must have q's batch size {q.shape[0]}; got shape {_shape(k)}")
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have q's head dim {q.shape[-1]}; got shape {_shape(k)}")
+        raise ValueError(f"{key} must have q's head dim {q.shape[-1]}; got shape {_shape(k)}")
     if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"v must have k's batch, length and heads {_shape(k)[:-1]}; got shape {_shape(v)}")
+        raise ValueError(f"{value} must have {key}'s batch, length and heads {_shape(k)[:-1]}; got shape {_shape(v)}")
     H, Hkv = q.shape[-2], k.shape[-2]
     if Hkv == 0 or H % Hkv != 0:
-        raise ValueError(f"q's number of heads must be a multiple of k's; got {H} query and {Hkv} key/value heads")
-    for name, x in (("q", q), ("v", v)):
+        raise ValueError(f"q's number of heads must be a multiple of {key}'s; got {H} query and {Hkv} key/value heads")
+    for name, x in (("q", q), (value, v)):
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(f"{name}'s head dim must be between 1 and {MAX_HEAD_DIM}; got {x.shape[-1]}")
 
