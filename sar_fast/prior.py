@@ -20,7 +20,9 @@ def semantic_prior(features: Tensor | Sequence[Tensor], mask: Tensor) -> Tensor:
         (B, S) fp32, 0 outside ``mask``; rows without visual tokens are 0. A row whose features are all 0 says nothing
         about its tokens and gets the uniform prior.
     """
+    _check_mask(mask)
     if not isinstance(features, Tensor):
+        features = list(features) or [torch.empty(0, 1, device=mask.device)]  # a batch without images
         features = torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
     if features.dim() == 3 and tuple(features.shape[:2]) == tuple(mask.shape):
         features = features[mask]
@@ -29,13 +31,18 @@ def semantic_prior(features: Tensor | Sequence[Tensor], mask: Tensor) -> Tensor:
             f"features must be (total_visual, F), or (B, S, F) with mask's (B, S) = {tuple(mask.shape)}; got "
             f"{tuple(features.shape)}"
         )
-    return prior_from_norms(torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32), mask)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32  # vector_norm never narrows
+    return prior_from_norms(torch.linalg.vector_norm(features, dim=-1, dtype=dtype), mask)
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise TypeError(f"mask must be a (batch, seqlen) bool tensor; got {mask.dtype} {tuple(mask.shape)}")
 
 
 def prior_from_norms(norms: Tensor, mask: Tensor) -> Tensor:
     """(B, S) fp32 prior from the norms (total_visual,) of the positions in ``mask`` (B, S) bool, in reading order."""
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise TypeError(f"mask must be a (batch, seqlen) bool tensor; got {mask.dtype} {tuple(mask.shape)}")
+    _check_mask(mask)
     total = int(mask.sum())
     if norms.numel() != total:
         raise ValueError(f"features must hold one vector per visual token: mask has {total}, got {norms.numel()}")
