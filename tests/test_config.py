@@ -1,0 +1,106 @@
+"""SARConfig: defaults, validation, and round trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from sar_fast import SARConfig
+
+
+def test_defaults_are_those_of_the_method():
+    config = SARConfig()
+    assert (config.activation_layer_k, config.beta, config.protect_first_head) == (10, 0.5, True)
+    assert (config.normalize, config.text_queries, config.prior_source) == ("none", "after_last_image", "vision_layer")
+    assert (config.decode, config.sav_grad, config.backend, config.record) == ("running", False, "auto", False)
+
+
+EVERY_FIELD_CHANGED = {
+    "activation_layer_k": 3,
+    "beta": 0.125,
+    "protect_first_head": False,
+    "normalize": "standardize",
+    "text_queries": "after_first_image",
+    "prior_source": "projected",
+    "decode": "step",
+    "sav_grad": True,
+    "backend": "torch",
+    "record": True,
+    "record_rows": "last_text",
+}
+
+
+def test_every_field_round_trips():
+    config = SARConfig(**EVERY_FIELD_CHANGED)
+    default = SARConfig()
+    assert {f.name for f in dataclasses.fields(SARConfig)} == set(EVERY_FIELD_CHANGED)
+    assert all(getattr(config, name) != getattr(default, name) for name in EVERY_FIELD_CHANGED)
+    assert config.to_dict() == EVERY_FIELD_CHANGED
+    assert SARConfig.from_dict(config.to_dict()) == config
+    assert SARConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json()) == EVERY_FIELD_CHANGED
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1, 1e30, float("inf")])
+def test_temperatures_that_are_allowed_round_trip(beta):
+    assert SARConfig.from_json(SARConfig(beta=beta).to_json()).beta == beta
+
+
+def test_a_dict_may_name_some_fields():
+    assert SARConfig.from_dict({"beta": 2.0}) == SARConfig(beta=2.0)
+
+
+def test_replace_validates_and_leaves_the_original_alone():
+    config = SARConfig()
+    assert config.replace(beta=2.0, activation_layer_k=0) == SARConfig(beta=2.0, activation_layer_k=0)
+    assert config == SARConfig()
+    with pytest.raises(ValueError, match="beta must be > 0"):
+        config.replace(beta=-1.0)
+    with pytest.raises(TypeError, match="no_such_field"):
+        config.replace(no_such_field=1)
+
+
+def test_it_is_immutable_and_hashable():
+    config = SARConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 1.0
+    assert hash(config) == hash(SARConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"beta": 0}, ValueError, r"beta must be > 0 .*got 0"),
+        ({"beta": -0.5}, ValueError, r"beta must be > 0 .*got -0.5"),
+        ({"beta": float("nan")}, ValueError, r"beta must be > 0 .*got nan"),
+        ({"beta": "0.5"}, TypeError, r"beta must be a number; got str"),
+        ({"beta": True}, TypeError, r"beta must be a number; got bool"),
+        ({"activation_layer_k": -1}, ValueError, r"activation_layer_k must be >= 0; got -1"),
+        ({"activation_layer_k": 2.0}, TypeError, r"activation_layer_k must be an int; got float"),
+        ({"activation_layer_k": True}, TypeError, r"activation_layer_k must be an int; got bool"),
+        ({"protect_first_head": 1}, TypeError, r"protect_first_head must be a bool; got int"),
+        ({"sav_grad": None}, TypeError, r"sav_grad must be a bool; got NoneType"),
+        ({"record": "yes"}, TypeError, r"record must be a bool; got str"),
+        ({"normalize": "l2"}, ValueError, r"normalize must be one of 'none', 'standardize'; got 'l2'"),
+        ({"text_queries": "all"}, ValueError, r"text_queries must be one of 'after_last_image', .*; got 'all'"),
+        ({"prior_source": "clip"}, ValueError, r"prior_source must be one of 'vision_layer', .*; got 'clip'"),
+        ({"decode": "frozen"}, ValueError, r"decode must be one of 'running', 'step', 'prompt'; got 'frozen'"),
+        ({"backend": "cuda"}, ValueError, r"backend must be one of 'auto', .*; got 'cuda'"),
+        ({"record_rows": "all"}, ValueError, r"record_rows must be one of 'none', 'last_text'; got 'all'"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_wrong_values(changes, error, message):
+    with pytest.raises(error, match=message):
+        SARConfig(**changes)
+    with pytest.raises(error, match=message):
+        SARConfig.from_dict(changes)
+
+
+def test_unknown_fields_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \['K', 'temperature'\]; known: .*'beta'"):
+        SARConfig.from_dict({"temperature": 0.5, "K": 3})
+    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \['temperature'\]"):
+        SARConfig.from_json('{"temperature": 0.5}')
