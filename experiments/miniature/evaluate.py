@@ -93,6 +93,28 @@ def main() -> None:
         report["sets"][name] = table
         print(f"{name:20s}" + "".join(f"  {kind} {row['accuracy']:.3f}" for kind, row in table.items()), flush=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n")
+    if args.checkpoint == MINIATURE_PATH and args.out == HERE / "accuracy.json":
+        fill_data_card(report["sets"])
+
+
+def fill_data_card(sets: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Write the accuracy table of the shipped checkpoint into the data card."""
+    lines = ["| question | chance | majority | " + " | ".join(name.replace("_", ", ") for name in sets) + " |"]
+    lines.append("|---" * (3 + len(sets)) + "|")
+    for kind in KINDS:
+        first = next(iter(sets.values()))[kind]
+        chance = "-" if first["chance"] is None else f"{first['chance']:.2f}"
+        cells = [
+            kind,
+            chance,
+            f"{first['majority']:.2f}",
+            *(f"{table[kind]['accuracy']:.3f}" for table in sets.values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    card = HERE / "DATA_CARD.md"
+    begin, end = "<!-- accuracy -->", "<!-- /accuracy -->"
+    before, rest = card.read_text().split(begin)
+    card.write_text(before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

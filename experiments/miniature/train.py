@@ -3,7 +3,9 @@
     python experiments/miniature/train.py            # writes sar_fast/assets/miniature and training_log.jsonl
 
 Stage 1 stands in for CLIP: the vision tower learns to say what every patch shows, and is frozen. Stage 2 is LLaVA's
-instruction tuning: projector and language model learn to answer, with the loss on the answers' words alone.
+instruction tuning: projector and language model learn to answer, with the loss on the answers' words alone, in two
+cosine cycles. In the first every word counts the same, so boxes, the longest answers, are learnt first; in the second
+every answer counts the same, which is what brings the one-word answers (shape, existence) along.
 A run starts from the seed, and it replaces the checkpoint only when it has finished.
 """
 
@@ -30,6 +32,7 @@ from sar_fast.miniature.drawing import COLOURS, SHAPES
 
 HERE = Path(__file__).parent
 MUON_RATE, ADAMW_RATE = 0.02, 2e-3
+SECOND_CYCLE = 0.75  # of both rates
 
 
 class PatchHeads(nn.Module):
@@ -66,15 +69,17 @@ class Trainer:
     At this size Muon reaches in 200 steps what AdamW reaches in 400. It logs a line every ``every`` steps.
     """
 
-    def __init__(self, modules: list[nn.Module], stage: str, steps: int, log: list[dict], every: int = 50):
+    def __init__(
+        self, modules: list[nn.Module], stage: str, steps: int, log: list[dict], every: int = 50, scale: float = 1.0
+    ):
         named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
         matrices = [p for n, p in named if p.ndim == 2 and ("layers." in n or "projector" in n)]
         chosen = set(map(id, matrices))
         others = [p for _, p in named if id(p) not in chosen]
         self.parameters = matrices + others
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.05),
-            torch.optim.AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.Muon(matrices, lr=scale * MUON_RATE, weight_decay=0.05),
+            torch.optim.AdamW(others, lr=scale * ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         warm_up = max(1, steps // 20)
         shape = lambda s: min((s + 1) / warm_up, (1 + math.cos(math.pi * s / steps)) / 2)
@@ -121,12 +126,29 @@ def train_vision(model, processor, args, rng: np.random.Generator, log: list[dic
     tower.requires_grad_(False).eval()
 
 
-def train_language(model, processor, args, rng: np.random.Generator, log: list[dict]) -> None:
+def answer_weights(labels: torch.Tensor, end: int) -> torch.Tensor:
+    """Weights (B, S) of the answers' words so that every answer, up to its ``end`` mark, counts 1 in all."""
+    weights = torch.zeros(labels.shape)
+    for row, marked in zip(labels, weights):
+        words: list[int] = []
+        for at in (row != IGNORED).nonzero()[:, 0].tolist():
+            words.append(at)
+            if row[at] == end:
+                marked[words] = 1 / len(words)
+                words = []
+    return weights
+
+
+def train_language(
+    model, processor, args, rng: np.random.Generator, log: list[dict], *, cycle: int, turns: int, scale: float
+) -> None:
     model.train()
-    trainer = Trainer([model], "language", args.steps, log)
-    for _ in range(args.steps):
+    model.model.vision_tower.eval()
+    steps, end = args.steps[cycle], processor.tokenizer.eos_token_id
+    trainer = Trainer([model], f"language cycle {cycle + 1}", steps, log, scale=scale)
+    for _ in range(steps):
         scenes = training_scenes(rng, args.batch)
-        packed = pack_turns(scenes, rng, processor, args.turns)
+        packed = pack_turns(scenes, rng, processor, turns)
         logits = model(
             input_ids=packed.input_ids,
             pixel_values=pixel_values(scenes, processor),
@@ -135,8 +157,10 @@ def train_language(model, processor, args, rng: np.random.Generator, log: list[d
             use_cache=False,
         ).logits[:, :-1]
         labels = packed.labels[:, 1:]
-        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         answered = labels != IGNORED
+        weights = answered.float() if cycle == 0 else answer_weights(labels, end)
+        each = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        loss = (each * weights.flatten()).sum() / weights.sum()
         accuracy = (logits.argmax(-1) == labels)[answered].float().mean().item()
         trainer.step(loss, accuracy)
 
@@ -147,12 +171,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, default=HERE / "training_log.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vision-steps", type=int, default=700)
+    parser.add_argument("--vision-steps", type=int, default=600)
     parser.add_argument("--vision-batch", type=int, default=64)
-    parser.add_argument("--vision-rate", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, nargs=2, default=[700, 900], help="of the two language cycles")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=8, help="most questions packed behind one image")
+    parser.add_argument("--turns", type=int, nargs=2, default=[6, 8], help="most questions behind one image, per cycle")
     return parser.parse_args()
 
 
@@ -175,9 +198,11 @@ def main() -> None:
     print(json.dumps(log[0]), flush=True)
     processor = build_processor()
     model = build_model(processor.tokenizer)
-    vision_seed, language_seed = np.random.SeedSequence(args.seed).spawn(2)
+    vision_seed, *cycle_seeds = np.random.SeedSequence(args.seed).spawn(3)
     train_vision(model, processor, args, np.random.default_rng(vision_seed), log)
-    train_language(model, processor, args, np.random.default_rng(language_seed), log)
+    for cycle, (seed, turns, scale) in enumerate(zip(cycle_seeds, args.turns, (1.0, SECOND_CYCLE))):
+        rng = np.random.default_rng(seed)
+        train_language(model, processor, args, rng, log, cycle=cycle, turns=turns, scale=scale)
     parameters = sum(p.numel() for p in model.parameters())
     log.append({"stage": "done", "parameters": parameters, "seconds": round(time.perf_counter() - start, 1)})
     print(json.dumps(log[-1]), flush=True)
