@@ -45,3 +45,8 @@ def choose_decode(arch: str, head_dim: int, dtype: torch.dtype, rows: int, paged
     # The page's look-up stands before the key's in the pipeline: the same loads in flight take more stages. Two blocks
     # fit with all registers; left alone, the compiler would spill a few bytes to make room for a third.
     return KernelConfig(block_m, block_n, num_warps, 2 * num_stages - 1, max_registers=255)
+
+
+def combine_config(arch: str) -> KernelConfig:
+    """The combine kernel's: left alone, NVIDIA's compiler may spill a few bytes to make room for more blocks."""
+    return KernelConfig(0, 0, 4, 1, max_registers=128 if arch.startswith("sm_") else None)

@@ -14,10 +14,8 @@ from sar_kernels.cache import check_cache, strides
 from sar_kernels.call import DTYPES, MAX_HEAD_DIM, AttentionOptions, WeightOptions
 from sar_kernels.configs import KernelConfig, device_arch, padded_head_dim
 from sar_kernels.decode import decode_combine_kernel, decode_split_kernel
-from sar_kernels.decode_configs import choose_decode, num_splits_for
+from sar_kernels.decode_configs import choose_decode, combine_config, num_splits_for
 from sar_kernels.launch import Launch
-
-COMBINE = KernelConfig(0, 0, 4, 1, max_registers=128)  # the compiler's own choice may spill to make room for more
 
 
 @dataclass(frozen=True)
@@ -143,15 +141,15 @@ class DecodeCall:
                 f"need q's and k_cache's equal and all in 1..{MAX_HEAD_DIM}"
             )
         self.group = self.heads // self.kv_heads
-        arch = arch or device_arch(q.device)
+        self.arch = arch or device_arch(q.device)
         self.config = _config(
-            arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q, block_table is not None
+            self.arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q, block_table is not None
         )
-        self.workspace = self._workspace(workspace, num_splits, arch, sm_count)
+        self.workspace = self._workspace(workspace, num_splits, sm_count)
         self.state = dict.fromkeys(("av_sum_ptr", "sa_sum_ptr", "count_ptr", "head_weights_ptr"))
         self.visual = self.text = self.prior = None
 
-    def _workspace(self, workspace, num_splits, arch, sm_count) -> DecodeWorkspace:
+    def _workspace(self, workspace, num_splits, sm_count) -> DecodeWorkspace:
         if workspace is None:
             return decode_workspace(
                 *self.q.shape[:3],
@@ -162,7 +160,7 @@ class DecodeCall:
                 device=self.q.device,
                 head_dim_v=self.head_dim_v,
                 num_splits=num_splits,
-                arch=arch,
+                arch=self.arch,
                 sm_count=sm_count,
             )
         if num_splits not in (None, workspace.num_splits):
@@ -300,4 +298,4 @@ class DecodeCall:
             "STANDARDIZE": weights is not None and weights.normalize == "standardize",
             "MODE": mode,
         }
-        return Launch(decode_combine_kernel, (self.heads, self.batch), arguments, COMBINE)
+        return Launch(decode_combine_kernel, (self.heads, self.batch), arguments, combine_config(self.arch))

@@ -15,7 +15,7 @@ from sar_fast import SARState, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
 from sar_kernels.call import AttentionOptions, WeightOptions
 from sar_kernels.decode_call import append_kv, decode_forward, decode_workspace, sar_decode_forward
-from sar_kernels.decode_configs import MAX_SPLITS, num_splits_for
+from sar_kernels.decode_configs import MAX_SPLITS, choose_decode, combine_config, num_splits_for
 
 NAN = float("nan")
 
@@ -488,3 +488,11 @@ def test_errors_of_mode_state_and_workspace():
         inputs.run(num_splits=0)
     with pytest.raises(ValueError, match="block_table"):
         inputs.run(block_table=torch.zeros(3, 4, dtype=torch.int32))
+
+
+def test_registers_are_limited_on_nvidia_alone():
+    """Triton's AMD back end has no such option and would refuse it."""
+    for arch in ("gfx942", "gfx950"):
+        for paged_cache in (False, True):
+            assert choose_decode(arch, 128, torch.bfloat16, 4, paged_cache).max_registers is None
+        assert combine_config(arch).max_registers is None
