@@ -16,6 +16,7 @@ from sar_fast.weights import head_weights
 
 name = "triton"
 
+DECODE_QUERIES = 16  # up to this many queries per sample run through the decode kernels
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRETER_DTYPES = (torch.float16, torch.float32, torch.float64)  # its bfloat16 arithmetic is wrong
 
@@ -66,6 +67,8 @@ def forward(call, options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor, Te
 
     attention, weights = _kernel_options(options)
     q = call.q
+    if _decodes(call):
+        return _decode_call(call, options)
     if call.visual is None:
         out, lse = kernels.attention_forward(q, call.k, call.v, options=attention, **_layout(call))
         none = lambda *shape: q.new_zeros(shape, dtype=lse.dtype)
@@ -74,6 +77,27 @@ def forward(call, options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor, Te
     if call.carried is not None:
         return _continue_sums(call, options, attention, weights)
     return kernels.sar_forward(q, call.k, call.v, *roles, options=attention, weights=weights, **_layout(call))
+
+
+def _decodes(call) -> bool:
+    """A few queries against a longer, unpadded past: the split-KV kernels keep all multiprocessors busy."""
+    if call.packed or call.key_padding_mask is not None:
+        return False
+    return 0 < call.q.shape[1] <= DECODE_QUERIES < call.k.shape[1]
+
+
+def _decode_call(call, options: AttentionOptions) -> tuple[Tensor, ...]:
+    q, B, H = call.q, call.batch_size, call.q.shape[-2]
+    lengths = torch.full((B,), call.k.shape[1], dtype=torch.int32, device=q.device)
+    if call.visual is None:
+        out, lse = decode_plain(q, call.k, call.v, lengths, options, None)
+        none = lambda *shape: q.new_zeros(shape, dtype=lse.dtype)
+        return out, lse, none(0, 0), none(0, 0), none(0, 0), none(0)
+    state = SARState.empty(B, H, q.device)
+    if call.carried is not None:  # the kernels add to the sums in place: the caller keeps its own
+        state.av_sum, state.sa_sum, state.count = (t.to(torch.float32).contiguous().clone() for t in call.carried)
+    roles = (call.visual, call.text, call.prior)
+    return decode(q, call.k, call.v, lengths, *roles, state, "running", options, None)
 
 
 def _continue_sums(call, options: AttentionOptions, attention, weights) -> tuple[Tensor, ...]:

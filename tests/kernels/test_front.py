@@ -67,6 +67,31 @@ def test_plain_attention_and_its_log_sum_exp():
     torch.testing.assert_close(lse, expected)
 
 
+@pytest.mark.parametrize("carried", [False, True])
+def test_few_queries_run_the_decode_kernels(carried, monkeypatch):
+    from sar_fast import ops
+    from sar_fast.backends import triton_backend
+    from sar_fast.types import AttentionOptions
+
+    q, k, v, visual, text, prior = inputs(S=40, dtype=torch.float32)
+    few = q[:, -2:], k, v, visual, text[:, -2:], prior
+    before = (torch.rand(2, 4), torch.rand(2, 4), torch.tensor([3.0, 0.0])) if carried else None
+    kept = [t.clone() for t in before] if carried else []
+    called = []
+    decode = triton_backend.decode
+    monkeypatch.setattr(triton_backend, "decode", lambda *a: called.append(1) or decode(*a))
+    results = {
+        backend: ops.attention(
+            *few, carried=before, options=AttentionOptions(0.25, beta=0.05), backend=backend, need_lse=True
+        )
+        for backend in ("torch", "triton")
+    }
+    assert called
+    for got, want in zip(results["triton"], results["torch"]):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(kept, before or []))
+
+
 def test_text_only_row_is_plain_bit_for_bit():
     case = inputs(dtype=torch.float32)
     plain = flash_attn_func(*case[:3], causal=True, **TRITON)
