@@ -13,7 +13,13 @@ from sar_fast import SARAttention, SARConfig
 from sar_fast.modules.attention import rotate
 from sar_fast.reference import sar_attention_reference
 
-SIZES = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=32)
+SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 32,
+}
 PLAIN = SARConfig(activation_layer_k=0)
 
 
@@ -120,7 +126,7 @@ def test_compiles_in_one_graph():
 
 
 def test_prompt_without_roles_is_an_error():
-    with pytest.raises(ValueError, match="visual_mask, text_mask and prior must be given.*visual_mask=None"):
+    with pytest.raises(ValueError, match=r"visual_mask, text_mask and prior must be given.*visual_mask=None"):
         SARAttention(64, 4)(torch.randn(1, 5, 64))
 
 

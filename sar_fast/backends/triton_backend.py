@@ -5,7 +5,6 @@ Imported only when it runs or is asked about, so that the package works where Tr
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -26,7 +25,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def missing() -> str | None:
     """Why the kernels cannot be imported here, or None."""
     try:

@@ -62,8 +62,7 @@ def test_batch_equals_eager_oracle_of_each_sample(family, side):
     images = [1, 2, 0]
     batch = batch_of(images, side)
     expected = [
-        oracle_logits(model, one_row(batch_of, n, sum(images[:b])), k=3, beta=BETA)
-        for b, n in enumerate(images)
+        oracle_logits(model, one_row(batch_of, n, sum(images[:b])), k=3, beta=BETA) for b, n in enumerate(images)
     ]
     plain = logits(model, batch)
     with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA, record=True)) as handle:
@@ -259,12 +258,12 @@ def test_unknown_family_says_what_is_known():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32))
-    with pytest.raises(UnsupportedModelError, match="model_type 'llama'.*llava.*qwen2_5_vl"):
+    with pytest.raises(UnsupportedModelError, match=r"model_type 'llama'.*llava.*qwen2_5_vl"):
         apply_sar(model, SARConfig(activation_layer_k=1))
 
 
 def test_not_a_model():
-    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel.*Linear"):
+    with pytest.raises(TypeError, match=r"model must be a transformers PreTrainedModel.*Linear"):
         apply_sar(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="config must be a SARConfig; got dict"):
         apply_sar(llava(), {"beta": 0.5})

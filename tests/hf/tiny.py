@@ -48,32 +48,32 @@ def qwen2_5_vl(layers: int = 4, seed: int = 0) -> Qwen2_5_VLForConditionalGenera
     """Qwen2.5-VL layout: windowed vision attention, 2x2 patch merging, mrope."""
     torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(
-        vision_config=dict(
-            depth=6,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=2,
-            patch_size=4,
-            window_size=16,
-            fullatt_block_indexes=[2, 5],
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            out_hidden_size=64,
-            initializer_range=0.2,
-        ),
-        text_config=dict(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCAB,
-            initializer_range=0.2,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        ),
+        vision_config={
+            "depth": 6,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 4,
+            "window_size": 16,
+            "fullatt_block_indexes": [2, 5],
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 64,
+            "initializer_range": 0.2,
+        },
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=97,
@@ -101,7 +101,8 @@ def llava_batch(images: list[int], side: str = "left", first_image: int = 0) -> 
             row += [IMAGE] * 16 + [8, 9]
         rows.append(row + [10, 11, 12, 13][: 3 + count % 2] + [14] * (2 * count))
     batch = _pad(rows, side)
-    pixels = [torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(first_image + i)) for i in range(sum(images))]
+    picture = lambda i: torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(first_image + i))
+    pixels = [picture(i) for i in range(sum(images))]
     if pixels:
         batch["pixel_values"] = torch.stack(pixels)
     return batch
