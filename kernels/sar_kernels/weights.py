@@ -61,13 +61,14 @@ def head_weights_kernel(
     STANDARDIZE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """AV, SA and c of one sample. Blocks are added in ascending order, so the result does not vary. Grid (B,)."""
+    """AV, SA and c of one sample. Blocks are added in a fixed order, so the result does not vary. Grid (B,)."""
     batch = tl.program_id(0)
     heads = tl.arange(0, BLOCK_H)
     is_head = heads < num_heads
-    variance = tl.zeros([BLOCK_H], ACC)
-    alignment = tl.zeros([BLOCK_H], ACC)
-    counts = tl.zeros([BLOCK_H], ACC)
+    # Tiles are added and reduced once: Triton 3.4 fails to compile a reduction that is accumulated in a loop.
+    variances = tl.zeros([BLOCK_H, BLOCK_B], ACC)
+    alignments = tl.zeros([BLOCK_H, BLOCK_B], ACC)
+    queries = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     base = (tl.cast(batch, tl.int64) * num_heads + heads) * num_blocks  # [BH]
     # Only row blocks that can hold a text query were given sums that matter.
     text_lo = tl.load(ranges_ptr + 4 * batch + 2) // BLOCK_M
@@ -76,12 +77,13 @@ def head_weights_kernel(
         blocks = first + tl.arange(0, BLOCK_B)
         mask = is_head[:, None] & (blocks < text_hi)[None, :]
         ptrs = partials_ptr + 3 * (base[:, None] + blocks[None, :])  # [BH, BB]
-        variance += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 1)
-        alignment += tl.sum(tl.load(ptrs + 1, mask=mask, other=0.0), 1)
-        counts += tl.sum(tl.load(ptrs + 2, mask=mask, other=0.0), 1)
+        variances += tl.load(ptrs, mask=mask, other=0.0)
+        alignments += tl.load(ptrs + 1, mask=mask, other=0.0)
+        queries += tl.load(ptrs + 2, mask=mask, other=0.0)
+    counts = tl.sum(queries, 1)
     count = tl.max(counts, 0)  # the same for every head
-    variance = variance / tl.maximum(counts, 1.0)
-    alignment = alignment / tl.maximum(counts, 1.0)
+    variance = tl.sum(variances, 1) / tl.maximum(counts, 1.0)
+    alignment = tl.sum(alignments, 1) / tl.maximum(counts, 1.0)
     c, _, _, _ = softmax_over_heads(
         variance * alignment, heads, num_heads, tl.cast(beta, ACC), PROTECT_FIRST, STANDARDIZE
     )
