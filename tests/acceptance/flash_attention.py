@@ -1,6 +1,6 @@
 """FlashAttention's own tests, run against this project's ``flash_attn_*`` functions.
 
-    git clone https://github.com/Dao-AILab/flash-attention
+    git clone https://github.com/Dao-AILab/flash-attention && pip install einops
     python tests/acceptance/flash_attention.py --checkout flash-attention                   # CPU: PyTorch backends
     python tests/acceptance/flash_attention.py --checkout flash-attention --backend triton  # GPU, or interpreted
 
