@@ -84,7 +84,8 @@ def statistics_forward(
         return av_sum, sa_sum
     scale, prior = options.softmax_scale, seq.prior[block.keys].to(acc)
     q_text, k_visual = _gather_rows(seq.q, block.rows), _gather_rows(seq.k, block.keys)
-    closed_form = block.all_visible and options.softcap == 0
+    # with few keys the covariance is singular, q^T C q can cancel to nothing, and the direct way is cheap
+    closed_form = block.all_visible and options.softcap == 0 and n > D
     step = min(t, _rows_per_block(G, n, seq.q.device))
 
     for kv in range(Hkv):
