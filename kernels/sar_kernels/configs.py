@@ -65,7 +65,8 @@ def device_arch(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _tuned() -> dict[str, KernelConfig]:
+def tuned() -> dict[str, KernelConfig]:
+    """What the tuner measured, by `config_key` and `decode_configs.decode_config_key`."""
     if not TUNED.exists():
         return {}
     return {key: KernelConfig(**value) for key, value in json.loads(TUNED.read_text())["configs"].items()}
@@ -89,9 +90,9 @@ def choose(
     """
     if kernel == "forward":
         sav = False
-    tuned = _tuned().get(config_key(kernel, arch, head_dim, dtype, causal, sav, length))
-    if tuned is not None:
-        return tuned
+    measured = tuned().get(config_key(kernel, arch, head_dim, dtype, causal, sav, length))
+    if measured is not None:
+        return measured
     if arch == "cpu":  # the interpreter: small and unequal tiles, so that short sequences cross their edges
         return KernelConfig(32, 64, 4, 1) if kernel == "dkdv" else KernelConfig(64, 32, 4, 1)
     if dtype in (torch.float32, torch.float64):
@@ -152,10 +153,12 @@ _DQ = {
 }
 _DKDV = {
     ("sm_90", 64): KernelConfig(64, 128, 8, 2),
+    ("sm_90", 64, True): KernelConfig(32, 128, 8, 2),
     ("sm_90", 128): KernelConfig(32, 128, 8, 2),
     ("sm_90", 256): KernelConfig(32, 64, 8, 2),
     ("sm_90", 256, True): KernelConfig(64, 32, 8, 2),
     ("sm_80", 64): KernelConfig(64, 64, 8, 2),
+    ("sm_80", 64, True): KernelConfig(32, 128, 8, 2),
     ("sm_80", 128): KernelConfig(64, 64, 8, 2),
     ("sm_80", 256): KernelConfig(32, 32, 8, 2),
     ("gfx", 64): KernelConfig(32, 64, 4, 1),

@@ -189,14 +189,15 @@ def decode_split_kernel(
     count = tl.zeros([BLOCK_M], ACC)
     mean = tl.zeros([BLOCK_M], ACC)
     m2 = tl.zeros([BLOCK_M], ACC)
-    if STATISTICS:
-        next_visual = load_keys_mask(visual_ptr, start, num_keys, BLOCK_N)
     for first_key in range(start, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        if STATISTICS:  # asked for before anything waits: no pipeline carries these two
+            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            prior = tl.load(prior_ptr + keys, mask=keys < num_keys, other=0.0).to(ACC)  # [BN]
         k = _load_cache(k_ptr, table_ptr, first_key, num_keys, stride_kb, stride_ks, PAGE, BLOCK_N, BLOCK_D, HEAD_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
-            scores, _ = soft_cap(scores * scale, cap)
-        keys = first_key + tl.arange(0, BLOCK_N)
+            scores = soft_cap(scores * scale, cap)
         visible = visible_mask(
             queries[:, None],
             keys[None, :],
@@ -208,16 +209,13 @@ def decode_split_kernel(
             HAS_RIGHT,
         )
         scores = tl.where(visible, scores, -float("inf"))
-        weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, True)
-        if STATISTICS:
-            alignment = alignment * rescale
-            visual = next_visual
-            next_visual = load_keys_mask(visual_ptr, first_key + BLOCK_N, num_keys, BLOCK_N)  # [BN]
+        if STATISTICS:  # the moments first: their temporaries are dead before the softmax's are born
             # Reading the mask back off the scores spares a tile of predicates.
             selected = visual[None, :] & (scores > -float("inf"))
             count, mean, m2 = update_moments(scores, selected, count, mean, m2)
-            prior = tl.load(prior_ptr + keys, mask=keys < num_keys, other=0.0).to(ACC)  # [BN]
-            alignment += tl.sum(weights * tl.where(visual, prior, 0.0)[None, :], 1)
+        weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, True)
+        if STATISTICS:
+            alignment = alignment * rescale + tl.sum(weights * tl.where(visual, prior, 0.0)[None, :], 1)
         v = _load_cache(
             v_ptr, table_ptr, first_key, num_keys, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
         )

@@ -14,7 +14,7 @@ from sar_kernels.cache import check_cache, strides
 from sar_kernels.call import DTYPES, MAX_HEAD_DIM, AttentionOptions, WeightOptions
 from sar_kernels.configs import KernelConfig, device_arch, padded_head_dim
 from sar_kernels.decode import decode_combine_kernel, decode_split_kernel
-from sar_kernels.decode_configs import choose_decode, combine_config, num_splits_for
+from sar_kernels.decode_configs import MAX_SPLITS, choose_decode, combine_config, num_splits_for
 from sar_kernels.launch import Launch
 
 
@@ -110,7 +110,10 @@ def _config(
 
 
 class DecodeCall:
-    """One decode call's checked tensors and sizes. `arch` and `sm_count` plan for another device than q's."""
+    """One decode call's checked tensors and sizes.
+
+    `arch` and `sm_count` plan for another device than q's, `config` takes another tile than the chosen one.
+    """
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class DecodeCall:
         workspace: DecodeWorkspace | None = None,
         arch: str | None = None,
         sm_count: int | None = None,
+        config: KernelConfig | None = None,
     ):
         self.capacity = check_cache("q", q, k_cache, v_cache, cache_seqlens, block_table)
         self.q, self.k, self.v, self.lengths, self.table = q, k_cache, v_cache, cache_seqlens, block_table
@@ -142,7 +146,7 @@ class DecodeCall:
             )
         self.group = self.heads // self.kv_heads
         self.arch = arch or device_arch(q.device)
-        self.config = _config(
+        self.config = config or _config(
             self.arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q, block_table is not None
         )
         self.workspace = self._workspace(workspace, num_splits, sm_count)
@@ -292,8 +296,9 @@ class DecodeCall:
             "count_out_ptr": self.workspace.count,
             "num_splits": splits,
             "beta": 1.0 if weights is None else weights.beta,
-            "BLOCK_S": min(triton.next_power_of_2(splits), max(1, 2048 // shared["BLOCK_H"])),
-            "BLOCK_O": min(triton.next_power_of_2(splits), max(1, 4096 // shared["BLOCK_DV"])),
+            # Not by the number of splits: that follows the cache's length, which must not compile another kernel.
+            "BLOCK_S": max(1, min(MAX_SPLITS, 512 // shared["BLOCK_H"])),
+            "BLOCK_O": max(1, min(MAX_SPLITS, 2048 // shared["BLOCK_DV"])),
             "PROTECT_FIRST": weights is not None and weights.protect_first_head,
             "STANDARDIZE": weights is not None and weights.normalize == "standardize",
             "MODE": mode,

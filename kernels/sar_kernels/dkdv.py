@@ -12,6 +12,7 @@ from sar_kernels.primitives import (
     sequence_bounds,
     sequence_pointer,
     soft_cap,
+    soft_cap_slope,
     store_tile,
     visible_mask,
 )
@@ -86,7 +87,7 @@ def _dkdv_segment(
         delta = tl.load(delta_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
         if HAS_SOFTCAP:
-            scores, tanh = soft_cap(scores * scale, cap)
+            scores = soft_cap(scores * scale, cap)
         if MASKED:
             visible = visible_mask(
                 rows[None, :], keys[:, None], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -115,12 +116,16 @@ def _dkdv_segment(
                 visual[:, None] & (scores > -float("inf")), row_slope[None, :] * (scores - row_mean[None, :]), 0.0
             )
         if HAS_SOFTCAP:
-            dscores = dscores * (1.0 - tanh * tanh)
+            dscores = dscores * soft_cap_slope(scores, cap)
         dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)  # [BN, D]
     return dk, dv, dprior
 
 
-@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_dprior_h", "stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left")
+    ]
+)
 def dkdv_kernel(
     q_ptr,
     k_ptr,

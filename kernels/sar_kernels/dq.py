@@ -17,6 +17,7 @@ from sar_kernels.primitives import (
     sequence_bounds,
     sequence_pointer,
     soft_cap,
+    soft_cap_slope,
     store_tile,
     visible_mask,
     visual_key_range,
@@ -115,7 +116,7 @@ def _dq_segment(
         v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
-            scores, tanh = soft_cap(scores * scale, cap)
+            scores = soft_cap(scores * scale, cap)
         if MASKED:
             keys = first_key + tl.arange(0, BLOCK_N)
             visible = visible_mask(
@@ -138,7 +139,7 @@ def _dq_segment(
                 visual[None, :] & (scores > -float("inf")), row_slope[:, None] * (scores - row_mean[:, None]), 0.0
             )
         if HAS_SOFTCAP:
-            dscores = dscores * (1.0 - tanh * tanh)
+            dscores = dscores * soft_cap_slope(scores, cap)
         dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)  # [BM, D]
     return dq
 

@@ -17,6 +17,7 @@ from sar_kernels.primitives import (
     store_partials,
     store_tile,
     update_moments,
+    update_moments_of_columns,
     visible_mask,
     visual_key_range,
 )
@@ -65,14 +66,14 @@ def _attend(
 ):
     """Runs the keys [start, end) through the row block; start is a multiple of BLOCK_N.
 
-    Without MASKED every key must be in range and visible to every row. COLLECT (which needs MASKED) marks the stretch
-    that holds visual keys; outside it the statistics only follow the running maximum.
+    Without MASKED every key must be in range and visible to every row. COLLECT marks the stretch with visual keys;
+    outside it the statistics only follow the running maximum.
     """
     for first_key in range(start, end, BLOCK_N):
         k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
-            scores, _ = soft_cap(scores * scale, cap)
+            scores = soft_cap(scores * scale, cap)
         if MASKED:
             keys = first_key + tl.arange(0, BLOCK_N)
             visible = visible_mask(
@@ -82,15 +83,21 @@ def _attend(
                 visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
             scores = tl.where(visible, scores, -float("inf"))
         if COLLECT:  # the moments first: their temporaries are dead before the softmax's are born
-            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-            # Reading the mask back off the scores spares a tile of predicates that would have to stay in registers.
-            selected = visual[None, :] & (scores > -float("inf"))
-            count, mean, m2 = update_moments(scores, selected, count, mean, m2)
+            columns = first_key + tl.arange(0, BLOCK_N)
+            if MASKED:
+                visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+                # Reading the mask back off the scores spares a tile of predicates that would stay in registers.
+                selected = visual[None, :] & (scores > -float("inf"))
+                count, mean, m2 = update_moments(scores, selected, count, mean, m2)
+                prior = tl.load(prior_ptr + columns, mask=visual, other=0.0)  # [BN]
+            else:
+                chosen = tl.load(visual_ptr + columns).to(mean.dtype)  # [BN]
+                count, mean, m2 = update_moments_of_columns(scores, chosen, count, mean, m2)
+                prior = tl.where(chosen > 0.0, tl.load(prior_ptr + columns), 0.0)  # [BN]
         weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
         if STATISTICS:
             alignment = alignment * rescale
         if COLLECT:
-            prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
             alignment += tl.sum(weights * prior[None, :], 1)
         acc = acc * rescale[:, None]
         v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
@@ -146,6 +153,7 @@ def forward_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
+    SPLIT_COLLECT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -199,19 +207,24 @@ def forward_kernel(
 
     has_text = False
     if STATISTICS:
-        text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
+        text_ptr += start_q
+        text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         has_text = tl.max(text.to(tl.int32), 0) != 0
     collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
-    for segment in tl.static_range(0 if STATISTICS else 2, 4):
+    SPLIT: tl.constexpr = SPLIT_COLLECT and not ANYWHERE
+    collect_edge = tl.minimum(collect_hi, full) if SPLIT else collect_lo
+    for segment in tl.static_range(0 if STATISTICS else 3, 5):
         if segment == 0:  # before the first visual key
             start, end = lo, collect_lo
-        elif segment == 1:  # the stretch with visual keys
-            start, end = collect_lo, collect_hi
-        elif segment == 2:  # after it, every key visible to every row
+        elif segment == 1:  # the stretch with visual keys, as far as every row sees every key
+            start, end = collect_lo, collect_edge
+        elif segment == 2:  # and on to the edge of the mask
+            start, end = collect_edge, collect_hi
+        elif segment == 3:  # after it, every key visible to every row
             start, end = collect_hi, full
         else:  # up to the edge of the mask
             start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
-        if not (ANYWHERE and segment == 2):
+        if not ((segment == 1 and not SPLIT) or (segment == 3 and ANYWHERE)):
             acc, row_max, row_sum, alignment, count, mean, m2 = _attend(
                 acc,
                 row_max,
@@ -247,9 +260,9 @@ def forward_kernel(
                 HAS_LEFT,
                 HAS_RIGHT,
                 HAS_SOFTCAP,
-                ANYWHERE or segment == 1 or segment == 3,  # MASKED
+                ANYWHERE or segment == 2 or segment == 4,  # MASKED
                 STATISTICS,
-                segment == 1,  # COLLECT
+                segment == 1 or segment == 2,  # COLLECT
                 PRECISION,
             )
 
@@ -260,6 +273,8 @@ def forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
     if STATISTICS:
         unit = 1.0 if HAS_SOFTCAP else scale  # one unit of the scores that the moments were taken of
+        if SPLIT_COLLECT:  # again, so that five loops need not hold it in registers
+            text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         counts = text & (count >= 2.0)  # a variance needs two keys
         variance = tl.where(counts, m2 / tl.maximum(count - 1.0, 1.0), 0.0) * unit * unit
         alignment = tl.where(counts, alignment / row_sum, 0.0)

@@ -103,6 +103,8 @@ def _plan_forward(call: Call, sav: Sav | None) -> tuple[torch.Tensor, torch.Tens
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STATISTICS": sav is not None,
+        # A loop more for the stretch with visual keys, where registers are not limited for the sake of residency.
+        "SPLIT_COLLECT": sav is not None and config.max_registers is None,
     }
     return out, lse, partials, Launch(forward_kernel, grid, arguments, config)
 

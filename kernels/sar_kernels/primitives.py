@@ -186,9 +186,18 @@ def visual_key_range(
 
 @triton.jit
 def soft_cap(scores, cap):
-    """cap * tanh(scores / cap), and tanh itself for the backward pass."""
-    tanh = 2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0
-    return cap * tanh, tanh
+    """cap * tanh(scores / cap)."""
+    return cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
+
+
+@triton.jit
+def soft_cap_slope(capped, cap):
+    """The derivative of soft_cap, 1 - tanh^2, from its value; 0 where that is masked (-inf).
+
+    The capped scores are alive anyway: a tile of tanh kept beside them would cost a register per entry.
+    """
+    tanh = tl.maximum(capped, -cap) / cap
+    return 1.0 - tanh * tanh
 
 
 @triton.jit
@@ -210,7 +219,7 @@ def online_softmax(scores, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
 
 @triton.jit
 def update_moments(scores, selected, count, mean, m2):
-    """Merges a tile's selected entries into running (count, mean, M2) per row.
+    """Merges a tile's selected entries, a mask [BM, BN], into running (count, mean, M2) per row.
 
     Both the tile's deviations and the merge are taken about means, so that an offset common to all scores cancels
     before anything is squared.
@@ -218,7 +227,23 @@ def update_moments(scores, selected, count, mean, m2):
     tile_count = tl.sum(selected.to(mean.dtype), 1)  # [BM]
     tile_mean = tl.sum(tl.where(selected, scores, 0.0), 1) / tl.maximum(tile_count, 1.0)
     deviation = tl.where(selected, scores - tile_mean[:, None], 0.0)  # [BM, BN]
-    tile_m2 = tl.sum(deviation * deviation, 1)
+    return _merge_moments(tile_count, tile_mean, tl.sum(deviation * deviation, 1), count, mean, m2)
+
+
+@triton.jit
+def update_moments_of_columns(scores, chosen, count, mean, m2):
+    """The same where all rows select the same columns, and all scores are finite; chosen is 1 or 0 per column.  # [BN]
+
+    Multiplying by it takes half the instructions of a mask per entry.
+    """
+    tile_count = tl.sum(chosen, 0)
+    tile_mean = tl.sum(scores * chosen[None, :], 1) / tl.maximum(tile_count, 1.0)  # [BM]
+    deviation = (scores - tile_mean[:, None]) * chosen[None, :]  # [BM, BN]
+    return _merge_moments(tile_count, tile_mean, tl.sum(deviation * deviation, 1), count, mean, m2)
+
+
+@triton.jit
+def _merge_moments(tile_count, tile_mean, tile_m2, count, mean, m2):
     total = count + tile_count
     share = tile_count / tl.maximum(total, 1.0)
     step = tile_mean - mean

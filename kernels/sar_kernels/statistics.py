@@ -117,7 +117,7 @@ def statistics_kernel(
         k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
-            scores, _ = soft_cap(scores * scale, cap)
+            scores = soft_cap(scores * scale, cap)
         keys = first_key + tl.arange(0, BLOCK_N)
         visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
         prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]

@@ -1,9 +1,10 @@
-"""Measures configurations on the GPU at hand and writes the fastest to `tuned.json`, which `configs.choose` prefers.
+"""Measures configurations on the GPU at hand; the fastest go to `tuned.json`, which the choosing functions prefer.
 
-    python -m sar_kernels.tune [--head-dim 64 128] [--dtype bfloat16] [--kernel forward dq dkdv] [--seqlen 512 4096]
+    python -m sar_kernels.tune [--head-dim 64 128] [--dtype bfloat16] [--kernel forward dq decode] [--seqlen 512 4096]
 
-Offline only: nothing is ever tuned inside a call. The forward kernel's choice is made for the variant with statistics
-and holds for plain attention too, because both must use the same tiles (see `configs.choose`).
+Offline only: nothing is ever tuned inside a call. The forward and the decode kernel's choices are made for the variant
+with statistics and hold for plain attention too, because both must use the same tiles (see `configs.choose`). Run
+`python -m sar_kernels.aot` afterwards: it shows what the new choices spill and how many blocks they keep resident.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import triton.testing
 
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import KERNELS, TUNED, KernelConfig, config_key, device_arch, length_class, padded_head_dim
+from sar_kernels.decode_configs import FEW_ROWS, decode_config_key
+from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch, run_all
 from sar_kernels.plan import Through, plan_backward, plan_sar_forward
 
 TOKENS = 16384  # per measurement, as batch * seqlen
+TUNABLE = (*KERNELS, "decode")
 BLOCKS_M = {"forward": (64, 128), "statistics": (64, 128), "dq": (64, 128), "dkdv": (16, 32, 64, 128)}
 
 
@@ -52,19 +57,51 @@ def launches(kernel: str, config: KernelConfig | None, head_dim, dtype, causal, 
     return work[: index + 1]
 
 
+def decode_candidates(few: bool) -> Iterator[KernelConfig]:
+    """The same for decode, whose rows are given; on NVIDIA also register limits, which decide the resident blocks."""
+    limits = (None,) if torch.version.hip else (None, 128, 168, 255)
+    for block_n, warps, stages, limit in itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4, 5, 7, 9, 15), limits):
+        yield KernelConfig(16 if few else 32, block_n, warps, stages, max_registers=limit)
+
+
+def decode_launches(config: KernelConfig | None, head_dim, dtype, few: bool, paged: bool) -> list[Launch]:
+    """The split kernel of one decode step, with statistics, over 8k keys."""
+    batch, heads, kv_heads, capacity, page = 4, 32, 8, 8192, 256
+    seqlen_q = 1 if few else 8
+    generator = torch.Generator("cuda").manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, dtype=dtype, device="cuda", generator=generator)
+    k, v = normal(batch, capacity, kv_heads, head_dim), normal(batch, capacity, kv_heads, head_dim)
+    table = None
+    if paged:
+        k, v = (t.view(-1, page, kv_heads, head_dim) for t in (k, v))
+        table = torch.randperm(len(k), generator=generator, device="cuda").view(batch, -1).to(torch.int32)
+    lengths = torch.full((batch,), capacity, dtype=torch.int32, device="cuda")
+    options = AttentionOptions(True, head_dim**-0.5)
+    q = normal(batch, seqlen_q, heads, head_dim)
+    call = DecodeCall(q, k, v, lengths, options, table, config=config)
+    zeros = lambda *shape: torch.zeros(shape, device="cuda")
+    call.set_state(zeros(batch, heads), zeros(batch, heads), zeros(batch), zeros(batch, heads))
+    visual = (torch.arange(capacity, device="cuda") < capacity // 2).expand(batch, -1)
+    text = torch.ones((batch, seqlen_q), dtype=torch.bool, device="cuda")
+    call.set_roles(visual, text, visual * (2 / capacity))
+    return call.plan("running", WeightOptions(0.5))[:1]
+
+
 def milliseconds(work: list[Launch]) -> float:
     """Median time of the last launch, after those that it needs have run."""
     run_all(work)
     return triton.testing.do_bench(work[-1].run, return_mode="median")
 
 
-def fastest(kernel: str, head_dim, dtype, causal, sav, seqlen) -> tuple[KernelConfig | None, float, float]:
+def fastest(
+    plan: Callable[[KernelConfig | None], list[Launch]], configs: Iterator[KernelConfig]
+) -> tuple[KernelConfig | None, float, float]:
     """The best candidate (None: the present choice stays), its time and the present choice's, in ms."""
-    present = milliseconds(launches(kernel, None, head_dim, dtype, causal, sav, seqlen))
+    present = milliseconds(plan(None))
     best, best_time = None, present
-    for config in candidates(kernel):
+    for config in configs:
         try:
-            time = milliseconds(launches(kernel, config, head_dim, dtype, causal, sav, seqlen))
+            time = milliseconds(plan(config))
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue  # needs more shared memory or registers than there are
         if time < best_time:
@@ -72,12 +109,32 @@ def fastest(kernel: str, head_dim, dtype, causal, sav, seqlen) -> tuple[KernelCo
     return best, best_time, present
 
 
+def searches(kernels, arch, head_dims, dtypes, seqlens) -> Iterator[tuple[str, Callable, Iterator[KernelConfig]]]:
+    """For every choice to be made: its key in `tuned.json`, its plan, and the candidates."""
+    for kernel, head_dim, dtype in itertools.product(kernels, head_dims, dtypes):
+        padded = padded_head_dim(head_dim)
+        if kernel == "decode":
+            for few, paged in itertools.product((True, False), (False, True)):
+                key = decode_config_key(arch, padded, dtype, FEW_ROWS if few else FEW_ROWS + 1, paged)
+                yield (
+                    key,
+                    partial(decode_launches, head_dim=head_dim, dtype=dtype, few=few, paged=paged),
+                    decode_candidates(few),
+                )
+            continue
+        with_gradient = (False, True) if kernel in ("dq", "dkdv") else (kernel == "statistics",)
+        for causal, seqlen, sav in itertools.product((True, False), seqlens, with_gradient):
+            key = config_key(kernel, arch, padded, dtype, causal, sav, length_class(seqlen))
+            plan = partial(launches, kernel, head_dim=head_dim, dtype=dtype, causal=causal, sav=sav, seqlen=seqlen)
+            yield key, plan, candidates(kernel)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m sar_kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--head-dim", nargs="+", type=int, default=(64, 128))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float16", "bfloat16"])
-    parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--kernel", nargs="+", default=TUNABLE, choices=TUNABLE)
     parser.add_argument("--seqlen", nargs="+", type=int, default=(512, 4096))
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -86,16 +143,12 @@ def main(argv: list[str] | None = None) -> int:
     found = json.loads(TUNED.read_text()) if TUNED.exists() else {"configs": {}}
     found["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     dtypes = [getattr(torch, name) for name in args.dtype]
-    for kernel, head_dim, dtype, causal, seqlen in itertools.product(
-        args.kernel, args.head_dim, dtypes, (True, False), args.seqlen
-    ):
-        for sav in (False, True) if kernel in ("dq", "dkdv") else (kernel == "statistics",):
-            config, time, present = fastest(kernel, head_dim, dtype, causal, sav or kernel == "statistics", seqlen)
-            key = config_key(kernel, arch, padded_head_dim(head_dim), dtype, causal, sav, length_class(seqlen))
-            print(f"{key}: {present:.4f} -> {time:.4f} ms {config or '(unchanged)'}", flush=True)
-            if config is not None:
-                found["configs"][key] = asdict(config)
-                TUNED.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    for key, plan, configs in searches(args.kernel, arch, args.head_dim, dtypes, args.seqlen):
+        config, time, present = fastest(plan, configs)
+        print(f"{key}: {present:.4f} -> {time:.4f} ms {config or '(unchanged)'}", flush=True)
+        if config is not None:
+            found["configs"][key] = asdict(config)
+            TUNED.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     return 0
 
 

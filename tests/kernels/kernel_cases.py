@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
+import triton
 
 from sar_fast.reference import sar_attention_reference
-from sar_kernels.attention import AttentionOptions, WeightOptions
+from sar_kernels.attention import AttentionOptions, WeightOptions, sar_backward, sar_forward
 
 STATISTICS = ("av", "sa", "c")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py decides before this is imported
+FP64 = INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+
+def skip_unless_supported(dtype: torch.dtype) -> None:
+    """fp64 is for the interpreter, from Triton 3.6; the interpreter's bf16 is wrong."""
+    if dtype == torch.float64 and not FP64:
+        pytest.skip("fp64: compiled kernels and the interpreter before Triton 3.6 have no such matrix product")
+    if dtype == torch.bfloat16 and INTERPRETED:
+        pytest.skip("bf16: the interpreter's arithmetic is wrong, needs a GPU")
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Inputs:
 
 def make(case: Case) -> Inputs:
     """Random inputs, already rounded to the case's dtype; a third of the prior's entries are zero."""
+    skip_unless_supported(case.dtype)
     batch, Sq, Sk, D = len(case.images), case.seqlen_q, case.seqlen_k, case.head_dim
     normal = lambda *shape: torch.randn(*shape).to(case.dtype)
     q, k = normal(batch, Sq, case.heads, D), normal(batch, Sk, case.kv_heads, D)
@@ -159,3 +173,42 @@ def check_forward(inputs: Inputs, out, lse, av, sa, c, count) -> None:
     for name, got, want in zip(STATISTICS, (av, sa, c), statistics_of(stats)):
         assert_relative(name, got, want)
     assert torch.equal(count.long(), counting_queries(inputs))
+
+
+def both_gradients(case: Case, sav_grad: bool, statistics_too: bool = False):
+    """(ours, exact, eager in the input dtype), each (dq, dk, dv[, dprior])."""
+    inputs = make(case)
+    out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    dout = torch.randn_like(out)
+    incoming = [torch.randn(out.shape[0], case.heads) if statistics_too else None for _ in range(3)]
+    got = sar_backward(
+        dout,
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        out,
+        lse,
+        *inputs.sav,
+        *saved,
+        **inputs.kwargs(),
+        sav_grad=sav_grad,
+        **dict(zip(("dav", "dsa", "dc"), incoming)),
+    )
+    references = []
+    for dtype in (torch.float64, case.dtype):
+        out, stats, leaves = reference(inputs, dtype, sav_grad=sav_grad, requires_grad=True)
+        loss = (out * dout.to(dtype)).sum()
+        if statistics_too:
+            loss = loss + sum((s * g).sum() for s, g in zip(statistics_of(stats), incoming))
+        references.append(torch.autograd.grad(loss, leaves[: 4 if sav_grad else 3], allow_unused=True))
+    return got, *references
+
+
+def check_gradients(got, exact, eager) -> None:
+    """The gradients' rule against the oracle."""
+    names = ("dq", "dk", "dv", "dprior")[: len(exact)]
+    for name, ours, want, low in zip(names, got, exact, eager):
+        want = torch.zeros_like(ours, dtype=torch.float64) if want is None else want
+        low = want if low is None else low
+        # Gradients of small beta are large; the absolute allowance is meant for gradients of order one.
+        assert_close(name, ours.double(), want, low.double(), 3, 1e-4 * max(1.0, want.abs().max().item()))

@@ -1,8 +1,8 @@
-"""Backward kernels against autograd of the fp64 oracle, in the interpreter."""
+"""Backward kernels against autograd of the fp64 oracle."""
 
 import pytest
 import torch
-from kernel_cases import Case, assert_close, make, reference, statistics_of
+from kernel_cases import FP64, Case, both_gradients, check_gradients, make
 
 from sar_kernels.attention import (
     AttentionOptions,
@@ -18,6 +18,8 @@ TWO_IMAGES = (((3, 20), (30, 61)), ((0, 1),))
 CASES = [
     BASE.but(head_dim=64),
     BASE.but(name="fp16", dtype=torch.float16, head_dim=64),
+    BASE.but(name="bf16", dtype=torch.bfloat16, head_dim=64),
+    BASE.but(name="d128-bf16", dtype=torch.bfloat16, head_dim=128),
     BASE.but(name="mqa-d80-fp16", dtype=torch.float16, head_dim=80, kv_heads=1),
     BASE.but(name="gqa7-d128", heads=7, kv_heads=1, head_dim=128, images=(((5, 45),),)),
     BASE.but(name="mha-dv32", kv_heads=4, head_dim_v=32),
@@ -37,50 +39,12 @@ CASES = [
 ]
 
 
-def both_gradients(case, sav_grad, statistics_too=False):
-    """(ours, exact, eager in the input dtype), each (dq, dk, dv[, dprior])."""
-    inputs = make(case)
-    out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
-    dout = torch.randn_like(out)
-    incoming = [torch.randn(out.shape[0], case.heads) if statistics_too else None for _ in range(3)]
-    got = sar_backward(
-        dout,
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        out,
-        lse,
-        *inputs.sav,
-        *saved,
-        **inputs.kwargs(),
-        sav_grad=sav_grad,
-        **dict(zip(("dav", "dsa", "dc"), incoming)),
-    )
-    references = []
-    for dtype in (torch.float64, case.dtype):
-        out, stats, leaves = reference(inputs, dtype, sav_grad=sav_grad, requires_grad=True)
-        loss = (out * dout.to(dtype)).sum()
-        if statistics_too:
-            loss = loss + sum((s * g).sum() for s, g in zip(statistics_of(stats), incoming))
-        references.append(torch.autograd.grad(loss, leaves[: 4 if sav_grad else 3], allow_unused=True))
-    return got, *references
-
-
-def check(got, exact, eager):
-    names = ("dq", "dk", "dv", "dprior")[: len(exact)]
-    for name, ours, want, low in zip(names, got, exact, eager):
-        want = torch.zeros_like(ours, dtype=torch.float64) if want is None else want
-        low = want if low is None else low
-        # Gradients of small beta are large; the absolute allowance is meant for gradients of order one.
-        assert_close(name, ours.double(), want, low.double(), 3, 1e-4 * max(1.0, want.abs().max().item()))
-
-
 @pytest.mark.parametrize("sav_grad", [False, True], ids=["constant-c", "sav-grad"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_autograd_of_the_reference(case, sav_grad):
     got, exact, eager = both_gradients(case, sav_grad)
     assert (got[3] is None) == (not sav_grad)
-    check(got, exact, eager)
+    check_gradients(got, exact, eager)
 
 
 @pytest.mark.slow
@@ -91,12 +55,13 @@ def test_matches_autograd_of_the_reference(case, sav_grad):
 def test_matches_autograd_grid(head_dim, heads, seqlens, sav_grad):
     case = BASE.but(head_dim=head_dim, heads=heads[0], kv_heads=heads[1], seqlen_q=seqlens[0], seqlen_k=seqlens[1])
     case = case.but(images=(((0, min(40, seqlens[1])),), ()), dtype=torch.float16)
-    check(*both_gradients(case, sav_grad))
+    check_gradients(*both_gradients(case, sav_grad))
 
 
 @pytest.mark.parametrize("normalize", ["none", "standardize"])
 def test_gradients_of_the_statistics_themselves(normalize):
-    check(*both_gradients(BASE.but(dtype=torch.float64, normalize=normalize, beta=0.5), True, statistics_too=True))
+    dtype = torch.float64 if FP64 else torch.float32
+    check_gradients(*both_gradients(BASE.but(dtype=dtype, normalize=normalize, beta=0.5), True, statistics_too=True))
 
 
 def test_gradient_of_statistics_needs_sav_grad():

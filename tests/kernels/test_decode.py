@@ -1,4 +1,4 @@
-"""Decode kernels against the fp64 oracle and the PyTorch backend, in the interpreter.
+"""Decode kernels against the fp64 oracle and the PyTorch backend.
 
 Cache slots beyond a sample's length hold NaN, as does every allocation.
 """
@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kernel_cases import assert_close, assert_relative
+from kernel_cases import INTERPRETED, assert_close, assert_relative, skip_unless_supported
 
 from sar_fast import SARState, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
 from sar_kernels.call import AttentionOptions, WeightOptions
 from sar_kernels.decode_call import append_kv, decode_forward, decode_workspace, sar_decode_forward
-from sar_kernels.decode_configs import MAX_SPLITS, choose_decode, combine_config, num_splits_for
+from sar_kernels.decode_configs import MAX_SPLITS, num_splits_for
 
 NAN = float("nan")
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Case:
 
 class Inputs:
     def __init__(self, case: Case):
+        skip_unless_supported(case.dtype)
         self.case, batch = case, len(case.lengths)
         normal = lambda *shape: torch.randn(*shape).to(case.dtype)
         self.q = normal(batch, case.queries, case.heads, case.head_dim)
@@ -135,6 +137,8 @@ BASE = Case()
 CASES = [
     BASE,
     BASE.but(name="fp16", dtype=torch.float16),
+    BASE.but(name="bf16", dtype=torch.bfloat16),
+    BASE.but(name="bf16-d128-eight-queries", dtype=torch.bfloat16, head_dim=128, queries=8),
     BASE.but(name="fp64", dtype=torch.float64, head_dim=16),
     BASE.but(name="three-queries", queries=3),
     BASE.but(name="two-row-tiles", queries=16, heads=2, kv_heads=1, head_dim=16, dtype=torch.float16),
@@ -175,7 +179,7 @@ def test_any_number_of_splits_matches_reference(case, num_splits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (7, 1)])
 @pytest.mark.parametrize("queries", [1, 2, 7])
@@ -316,7 +320,7 @@ def test_chain_of_steps(mode):
         for b, n in enumerate(prompts):
             cache[b, :n] = filled[b, :n]
     workspace = decode_workspace(
-        batch, 1, heads, kv_heads, dim, capacity, dtype=torch.float32, device="cpu", num_splits=2
+        batch, 1, heads, kv_heads, dim, capacity, dtype=torch.float32, device=DEVICE, num_splits=2
     )
     ones = torch.ones(batch, 1, dtype=torch.bool)
     for step in range(steps):
@@ -392,7 +396,7 @@ def test_several_new_tokens_equal_one_after_another():
 def test_workspace_is_all_the_memory(monkeypatch):
     inputs = Inputs(BASE.but(queries=2, head_dim=16))
     expected = [t.clone() for t in inputs.run(num_splits=4)]
-    workspace = decode_workspace(2, 2, 4, 2, 16, 160, dtype=torch.float32, device="cpu", num_splits=4)
+    workspace = decode_workspace(2, 2, 4, 2, 16, 160, dtype=torch.float32, device=DEVICE, num_splits=4)
 
     def refuse(*args, **kwargs):
         raise AssertionError("allocated")
@@ -481,18 +485,10 @@ def test_errors_of_mode_state_and_workspace():
         inputs.run("frozen")
     with pytest.raises(ValueError, match="av_sum"):
         inputs.run(state=SARState.empty(2, 5))
-    workspace = decode_workspace(2, 1, 4, 2, 32, 160, dtype=torch.float32, device="cpu")
+    workspace = decode_workspace(2, 1, 4, 2, 32, 160, dtype=torch.float32, device=DEVICE)
     with pytest.raises(ValueError, match=r"workspace\.out"):
         inputs.run(workspace=workspace)
     with pytest.raises(ValueError, match="num_splits"):
         inputs.run(num_splits=0)
     with pytest.raises(ValueError, match="block_table"):
         inputs.run(block_table=torch.zeros(3, 4, dtype=torch.int32))
-
-
-def test_registers_are_limited_on_nvidia_alone():
-    """Triton's AMD back end has no such option and would refuse it."""
-    for arch in ("gfx942", "gfx950"):
-        for paged_cache in (False, True):
-            assert choose_decode(arch, 128, torch.bfloat16, 4, paged_cache).max_registers is None
-        assert combine_config(arch).max_registers is None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import FP64
 
 import sar_fast
 from sar_fast import SARState, flash_attn_func, flash_attn_varlen_func, sar_attn_func, sar_attn_varlen_func
 from sar_fast.reference import sar_attention_reference
 
 TRITON = {"backend": "triton"}
+EXACT = torch.float64 if FP64 else torch.float32
+CLOSE = {} if FP64 else {"rtol": 1e-4, "atol": 1e-5}
 
 
-def inputs(B=2, S=19, H=4, Hkv=2, D=16, dtype=torch.float64):
+def inputs(B=2, S=19, H=4, Hkv=2, D=16, dtype=EXACT):
     tensors = [torch.randn(B, S, h, D, dtype=dtype) for h in (H, Hkv, Hkv)]
     visual = torch.zeros(B, S, dtype=torch.bool)
     visual[0, 2:9] = True  # row 1 is text only
@@ -37,13 +40,15 @@ def test_output_statistics_and_gradients_equal_the_reference(sav_grad):
     out.backward(grad)
     want.backward(grad)
     assert stats.backend == "triton"
-    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(out, want, **CLOSE)
     for name in ("lse", "alignment_variance", "semantic_alignment", "sav", "head_weights", "query_count"):
-        torch.testing.assert_close(getattr(stats, name), getattr(expected, name).float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            getattr(stats, name), getattr(expected, name).float(), rtol=1e-5 if FP64 else 1e-3, atol=1e-6
+        )
     for a, b in zip(ours[:3], reference[:3]):
-        torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(a.grad, b.grad, **CLOSE)
     if sav_grad:
-        torch.testing.assert_close(ours[5].grad, reference[5].grad)
+        torch.testing.assert_close(ours[5].grad, reference[5].grad, **CLOSE)
 
 
 def test_packed_equals_dense():
@@ -53,7 +58,7 @@ def test_packed_equals_dense():
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     roles = [t.flatten() for t in (visual, text, prior)]
     got = sar_attn_varlen_func(*flat, cu, cu, 19, 19, *roles, **TRITON)
-    torch.testing.assert_close(got.view_as(want), want)
+    torch.testing.assert_close(got.view_as(want), want, **CLOSE)
     plain = flash_attn_varlen_func(*flat, cu, cu, 19, 19, causal=True, **TRITON)
     torch.testing.assert_close(plain.view_as(want)[1], want[1], rtol=0, atol=0)
 
@@ -63,8 +68,8 @@ def test_plain_attention_and_its_log_sum_exp():
     out, lse, probabilities = flash_attn_func(q, k, v, causal=True, return_attn_probs=True, **TRITON)
     want, expected, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True, backend="torch")
     assert probabilities is None
-    torch.testing.assert_close(out, want)
-    torch.testing.assert_close(lse, expected)
+    torch.testing.assert_close(out, want, **CLOSE)
+    torch.testing.assert_close(lse, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("carried", [False, True])
@@ -158,4 +163,4 @@ def test_what_the_kernels_lack_names_the_backend_to_use():
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"cpu tensors.*use backend='composed' or 'torch'"):
-        sar_attn_func(*inputs(dtype=torch.float32), **TRITON)
+        sar_attn_func(*(t.cpu() for t in inputs(dtype=torch.float32)), **TRITON)

@@ -1,0 +1,151 @@
+"""Compiling one launch for a GPU that is not there, and reading what the compiler made of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sar_kernels.configs import SHARED_MEMORY_LIMIT
+from sar_kernels.launch import Launch
+
+REGISTERS = 65536  # per NVIDIA multiprocessor
+MAX_THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel: what it is for, how it is tiled, and what the compiler made of it."""
+
+    arch: str
+    kernel: str
+    purpose: str  # "attention", "sar" (c constant in backward) or "sar_sav_grad"; decode: its mode
+    head_dim: int
+    dtype: str
+    causal: bool
+    options: tuple[str, ...]
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    wgmma: bool = False
+    blocks_per_sm: int = 0  # by registers, shared memory and threads; 0 where not computed (AMD)
+
+
+def target_of(arch: str) -> GPUTarget:
+    """Triton's name for "sm_90" or "gfx942"."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    """Compiles a launch as the just-in-time compiler would on that device, given 16-byte aligned pointers."""
+    source = ASTSource(launch.kernel, *specialization(launch))
+    return triton.compile(source, target=target, options=launch.compiler_options())
+
+
+def specialization(launch: Launch) -> tuple[dict, dict, dict]:
+    """(signature, constants, attributes): all that the compiler is told of a launch's arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        specialize = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialize and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = triton.runtime.jit.mangle_type(value)
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialize and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def describe(
+    launch: Launch, arch: str, purpose: str, head_dim: int, dtype: torch.dtype, causal: bool, options
+) -> Variant:
+    """A launch's name and tiles; the compiler's figures are still missing."""
+    return Variant(
+        arch=arch,
+        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        purpose=purpose,
+        head_dim=head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        causal=causal,
+        options=options,
+        block_m=launch.arguments.get("BLOCK_M", launch.arguments.get("BLOCK", 0)),
+        block_n=launch.arguments.get("BLOCK_N", 0),
+        num_warps=launch.config.num_warps,
+        num_stages=launch.config.num_stages,
+    )
+
+
+def compile_key(launch: Launch, arch: str) -> tuple:
+    """What tells two compiled kernels apart: every argument's type and specialization, and the configuration."""
+    return arch, launch.kernel.__name__, *map(str, specialization(launch)), launch.config
+
+
+def measure(variant: Variant, launch: Launch) -> Variant:
+    """Compiles one variant and reads the compiler's figures."""
+    compiled = compile_launch(launch, target_of(variant.arch))
+    shared = compiled.metadata.shared
+    if variant.arch.startswith("sm_"):
+        registers, spills = _cuda_usage(compiled.asm["cubin"])
+        wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+        threads = 32 * variant.num_warps
+        by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+        limit = SHARED_MEMORY_LIMIT[variant.arch]
+        resident = min(by_registers, (limit + 1024) // (shared + 1024), MAX_THREADS[variant.arch] // threads)
+    else:
+        registers, spills = _amd_usage(compiled.asm["amdgcn"])
+        wgmma, resident = False, 0
+    return replace(
+        variant,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        wgmma=wgmma,
+        blocks_per_sm=resident,
+    )
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread; the kernels have no stack but what the register allocator spills."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers and spilled bytes per thread."""
+    spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)
+    return int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1]), 4 * int(spilled[1])
+
+
+def table(rows: list[Variant]) -> str:
+    """The figures as an aligned text table."""
+    columns = "arch kernel purpose head_dim dtype causal options tile warps stages regs spill shared blocks/SM wgmma"
+    cells = [columns.split(" ")]
+    for r in rows:
+        what = (r.arch, r.kernel, r.purpose, r.head_dim, r.dtype, r.causal, "+".join(r.options) or "-")
+        how = (f"{r.block_m}x{r.block_n}", r.num_warps, r.num_stages)
+        cells.append([*what, *how, r.registers, r.spill_bytes, r.shared_bytes, r.blocks_per_sm, r.wgmma])
+    widths = [max(len(str(row[i])) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(str(x).ljust(w) for x, w in zip(row, widths)).rstrip() for row in cells)

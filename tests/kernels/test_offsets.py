@@ -1,0 +1,133 @@
+"""Tensors whose entries lie further apart than 2^31 elements.
+
+On a CPU the memory between them is reserved but never touched, so the operating system never provides it.
+"""
+
+import math
+import mmap
+
+import pytest
+import torch
+from kernel_cases import INTERPRETED, Case, make
+
+from sar_kernels.attention import (
+    attention_forward,
+    attention_statistics,
+    sar_backward,
+    sar_forward,
+)
+from sar_kernels.call import AttentionOptions, WeightOptions
+from sar_kernels.decode_call import append_kv, sar_decode_forward
+
+FAR = 2**31
+MAP_NORESERVE = 0x4000  # Linux's, which not every Python names
+CASE = Case(seqlen_q=70, seqlen_k=70, images=(((5, 45),), ((0, 20),)), heads=2, kv_heads=2, head_dim=16)
+
+
+def reserve(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Flat memory of zeros; on a CPU only the pages that are touched exist."""
+    if INTERPRETED:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+    need_free(elements * dtype.itemsize)
+    return torch.zeros(elements, dtype=dtype)
+
+
+def need_free(size: int) -> None:
+    if not INTERPRETED and torch.cuda.mem_get_info()[0] < 1.1 * size:
+        pytest.skip(f"{size / 2**30:.0f} GiB of GPU memory are not free")
+
+
+def spread(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy (offset further into memory) whose samples, or pages, and heads lie far apart.
+
+    The longer of the two dimensions has a stride that fits 32 bits and of which a multiple does not.
+    """
+    samples, _, heads, head_dim = tensor.shape
+    near, far = FAR // 2, max(samples, heads) * FAR // 2
+    strides = (near, head_dim, far, 1) if samples > heads else (far, head_dim, near, 1)
+    return memory[offset:].as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def equal(got, expected) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("samples", "heads"), [(2, 4), (4, 2)])
+def test_samples_and_heads(samples, heads):
+    inputs = make(CASE.but(images=CASE.images * (samples // 2), heads=heads, kv_heads=heads))
+    call = lambda q, k, v: sar_forward(q, k, v, *inputs.sav, **inputs.kwargs())
+    near = inputs.q, inputs.k, inputs.v
+    out, lse, *saved = expected = call(*near)
+    dout = torch.randn_like(out)
+    back = lambda dout, *qkv: sar_backward(dout, *qkv, out, lse, *inputs.sav, *saved, **inputs.kwargs(), sav_grad=True)
+    memory = reserve(4 * FAR, torch.float32)
+    far = [spread(t, memory, i * 2**13) for i, t in enumerate((*near, dout))]
+    equal(call(*far[:3]), expected)
+    equal(back(far[3], *far[:3]), back(dout, *near))
+
+
+def test_tokens():
+    """The last key tile begins beyond 2^31 elements, at a token stride of 2^23."""
+    inputs = make(CASE.but(seqlen_k=300, images=(((5, 45),),), heads=1, kv_heads=1))
+    expected = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    memory = reserve(300 * 2**23, torch.float32)
+    far = torch.as_strided(memory, inputs.k.shape, (1, 2**23, 16, 1)).copy_(inputs.k)
+    equal(attention_forward(inputs.q, far, inputs.v, **inputs.kwargs(weights=False)), expected)
+
+
+def test_packed_tokens(monkeypatch, poisoned_allocations):
+    """The only sequence begins 2^31 elements into q, k, v, out and every gradient."""
+    inputs = make(CASE.but(images=(((5, 45),),), heads=1, kv_heads=1, dtype=torch.float16))
+    near = [t[0] for t in (inputs.q, inputs.k, inputs.v)]
+    dout = torch.randn_like(near[0])
+    start, length = FAR // 16 + 1, 70
+    need_free(10 * FAR * 2)
+
+    def run(start, q, k, v, dout, visual, text, prior):
+        cu = torch.tensor([start, start + length], dtype=torch.int32)
+        both = {"options": inputs.options, "weights": inputs.weights}
+        both |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": length, "max_seqlen_k": length}
+        out, lse, *saved = sar_forward(q, k, v, visual, text, prior, **both)
+        gradients = sar_backward(dout, q, k, v, out, lse, visual, text, prior, *saved, **both, sav_grad=True)
+        again = attention_statistics(q, k, lse, visual, text, prior, **both)
+        per_token = [out[start:], lse[:, start:], *(g[start:] for g in gradients)]
+        return [t.clone() for t in per_token] + saved + list(again)
+
+    roles = [t[0] for t in inputs.sav]
+    expected = run(0, *near, dout, *roles)
+    far = []
+    for tensor in (*near, dout, *roles):
+        shape = (start + length, *tensor.shape[1:])
+        far.append(reserve(math.prod(shape), tensor.dtype).view(shape))
+        far[-1][start:] = tensor
+    monkeypatch.setattr(torch, "empty", poisoned_allocations)  # filling gigabytes would touch them
+    equal(run(start, *far), expected)
+
+
+@pytest.mark.parametrize("page", [0, 8, 32])
+def test_caches(page):
+    """Samples, or pages, and heads of the cache far apart; pages smaller than a tile, and as large."""
+    batch, capacity = 3, 64
+    normal = lambda *shape: torch.randn(*shape)
+    q, new = normal(batch, 1, 4, 16), normal(batch, 1, 2, 16)
+    lengths = torch.tensor([60, 33, 64], dtype=torch.int32)
+    visual = (torch.arange(capacity) < 20).expand(batch, -1)
+    roles = visual, torch.ones(batch, 1, dtype=torch.bool), visual / 20
+    options, weights = AttentionOptions(True, 0.25), WeightOptions(0.02)
+    k, v = normal(batch, capacity, 2, 16), normal(batch, capacity, 2, 16)
+    table = None
+    if page:
+        k, v = (t.view(-1, page, 2, 16) for t in (k, v))
+        table = torch.randperm(len(k)).view(batch, -1).to(torch.int32)
+
+    def run(k, v):
+        append_kv(k, v, new, 2 * new, lengths, table)
+        state = torch.zeros(batch, 4), torch.zeros(batch, 4), torch.zeros(batch), torch.ones(batch, 4)
+        out = sar_decode_forward(
+            q, k, v, lengths, *roles, *state, options=options, weights=weights, mode="running", block_table=table
+        )
+        return [t.clone() for t in (*out, k, v)]
+
+    memory = reserve(len(k) * FAR, torch.float32)
+    equal(run(*(spread(t, memory, i * 2**13) for i, t in enumerate((k, v)))), run(k, v))
