@@ -25,12 +25,14 @@ class CacheState:
         norms: (B, L) fp32, feature norms of those positions, 0 elsewhere; the prior is their share of the row's sum.
         layers: layer index -> state.
         snapshots: per layer, (cache length, state) after every call, so that cropping to a call's end is exact.
+        packed: the cache was filled by packed sequences, and cannot be continued.
     """
 
     visual_mask: Tensor | None = None
     norms: Tensor | None = None
     layers: dict[int, SARState] = dataclasses.field(default_factory=dict)
     snapshots: dict[int, list[tuple[int, SARState]]] = dataclasses.field(default_factory=dict)
+    packed: bool = False
 
     def clear(self) -> None:
         """Forget everything, as a reset cache has."""
@@ -55,11 +57,14 @@ class CacheState:
         log.append((length, state))
 
     def select(self, rows: Tensor) -> None:
-        """Keep the batch rows ``rows`` (int64), in that order."""
+        """Keep the batch rows ``rows`` (int64), in that order; of the snapshots, only the last.
+
+        Beam search reorders after every token: selecting in all of them would make it quadratic.
+        """
         self.visual_mask = self.visual_mask.index_select(0, rows.to(self.visual_mask.device))
         self.norms = self.norms.index_select(0, rows.to(self.norms.device))
         self.layers = {i: s.index_select(rows) for i, s in self.layers.items()}
-        self.snapshots = {i: [(n, s.index_select(rows)) for n, s in log] for i, log in self.snapshots.items()}
+        self.snapshots = {i: [(log[-1][0], self.layers[i])] for i, log in self.snapshots.items()}
 
     def crop(self, length: int) -> None:
         """Go back to the state when the cache held ``length`` positions."""

@@ -11,7 +11,23 @@ from torch import Tensor
 from sar_fast import ops
 from sar_fast.backends.select import choose_backend
 from sar_fast.config import SARConfig
+from sar_fast.distributed import Shards
+from sar_fast.functional import autocast_inputs
 from sar_fast.types import AttentionOptions, SARState, SARStats
+
+
+def with_config(options: AttentionOptions, config: SARConfig) -> AttentionOptions:
+    """A call's mask pattern and scale, with the method's options."""
+    return dataclasses.replace(
+        options, beta=float(config.beta), protect_first_head=config.protect_first_head, normalize=config.normalize
+    )
+
+
+def recorded(av: Tensor, sa: Tensor, c: Tensor, count: Tensor, backend: str) -> SARStats:
+    """Statistics as users read them: detached, fp32, without a log-sum-exp."""
+    narrow = lambda t: t.detach().to(torch.float32)
+    lse = torch.empty(0, device=av.device)
+    return SARStats(lse, narrow(av), narrow(sa), narrow(av * sa), narrow(c), narrow(count), backend)
 
 
 def attend_with_state(
@@ -29,7 +45,9 @@ def attend_with_state(
     carried_rows: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
-) -> tuple[Tensor, SARStats, SARState]:
+    shards: Shards | None = None,
+    keep_stats: bool = True,
+) -> tuple[Tensor, SARStats | None, SARState]:
     """Re-weighted attention of new queries over all keys, continuing from ``past``.
 
     Args:
@@ -38,13 +56,15 @@ def attend_with_state(
         past: the layer's state, or None for a prompt.
         frozen: use ``past.head_weights`` as they are (``decode="prompt"`` and no new visual tokens).
         carried_rows: (B,) fp32, 0 for rows whose sums start afresh; None = all go on.
+        shards: this rank holds some of the heads; state and statistics are those of its heads.
+
+        keep_stats: whether anybody reads the statistics.
 
     Returns:
-        (out, statistics with an empty lse, the state after this call).
+        (out, statistics with an empty lse or None, the state after this call).
     """
-    options = dataclasses.replace(
-        options, beta=float(config.beta), protect_first_head=config.protect_first_head, normalize=config.normalize
-    )
+    options = with_config(options, config)
+    q, k, v = autocast_inputs(q, k, v)
     backend = choose_backend(
         config.backend,
         q.device,
@@ -52,16 +72,18 @@ def attend_with_state(
         options,
         padded=key_padding_mask is not None,
         masked=attn_mask is not None,
+        head_dim=max(q.shape[-1], v.shape[-1]),
     )
     call: dict[str, Any] = {
         "key_padding_mask": key_padding_mask,
         "attn_mask": attn_mask,
         "options": options,
         "backend": backend,
+        "shards": shards,
     }
     if frozen:
         out = ops.attention(q, k, v, None, None, None, **call)[0]
-        out = out * past.head_weights[:, None, :, None].to(out.dtype)
+        out = (out * past.head_weights[:, None, :, None]).to(out.dtype)
         total = past.count.clamp_min(1)[:, None]
         av, sa, c, count = past.av_sum / total, past.sa_sum / total, past.head_weights, past.count
         state = past
@@ -74,8 +96,4 @@ def attend_with_state(
             q, k, v, visual_mask, text_mask, prior, carried=carried, sav_grad=config.sav_grad, **call
         )
         state = SARState.from_means(av, sa, c, count)
-    narrow = lambda t: t.detach().to(torch.float32)
-    stats = SARStats(
-        torch.empty(0, device=q.device), narrow(av), narrow(sa), narrow(av * sa), narrow(c), narrow(count), backend
-    )
-    return out, stats, state
+    return out, recorded(av, sa, c, count, backend) if keep_stats else None, state

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from sar_fast import ops, validation
 from sar_fast.backends.select import choose_backend
+from sar_fast.distributed import Shards
 from sar_fast.types import AttentionOptions, SARStats
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, cast as scaled_dot_product_attention does: everything but fp64 to the autocast dtype."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -44,6 +45,7 @@ def sar_attn_func(
     backend: str = "auto",
     return_stats: bool = False,
     attn_mask: Tensor | None = None,
+    shards: Shards | None = None,
 ) -> Tensor | tuple[Tensor, SARStats]:
     """Attention whose heads are re-weighted by Semantic Alignment Variance (docs/method.md).
 
@@ -65,6 +67,7 @@ def sar_attn_func(
         backend: ``"auto"``, ``"triton"``, ``"composed"`` or ``"torch"``; ``SAR_BACKEND`` replaces ``"auto"``.
         return_stats: also return the statistics.
         attn_mask: (B or 1, 1, Sq, Sk) bool, True = may be seen, for patterns that the options above cannot say.
+        shards: q, k and v hold this rank's heads or queries only (:class:`~sar_fast.distributed.Shards`).
 
     Returns:
         out (B, Sq, H, Dv), or (out, :class:`SARStats`). A sample without counted text queries is plain attention,
@@ -92,7 +95,7 @@ def sar_attn_func(
         protect_first_head=protect_first_head,
         normalize=normalize,
     )
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast_inputs(q, k, v)
     backend = choose_backend(
         backend, device, q.dtype, options, padded=key_padding_mask is not None, masked=attn_mask is not None
     )
@@ -109,6 +112,7 @@ def sar_attn_func(
         backend=backend,
         sav_grad=sav_grad,
         need_lse=return_stats,
+        shards=shards,
     )
     return (out, _stats(*stats, backend)) if return_stats else out
 
@@ -135,6 +139,7 @@ def sar_attn_varlen_func(
     sav_grad: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
+    shards: Shards | None = None,
 ) -> Tensor | tuple[Tensor, SARStats]:
     """:func:`sar_attn_func` on sequences packed without padding; statistics are per sequence.
 
@@ -163,7 +168,7 @@ def sar_attn_varlen_func(
         normalize=normalize,
     )
     _check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_q, total_k, device)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast_inputs(q, k, v)
     backend = choose_backend(backend, device, q.dtype, options, padded=False, masked=False)
     out, *stats = ops.attention(
         q,
@@ -179,6 +184,7 @@ def sar_attn_varlen_func(
         backend=backend,
         sav_grad=sav_grad,
         need_lse=return_stats,
+        shards=shards,
     )
     return (out, _stats(*stats, backend)) if return_stats else out
 
@@ -213,9 +219,15 @@ def plain_attention(
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same kernels with SAR off, on validated arguments: (out, lse)."""
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast_inputs(q, k, v)
     backend = choose_backend(
-        backend, q.device, q.dtype, options, padded=key_padding_mask is not None, masked=attn_mask is not None
+        backend,
+        q.device,
+        q.dtype,
+        options,
+        padded=key_padding_mask is not None,
+        masked=attn_mask is not None,
+        head_dim=max(q.shape[-1], v.shape[-1]),
     )
     out, lse, *_ = ops.attention(
         q,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sar_fast.backends import run
+from sar_fast.distributed import Shards, without_weights
 from sar_fast.types import AttentionOptions
 
 _TENSORS = (
@@ -216,11 +217,27 @@ def attention(
     backend: str,
     sav_grad: bool = False,
     need_lse: bool = False,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention on validated arguments with a chosen backend: (out, lse, av, sa, c, count).
 
     ``visual`` None means plain attention (statistics come back empty). ``carried`` (decode) is for inference only.
+    ``shards``: this rank holds some of the heads or queries; statistics come back for its heads, over all queries.
     """
+    if shards is not None and visual is not None:
+        if carried is not None and shards.queries is not None:
+            raise ValueError("shards.queries must be None with a state: running sums are not split over ranks")
+        split = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlens": max_seqlens}
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "carried": carried, "need_lse": need_lse}
+        neutral = {"options": without_weights(options), "backend": backend, "sav_grad": sav_grad}
+        out, lse, av, sa, _, count = attention(q, k, v, visual, text, prior, **split, **masks, **neutral)
+        av, sa, c, count = shards.weights(av, sa, count, options)
+        if cu_seqlens_q is None:
+            factors = c[:, None, :, None]
+        else:
+            lengths = cu_seqlens_q.diff().long()
+            factors = c.repeat_interleave(lengths, dim=0, output_size=q.shape[0])[..., None]
+        return (out * factors).to(out.dtype), lse, av, sa, c, count
     differentiates = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, prior if sav_grad else None)
     )

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from sar_fast import sar_attn_func
+from sar_fast.backends.select import choose_backend
+from sar_fast.types import AttentionOptions
 from tests.helpers import make_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,3 +90,15 @@ def test_the_debug_log_says_what_ran(caplog):
     with caplog.at_level(logging.DEBUG, logger="sar_fast"):
         sar_attn_func(*case.tensors, backend="torch")
     assert "backend=torch" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_head_dims_beyond_the_fused_kernels_run_on_torch(device):
+    """Gemma 4's full layers have 512 dimensions; the public functions refuse them, models need them."""
+    options = AttentionOptions(softmax_scale=1.0)
+    call = (torch.device(device), torch.bfloat16, options)
+    choose = lambda name, head_dim: choose_backend(name, *call, padded=False, masked=False, head_dim=head_dim)
+    assert choose("auto", 256) != "torch"
+    assert choose("auto", 257) == "torch"
+    with pytest.raises(ValueError, match=r"does not support head_dim=512.*use backend='torch'"):
+        choose("composed", 512)

@@ -57,13 +57,31 @@ def test_gradients(backend, S, dtype, heads, D, Dv, padding, sav_grad):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("S", "heads", "D", "padding", "dtype"),
-    itertools.product((17, 97, 200), HEADS, (32, 80, 128, 256), ("left", "holes"), DTYPES),
+    itertools.product((3, 17, 97, 200), HEADS, (32, 80, 128, 256), ("left", "holes"), DTYPES),
     ids=lambda x: dtype_id(x) if isinstance(x, torch.dtype) else str(x),
 )
 def test_full_grid(backend, S, heads, D, padding, dtype):
-    case = make_case(S, H=heads[0], Hkv=heads[1], D=D, dtype=dtype, padding=padding, beta=8 / S)
+    case = make_case(S, H=heads[0], Hkv=heads[1], D=D, dtype=dtype, padding=padding)
     assert_forward(case, backend)
+    if dtype in (torch.float16, torch.bfloat16):
+        # delta = dout . out takes the output as it was rounded, in every flash backward: a few rows under very uneven
+        # weights leave no room for that error to average out
+        if S < 17:
+            return
+        case.options["beta"] *= 4
     assert_gradients(case, backend, sav_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("S", "D", "padding"), [(17, 80, "left"), (17, 128, "left"), (97, 128, "left"), (17, 128, "holes")]
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_alignment_does_not_inherit_the_rounding_of_the_log_sum_exp(backend, S, D, padding, seed):
+    """With few text rows and very uneven weights, 1e-6 in SA from exp(s - lse) breaks the output rule in fp32."""
+    case = make_case(S, H=14, D=D, padding=padding, seed=seed)
+    _, stats = assert_forward(case, backend)
+    _, oracle = case.to(torch.float64).reference()
+    assert relative_error(stats.semantic_alignment, oracle.semantic_alignment) <= 4e-7
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

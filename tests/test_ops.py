@@ -41,19 +41,25 @@ PATTERNS = ("sar", "plain", "padded", "dense mask", "decode", "packed", "bf16")
 CASES = [(p, b) for p in PATTERNS for b in BACKENDS if (p, b) != ("dense mask", "composed")]
 
 
+def longest(pattern: str) -> tuple[int, int]:
+    """The packed lengths of ``forward_arguments``."""
+    return (15, 16) if pattern == "packed" else (0, 0)
+
+
 @pytest.mark.parametrize(("pattern", "backend"), CASES)
 @pytest.mark.parametrize("need_lse", [True, False], ids=["lse", "no lse"])
 def test_opcheck_forward(pattern, backend, need_lse):
-    torch.library.opcheck(torch.ops.sar_fast.attention_forward, (*forward_arguments(pattern, backend), need_lse))
+    arguments = (*forward_arguments(pattern, backend), need_lse, *longest(pattern))
+    torch.library.opcheck(torch.ops.sar_fast.attention_forward, arguments)
 
 
 @pytest.mark.parametrize(("pattern", "backend"), [c for c in CASES if c[0] != "decode"])
 @pytest.mark.parametrize("through_weights", [False, True], ids=["constant", "sav_grad"])
 def test_opcheck_backward(pattern, backend, through_weights):
     arguments = forward_arguments(pattern, backend)
-    results = torch.ops.sar_fast.attention_forward(*arguments, True)
+    results = torch.ops.sar_fast.attention_forward(*arguments, True, *longest(pattern))
     grads = [torch.randn_like(x) for x in results[2:5]] if through_weights else [None] * 3
-    call = (torch.randn_like(results[0]), *arguments[:10], *results, *grads, *OPTIONS, backend)
+    call = (torch.randn_like(results[0]), *arguments[:10], *results, *grads, *OPTIONS, backend, *longest(pattern))
     torch.library.opcheck(torch.ops.sar_fast.attention_backward, call)
 
 

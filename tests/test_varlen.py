@@ -49,6 +49,19 @@ def test_packed_equals_singles(backend, dtype):
         at = rows.stop
 
 
+@pytest.mark.parametrize("side", [2, 3], ids=["q", "k"])
+def test_longest_length_that_is_too_small(backend, side):
+    """Kernels launch by it; where the lengths are on the host anyway a wrong one is told, and larger ones are fine."""
+    _, qkv, packing, roles = packed(torch.float32)
+    expected = sar_attn_varlen_func(*qkv, *packing, *roles, backend=backend)
+    packing[side] += 7
+    assert torch.equal(sar_attn_varlen_func(*qkv, *packing, *roles, backend=backend), expected)
+    packing[side] -= 8
+    message = f"max_seqlen_{'qk'[side - 2]} must be at least the longest sequence, 40; got 39"
+    with pytest.raises(ValueError, match=message):
+        sar_attn_varlen_func(*qkv, *packing, *roles, backend=backend)
+
+
 @pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "sav_grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_packed_against_the_reference(backend, dtype, sav_grad):

@@ -52,7 +52,8 @@ class Call:
     def sequences(self) -> list[Sequence]:
         roles = (self.visual, self.text, self.prior)
         if self.packed:
-            return list(packed_sequences(self.q, self.k, self.v, *roles, self.cu_seqlens_q, self.cu_seqlens_k))
+            ends = (self.cu_seqlens_q, self.cu_seqlens_k)
+            return list(packed_sequences(self.q, self.k, self.v, *roles, *ends, self.max_seqlens))
         return list(dense_sequences(self.q, self.k, self.v, *roles, self.key_padding_mask, self.attn_mask))
 
     def part(self, x: Tensor, b: int, *, keys: bool = False) -> Tensor:

@@ -66,12 +66,13 @@ def packed_sequences(
     prior: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlens: tuple[int, int],
 ) -> Iterator[Sequence]:
-    """The sequences of a packed (total, H, D) call."""
+    """The sequences of a packed (total, H, D) call; ``max_seqlens`` are the longest query and key lengths claimed."""
     part = lambda t, a, b: None if t is None else t[a:b]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    _check_ends("cu_seqlens_q", q_ends, q.shape[0])
-    _check_ends("cu_seqlens_k", k_ends, k.shape[0])
+    _check_ends("q", q_ends, q.shape[0], max_seqlens[0])
+    _check_ends("k", k_ends, k.shape[0], max_seqlens[1])
     for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:]):
         yield Sequence(
             q[q0:q1],
@@ -83,7 +84,10 @@ def packed_sequences(
         )
 
 
-def _check_ends(name: str, ends: list[int], total: int) -> None:
+def _check_ends(side: str, ends: list[int], total: int, max_seqlen: int) -> None:
     """Rows outside every sequence would come back uninitialised; the ends are on the host here anyway."""
     if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"{name} must rise from 0 to the packed length {total}; got {ends}")
+        raise ValueError(f"cu_seqlens_{side} must rise from 0 to the packed length {total}; got {ends}")
+    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {longest}; got {max_seqlen}")

@@ -3,7 +3,10 @@
 ``p_ij = exp(s_ij - lse_i)`` makes the block of text queries against visual keys enough; no other score is needed.
 Keys are centred on their mean in fp32 first, so the variance survives any common shift of the keys. Where every text
 query sees all of V and there is no soft-cap, the variance is the closed form ``scale^2 q^T C q``. Memory is one
-(rows, |V|) block at a time.
+(rows, keys) block at a time.
+
+In fp32 the rounding of ``lse_i`` itself would show in ``p_ij``: a softmax normalised by a sum over the very same scores
+is several times more exact. There the text rows' other keys are summed too, and the block divides by the total.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class TextVisualBlock:
     keys: Tensor  # [n] int64, visual keys that are not padding
     all_visible: bool  # every text query sees every visual key
     visible_count: Tensor  # [t] int64, |V_i|
+    others: Tensor | None  # [m] int64, real keys that are not visual, where p_ij is normalised anew
 
     @property
     def counted(self) -> Tensor:
@@ -51,7 +55,11 @@ def text_visual_block(seq: Sequence, options: AttentionOptions) -> TextVisualBlo
             [sees(seq, options, part, keys).sum(-1) for part in rows.split(_rows_per_block(1, n, rows.device))]
             or [rows]
         )
-    return TextVisualBlock(rows, keys, all_visible, visible_count)
+    others = None
+    if seq.q.dtype == torch.float32:
+        others = ~seq.visual if seq.key_valid is None else ~seq.visual & seq.key_valid
+        others = others.nonzero()[:, 0]
+    return TextVisualBlock(rows, keys, all_visible, visible_count, others)
 
 
 def _rows_per_block(heads: int, num_keys: int, device: torch.device) -> int:
@@ -82,11 +90,13 @@ def statistics_forward(
     av_sum, sa_sum = seq.q.new_zeros(H, dtype=acc), seq.q.new_zeros(H, dtype=acc)
     if t == 0 or n < 2:
         return av_sum, sa_sum
-    scale, prior = options.softmax_scale, seq.prior[block.keys].to(acc)
+    scale = options.softmax_scale
+    sums = torch.stack([seq.prior[block.keys].to(acc), seq.q.new_ones(n, dtype=acc)], -1)  # [n, 2]: alignment, mass
     q_text, k_visual = _gather_rows(seq.q, block.rows), _gather_rows(seq.k, block.keys)
+    k_other = None if block.others is None else _gather_rows(seq.k, block.others)  # [m, Hkv, D]
     # with few keys the covariance is singular, q^T C q can cancel to nothing, and the direct way is cheap
     closed_form = block.all_visible and options.softcap == 0 and n > D
-    step = min(t, _rows_per_block(G, n, seq.q.device))
+    step = min(t, _rows_per_block(G, n if k_other is None else n + k_other.shape[0], seq.q.device))
 
     for kv in range(Hkv):
         k_c = torch.empty(n, D + 1, dtype=acc, device=seq.k.device)
@@ -100,17 +110,21 @@ def statistics_forward(
             q_b = q_text[part, heads].transpose(0, 1).to(acc) * scale  # [G, r, D]
             r = q_b.shape[1]
             row_lse = lse[heads, part]  # [G, r]
-            to_lse = q_b @ centre - row_lse  # s_ij = q.(k_j - centre) + q.centre
+            shift = q_b @ centre  # s_ij = q.(k_j - centre) + q.centre
             if closed_form:
                 av_sum[heads] += ((q_b @ covariance) * q_b).sum((-1, -2))
-                a = torch.cat([q_b, to_lse[..., None]], -1).view(G * r, D + 1)
-                p = (a @ k_c.T).exp_()  # [G * r, n]
-                sa_sum[heads] += (p @ prior).view(G, r).sum(-1)
-                continue
-            s = (q_b.reshape(G * r, D) @ k_c[:, :D].T).view(G, r, n)  # centred scores
-            var, sa = _masked_statistics(seq, options, block, part, s, to_lse + row_lse, row_lse, prior)
-            av_sum[heads] += var.sum(-1)
-            sa_sum[heads] += sa.sum(-1)
+                a = torch.cat([q_b, (shift - row_lse)[..., None]], -1).view(G * r, D + 1)
+                p = (a @ k_c.T).exp_().view(G, r, n)
+            else:
+                s = (q_b.reshape(G * r, D) @ k_c[:, :D].T).view(G, r, n)  # centred scores
+                var, p = _masked_statistics(seq, options, block, part, s, shift, row_lse)
+                av_sum[heads] += var.sum(-1)
+            alignment, mass = (p @ sums).unbind(-1)  # [G, r]
+            if k_other is not None:
+                s = (q_b.reshape(G * r, D) @ (k_other[:, kv] - centre).T).view(G, r, -1)
+                mass = mass + _other_mass(seq, options, block, part, s, shift, row_lse)
+                alignment = alignment / torch.where(mass > 0, mass, 1)
+            sa_sum[heads] += (alignment * block.counted[part]).sum(-1)
     return av_sum, sa_sum
 
 
@@ -122,29 +136,49 @@ def _masked_statistics(
     s: Tensor,
     shift: Tensor,
     lse: Tensor,
-    prior: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Per-row variance and alignment, each (G, r), from centred scores ``s`` (G, r, n); overwrites ``s``."""
+    """Per-row variance (G, r) and probabilities (G, r, n) from centred scores ``s`` (G, r, n); overwrites ``s``."""
     s, shift, visible, counts = _visible_scores(seq, options, block, part, s, shift)
     mean, inverse = _row_mean(s, visible, counts)
     deviation = s - mean[..., None]
     if visible is not None:
         deviation.masked_fill_(~visible, 0)
-    counted = block.counted[part].to(s.dtype)
-    var = deviation.square_().sum(-1) * inverse * counted
+    var = deviation.square_().sum(-1) * inverse * block.counted[part]
     p = s.add_((shift - lse)[..., None]).exp_()
     if visible is not None:
         p.masked_fill_(~visible, 0)
-    return var, (p @ prior) * counted
+    return var, p
+
+
+def _other_mass(
+    seq: Sequence,
+    options: AttentionOptions,
+    block: TextVisualBlock,
+    part: slice,
+    s: Tensor,
+    shift: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    """Per row the probability (G, r) of the keys that are not visual, from their centred scores; overwrites ``s``."""
+    s, shift = _soft_capped(options, s, shift)
+    p = s.add_((shift - lse)[..., None]).exp_()
+    visible = sees(seq, options, block.rows[part], block.others)
+    return (p if visible is None else p.masked_fill_(~visible, 0)).sum(-1)
+
+
+def _soft_capped(options: AttentionOptions, s: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores as ``s + shift`` after soft-capping; the cap acts on the sum, which leaves no shift."""
+    if options.softcap > 0:
+        s = s.add_(shift[..., None]).div_(options.softcap).tanh_().mul_(options.softcap)
+        shift = torch.zeros_like(shift)
+    return s, shift
 
 
 def _visible_scores(
     seq: Sequence, options: AttentionOptions, block: TextVisualBlock, part: slice, s: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Soft-capped scores (as s + shift), visibility (r, n) or None, and |V_i| (r,)."""
-    if options.softcap > 0:
-        s = s.add_(shift[..., None]).div_(options.softcap).tanh_().mul_(options.softcap)
-        shift = torch.zeros_like(shift)
+    s, shift = _soft_capped(options, s, shift)
     visible = None
     if not block.all_visible:
         visible = sees(seq, options, block.rows[part], block.keys)

@@ -1,0 +1,26 @@
+"""Functions that run in every process of a two-process group (gloo, CPU), started by ``run_ranks``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(worker: Callable, *arguments: Any, world_size: int = 2) -> None:
+    """``worker(rank, world_size, *arguments)`` in real processes; a failure of one is this test's failure."""
+    with tempfile.NamedTemporaryFile() as store:
+        mp.spawn(_enter, (world_size, store.name + ".store", worker, arguments), nprocs=world_size)
+
+
+def _enter(rank: int, world_size: int, store: str, worker: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        worker(rank, world_size, *arguments)
+    finally:
+        dist.destroy_process_group()
