@@ -5,6 +5,9 @@ down as the keyword ``sar_context``; the vision encoder's output brings the patc
 registered attention function reads both; decode state rides on the KV cache. Nothing is global.
 """
 
+import sar_fast.integrations.hf.versions  # noqa: F401 -- other versions fail later, without saying why
+
+# isort: split
 from sar_fast.integrations.hf.apply import SARHandle, apply_sar, patch_model_for_sar, remove_sar
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, register_family, supported_model_types
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 from sar_fast.backends.select import choose_backend
 from sar_fast.cache_state import state_of
 from sar_fast.config import SARConfig
+from sar_fast.distributed import Shards
 from sar_fast.integrations.hf import attention
-from sar_fast.integrations.hf.context import SARContext, roles_of_pass
+from sar_fast.integrations.hf.context import SARContext, roles_of_pass, this_thread
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
+from sar_fast.integrations.hf.packing import find_packing
+from sar_fast.integrations.hf.speculation import announce_drafts, forget_drafts, take_drafts
 from sar_fast.roles import TokenRoles
 from sar_fast.types import AttentionOptions, SARStats
 
 HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
-
-_this_thread = threading.local()  # the forward pass and the vision call on this thread's stack, nothing longer-lived
 
 
 class SARHandle:
@@ -36,18 +36,14 @@ class SARHandle:
         roles, prior: token roles of the last prompt, and its (B, S) fp32 prior.
     """
 
-    def __init__(self, model: nn.Module, config: SARConfig) -> None:
+    def __init__(self, model: nn.Module, config: SARConfig, shards: Shards | None = None) -> None:
         self.config = config
         self.model = unwrap(model)
+        self.shards = _tensor_parallel_shards(self.model) if shards is None else shards
         self.family: Family = find_family(self.model.config)
         self.base_model = self.model.base_model
         self.attention_modules = find_attention_modules(self.model)
-        total = len(self.attention_modules)
-        if config.activation_layer_k > total:
-            raise ValueError(
-                f"activation_layer_k must be at most the number of attention layers, {total}; got "
-                f"{config.activation_layer_k}"
-            )
+        self.check_options(config)
         self.vision_blocks = self.family.find_vision_blocks(self.base_model)
         L = len(self.vision_blocks)
         self.prior_block = min(2 * L // 3, L - 1)
@@ -67,6 +63,31 @@ class SARHandle:
         self.roles: TokenRoles | None = None
         self.prior: Tensor | None = None
 
+    def check_options(self, config: SARConfig) -> None:
+        """Whether this handle can take other options: K must fit, and the prior's source is fixed once SAR is on."""
+        total = len(self.attention_modules)
+        if config.activation_layer_k > total:
+            raise ValueError(
+                f"activation_layer_k must be at most the number of attention layers, {total}; got "
+                f"{config.activation_layer_k}"
+            )
+        if config.prior_source != self.config.prior_source:
+            raise ValueError(
+                f"prior_source is fixed while SAR is applied, {self.config.prior_source!r}; got {config.prior_source!r}"
+            )
+
+    def reconfigure(self, config: SARConfig) -> None:
+        """Other options for the calls to come; caches filled under other options should not be continued."""
+        self.check_options(config)
+        self.config = config
+        self._mark_layers()
+
+    def _mark_layers(self) -> None:
+        for module in self.attention_modules:
+            module.__dict__.pop(attention.LAYER_MARK, None)
+        for index in self.sar_layers:
+            setattr(self.attention_modules[index], attention.LAYER_MARK, index)
+
     @property
     def sar_layers(self) -> list[int]:
         """Indices of the re-weighted attention layers, counted among layers that attend."""
@@ -79,11 +100,11 @@ class SARHandle:
         text_config = self.model.config.get_text_config()
         self._previous_implementation = text_config._attn_implementation
         self._set_implementation(attention.ATTENTION_NAME)
-        for index in self.sar_layers:
-            setattr(self.attention_modules[index], attention.LAYER_MARK, index)
+        self._mark_layers()
         self.base_model.__dict__[HANDLE_MARK] = self
         for modality in self.placeholder_ids:
             _watch_features(type(self.base_model), modality)
+        announce_drafts(self.model)
         decoder_layers = find_decoder_layers(self.model)
         self._hooks = [
             self.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -101,6 +122,7 @@ class SARHandle:
         if self.base_model.__dict__.get(HANDLE_MARK) is not self:
             return
         del self.base_model.__dict__[HANDLE_MARK]
+        forget_drafts(self.model)
         for module in self.attention_modules:
             module.__dict__.pop(attention.LAYER_MARK, None)
         self._set_implementation(self._previous_implementation)
@@ -112,11 +134,11 @@ class SARHandle:
         self.remove()
 
     def describe(self) -> dict[str, Any]:
-        """What this model gets, as plain values."""
-        text_config = self.model.config.get_text_config()
-        heads = text_config.num_attention_heads
+        """What this model gets, as plain values; head counts and the head dim of queries are the last layer's."""
+        last = self.attention_modules[-1]  # configs may hold them per layer
+        heads = self.model.config.get_text_config().num_attention_heads
         parameter = next(self.model.parameters())
-        head_dim = getattr(self.attention_modules[0], "head_dim", text_config.hidden_size // heads)
+        head_dim = getattr(last, "qk_head_dim", None) or last.head_dim  # latent attention names it so
         options = AttentionOptions(softmax_scale=1.0)
         return {
             "model_type": self.model.config.model_type,
@@ -124,13 +146,19 @@ class SARHandle:
             "attention_layers": len(self.attention_modules),
             "sar_layers": self.sar_layers,
             "num_heads": heads,
-            "num_kv_heads": getattr(text_config, "num_key_value_heads", heads),
+            "num_kv_heads": heads // last.num_key_value_groups,
             "head_dim": head_dim,
             "vision_blocks": len(self.vision_blocks),
             "prior_block": self.prior_block,
             "prior_source": self.config.prior_source,
             "backend": choose_backend(
-                self.config.backend, parameter.device, parameter.dtype, options, padded=False, masked=False
+                self.config.backend,
+                parameter.device,
+                parameter.dtype,
+                options,
+                padded=False,
+                masked=False,
+                head_dim=head_dim,
             ),
             "image_token_ids": self.placeholder_ids,
         }
@@ -157,11 +185,19 @@ class SARHandle:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Build the pass's context and send it down with the other keyword arguments."""
+        if self.config.record or self.config.record_rows != "none":
+            self.stats, self.rows = {}, {}  # of this pass alone, also if it re-weights nothing
         given = {**dict(zip(self._forward_parameters, args)), **kwargs}
         cache = given.get("past_key_values")
         past_length = 0 if cache is None else cache.get_seq_length()
         past = state_of(cache)
+        if past is not None and past.packed:
+            raise ValueError("past_key_values: packed sequences filled this cache; it cannot be continued")
         encoded = given.get("mm_encoder_outputs") or {}
+        if encoded and "mm_encoder_outputs" not in self._forward_parameters:
+            raise ValueError(
+                f"mm_encoder_outputs: {type(module).__name__} of this transformers version would ignore it; pass pixels"
+            )
         comes = {
             "image": encoded.get("image") is not None or given.get("pixel_values") is not None,
             "video": encoded.get("video") is not None or given.get("pixel_values_videos") is not None,
@@ -178,21 +214,29 @@ class SARHandle:
         attention_mask = given.get("attention_mask")
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
             attention_mask = None
-        roles = roles_of_pass(visual, attention_mask, past, self.config)
-        context = SARContext(self.config, roles, past_length, placeholders, past, recorder=self)
+        packing = find_packing(given, shape, past_length)
+        if packing is not None:
+            roles = packing.roles(visual, self.config.text_queries)
+        else:
+            roles = roles_of_pass(visual, attention_mask, past, self.config)
+        context = SARContext(
+            self.config, roles, past_length, placeholders, past, self, packing, self.shards, take_drafts(self.model)
+        )
         for modality in placeholders:
             if encoded.get(modality) is not None:
                 context.add_norms(modality, _norms_on(encoded[modality], modality))
         if placeholders:
             self.roles, self.prior = roles, context.prior
-        _this_thread.context = context
+        this_thread.context = context
+        if self.family.computes_last_queries_only:
+            kwargs["logits_to_keep"] = None
         return args, {**kwargs, "sar_context": context}
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        context = getattr(_this_thread, "context", None)
+        context = getattr(this_thread, "context", None)
         if context is not None and context.placeholders:
             self.prior = context.prior
-        _this_thread.context = None
+        this_thread.context = None
 
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Decoder layers see the cache that the text model made itself."""
@@ -201,23 +245,30 @@ class SARHandle:
             context.cache = kwargs.get("past_key_values")
 
     def _after_vision_block(self, module: nn.Module, args: tuple, output: Any) -> None:
-        collected = getattr(_this_thread, "patch_norms", None)
+        collected = getattr(this_thread, "patch_norms", None)
         if collected is not None and self.config.prior_source == "vision_layer":
             hidden = output[0] if isinstance(output, tuple) else output
-            collected.append(torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32))
+            collected.append(_norms(hidden))
 
     def token_norms(self, modality: str, output: Any, patch_norms: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         """(n,) fp32 norms of a modality's visual tokens in placeholder order."""
-        features = output.pooler_output
+        features = getattr(output, self.family.features)
         features = features if isinstance(features, Tensor) else torch.cat([f.flatten(0, -2) for f in features])
         if self.config.prior_source == "projected":
-            return torch.linalg.vector_norm(features.detach().flatten(0, -2), dim=-1, dtype=torch.float32)
-        if not patch_norms:
+            if self.family.projector is not None:
+                with torch.no_grad():
+                    features = self.base_model.get_submodule(self.family.projector)(features)
+            return _norms(features.flatten(0, -2))
+        if len(patch_norms) != 1:
             raise RuntimeError(
-                f"SAR: vision block {self.prior_block} did not run inside get_{modality}_features; the prior cannot "
-                f"be built. Use prior_source='projected' or describe the {self.family.name} family's vision blocks"
+                f"SAR: vision block {self.prior_block} ran {len(patch_norms)} times in get_{modality}_features, not "
+                f"once; the prior cannot be built. Use prior_source='projected' or describe the {self.family.name} "
+                "family's vision blocks"
             )
-        norms = self.family.token_norms(self.base_model, patch_norms[-1], arguments)
+        token_norms = self.family.token_norms
+        if modality == "video" and self.family.video_token_norms is not None:
+            token_norms = self.family.video_token_norms
+        norms = token_norms(self.base_model, patch_norms[0], arguments)
         expected = features.flatten(0, -2).shape[0]
         if norms.numel() != expected:
             raise RuntimeError(
@@ -241,23 +292,29 @@ def _watch_features(cls: type, modality: str) -> None:
     @functools.wraps(original)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = self.__dict__.get(HANDLE_MARK)
-        if handle is None:
+        inside = getattr(this_thread, "patch_norms", None) is not None  # a video call that runs the image method
+        if handle is None or inside:
             return original(self, *args, **kwargs)
-        _this_thread.patch_norms = []
+        this_thread.patch_norms = []
         try:
             output = original(self, *args, **kwargs)
             arguments = {**dict(zip(parameters, args)), **kwargs}
-            norms = handle.token_norms(modality, output, _this_thread.patch_norms, arguments)
+            norms = handle.token_norms(modality, output, this_thread.patch_norms, arguments)
         finally:
-            _this_thread.patch_norms = None
+            this_thread.patch_norms = None
         output[_norms_key(modality)] = norms
-        context = getattr(_this_thread, "context", None)
-        if context is not None and modality in context.placeholders:
-            context.add_norms(modality, norms)
+        give_features(modality, output)
         return output
 
     watched._sar_watches = True
     setattr(cls, name, watched)
+
+
+def give_features(modality: str, output: Any) -> None:
+    """Tell the forward pass on this thread's stack, if one runs, the norms that ``output`` carries."""
+    context = getattr(this_thread, "context", None)
+    if context is not None and modality in context.placeholders:
+        context.add_norms(modality, _norms_on(output, modality))
 
 
 def _norms_key(modality: str) -> str:
@@ -268,10 +325,17 @@ def _norms_on(output: Any, modality: str) -> Tensor:
     """The norms that a watched feature call left on its output."""
     if _norms_key(modality) not in output:
         raise ValueError(
-            f"mm_encoder_outputs[{modality!r}] was encoded without SAR: encode it after apply_sar, with the model's "
-            f"own get_{modality}_features"
+            f"mm_encoder_outputs[{modality!r}] must come whole from the model's own get_{modality}_features, called "
+            "after apply_sar; this one lacks the norms that it leaves there. prefill_chunk_size cuts them off: SAR's "
+            "weights need the whole prompt, so leave it None"
         )
     return output[_norms_key(modality)]
+
+
+def _norms(x: Tensor) -> Tensor:
+    """fp32 L2 norms over the last dimension, constants to autograd; fp64 input is not narrowed before."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).to(torch.float32)
 
 
 def _parameters(method: Callable) -> tuple[str, ...]:
@@ -323,12 +387,21 @@ def find_attention_modules(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
-def apply_sar(model: nn.Module, config: SARConfig | None = None) -> SARHandle:
+def _tensor_parallel_shards(model: nn.Module) -> Shards | None:
+    """The ranks that share every layer's heads, where transformers' tp_plan split the model."""
+    if getattr(model, "tp_size", None) in (None, 1):
+        return None
+    return Shards(heads=model._device_mesh["tp"].get_group())
+
+
+def apply_sar(model: nn.Module, config: SARConfig | None = None, *, shards: Shards | None = None) -> SARHandle:
     """Put SAR on a Hugging Face multimodal model, in place.
 
     Args:
         model: a transformers model of a supported family, PEFT-wrapped or not.
         config: default :class:`~sar_fast.SARConfig`.
+        shards: the ranks that hold a layer's heads between them (:class:`~sar_fast.distributed.Shards`), where another
+            library split the model; transformers' own tensor parallelism is found by itself.
 
     Returns:
         A handle: ``handle.remove()`` restores the model exactly; ``with apply_sar(model):`` does it at the end.
@@ -343,7 +416,7 @@ def apply_sar(model: nn.Module, config: SARConfig | None = None) -> SARHandle:
     inner = unwrap(model)
     if HANDLE_MARK in inner.base_model.__dict__:
         raise ValueError("model: SAR is applied to it already; call remove_sar(model) or handle.remove() first")
-    return SARHandle(inner, config).install()
+    return SARHandle(inner, config, shards).install()
 
 
 def remove_sar(model: nn.Module) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from sar_fast.cache_state import attach
-from sar_fast.decoding import attend_with_state
+from sar_fast.decoding import attend_with_state, with_config
+from sar_fast.distributed import Shards
 from sar_fast.functional import plain_attention
-from sar_fast.integrations.hf.context import SARContext
+from sar_fast.integrations.hf.context import SARContext, this_thread
+from sar_fast.integrations.hf.packing import packed_attention
 from sar_fast.rows import visual_attention_rows
 from sar_fast.types import AttentionOptions
 
@@ -55,6 +58,9 @@ def sar_mask(
         **kwargs,
     )
     tracing = torch.compiler.is_compiling()
+    context = None if tracing else getattr(this_thread, "context", None)  # closures cannot be traced
+    if context is not None and context.packing is not None and _packs_causal(mask_function):
+        return None  # every layer gets the context's packing
     if mask_function is not causal_mask_function or kwargs.get("use_vmap") or kv_offset != 0:
         return dense()
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -73,6 +79,19 @@ def sar_mask(
     if padding is None and end < kv_length:
         padding = torch.ones(batch_size, end, dtype=torch.bool, device=kwargs.get("device", "cpu"))
     return padding
+
+
+def _packs_causal(mask_function: Any) -> bool:
+    """Whether a mask function is transformers' "causal, inside each packed sequence" and nothing more."""
+    if mask_function is causal_mask_function:
+        return True
+    name = getattr(mask_function, "__qualname__", "")
+    closure = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__ or ()))
+    if name == "and_masks.<locals>.and_mask":
+        return all(_packs_causal(part) for part in closure["mask_functions"].cell_contents)
+    if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        return _packs_causal(closure["mask_function"].cell_contents)
+    return name == "packed_sequence_mask_function.<locals>.inner_mask"
 
 
 def sar_attention_forward(
@@ -98,11 +117,17 @@ def sar_attention_forward(
             f"{type(module).__name__} {layer} re-weights heads but got no SAR context: call the multimodal model that "
             "apply_sar was given (or a wrapper of it), not its language model alone"
         )
+    if sar_context is not None and kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions must be False with SAR: no attention matrix exists. SARConfig(record=True) keeps each "
+            "layer's statistics, record_rows='last_text' the rows over visual tokens"
+        )
     reweighted = layer is not None and sar_context.active and sar_context.config.activation_layer_k > 0
+    packing = sar_context.packing if sar_context is not None else None
     # transformers' SDPA reads "no mask, fewer queries than keys" as an empty static cache; here it is a second turn
     square = query.shape[2] in (1, key.shape[2])
     for_sdpa = attention_mask.dim() == 4 if attention_mask is not None else square
-    if not reweighted and softcap is None and for_sdpa:
+    if not reweighted and softcap is None and for_sdpa and packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -123,6 +148,10 @@ def sar_attention_forward(
         causal=bool(causal) and dense is None,
         softcap=softcap or 0.0,
     )
+    if reweighted:
+        _check_heads(module, q.shape[2], sar_context.shards)
+    if packing is not None:
+        return _packed(layer if reweighted else None, q, k, v, dense, options, sar_context), None
     if not reweighted:
         out, _ = plain_attention(q, k, v, options=options, key_padding_mask=key_padding, attn_mask=dense)
         return out, None
@@ -141,37 +170,90 @@ def _reweighted(
 ) -> Tensor:
     """SAR attention of one marked layer, with the cache's state read and written."""
     config = context.config
-    if context.prior is None:
-        raise RuntimeError("SAR: the vision features of this pass never came; was the vision encoder bypassed?")
+    _check_prior(context)
     visual, prior = context.over_keys(k.shape[1])
-    text = context.roles.text_mask[:, -q.shape[1] :]  # a model may keep only its last queries
-    past = context.past.layers.get(layer) if context.past is not None else None
-    frozen = past is not None and not context.placeholders and config.decode == "prompt"
-    out, stats, state = attend_with_state(
-        q,
-        k,
-        v,
-        visual,
-        text,
-        prior,
-        config=config,
-        options=options,
-        past=past,
-        frozen=frozen,
-        carried_rows=context.carried_rows(),
-        key_padding_mask=key_padding,
-        attn_mask=dense,
-    )
-    if context.cache is not None and not frozen:
-        on_cache = attach(context.cache)
-        if context.placeholders:
-            on_cache.visual_mask, on_cache.norms = context.visual_mask, context.norms
-        length = context.past_length + context.roles.text_mask.shape[1]
-        snapshots = config.decode == "running" and not context.cache.is_compileable  # static caches cannot crop
-        on_cache.store(layer, state, length, keep_snapshots=snapshots)
+    Sq = q.shape[1]
+    text = context.roles.text_mask[:, -Sq:]  # a model may keep only its last queries
+    length = context.past_length + context.roles.text_mask.shape[1]
+    state = context.past.layers.get(layer) if context.past is not None else None
+    outs = []
+    for start, stop in context.pieces(Sq):
+        keys = k.shape[1] - (Sq - stop)
+        frozen = config.decode == "prompt" and state is not None and (start > 0 or not context.placeholders)
+        out, stats, state = attend_with_state(
+            q[:, start:stop],
+            k[:, :keys],
+            v[:, :keys],
+            visual[:, :keys],
+            text[:, start:stop],
+            prior[:, :keys],
+            config=config,
+            options=options,
+            past=state,
+            frozen=frozen,
+            carried_rows=context.carried_rows() if start == 0 else None,
+            key_padding_mask=key_padding[:, :keys] if key_padding is not None else None,
+            attn_mask=dense[..., start:stop, :keys] if dense is not None else None,
+            keep_stats=config.record,
+            shards=context.shards,
+        )
+        outs.append(out)
+        if context.cache is not None and not frozen:
+            on_cache = attach(context.cache)
+            if context.placeholders:
+                on_cache.visual_mask, on_cache.norms = context.visual_mask, context.norms
+            snapshots = config.decode == "running" and not context.cache.is_compileable  # static caches cannot crop
+            on_cache.store(layer, state, length - (Sq - stop), keep_snapshots=snapshots)
     if config.record:
         context.recorder.record(layer, stats)
     if config.record_rows == "last_text":
         rows = visual_attention_rows(q.detach(), k.detach(), text, visual, key_padding, dense, options)
         context.recorder.record_rows(layer, rows)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _packed(
+    layer: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: Tensor | None,
+    options: AttentionOptions,
+    context: SARContext,
+) -> Tensor:
+    """Attention of one layer over packed sequences; ``layer`` None = plain. A cache of them cannot be continued."""
+    config, sar = context.config, {}
+    if layer is not None:
+        _check_prior(context)
+        if config.record_rows != "none":
+            raise ValueError(f"record_rows={config.record_rows!r}: rows of packed sequences are not kept; use 'none'")
+        options = with_config(options, config)
+        sar = {
+            "roles": (*context.roles, context.prior),
+            "backend": config.backend,
+            "sav_grad": config.sav_grad,
+            "keep_stats": config.record,
+        }
+        sar["shards"] = context.shards
+    out, stats = packed_attention(context.packing, q, k, v, options=options, attn_mask=dense, **sar)
+    if context.cache is not None:
+        attach(context.cache).packed = True
+    if stats is not None:
+        context.recorder.record(layer, stats)
     return out
+
+
+def _check_heads(module: nn.Module, heads: int, shards: Shards | None) -> None:
+    """A softmax over some of a layer's heads would be silently wrong."""
+    total = getattr(module.config, "num_attention_heads", heads)
+    ranks = dist.get_world_size(shards.heads) if shards is not None and shards.heads is not None else 1
+    if heads * ranks != total:
+        raise RuntimeError(
+            f"{type(module).__name__} attends with {heads} of {total} heads on this rank, and SAR weighs heads over "
+            f"{ranks} rank(s): name the ranks that share a layer, apply_sar(model, config, shards=Shards(heads=group))"
+        )
+
+
+def _check_prior(context: SARContext) -> None:
+    if context.prior is None:
+        raise RuntimeError("SAR: the vision features of this pass never came; was the vision encoder bypassed?")

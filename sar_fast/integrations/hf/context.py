@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import threading
 from typing import Any
 
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor
 
 from sar_fast.cache_state import CacheState
 from sar_fast.config import SARConfig
+from sar_fast.distributed import Shards
+from sar_fast.integrations.hf.packing import Packing
 from sar_fast.roles import TokenRoles, roles_from_visual
+
+this_thread = threading.local()  # the forward pass and the vision call on this thread's stack, nothing longer-lived
 
 
 @dataclasses.dataclass
@@ -25,6 +31,10 @@ class SARContext:
         placeholders: modality -> (B, S) bool, the positions that this pass's vision features fill.
         past: state of the cache before this pass, or None.
         recorder: the handle that collects statistics.
+        packing: the sequences that are packed into the rows, or None.
+        shards: how the layers' heads are split over ranks, or None.
+        drafts: how many of the last tokens are a draft that this pass checks (assisted decoding); each of them counts
+            as a decode step of its own, so that accepting or dropping it changes nothing else.
         cache: the cache that the decoder layers use in this pass, once they run.
         visual_mask, norms, prior: (B, L) over the positions up to the newest visual tokens' pass; there once the
             features of all modalities are.
@@ -36,6 +46,9 @@ class SARContext:
     placeholders: dict[str, Tensor]
     past: CacheState | None
     recorder: Any
+    packing: Packing | None = None
+    shards: Shards | None = None
+    drafts: int = 0
     cache: Any = None
     visual_mask: Tensor | None = None
     norms: Tensor | None = None
@@ -43,6 +56,8 @@ class SARContext:
 
     def __post_init__(self) -> None:
         self._received: dict[str, Tensor] = {}
+        if isinstance(self.past_length, Tensor):  # the cache's own counter, which this pass advances
+            self.past_length = self.past_length.clone()
         if self.past_visual and not self.placeholders:
             self._set(self.past.visual_mask, self.past.norms)
 
@@ -76,9 +91,13 @@ class SARContext:
 
     def _set(self, visual_mask: Tensor, norms: Tensor) -> None:
         self.visual_mask, self.norms = visual_mask, norms
-        silent = (norms.sum(-1, keepdim=True) == 0) & visual_mask  # all-zero features: uniform prior
+        silent = (self._total(norms) == 0) & visual_mask  # all-zero features: uniform prior
         shares = torch.where(silent, 1.0, norms)
-        self.prior = shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        self.prior = shares / self._total(shares).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _total(self, values: Tensor) -> Tensor:
+        """Sum over each sample: a row, or a packed sequence. Broadcasts against ``values`` (B, L)."""
+        return values.sum(-1, keepdim=True) if self.packing is None else self.packing.totals(values)
 
     def carried_rows(self) -> Tensor:
         """(B,) fp32: 1 for rows whose sums go on, 0 for rows where new visual tokens start T afresh."""
@@ -89,12 +108,24 @@ class SARContext:
 
         More keys than positions: a static cache's unfilled slots come last. Fewer: a sliding layer kept the newest.
         """
-        known = self.visual_mask.shape[1]
-        positions = num_keys
-        if not isinstance(self.past_length, Tensor):  # a static cache counts in a tensor and drops no position
-            positions = max(num_keys, self.past_length + self.roles.text_mask.shape[1])
+        known, new = self.visual_mask.shape[1], self.roles.text_mask.shape[1]
+        if isinstance(self.past_length, Tensor):  # a static cache counts in a tensor
+            first = (self.past_length + new - num_keys).clamp_min(0)
+            position = first + torch.arange(num_keys, device=self.visual_mask.device)
+            index = position.clamp_max(known - 1).expand(self.visual_mask.shape[0], -1)
+            return tuple(x.gather(1, index) * (position < known) for x in (self.visual_mask, self.prior))
+        positions = max(num_keys, self.past_length + new)
         mask, prior = (F.pad(x, (0, max(0, positions - known))) for x in (self.visual_mask, self.prior))
         return mask[:, positions - num_keys : positions], prior[:, positions - num_keys : positions]
+
+    def pieces(self, num_queries: int) -> list[tuple[int, int]]:
+        """(start, stop) of the runs of queries that share weights: all of them, but for the tokens of a draft."""
+        first = max(0, num_queries - self.drafts)
+        if self.config.decode == "prompt" or not self.drafts:
+            bounds = [0, first, num_queries]
+        else:
+            bounds = [0, *range(first, num_queries + 1)]
+        return [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def _per_placeholder(norms: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""The registry of model families: what SAR must know of one, found by ``config.model_type``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+TokenNorms = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
+
+
+class UnsupportedModelError(ValueError):
+    """SAR cannot be applied to this model; the message says what is missing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Args:
+        name: how the family is called in tables and messages.
+        model_types: values of ``config.model_type`` that it covers.
+        vision_blocks: dotted paths, from the base model, of the vision encoder's list of blocks; the first that exists.
+        token_norms: (base model, fp32 patch norms, the output of a block without its last dimension, arguments of
+            ``get_image_features`` by name) -> (n,) norms in the order of the placeholders. Tokens made of several
+            patches get the mean of their norms, tokens that are no patch get 0.
+        video_token_norms: the same for ``get_video_features``; None = ``token_norms`` does both.
+        placeholder_ids: names of the config's fields that hold placeholder token ids, by modality.
+        features: attribute of ``get_image_features``'s output that holds one feature per visual token.
+        projector: dotted path of the module that still projects ``features`` after that call, if one does.
+        computes_last_queries_only: the text model drops the other queries in its last layers when ``logits_to_keep`` is
+            a number, as it is in ``generate``; SAR then asks for all of them, since T is more than the last one.
+        note: what users of the family should know, for docs/families.md.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    vision_blocks: tuple[str, ...]
+    token_norms: TokenNorms
+    video_token_norms: TokenNorms | None = None
+    placeholder_ids: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image": "image_token_id"})
+    features: str = "pooler_output"
+    projector: str | None = None
+    computes_last_queries_only: bool = False
+    note: str = ""
+
+    def find_vision_blocks(self, base_model: nn.Module) -> nn.ModuleList:
+        """The vision encoder's blocks, or an :class:`UnsupportedModelError` that lists the paths tried."""
+        for path in self.vision_blocks:
+            try:
+                blocks = base_model.get_submodule(path)
+            except AttributeError:
+                continue
+            if len(blocks):
+                return blocks
+        raise UnsupportedModelError(
+            f"model: {type(base_model).__name__} has no vision blocks at {' or '.join(self.vision_blocks)}, where the "
+            f"{self.name} family keeps them; register_family can describe another layout"
+        )
+
+
+_REGISTRY: dict[str, Family] = {}
+_REFUSED: dict[str, str] = {}
+
+
+def register_family(family: Family, *, replace: bool = False) -> None:
+    """Add a family; ``replace=True`` overrides entries with the same ``model_types``."""
+    taken = [t for t in family.model_types if t in _REGISTRY]
+    if taken and not replace:
+        raise ValueError(f"model_types {taken} are registered already; pass replace=True to override")
+    for model_type in family.model_types:
+        _REGISTRY[model_type] = family
+
+
+def refuse_family(model_type: str, reason: str) -> None:
+    """Say why SAR does not apply to a model type; :func:`register_family` of that type overrides it."""
+    _REFUSED[model_type] = reason
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """All registered ``config.model_type`` values."""
+    return tuple(sorted(_REGISTRY))
+
+
+def registered_families() -> tuple[Family, ...]:
+    """All families, in the order of registration."""
+    return tuple({id(family): family for family in _REGISTRY.values()}.values())
+
+
+def refused_model_types() -> dict[str, str]:
+    """Model types that are known and refused, with the reason."""
+    return {t: reason for t, reason in _REFUSED.items() if t not in _REGISTRY}
+
+
+def find_family(config: Any) -> Family:
+    """The family of a model config, or an :class:`UnsupportedModelError` that names the supported types."""
+    model_type = getattr(config, "model_type", None)
+    if model_type in _REGISTRY:
+        return _REGISTRY[model_type]
+    if model_type in _REFUSED:
+        raise UnsupportedModelError(f"model: SAR does not apply to model_type {model_type!r}: {_REFUSED[model_type]}")
+    raise UnsupportedModelError(
+        f"model: SAR does not know model_type {model_type!r}; it knows {', '.join(supported_model_types())}. "
+        "sar_fast.integrations.hf.register_family adds a family"
+    )

@@ -1,0 +1,75 @@
+"""Families that cut a large image into tiles and put newline tokens between the rows of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sar_fast.integrations.hf.families.per_patch import without_class_token
+from sar_fast.integrations.hf.families.registry import Family, register_family
+
+_BLOCKS = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
+
+
+def _tiles_of_images(base_model: nn.Module, arguments: Mapping[str, Any], cut: list[bool]) -> list[int]:
+    """How many tiles each image has, the small whole image included."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    config = base_model.config
+    return [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if tiled else 1
+        for size, tiled in zip(arguments["image_sizes"], cut)
+    ]
+
+
+def _packed(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The model's own packing of tiles, on norms; newline tokens get 0."""
+    norms = without_class_token(base_model, norms, arguments)
+    tiles = _tiles_of_images(base_model, arguments, [True] * len(arguments["image_sizes"]))
+    strategy = arguments.get("vision_feature_select_strategy") or base_model.config.vision_feature_select_strategy
+    packed, _ = base_model.pack_image_features(
+        norms[..., None].split(tiles), arguments["image_sizes"], strategy, image_newline=norms.new_zeros(1)
+    )
+    return torch.cat([p.flatten() for p in packed])
+
+
+def _packed_and_scaled(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The model's own packing of tiles and scaling down, on norms; newline tokens get 0."""
+    norms = without_class_token(base_model, norms, arguments)
+    counts = arguments.get("batch_num_images")
+    cut = [True] * len(arguments["image_sizes"])
+    if counts is not None:  # only a row's single image is cut into tiles
+        cut = [int(n) == 1 for n in counts for _ in range(int(n))]
+    packed, _ = base_model.pack_image_features(
+        norms[..., None].split(_tiles_of_images(base_model, arguments, cut)),
+        arguments["image_sizes"],
+        image_newline=norms.new_zeros(1),
+        vision_aspect_ratio=arguments.get("vision_aspect_ratio") or base_model.config.vision_aspect_ratio,
+    )
+    return torch.cat([p.flatten() for p in packed])
+
+
+def _pooled_frames(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Frames scaled to half by the model's own pooling, on norms; a newline token per video gets 0."""
+    norms = without_class_token(base_model, norms, arguments)
+    frames = arguments.get("pixel_values_videos", arguments.get("pixel_values"))  # named so by older transformers
+    videos = frames.shape[0]
+    pooled = base_model.apply_pooling(norms[..., None]).reshape(videos, -1)
+    return F.pad(pooled, (0, 1)).flatten()
+
+
+register_family(Family(name="LLaVA-NeXT", model_types=("llava_next",), vision_blocks=_BLOCKS, token_norms=_packed))
+register_family(
+    Family(
+        name="LLaVA-OneVision",
+        model_types=("llava_onevision",),
+        vision_blocks=_BLOCKS,
+        token_norms=_packed_and_scaled,
+        video_token_norms=_pooled_frames,
+        placeholder_ids={"image": "image_token_id", "video": "video_token_id"},
+    )
+)

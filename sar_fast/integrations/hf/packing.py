@@ -1,0 +1,181 @@
+"""Several sequences packed into one row: where they end, and roles, prior and attention of each by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sar_fast import ops
+from sar_fast.backends.select import choose_backend
+from sar_fast.config import TextQueries
+from sar_fast.decoding import recorded
+from sar_fast.distributed import Shards
+from sar_fast.functional import autocast_inputs
+from sar_fast.roles import TokenRoles
+from sar_fast.types import AttentionOptions, SARStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The sequences of a packed pass, rows one after the other.
+
+    Attributes:
+        cu_seqlens: (sequences + 1,) int32, where each starts among all B * S positions; the last is B * S.
+        max_seqlen: at least the longest length.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def sequence_of(self, total: int) -> Tensor:
+        """(total,) int64: which sequence each position belongs to."""
+        positions = torch.arange(total, dtype=torch.int32, device=self.cu_seqlens.device)
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), positions, right=True)
+
+    def totals(self, values: Tensor) -> Tensor:
+        """(B, S) -> (B, S): at each position, the sum of ``values`` over its sequence."""
+        sequence = self.sequence_of(values.numel())
+        sums = values.new_zeros(self.cu_seqlens.shape[0] - 1).index_add(0, sequence, values.flatten())
+        return sums[sequence].view(values.shape)
+
+    def roles(self, visual: Tensor, text_queries: TextQueries) -> TokenRoles:
+        """V and T of every sequence by itself, from the (B, S) bool mask of placeholders."""
+        count = visual.flatten().long()
+        sequence = self.sequence_of(count.numel())
+        per_sequence = count.new_zeros(self.cu_seqlens.shape[0] - 1).index_add(0, sequence, count)
+        before = per_sequence.cumsum(0) - per_sequence
+        seen = (count.cumsum(0) - before[sequence]).view(visual.shape)  # visual tokens of the sequence so far
+        total = per_sequence[sequence].view(visual.shape)
+        needed = total if text_queries == "after_last_image" else 1
+        return TokenRoles(visual, ~visual & (seen >= needed) & (total > 0))
+
+
+def find_packing(given: Mapping[str, Any], shape: torch.Size, past_length: int | Tensor) -> Packing | None:
+    """The packing of a forward pass, or None.
+
+    Args:
+        given: the pass's arguments. ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32, FlashAttention's) describe the
+            packing; without them ``position_ids`` that restart do, where no padding mask and no cached token is.
+        shape: (B, S).
+    """
+    cu_q, cu_k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
+    if cu_q is not None or cu_k is not None:
+        return _from_lengths(given, cu_q, cu_k, shape, past_length)
+    positions = given.get("position_ids")
+    if positions is None or given.get("attention_mask") is not None or shape[1] == 1:
+        return None
+    tracing = torch.compiler.is_compiling()
+    if isinstance(past_length, Tensor) and tracing:
+        return None
+    if past_length:
+        return None
+    return None if tracing else _from_positions(positions, shape)
+
+
+def _from_lengths(
+    given: Mapping[str, Any], cu_q: Tensor | None, cu_k: Tensor | None, shape: torch.Size, past_length: int | Tensor
+) -> Packing:
+    if cu_q is None or cu_k is None:
+        missing = "cu_seq_lens_q" if cu_q is None else "cu_seq_lens_k"
+        raise ValueError(f"{missing} must be given together with the other; got None")
+    for name, lengths in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
+        if not isinstance(lengths, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor; got {type(lengths).__name__}, as in continuous batching (generate_batch), "
+                "which SAR does not support: use generate, or remove_sar first"
+            )
+    if shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q describes one packed row; got a batch of {shape[0]}")
+    if not torch.compiler.is_compiling():
+        if past_length:
+            raise ValueError(f"cu_seq_lens_q: SAR packs whole sequences, without a cache; {past_length} are cached")
+        ends = cu_q.tolist()
+        if ends[0] != 0 or ends[-1] != shape[1] or any(b < a for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to the packed length {shape[1]}; got {ends}")
+        if not torch.equal(cu_q, cu_k):
+            raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q without a cache; got {cu_k.tolist()}")
+        mask = given.get("attention_mask")
+        if mask is not None and not bool((mask != 0).all()):
+            raise ValueError("attention_mask must be None or all ones with cu_seq_lens_q: packed rows have no padding")
+    longest = given.get("max_length_q")
+    return Packing(cu_q.to(torch.int32), shape[1] if longest is None else int(longest))
+
+
+def _from_positions(positions: Tensor, shape: torch.Size) -> Packing | None:
+    """Packing by restarts of ``position_ids``: (B or 1, S), or (rows, B, S) whose row 0 is the text's of four."""
+    rotary_rows = positions.dim() == 3 and positions.shape[0] == 3
+    if positions.dim() == 3:
+        positions = positions[0]
+    steps = torch.diff(positions.expand(shape), dim=-1)
+    if rotary_rows:  # positions of one sequence stand still inside a picture, but never fall
+        if bool((steps < 0).any()):
+            raise ValueError(
+                "position_ids of packed sequences must have four rows, the text positions and the three of the "
+                "rotary embedding; got three, from which the model cannot tell the sequences apart"
+            )
+        return None
+    starts = torch.ones(shape, dtype=torch.bool, device=positions.device)
+    starts[:, 1:] = steps != 1
+    if not bool(starts[:, 1:].any()):
+        return None
+    begins = starts.flatten().nonzero()[:, 0]
+    cu_seqlens = torch.cat([begins, begins.new_tensor([starts.numel()])])
+    return Packing(cu_seqlens.to(torch.int32), int(cu_seqlens.diff().max()))
+
+
+def packed_attention(
+    packing: Packing,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    roles: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    options: AttentionOptions,
+    backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    sav_grad: bool = False,
+    shards: Shards | None = None,
+    keep_stats: bool = False,
+) -> tuple[Tensor, SARStats | None]:
+    """Attention in which every sequence sees only itself, re-weighted with ``roles``, plain without.
+
+    Args:
+        q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv). roles: (visual_mask, text_mask, prior), each (B, S).
+        attn_mask: (B or 1, 1, S, S) bool, patterns inside the sequences that ``options`` do not say; the sequences
+            are then attended to one by one.
+
+    Returns:
+        (out (B, S, H, Dv), statistics with one row per sequence, or None unless ``keep_stats``).
+    """
+    B, S = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in autocast_inputs(q, k, v))
+    backend = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=attn_mask is not None)
+    flat = (q, k, v, *([None] * 3 if roles is None else [x.flatten() for x in roles]))
+    call = {"options": options, "backend": backend, "sav_grad": sav_grad, "shards": shards}
+    if attn_mask is None:
+        out, _, *stats = ops.attention(
+            *flat,
+            cu_seqlens_q=packing.cu_seqlens,
+            cu_seqlens_k=packing.cu_seqlens,
+            max_seqlens=(packing.max_seqlen, packing.max_seqlen),
+            **call,
+        )
+        return out.view(B, S, *out.shape[1:]), recorded(*stats, backend) if keep_stats else None
+    outs, stats = [], []
+    ends = packing.cu_seqlens.tolist()
+    for start, stop in itertools.pairwise(ends):
+        row, inside = start // S, slice(start % S, start % S + stop - start)
+        mask = attn_mask[row if attn_mask.shape[0] > 1 else 0, None, :, inside, inside]
+        out, _, *part = ops.attention(
+            *(None if x is None else x[None, start:stop] for x in flat), attn_mask=mask, **call
+        )
+        outs.append(out[0])
+        stats.append(part)
+    out = torch.cat(outs)
+    whole = recorded(*(torch.cat(parts) for parts in zip(*stats)), backend) if keep_stats else None
+    return out.view(B, S, *out.shape[1:]), whole
