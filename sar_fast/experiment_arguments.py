@@ -1,0 +1,94 @@
+"""Command lines of the scripts in ``experiments/``: YAML files and flags, for groups of dataclass fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Parsed = TypeVar("Parsed")
+
+
+def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """One instance of each dataclass, from YAML or JSON files and flags; a later value replaces an earlier one.
+
+    ``config.yaml --learning_rate 1e-5`` and ``config.yaml learning_rate=1e-5`` are the same. ``ValueError`` for an
+    unknown flag names the nearest known one.
+    """
+    parser = HfArgumentParser(groups, allow_abbrev=False)
+    known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    words = expand(argv)
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown flag {name}{hint}")
+    *parsed, left = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    if left:
+        raise ValueError(f"cannot make sense of {' '.join(left)}; flags begin with --")
+    return tuple(parsed)
+
+
+def expand(argv: Sequence[str]) -> list[str]:
+    """Files become flags, ``key=value`` becomes ``--key value``."""
+    words: list[str] = []
+    for word in argv:
+        if not word.startswith("-") and word.endswith((".yaml", ".yml", ".json")) and not _is_value(words):
+            words += _file_flags(Path(word))
+        elif not word.startswith("-") and "=" in word and not _is_value(words):
+            words += ["--" + word.split("=", 1)[0], word.split("=", 1)[1]]
+        else:
+            words.append(word)
+    return words
+
+
+def _is_value(words: Sequence[str]) -> bool:
+    """Whether the next word belongs to the flag before it."""
+    return bool(words) and words[-1].startswith("--") and "=" not in words[-1]
+
+
+def _file_flags(path: Path) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, needed names and values")
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
+
+
+def need(group: Any, flag: str, value: Any, names: Sequence[str]) -> None:
+    """``ValueError`` for the first of ``names`` that is set although ``flag`` is not ``value``."""
+    if getattr(group, flag) == value:
+        return
+    missing = dataclasses.MISSING
+    defaults = {
+        f.name: f.default if f.default_factory is missing else f.default_factory() for f in dataclasses.fields(group)
+    }
+    for name in names:
+        if getattr(group, name) != defaults[name]:
+            shown = f"--{flag}" if value is True else f"--{flag} {value}"
+            raise ValueError(f"--{name} has no effect without {shown}; add it")
+
+
+def arguments_of_process(parse: Callable[[Sequence[str]], Parsed]) -> Parsed:
+    """This process's arguments; a bad one ends it with one line on stderr and exit code 2."""
+    try:
+        return parse(sys.argv[1:])
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error

@@ -1,0 +1,99 @@
+"""``dataset_info.json``: names of datasets, as LLaMA-Factory writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from sar_fast.training.records import SUFFIXES, Layout
+
+REGISTRY_NAME = "dataset_info.json"
+SUPPORTED_KEYS = ("file_name", "hf_hub_url", "subset", "split", "formatting", "columns", "tags", "num_samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """One dataset: the files it is made of, or a hub id, and how its rows are laid out.
+
+    ``media_dir`` is what relative image paths start from; ``num_samples`` keeps that many rows, the first ones.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    layout: Layout
+    media_dir: Path
+    hub_id: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    num_samples: int | None = None
+
+
+def find_datasets(names: str, dataset_dir: Path, media_dir: Path | None = None) -> list[DatasetInfo]:
+    """Datasets by comma-separated names of ``dataset_dir/dataset_info.json``, or by paths of files.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), an entry that asks for what is not supported.
+        FileNotFoundError: no registry, or an entry whose file is not there.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError(f"dataset is {names!r}, needed a name of {dataset_dir / REGISTRY_NAME} or a file")
+    return [
+        _file(Path(name), media_dir)
+        if Path(name).suffix in SUFFIXES
+        else _entry(name, load_registry(dataset_dir), dataset_dir, media_dir)
+        for name in wanted
+    ]
+
+
+def load_registry(dataset_dir: Path) -> dict[str, dict[str, Any]]:
+    """The entries of ``dataset_dir/dataset_info.json``."""
+    path = dataset_dir / REGISTRY_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset_dir is {dataset_dir}, which has no {REGISTRY_NAME}")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} holds a {type(entries).__name__}, needed an object of datasets by name")
+    return entries
+
+
+def _file(path: Path, media_dir: Path | None) -> DatasetInfo:
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset file {path} does not exist")
+    return DatasetInfo(path.stem, (path,), Layout(), media_dir or path.parent)
+
+
+def _entry(name: str, entries: dict[str, dict], dataset_dir: Path, media_dir: Path | None) -> DatasetInfo:
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"dataset {name!r} is not in {dataset_dir / REGISTRY_NAME}; {hint}known: {', '.join(entries)}")
+    entry = entries[name]
+    unsupported = sorted(set(entry) - set(SUPPORTED_KEYS))
+    if unsupported:
+        raise ValueError(
+            f"dataset {name!r}: {', '.join(unsupported)} not supported; known: {', '.join(SUPPORTED_KEYS)}"
+        )
+    layout = Layout(entry.get("formatting", "alpaca"), entry.get("columns", {}), entry.get("tags", {}))
+    shared = {
+        "layout": layout,
+        "media_dir": media_dir or dataset_dir,
+        "subset": entry.get("subset"),
+        "split": entry.get("split", "train"),
+        "num_samples": entry.get("num_samples"),
+    }
+    if "hf_hub_url" in entry:
+        return DatasetInfo(name, (), hub_id=entry["hf_hub_url"], **shared)
+    if "file_name" not in entry:
+        raise ValueError(f"dataset {name!r} has neither file_name nor hf_hub_url")
+    path = dataset_dir / entry["file_name"]
+    files = tuple(sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)) if path.is_dir() else (path,)
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"dataset {name!r}: {path} does not exist or holds no {', '.join(SUFFIXES)} file")
+    return DatasetInfo(name, files, **shared)

@@ -1,0 +1,171 @@
+"""What ``experiments/train.py`` does: arguments, data, model, Trainer, and what is kept beside the results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging as hf_logging
+
+from sar_fast.experiment_arguments import expand
+from sar_fast.integrations.hf.apply import unwrap
+from sar_fast.run_metadata import commit, versions
+from sar_fast.training.arguments import Arguments, main_arguments
+from sar_fast.training.checkpoints import checkpoints, last_complete
+from sar_fast.training.data import Collator, encode_dataset, load_records
+from sar_fast.training.distributed import asks_for_deepspeed, prepare_deepspeed
+from sar_fast.training.encoding import Encoder
+from sar_fast.training.gradients import FILE_NAME, GradientSparsityCallback
+from sar_fast.training.models import load_model, load_processor
+from sar_fast.training.plots import plot_loss
+from sar_fast.training.registry import find_datasets
+from sar_fast.training.throughput import ThroughputCallback
+from sar_fast.training.trainers import ControlSFTTrainer, SFTTrainer
+
+logger = logging.getLogger(__name__)
+
+PACKABLE = ("llava", "llava_next", "internvl", "idefics3", "mistral3")
+
+
+def main() -> None:
+    """Run the command line; bad input ends it with one line on stderr and exit code 2."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    try:
+        if asks_for_deepspeed(expand(sys.argv[1:])):
+            prepare_deepspeed()
+        arguments = main_arguments()
+        trainer, checkpoint = build(arguments)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from error
+    run(trainer, arguments, checkpoint)
+    if dist.is_initialized():  # a rank that leaves while another still writes would abort
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def build(arguments: Arguments) -> tuple[Trainer, str | None]:
+    """The Trainer, and the checkpoint to resume from. Everything that can be wrong with the input is found here."""
+    training, data = arguments.training, arguments.data
+    hf_logging.enable_propagation()
+    hf_logging.disable_default_handler()
+    checkpoint = find_checkpoint(arguments)
+    set_seed(training.seed)
+    processor = load_processor(arguments)
+    encoder = Encoder(processor, data.max_length, data.too_long)
+    train = _dataset(arguments, data.dataset, encoder) if training.do_train else None
+    evaluation = _dataset(arguments, data.eval_dataset, encoder) if training.do_eval else None
+    model = load_model(arguments)
+    needs_blank = is_deepspeed_zero3_enabled()
+    if data.packing:
+        check_packing(model, needs_blank)
+    tokenizer = encoder.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options: dict[str, Any] = {
+        "model": model,
+        "args": training,
+        "train_dataset": train,
+        "eval_dataset": evaluation,
+        "processing_class": processor,
+        "data_collator": Collator(pad, packing=data.packing, blank=encoder.blank_image() if needs_blank else None),
+    }
+    if arguments.control.custom_trainer == "control_sft":
+        control = {k: v for k, v in vars(arguments.control).items() if k != "custom_trainer"}
+        trainer: Trainer = ControlSFTTrainer(**options, **control)
+    else:
+        trainer = SFTTrainer(**options)
+    if training.do_train and training.gradient_analysis:
+        every = training.gradient_analysis_steps or max(1, int(training.logging_steps))
+        trainer.add_callback(GradientSparsityCallback(trainer, every))
+    if training.log_throughput:
+        trainer.add_callback(ThroughputCallback(trainer, training.peak_flops))
+    return trainer, checkpoint
+
+
+def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
+    """Train and evaluate, as asked; write model, metrics, figures and metadata into the output folder."""
+    training = arguments.training
+    output = Path(training.output_dir)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "run_metadata.json").write_text(json.dumps(run_metadata(arguments), indent=2) + "\n")
+    if training.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        if training.plot_loss and trainer.is_world_process_zero():
+            plot_loss(trainer.state.log_history, output / "training_loss.png")
+    if training.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+def check_packing(model: nn.Module, zero3: bool) -> None:
+    """``ValueError`` for a model whose rows must not hold several samples."""
+    kind = unwrap(model).config.model_type
+    if kind not in PACKABLE:  # several position rows, or image blocks that look across samples
+        raise ValueError(f"--packing is not known to be right for {kind}; it is for {', '.join(PACKABLE)}")
+    if zero3:
+        raise ValueError("--packing with ZeRO-3 has no place for the blank image of a batch without any; use ZeRO-2")
+
+
+def find_checkpoint(arguments: Arguments) -> str | None:
+    """Where ``--resume_from_checkpoint`` says: a folder, or with ``true`` the newest whole one of the output folder.
+
+    ``ValueError`` if the output folder holds an earlier run's checkpoints and neither resume nor overwriting is asked.
+    """
+    training = arguments.training
+    wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
+    if wanted is None or str(wanted).lower() == "false":
+        if training.do_train and (old := checkpoints(output)):
+            if not training.overwrite_output_dir:
+                raise ValueError(
+                    f"output_dir {output} holds {old[-1].name} of an earlier run: give --resume_from_checkpoint true "
+                    "or --overwrite_output_dir"
+                )
+            if training.process_index == 0:
+                for folder in old:
+                    shutil.rmtree(folder)
+                (output / FILE_NAME).unlink(missing_ok=True)
+        return None
+    if str(wanted).lower() == "true":
+        found = last_complete(output)
+        logger.info("resuming from %s", found or "nothing: no whole checkpoint yet")
+        return str(found) if found else None
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint is {wanted}, which is no whole checkpoint")
+    return str(wanted)
+
+
+def run_metadata(arguments: Arguments) -> dict[str, Any]:
+    """Versions, command, seed and configuration, as stored in run_metadata.json."""
+    return {
+        "command": sys.argv,
+        "versions": versions(),
+        "commit": commit(),
+        "seed": arguments.training.seed,
+        "world_size": arguments.training.world_size,
+        "configuration": arguments.to_dict(),
+    }
+
+
+def _dataset(arguments: Arguments, names: str, encoder: Encoder) -> Any:
+    data = arguments.data
+    media = Path(data.media_dir) if data.media_dir else None
+    infos = find_datasets(names, Path(data.dataset_dir), media)
+    with arguments.training.main_process_first(desc="preparing data"):
+        records = load_records(infos, data.streaming, data.cache_dir)
+        if data.max_samples is not None:
+            records = records.take(data.max_samples)
+        return encode_dataset(records, encoder, data.preprocessing_num_workers)
