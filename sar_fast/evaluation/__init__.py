@@ -1,0 +1,1 @@
+"""Evaluations: benchmarks with their own scoring rules, and the analyses of the paper."""

@@ -1,0 +1,149 @@
+"""Flags and YAML of ``experiments/evaluate.py``: the research code's names, and what they leave open."""
+# ruff: noqa: RUF009  (a field made by a function is still a field)
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
+from sar_fast.experiment_arguments import need, parse_groups
+
+SCORINGS = ("generate", "first_token")
+CHOICE_FORMATS = ("letters", "cloze")
+
+
+def _flag(default: Any, help: str, **metadata: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def _list_flag(default: list[Any], help: str) -> Any:
+    return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+@dataclasses.dataclass
+class EvaluationArguments:
+    """Everything that ``experiments/evaluate.py`` can be told. Exactly one of task, SFS/FI and probe is asked for."""
+
+    model_name_or_path: str = dataclasses.field(
+        metadata={"help": "Folder or hub id of an image-text-to-text model; 'miniature' is the small one shipped."}
+    )
+    output_dir: str = dataclasses.field(metadata={"help": "Results, per-sample records and metadata."})
+    overwrite_output_dir: bool = _flag(False, "Delete the results of an earlier evaluation in output_dir.")
+    seed: int = _flag(42, "Of everything that is random.")
+
+    # the model
+    bf16: bool = _flag(False, "Run the model in bfloat16.")
+    fp16: bool = _flag(False, "Run the model in float16.")
+    device: str = _flag("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1; set by `accelerate launch`.")
+    template: str | None = _flag(None, "A Jinja file to use instead of the model's own chat template.")
+    use_sar: bool = _flag(False, "Re-weight attention heads.")
+    sar_activation_layer_k: int = _flag(10, "Last K attention layers.")
+    sar_beta: float = _flag(0.5, "Temperature of the softmax over heads.")
+    sar_normalize: Normalize = _flag("none", "none, or standardize: SAV standardised over heads.")
+    sar_decode: DecodeMode = _flag("running", "Weights while generating: running, step or prompt.")
+    sar_prior_source: PriorSource = _flag("vision_layer", "vision_layer or projected.")
+    sar_backend: BackendName = _flag("auto", "auto, triton, composed or torch.")
+
+    # benchmarks
+    task: str | None = _flag(None, "Benchmark: mme, pope, refcoco, ... (docs/evaluation.md).")
+    data_dir: str | None = _flag(None, "Folder of the benchmark's parquet files. Default: from the hub.")
+    split: str | None = _flag(None, "Split of the benchmark. Default: the one that papers report.")
+    scoring: str | None = _flag(
+        None, "generate, or first_token: log-probabilities of the answers, no decoding.", choices=[*SCORINGS, None]
+    )
+    predict_with_generate: bool = _flag(False, "The same as --scoring generate, which is the default.")
+    max_new_tokens: int | None = _flag(None, "Longest generated answer. Default: the task's.")
+    per_device_eval_batch_size: int = _flag(8, "Samples per batch and device.")
+    dataloader_num_workers: int | None = _flag(None, "Processes that prepare batches. Default: 4 on a GPU, else 0.")
+    max_samples: int | None = _flag(None, "Use the first samples alone; pictures that belong together stay together.")
+    box_format: str | None = _flag(None, "How the model writes boxes. Default: by its family.")
+    choice_format: str | None = _flag(
+        None,
+        "letters (default): options in the prompt; cloze: the question alone, options are its possible answers.",
+        choices=[*CHOICE_FORMATS, None],
+    )
+    prompt_suffix: str | None = _flag(None, "Replaces the benchmark's own words after the question; may be empty.")
+
+    # a dataset with columns image, query, object_prompt, bbox, for the analyses
+    dataset: str | None = _flag(None, "Name in dataset_info.json, or a file: refcoco_val_sar.")
+    dataset_dir: str = _flag(str(Path(__file__).parents[2] / "experiments" / "data"), "Where dataset_info.json is.")
+    media_dir: str | None = _flag(None, "Where image paths start. Default: dataset_dir, or a file's own folder.")
+
+    # section 4.3
+    do_sfs_fi_eval: bool = _flag(False, "Semantic Focus Score and Focus Instability.")
+    gd_config_path: str | None = _flag(None, "Grounding DINO's config file, for a .pth checkpoint.")
+    gd_checkpoint_path: str | None = _flag(None, "Grounding DINO: .pth, folder or hub id.")
+    sam_checkpoint_path: str | None = _flag(None, "SAM or SAM 2: .pth, folder or hub id.")
+    sam_model_type: str = _flag("vit_h", "Size of a .pth SAM checkpoint: vit_b, vit_l or vit_h.")
+    gd_box_threshold: float = _flag(0.35, "Least score of a grounded box.")
+    gd_text_threshold: float = _flag(0.25, "Least score of a word of its phrase.")
+    gd_text_encoder: str | None = _flag(None, "BERT's folder, where the hub cannot be reached. Default: the config's.")
+    sam_mask_cache: str | None = _flag(None, "Folder of masks by picture and phrase. Default: output_dir/masks.")
+    focus_layers: list[int] = _list_flag([-1], "Attention layers whose maps are averaged; -1 is the last.")
+    focus_templates: list[str] = _list_flag([], "Paraphrases with {} for the object. Default: the paper's five.")
+    focus_overlays: bool = _flag(False, "Also draw every query's map over its picture.")
+
+    # section 6.3
+    do_layerwise_probe: bool = _flag(False, "Linear probes on every layer.")
+    layerwise_probe_task: str = _flag("grounding", "What the probes learn.", choices=["grounding", "classification"])
+    probe_lr: float = _flag(1e-3, "Learning rate of the probes.")
+    probe_epochs: int = _flag(5, "Epochs of the probes.")
+    probe_batch_size: int = _flag(32, "Batch size of the probes.")
+    probe_feature_scale: str = _flag(
+        "standardize", "standardize features over the training set, or none: raw.", choices=["standardize", "none"]
+    )
+    probe_seeds: int = _flag(3, "How often heads are trained, from different initial weights and orders.")
+
+    def __post_init__(self) -> None:
+        wanted = [n for n in ("task", "do_sfs_fi_eval", "do_layerwise_probe") if getattr(self, n)]
+        if len(wanted) != 1:
+            came = " and ".join(f"--{name}" for name in wanted) or "none"
+            raise ValueError(f"needed one of --task, --do_sfs_fi_eval, --do_layerwise_probe; got {came}")
+        need(self, "use_sar", True, [f.name for f in dataclasses.fields(self) if f.name.startswith("sar_")])
+        need(self, "do_sfs_fi_eval", True, [n for n in vars(self) if n.startswith(("gd_", "sam_", "focus_"))])
+        need(self, "do_layerwise_probe", True, [n for n in vars(self) if n.startswith(("probe_", "layerwise_"))])
+        if self.task and self.dataset:
+            raise ValueError("--dataset is for --do_sfs_fi_eval and --do_layerwise_probe; --task takes --data_dir")
+        if not self.task:
+            names = ("data_dir", "split", "scoring", "max_new_tokens", "box_format", "choice_format", "prompt_suffix")
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            for name in names:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"--{name} has no effect without --task; add it")
+            if not self.dataset:
+                raise ValueError(f"--{wanted[0]} needs --dataset")
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 exclude each other; give one")
+        if self.predict_with_generate and self.scoring == "first_token":
+            raise ValueError("--predict_with_generate and --scoring first_token exclude each other; give one")
+        counts = ("per_device_eval_batch_size", "max_new_tokens", "max_samples")
+        for name in (*counts, "probe_epochs", "probe_batch_size", "probe_seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.use_sar:
+            self.sar_config()
+
+    def sar_config(self) -> SARConfig:
+        """The options of SAR; ``ValueError`` for a bad one."""
+        return SARConfig(
+            activation_layer_k=self.sar_activation_layer_k,
+            beta=self.sar_beta,
+            normalize=self.sar_normalize,
+            decode=self.sar_decode,
+            prior_source=self.sar_prior_source,
+            backend=self.sar_backend,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored beside the results."""
+        return dataclasses.asdict(self)
+
+
+def parse(argv: Sequence[str]) -> EvaluationArguments:
+    """Arguments from a command line: YAML files, then flags; ``ValueError`` for a bad one."""
+    (arguments,) = parse_groups((EvaluationArguments,), argv)
+    return arguments

@@ -1,0 +1,137 @@
+"""``--do_sfs_fi_eval``: SFS and FI of a model on a dataset, from its flags to ``focus_metrics_results.json``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.benchmark import start_session, weights_stamp
+from sar_fast.evaluation.focus.dataset import load_grounding_samples
+from sar_fast.evaluation.focus.evaluator import FI, SFS, FocusMetricsEvaluator, summarise
+from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates
+from sar_fast.evaluation.focus.samples import DatasetMasks, MaskSource
+from sar_fast.evaluation.models import dtype_name, load, start_processes
+from sar_fast.evaluation.results import ResultFolder, write_json
+
+RESULTS = "focus_metrics_results.json"
+OVERLAYS = "overlays"
+MASKS = "masks"
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: EvaluationArguments) -> dict[str, Any]:
+    """Scores what is not scored yet, then summarises all; every process of a launch calls it.
+
+    Returns what ``focus_metrics_results.json`` holds, on the main process; ``{}`` on the others.
+    """
+    clock = time.time()
+    state = start_processes(arguments.device)
+    templates = check_templates(arguments.focus_templates or DEFAULT_TEMPLATES)
+    samples = load_grounding_samples(
+        arguments.dataset, arguments.dataset_dir, arguments.media_dir, arguments.max_samples
+    )
+    masks = mask_source(arguments, str(state.device))
+    settings = {
+        "analysis": "sfs_fi",
+        "dataset": arguments.dataset,
+        "samples": len(samples),
+        "max_samples": arguments.max_samples,
+        "model": arguments.model_name_or_path,
+        "weights": weights_stamp(arguments.model_name_or_path),
+        "dtype": dtype_name(arguments),
+        "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
+        "layers": arguments.focus_layers,
+        "templates": list(templates),
+        "masks": masks.describe(),
+        "batch_size": arguments.per_device_eval_batch_size,
+    }
+    output = Path(arguments.output_dir)
+    folder = ResultFolder(output, settings, arguments.overwrite_output_dir)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.prepare()
+        if arguments.overwrite_output_dir:
+            (output / RESULTS).unlink(missing_ok=True)
+    state.wait_for_everyone()
+    known = folder.records()
+    size = arguments.per_device_eval_batch_size
+    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+    batches = [batch for batch in batches if any(sample.id not in known for sample in batch)]
+    session = start_session(arguments, state, sum(map(len, batches)))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.write_session(session)
+        logger.info("SFS and FI: %d samples, %d scored already", len(samples), len(samples) - session["samples"])
+    if batches:
+        model, processor, handle = load(arguments, state)
+        if handle is not None:
+            handle.remove()  # the evaluator puts SAR on while it looks
+        evaluator = FocusMetricsEvaluator(
+            model,
+            processor,
+            masks,
+            config=arguments.sar_config() if arguments.use_sar else None,
+            layers=arguments.focus_layers,
+            templates=templates,
+            overlay_dir=output / OVERLAYS if arguments.focus_overlays else None,
+        )
+        mine = batches[state.process_index :: state.num_processes]
+        bar = tqdm(total=sum(map(len, mine)), desc="SFS/FI", unit="sample", disable=not state.is_main_process)
+        with bar, folder.open_part(state.process_index) as part:
+            for batch in mine:
+                part.append({"key": record["id"], **record} for record in evaluator.score(batch))
+                bar.update(len(batch))
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+    known = folder.records()
+    records = [known[sample.id] for sample in samples]
+    results = {**summarise(records, arguments.seed), "metadata": {"settings": settings, **session}}
+    folder.merge(records)
+    write_json(output / RESULTS, results)
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    folder.write_session(session | {"finished": finished, "seconds": round(time.time() - clock, 3)})
+    _report(results, output)
+    return results
+
+
+def mask_source(arguments: EvaluationArguments, device: str) -> MaskSource:
+    """Grounding models where their checkpoints are given, else the dataset's masks and boxes."""
+    detector, segmenter = arguments.gd_checkpoint_path, arguments.sam_checkpoint_path
+    if detector is None and segmenter is None:
+        if arguments.gd_config_path is not None:
+            raise ValueError("--gd_config_path has no effect without --gd_checkpoint_path; add it")
+        return DatasetMasks()
+    if detector is None or segmenter is None:
+        missing = "--gd_checkpoint_path" if detector is None else "--sam_checkpoint_path"
+        raise ValueError(f"masks by grounding need a detector and a segmenter: {missing} is missing")
+    from sar_fast.evaluation.focus.grounding import GroundedMasks
+
+    return GroundedMasks(
+        detector,
+        segmenter,
+        detector_config=arguments.gd_config_path,
+        text_encoder=arguments.gd_text_encoder,
+        segmenter_type=arguments.sam_model_type,
+        box_threshold=arguments.gd_box_threshold,
+        text_threshold=arguments.gd_text_threshold,
+        cache=Path(arguments.sam_mask_cache or Path(arguments.output_dir) / MASKS),
+        device=device if arguments.device == "auto" else arguments.device,
+    )
+
+
+def _report(results: dict[str, Any], output: Path) -> None:
+    for name, key in (("SFS", SFS), ("FI", FI)):
+        low, high = results[f"{key}_ci95"]
+        print(f"{name:>5}  {results[key]:.4f}  95 % interval {low:.4f} to {high:.4f}")
+    print(f"{'':>5}  SFS of a map that is the same everywhere: {results['uniform_focus_score']:.4f}")
+    for reason, ids in results["skipped"].items():
+        print(f"skipped, {reason}: {len(ids)}, first {ids[0]}")
+    print(f"{results['num_samples_evaluated']} samples of {results['num_pictures']} pictures; {output / RESULTS}")

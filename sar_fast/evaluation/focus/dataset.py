@@ -1,0 +1,111 @@
+"""``refcoco_val_sar`` and datasets like it: a picture, a query, the object's name, and where the object is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sar_fast.evaluation.focus.samples import GroundingSample
+from sar_fast.training.records import SUFFIXES, read_rows
+from sar_fast.training.registry import REGISTRY_NAME, load_registry
+
+NEEDED = ("image", "query", "object_prompt")
+OPTIONAL = ("bbox", "mask", "segmentation", "label", "id")
+
+
+def load_grounding_samples(
+    name: str, dataset_dir: str | Path, media_dir: str | Path | None = None, limit: int | None = None
+) -> list[GroundingSample]:
+    """Samples of a dataset by its name in ``dataset_dir/dataset_info.json``, or of a file; pictures are not decoded.
+
+    Columns: ``image`` (a path, encoded bytes, or an object with ``bytes`` or ``path``), ``query``, ``object_prompt``;
+    then ``bbox`` (x1, y1, x2, y2 in pixels), ``mask`` (an encoded picture, non-zero = object) or ``segmentation``
+    (polygons of x, y, ... in pixels), ``label`` (default: the object's name), ``id`` (default: the row's number).
+    The registry's ``columns`` may give a column another name. Relative paths start from ``media_dir``, by default the
+    file's folder. ``limit`` takes the first rows.
+
+    Raises:
+        ValueError: an unknown name, a row without a needed column or with a wrong value in one, two rows of one id.
+        FileNotFoundError: no registry, or no file.
+    """
+    path, columns = _find(name, Path(dataset_dir))
+    media = Path(media_dir) if media_dir is not None else path.parent
+    samples: dict[str, GroundingSample] = {}
+    for number, row in read_rows(path):
+        if limit is not None and number >= limit:
+            break
+        place = f"{path}, row {number}"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{place} is a {type(row).__name__}, needed an object")
+        missing = [c for c in NEEDED if row.get(columns.get(c, c)) is None]
+        if missing:
+            raise ValueError(f"{place}: no {', '.join(missing)}; it has {', '.join(row)}")
+        sample = _sample({c: row.get(columns.get(c, c)) for c in (*NEEDED, *OPTIONAL)}, str(number), place, media)
+        if sample.id in samples:
+            raise ValueError(f"{place}: id {sample.id!r} occurs twice")
+        samples[sample.id] = sample
+    if not samples:
+        raise ValueError(f"dataset {name!r}: {path} has no rows")
+    return list(samples.values())
+
+
+def _find(name: str, dataset_dir: Path) -> tuple[Path, Mapping[str, str]]:
+    path, columns = Path(name), {}
+    if path.suffix not in SUFFIXES:
+        entries = load_registry(dataset_dir)
+        if name not in entries:
+            raise ValueError(f"dataset {name!r} is not in {dataset_dir / REGISTRY_NAME}; known: {', '.join(entries)}")
+        if "file_name" not in entries[name]:
+            raise ValueError(f"dataset {name!r} has no file_name; download it and name its file")
+        path, columns = dataset_dir / entries[name]["file_name"], entries[name].get("columns", {})
+        unknown = sorted(set(columns) - {*NEEDED, *OPTIONAL})
+        if unknown:
+            raise ValueError(f"dataset {name!r}: columns may name {', '.join((*NEEDED, *OPTIONAL))}; got {unknown}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"dataset {name!r}: {path} does not exist; needed its columns {', '.join(NEEDED)}, bbox"
+        )
+    return path, columns
+
+
+def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> GroundingSample:
+    for column in ("query", "object_prompt"):
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise ValueError(f"{place}: {column} is {row[column]!r}, needed words")
+    box = row["bbox"]
+    if box is not None and (not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_finite, box))):
+        raise ValueError(f"{place}: bbox is {box!r}, needed four numbers x1, y1, x2, y2 in pixels")
+    picture = _file(row["image"], media)
+    if picture is None:
+        came = type(row["image"]).__name__
+        raise ValueError(f"{place}: image is a {came}, needed a path, bytes, or an object with one of them")
+    mask = row["segmentation"] if row["mask"] is None else row["mask"]
+    if mask is not None and not isinstance(mask, list):
+        mask = _file(mask, media)
+        if mask is None:
+            raise ValueError(f"{place}: mask is a {type(row['mask']).__name__}, needed an encoded picture or polygons")
+        mask = mask.read_bytes() if isinstance(mask, Path) else mask
+    return GroundingSample(
+        id=number if row["id"] is None else str(row["id"]),
+        picture=picture,
+        query=row["query"].strip(),
+        object_prompt=row["object_prompt"].strip(),
+        bbox=box,
+        mask=mask,
+        label=row["object_prompt"].strip() if row["label"] is None else str(row["label"]),
+    )
+
+
+def _file(value: Any, media: Path) -> bytes | Path | None:
+    """Bytes of an encoded picture, or its path; None if the value is neither."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray)) and value:
+        return bytes(value)
+    return media / value if isinstance(value, str) and value else None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

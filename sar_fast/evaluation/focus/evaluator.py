@@ -1,0 +1,171 @@
+"""Semantic focus score (SFS) and focus instability (FI) of a model over a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from sar_fast.analysis.overlay import heat_overlay
+from sar_fast.config import SARConfig
+from sar_fast.evaluation.focus.attention import PromptAttention, prompt_attention
+from sar_fast.evaluation.focus.bootstrap import interval_of_mean
+from sar_fast.evaluation.focus.grids import TokenGrid, token_grids
+from sar_fast.evaluation.focus.maps import attention_map, semantic_focus, structural_similarities
+from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates, encode_groups
+from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, MaskSource, SampleSkipped
+
+SFS, FI = "semantic_focus_score", "focus_instability"
+
+
+@dataclasses.dataclass
+class FocusMetricsEvaluator:
+    """Measures where a model looks: at the object of the query (SFS), and at the same place however it is asked (FI).
+
+    A map is the attention of the prompt's last token over the visual tokens, mean over ``layers`` and heads, on the
+    picture's pixels. SFS is its share inside the object's mask. FI is 1 - the mean SSIM of the query's map to the maps
+    of the templates, filled with the object's name.
+
+    Args:
+        model: a transformers model of a supported family, without SAR on it. processor: its processor.
+        masks: where masks come from; by default the dataset's masks and boxes.
+        config: SAR while looking, or None for the model as it is. With SAR, records also hold both scores of maps in
+            which heads count by their factor c.
+        layers: attention layers to average; negative ones count from the end.
+        templates: paraphrases, each with one ``{}`` for the object's name.
+        overlay_dir: where to write each query's map over its picture, or None.
+    """
+
+    model: nn.Module
+    processor: Any
+    masks: MaskSource = dataclasses.field(default_factory=DatasetMasks)
+    config: SARConfig | None = None
+    layers: Sequence[int] = (-1,)
+    templates: Sequence[str] = DEFAULT_TEMPLATES
+    overlay_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        self.templates = check_templates(self.templates)
+        self.overlay_dir = None if self.overlay_dir is None else Path(self.overlay_dir)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that scores depend on, as plain values."""
+        return {
+            "layers": list(self.layers),
+            "templates": list(self.templates),
+            "masks": self.masks.describe(),
+            "sar": None if self.config is None else self.config.to_dict(),
+        }
+
+    def score(self, samples: Sequence[GroundingSample]) -> list[dict[str, Any]]:
+        """One record per sample, all prompts of all samples in one batch.
+
+        A record has ``id``, ``picture`` (its key), ``mask_share`` (of the picture's area), ``semantic_focus_score``,
+        ``focus_instability`` and ``ssim`` (per template), with SAR also ``c_weighted`` with both scores; or ``id``,
+        ``skipped`` (reason) and ``detail``.
+        """
+        records: dict[str, dict[str, Any]] = {}
+        kept: list[tuple[GroundingSample, Image.Image, np.ndarray]] = []
+        for sample in samples:
+            try:
+                kept.append((sample, sample.image, self.masks.mask(sample)))
+            except SampleSkipped as skipped:
+                records[sample.id] = {"id": sample.id, "skipped": skipped.reason, "detail": str(skipped)}
+        if kept:
+            pictures = [picture for _, picture, _ in kept]
+            questions = [[s.query, *(t.format(s.object_prompt) for t in self.templates)] for s, _, _ in kept]
+            groups = encode_groups(self.model, self.processor, pictures, questions)
+            looks = prompt_attention(self.model, groups, self.layers, self.config)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # SciPy's and Pillow's filters let other threads run
+                places = [
+                    token_grids(self.model, self.processor, groups.inputs, number, len(look[0].mean), picture.size)
+                    for number, (picture, look) in enumerate(zip(pictures, looks))
+                ]
+                for record in pool.map(self._record, *zip(*kept), looks, places):
+                    records[record["id"]] = record
+        return [records[sample.id] for sample in samples]
+
+    def _record(
+        self,
+        sample: GroundingSample,
+        picture: Image.Image,
+        mask: np.ndarray,
+        looks: Sequence[PromptAttention],
+        grids: Sequence[TokenGrid],
+    ) -> dict[str, Any]:
+        """The scores of one sample from the attention of its prompts."""
+        maps = [attention_map(look.mean, grids, picture.size) for look in looks]
+        record = {
+            "id": sample.id,
+            "picture": sample.picture_key,
+            "mask_share": float(mask.mean()),
+            **_scores(maps, mask),
+        }
+        if self.config is not None:
+            weighted = [attention_map(look.weighted, grids, picture.size) for look in looks]
+            record["c_weighted"] = _scores(weighted, mask)
+        if self.overlay_dir is not None:
+            self._draw(sample.id, picture, maps[0], mask)
+        return record
+
+    def _draw(self, name: str, picture: Image.Image, attention: np.ndarray, mask: np.ndarray) -> None:
+        """Heat over the picture, the mask's edge in white."""
+        drawn = np.array(heat_overlay(picture, attention, float(attention.max())))
+        inner = mask.copy()
+        inner[1:] &= mask[:-1]
+        inner[:-1] &= mask[1:]
+        inner[:, 1:] &= mask[:, :-1]
+        inner[:, :-1] &= mask[:, 1:]
+        drawn[mask & ~inner] = 255
+        self.overlay_dir.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn).save(self.overlay_dir / f"{quote(name, safe='')}.png")
+
+
+def _scores(maps: Sequence[np.ndarray], mask: np.ndarray) -> dict[str, Any]:
+    similarities = structural_similarities(maps[0], maps[1:])
+    return {SFS: semantic_focus(maps[0], mask), FI: 1 - float(np.mean(similarities)), "ssim": similarities}
+
+
+def summarise(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """The run's scores: means over the scored samples, 95 % bootstrap intervals over pictures, skips by reason.
+
+    ``uniform_focus_score`` is the SFS of a map that is the same everywhere: the masks' mean share of the picture.
+    ``ValueError`` if no sample was scored.
+    """
+    scored = [r for r in records if "skipped" not in r]
+    skipped: dict[str, list[str]] = {}
+    for record in records:
+        if "skipped" in record:
+            skipped.setdefault(record["skipped"], []).append(record["id"])
+    if not scored:
+        reasons = ", ".join(f"{reason} ({len(ids)})" for reason, ids in skipped.items()) or "the dataset is empty"
+        raise ValueError(f"no sample could be scored: {reasons}")
+    pictures = [r["picture"] for r in scored]
+
+    def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key in (SFS, FI):
+            values = [row[key] for row in rows]
+            found[key] = float(np.mean(values))
+            found[f"{key}_ci95"] = interval_of_mean(values, pictures, seed=seed)
+        return found
+
+    results = {
+        **means(scored),
+        "num_samples_evaluated": len(scored),
+        "num_samples_skipped": len(records) - len(scored),
+        "skipped": skipped,
+        "num_pictures": len(set(pictures)),
+        "uniform_focus_score": float(np.mean([r["mask_share"] for r in scored])),
+    }
+    if all("c_weighted" in r for r in scored):
+        results["c_weighted"] = means([r["c_weighted"] for r in scored])
+    return results

@@ -1,0 +1,157 @@
+"""What focus is measured on: pictures with a query and the object that it is about, and where that object is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+NOTHING_GROUNDED = "nothing grounded"
+EMPTY_MASK = "empty mask"
+NO_BOX_AREA = "box has no area"
+BOX_OUTSIDE = "box outside the image"
+UNREADABLE = "unreadable image"
+
+
+class SampleSkipped(Exception):
+    """A sample that cannot be scored; ``reason`` is one of this module's, counted and listed in the results."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingSample:
+    """One picture, what is asked about it, and where the object of the question is.
+
+    Attributes:
+        id: unique in its dataset. picture: a Pillow image, an encoded file's bytes, or its path.
+        query: the prompt's words. object_prompt: the object's name, for templates and the grounding model.
+        bbox: (x1, y1, x2, y2) of the object in pixels, or None. mask: (height, width) of it, non-zero = object; an
+            encoded picture of that; or polygons of x, y, x, y, ... in pixels (COCO's). label: its class.
+    """
+
+    id: str
+    picture: Image.Image | bytes | str | Path
+    query: str
+    object_prompt: str = ""
+    bbox: Sequence[float] | None = None
+    mask: np.ndarray | bytes | list | None = None
+    label: str | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as RGB, decoded anew every time; :class:`SampleSkipped` if it cannot be read."""
+        return self._open().convert("RGB")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), from the file's header."""
+        return self._open(decode=False).size
+
+    @property
+    def picture_key(self) -> str:
+        """Equal for samples of one dataset that share a picture."""
+        if isinstance(self.picture, (str, Path)):
+            return str(self.picture)
+        return (
+            hashlib.sha256(self.picture).hexdigest() if isinstance(self.picture, bytes) else picture_hash(self.picture)
+        )
+
+    def _open(self, decode: bool = True) -> Image.Image:
+        if isinstance(self.picture, Image.Image):
+            return self.picture
+        source = io.BytesIO(self.picture) if isinstance(self.picture, bytes) else self.picture
+        try:
+            with Image.open(source) as opened:
+                return opened.convert("RGB") if decode else opened
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise SampleSkipped(UNREADABLE, str(error)) from error
+
+
+class MaskSource(Protocol):
+    """Where masks come from."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for the run's metadata; equal descriptions give equal masks."""
+
+    def mask(self, sample: GroundingSample) -> np.ndarray:
+        """(height, width) bool with at least one pixel set; raises :class:`SampleSkipped`."""
+
+
+class DatasetMasks:
+    """The dataset's own: a sample's mask, or else its box."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "dataset"}
+
+    def mask(self, sample: GroundingSample) -> np.ndarray:
+        if sample.mask is not None:
+            return check_mask(decode_mask(sample.mask, sample.size), sample.size)
+        if sample.bbox is None:
+            raise ValueError(
+                f"sample {sample.id}: the dataset has neither mask nor bbox, needed one of them or a grounding model"
+            )
+        return box_mask(sample.bbox, sample.size)
+
+
+def decode_mask(mask: np.ndarray | bytes | list, size: tuple[int, int]) -> np.ndarray:
+    """A mask in any of the forms of :class:`GroundingSample`, as an array; ``size`` is the picture's, for polygons."""
+    if isinstance(mask, bytes):
+        with Image.open(io.BytesIO(mask)) as opened:
+            return np.asarray(opened.convert("L"))
+    if isinstance(mask, list):
+        drawn = Image.new("1", size)
+        for polygon in mask if mask and isinstance(mask[0], (list, tuple)) else [mask]:
+            if len(polygon) < 6 or len(polygon) % 2:
+                raise ValueError(f"mask: a polygon needs x, y of at least three corners; got {len(polygon)} numbers")
+            ImageDraw.Draw(drawn).polygon([float(v) for v in polygon], fill=1)
+        return np.asarray(drawn)
+    return mask
+
+
+def check_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The mask as bool. ``ValueError`` for another shape than the picture's, :class:`SampleSkipped` if it is empty."""
+    mask = np.asarray(mask)
+    if mask.shape != size[::-1]:
+        raise ValueError(f"mask must be (height, width) = {size[::-1]} as its picture; got {mask.shape}")
+    mask = mask.astype(bool)
+    if not mask.any():
+        raise SampleSkipped(EMPTY_MASK)
+    return mask
+
+
+def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+    """(height, width) bool: pixels whose centre is in the box (x1, y1, x2, y2); what lies beyond the picture is cut.
+
+    Raises :class:`SampleSkipped` for a box without area, outside the picture, or between pixel centres.
+    """
+    width, height = size
+    if len(box) != 4 or not all(math.isfinite(v) for v in box):
+        raise ValueError(f"bbox must be four finite numbers x1, y1, x2, y2 in pixels; got {list(box)}")
+    x1, y1, x2, y2 = map(float, box)
+    if x1 >= x2 or y1 >= y2:
+        raise SampleSkipped(NO_BOX_AREA, f"{[x1, y1, x2, y2]}")
+    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+        raise SampleSkipped(BOX_OUTSIDE, f"{[x1, y1, x2, y2]} in {width} x {height}")
+    x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
+    mask = ((y >= y1) & (y < y2))[:, None] & ((x >= x1) & (x < x2))[None]
+    if not mask.any():
+        raise SampleSkipped(EMPTY_MASK, f"{[x1, y1, x2, y2]} holds no pixel centre")
+    return mask
+
+
+def picture_hash(picture: Image.Image) -> str:
+    """Hash of a picture's size and RGB values, the same for equal pixels whatever file they came from."""
+    picture = picture.convert("RGB")
+    digest = hashlib.sha256(repr(picture.size).encode())
+    digest.update(picture.tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,69 @@
+"""The model of an evaluation: loaded, on its device, with SAR on it if that is asked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from sar_fast.cli.errors import UserError
+from sar_fast.cli.loading import MINIATURE, load_model, tokenizer_of
+from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.integrations.hf import SARHandle, apply_sar
+from sar_fast.miniature.checkpoint import MINIATURE_PATH
+
+
+def dtype_name(arguments: EvaluationArguments) -> str:
+    """float32 unless ``--bf16`` or ``--fp16`` is given."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+
+
+def model_type_of(name: str) -> str:
+    """``model_type`` of a model's configuration."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(MINIATURE_PATH if name == MINIATURE else name).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def start_processes(device: str) -> PartialState:
+    """This process's place among those of ``accelerate launch`` or ``torchrun``; alone without one of them."""
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=True) if on_cpu else PartialState()  # without cpu=True it ignores the launcher there
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise ValueError(f"WORLD_SIZE is {started}, but {state.num_processes} process(es) found each other")
+    if state.num_processes > 1 and device not in ("auto", "cpu"):
+        raise ValueError(f"device is {device!r} with {state.num_processes} processes: each needs its own; auto")
+    return state
+
+
+def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module, Any, SARHandle | None]:
+    """(model in eval mode, processor that pads on the left, SAR's handle or None); ``ValueError`` names a bad flag."""
+    device = str(state.device) if arguments.device == "auto" else arguments.device
+    try:
+        model, processor = load_model(arguments.model_name_or_path, device, dtype_name(arguments))
+    except UserError as error:
+        raise ValueError(str(error).replace("--model ", "--model_name_or_path ")) from error
+    prepare_processor(processor, arguments.template)
+    return model, processor, apply_sar(model, arguments.sar_config()) if arguments.use_sar else None
+
+
+def prepare_processor(processor: Any, template: str | None = None) -> None:
+    """Pad on the left, with a chat template: the model's own, or the Jinja file ``template``."""
+    if template is not None:
+        if not Path(template).is_file():
+            raise ValueError(f"template is {template!r}, needed a Jinja file")
+        processor.chat_template = Path(template).read_text(encoding="utf-8")
+    if not getattr(processor, "chat_template", None):
+        raise ValueError("the model has no chat template, give one with --template")
+    tokenizer = tokenizer_of(processor)
+    tokenizer.padding_side = "left"  # new tokens continue every row of a batch
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,120 @@
+"""Linear heads on the features of all layers, trained as one batched model: L independent trainings in one.
+
+The loss is a sum over layers and AdamW works element by element, so a head's weights never see another layer's
+features; every head starts from the same weights and meets the samples in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURE_SCALES = ("standardize", "none")
+FeatureRows = Callable[[Tensor], Tensor]  # (n,) int64 sample numbers -> (n, L, d) fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTraining:
+    """How heads are trained. ``lr``, ``epochs`` and ``batch_size`` default to the research code's.
+
+    ``feature_scale``: ``"standardize"`` makes every feature mean 0 and variance 1 / d over the training samples, so
+    that one learning rate fits all layers: a residual stream grows with depth, and with raw features a layer's score
+    says how large they are as much as what is in them. ``"none"`` takes them raw, as the research code does.
+    """
+
+    lr: float = 1e-3
+    epochs: int = 5
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    feature_scale: str = "standardize"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be > 0; got {self.lr}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.feature_scale not in FEATURE_SCALES:
+            raise ValueError(f"feature_scale must be one of {', '.join(FEATURE_SCALES)}; got {self.feature_scale!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """``weight`` (L, d, outputs), ``bias`` (L, outputs)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(n, L, d) -> (n, L, outputs)."""
+        return torch.einsum("nld,ldo->nlo", features, self.weight) + self.bias
+
+
+def scaled(features: FeatureRows, rows: Tensor, training: HeadTraining) -> FeatureRows:
+    """``features`` as ``training.feature_scale`` wants them, with moments of the samples ``rows`` in fp64."""
+    if training.feature_scale == "none":
+        return features
+    total = squares = 0.0
+    for batch in rows.split(256):
+        values = features(batch).double()  # (n, L, d)
+        total, squares = total + values.sum(0), squares + values.square().sum(0)
+    mean = total / len(rows)
+    deviation = (squares / len(rows) - mean.square()).clamp_min(0).sqrt()
+    factor = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0) * mean.shape[-1] ** -0.5
+    return lambda wanted: (features(wanted) - mean.float()) * factor.float()
+
+
+def train_heads(
+    features: FeatureRows, targets: Tensor, rows: Tensor, outputs: int, training: HeadTraining, seed: int
+) -> Heads:
+    """Heads of all layers, trained on the samples ``rows``.
+
+    Args:
+        features: gives features of samples. targets: (N, 4) fp32 boxes for L1 loss, or (N,) int64 classes for
+            cross-entropy. rows: (n,) int64 training samples. outputs: 4, or the number of classes.
+        seed: of the initial weights and of the order of samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    _, L, d = features(rows[:1]).shape
+    bound = d**-0.5  # nn.Linear's initialisation
+    uniform = lambda *shape: (2 * torch.rand(*shape, generator=generator) - 1) * bound
+    weight = uniform(d, outputs).expand(L, -1, -1).clone().requires_grad_()
+    bias = uniform(outputs).expand(L, -1).clone().requires_grad_()
+    optimizer = torch.optim.AdamW([weight, bias], lr=training.lr, weight_decay=training.weight_decay)
+    for _ in range(training.epochs):
+        for batch in rows[torch.randperm(len(rows), generator=generator)].split(training.batch_size):
+            predicted = Heads(weight, bias)(features(batch))  # (n, L, outputs)
+            loss = loss_per_layer(predicted, targets[batch]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return Heads(weight.detach(), bias.detach())
+
+
+def loss_per_layer(predicted: Tensor, targets: Tensor) -> Tensor:
+    """(n, L, outputs) and (n, 4) or (n,) -> (L,) mean loss of each layer."""
+    if targets.is_floating_point():
+        return (predicted - targets[:, None]).abs().mean((0, 2))
+    n, L, _ = predicted.shape
+    losses = F.cross_entropy(predicted.flatten(0, 1), targets.repeat_interleave(L), reduction="none")
+    return losses.view(n, L).mean(0)
+
+
+@torch.no_grad()
+def predict(heads: Heads, features: FeatureRows, rows: Tensor, batch_size: int = 256) -> Tensor:
+    """(n, L, outputs) of the samples ``rows``."""
+    return torch.cat([heads(features(batch)) for batch in rows.split(batch_size)])
+
+
+def box_iou(predicted: Tensor, target: Tensor) -> Tensor:
+    """IoU of boxes (..., 4) as (centre x, centre y, width, height), broadcast; a box of negative size has no area."""
+    p_low, p_high = predicted[..., :2] - predicted[..., 2:] / 2, predicted[..., :2] + predicted[..., 2:] / 2
+    t_low, t_high = target[..., :2] - target[..., 2:] / 2, target[..., :2] + target[..., 2:] / 2
+    overlap = (torch.minimum(p_high, t_high) - torch.maximum(p_low, t_low)).clamp_min(0).prod(-1)
+    area = lambda low, high: (high - low).clamp_min(0).prod(-1)
+    union = area(p_low, p_high) + area(t_low, t_high) - overlap
+    return overlap / union.clamp_min(torch.finfo(union.dtype).tiny)

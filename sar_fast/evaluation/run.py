@@ -1,0 +1,46 @@
+"""What ``experiments/evaluate.py`` does: the command line, and which evaluation it asks for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+
+from sar_fast.evaluation.arguments import EvaluationArguments, parse
+from sar_fast.experiment_arguments import arguments_of_process
+
+
+def main() -> None:
+    """Run the command line; bad input ends it with one line on stderr and exit code 2."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    for library in ("httpx", "datasets"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    arguments = arguments_of_process(parse)
+    try:
+        evaluate(arguments)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        sys.stderr.write("\ninterrupted: the same command continues\n")
+        raise SystemExit(130) from error
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def evaluate(arguments: EvaluationArguments) -> None:
+    """The evaluation that the arguments ask for."""
+    if arguments.do_sfs_fi_eval:
+        from sar_fast.evaluation import focus
+
+        focus.run(arguments)
+    elif arguments.do_layerwise_probe:
+        from sar_fast.evaluation import probe
+
+        probe.run(arguments)
+    else:
+        from sar_fast.evaluation import benchmark
+
+        benchmark.run(arguments)

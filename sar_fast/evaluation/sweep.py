@@ -1,0 +1,289 @@
+"""``sar-fast sweep``: one benchmark under many settings of K and beta, sharing what the settings share.
+
+Every setting gets a folder like the one that ``experiments/evaluate.py`` makes of it, with the same records, so that
+either can continue the other's work. Only the time differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sar_fast.config import SARConfig
+from sar_fast.evaluation import benchmark
+from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.models import load, start_processes
+from sar_fast.evaluation.results import ResultFolder, read_json, write_json
+from sar_fast.evaluation.tables import Table
+from sar_fast.evaluation.tasks import Sample, Task
+from sar_fast.experiment_arguments import parse_groups
+from sar_fast.integrations.hf import SARHandle
+from sar_fast.integrations.hf.branching import layer_passes, run_branches
+
+logger = logging.getLogger(__name__)
+
+_DEFAULTS = {
+    f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    for f in dataclasses.fields(EvaluationArguments)
+}
+
+SUMMARY = "sweep.json"
+COST = ("layer_passes", "seconds_per_batch", "speed_up", "compared_batches")
+FIGURE = "figure6.png"
+
+
+@dataclasses.dataclass
+class SweepArguments(EvaluationArguments):
+    """A benchmark's arguments, with several values of K and beta in place of one."""
+
+    k: list[int] = dataclasses.field(
+        default_factory=lambda: [0, 5, 10, 15], metadata={"help": "Values of K; 0 is the model without SAR."}
+    )
+    beta: list[float] = dataclasses.field(default_factory=lambda: [0.5], metadata={"help": "Values of beta."})
+    compare_batches: int = dataclasses.field(
+        default=0, metadata={"help": "Also answer so many batches setting by setting, and print how long both take."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.task:
+            raise ValueError("a sweep needs --task")
+        for name in ("use_sar", "sar_activation_layer_k", "sar_beta"):
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(f"--{name} is what a sweep varies; give --k and --beta")
+        for name in ("k", "beta"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"--{name} must be one or more different values; got {values}")
+        if self.compare_batches < 0:
+            raise ValueError(f"compare_batches must be at least 0; got {self.compare_batches}")
+        self.use_sar, self.sar_activation_layer_k = True, max(self.k)
+        super().__post_init__()
+        self.settings()
+
+    def settings(self) -> list[EvaluationArguments]:
+        """The arguments of a separate run of every setting, in order of K, then beta."""
+        common = {name: getattr(self, name) for name in _DEFAULTS}
+        plain = {"use_sar": False, **{n: v for n, v in _DEFAULTS.items() if n.startswith("sar_")}}
+        found = []
+        for k, beta in [(0, None), *itertools.product(sorted(self.k), sorted(self.beta))]:
+            if k not in self.k or (k == 0 and beta is not None):
+                continue
+            options = {"sar_activation_layer_k": k, "sar_beta": beta} if k else plain
+            folder = Path(self.output_dir) / (f"k{k}_beta{beta:g}" if k else "k0")
+            found.append(EvaluationArguments(**{**common, **options, "output_dir": str(folder)}))
+        return found
+
+    def configs(self) -> list[SARConfig]:
+        """The settings as SAR's options; K = 0 is the model without SAR."""
+        options = self.sar_config()
+        return [
+            options.replace(activation_layer_k=s.sar_activation_layer_k, beta=s.sar_beta)
+            if s.use_sar
+            else options.replace(activation_layer_k=0)
+            for s in self.settings()
+        ]
+
+
+def parse(argv: Sequence[str]) -> SweepArguments:
+    """Arguments from a command line; ``ValueError`` for a bad one."""
+    (arguments,) = parse_groups((SweepArguments,), argv)
+    return arguments
+
+
+def run(arguments: SweepArguments) -> dict[str, Any]:
+    """Answer, score and compare all settings; what ``sweep.json`` holds, on the main process, ``{}`` on the others."""
+    clock, state = time.time(), start_processes(arguments.device)
+    task, scoring, table, samples, skips = benchmark.questions(arguments)
+    settings = arguments.settings()
+    folders = [
+        ResultFolder(Path(s.output_dir), benchmark.settings_of(s, task, table, scoring), s.overwrite_output_dir)
+        for s in settings
+    ]
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for folder in folders:
+            folder.prepare()
+    state.wait_for_everyone()
+    answered = [folder.records() for folder in folders]
+    in_all = {key: True for key in answered[0] if all(key in records for records in answered)}
+    batches = benchmark.pending_batches(samples, in_all, arguments.per_device_eval_batch_size)
+    session = benchmark.start_session(arguments, state, sum(map(len, batches)))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for folder in folders:
+            folder.write_session(session)
+        logger.info(
+            "%s: %d settings, %d samples, %d to answer", task.name, len(folders), len(samples), session["samples"]
+        )
+    known = Path(arguments.output_dir) / SUMMARY
+    before = read_json(known) if known.is_file() else {}
+    same = [row["folder"] for row in before.get("settings", ())] == [folder.path.name for folder in folders]
+    timing = {name: before[name] for name in COST if same and name in before}
+    if batches or arguments.compare_batches:
+        model, processor, handle = load(arguments, state)
+        ask = Asker(arguments, task, scoring, model, processor, handle)
+        answer_batches(ask, state, table, batches, folders, answered)
+        if arguments.compare_batches and state.is_main_process:
+            timing |= compare(ask, table, samples)
+        passes = layer_passes(handle, ask.configs)
+        timing["layer_passes"] = {"branched": passes[0], "separate": passes[1]}
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+    rows = []
+    for setting, folder in zip(settings, folders):
+        scores = benchmark.finish(task, samples, skips, folder)
+        k, beta = (setting.sar_activation_layer_k, setting.sar_beta) if setting.use_sar else (0, None)
+        rows.append({"k": k, "beta": beta, "folder": folder.path.name, "scores": dict(task.headline(scores))})
+        folder.write_session(session | {"finished": benchmark.now(), "seconds": round(time.time() - clock, 3)})
+    summary = {"task": task.name, "settings": rows, **timing, "session": session}
+    write_json(Path(arguments.output_dir) / SUMMARY, summary)
+    plot(summary, Path(arguments.output_dir) / FIGURE)
+    return summary
+
+
+@dataclasses.dataclass
+class Asker:
+    """A model that answers a batch under several settings at once, or under one."""
+
+    arguments: SweepArguments
+    task: Task
+    scoring: str
+    model: nn.Module
+    processor: Any
+    handle: SARHandle
+
+    def __post_init__(self) -> None:
+        self.configs = self.arguments.configs()
+        for config in self.configs:
+            self.handle.check_options(config)
+
+    def _call(self, asked: Sequence[Sample], inputs: Any) -> Callable[[], list[dict[str, Any]]]:
+        return lambda: benchmark.replies(
+            self.arguments, self.task, self.scoring, self.model, self.processor, asked, inputs
+        )
+
+    def branched(self, which: Sequence[int], asked: Sequence[Sample], inputs: Any) -> list[list[dict[str, Any]]]:
+        """Replies under the settings ``which``, one prefill for all."""
+        configs = [self.configs[i] for i in which]
+        return [reply for _, reply in run_branches(self.handle, configs, self._call(asked, inputs))]
+
+    def separately(self, asked: Sequence[Sample], inputs: Any) -> list[list[dict[str, Any]]]:
+        """Replies under every setting, each from the pixels on."""
+        before, found = self.handle.config, []
+        for config in self.configs:
+            self.handle.reconfigure(config)
+            found.append(self._call(asked, inputs)())
+        self.handle.reconfigure(before)
+        return found
+
+
+def answer_batches(
+    ask: Asker,
+    state: PartialState,
+    table: Table,
+    batches: list[list[Sample]],
+    folders: Sequence[ResultFolder],
+    answered: Sequence[Mapping[str, Any]],
+) -> None:
+    """This process's share of the batches under every setting that misses one of their records."""
+    transformers.set_seed(ask.arguments.seed)
+    per_process = -(-len(batches) // state.num_processes)
+    mine = batches[state.process_index * per_process : (state.process_index + 1) * per_process]
+    parts = [folder.open_part(state.process_index) for folder in folders]
+    loader = DataLoader(benchmark.Batches(mine, ask.task, table, ask.processor), batch_size=None)
+    bar = tqdm(total=sum(map(len, mine)), desc=ask.task.name, unit="sample", disable=not state.is_main_process)
+    with bar:
+        for asked, facts, inputs, unreadable in loader:
+            keys = [fact["key"] for fact in (*facts, *unreadable)]
+            which = [i for i, records in enumerate(answered) if any(key not in records for key in keys)]
+            found: list[list[dict[str, Any]]] = [[] for _ in which]
+            if asked:
+                found = ask.branched(which, asked, inputs.to(ask.model.device, ask.model.dtype))
+            for index, replies in zip(which, found):
+                parts[index].append([*({**fact, **reply} for fact, reply in zip(facts, replies)), *unreadable])
+            bar.update(len(keys))
+    for part in parts:
+        part.close()
+
+
+def compare(ask: Asker, table: Table, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Seconds for the first batches, branched and setting by setting, taken in turns; their replies must agree."""
+    size = ask.arguments.per_device_eval_batch_size
+    batches = [list(samples[i : i + size]) for i in range(0, len(samples), size)][: ask.arguments.compare_batches]
+    seconds: dict[str, list[float]] = {"branched": [], "separate": []}
+    for number, (asked, _, inputs, _) in enumerate(
+        DataLoader(benchmark.Batches(batches, ask.task, table, ask.processor), batch_size=None)
+    ):
+        if not asked:
+            continue
+        inputs = inputs.to(ask.model.device, ask.model.dtype)
+        ways = {
+            "branched": lambda: ask.branched(range(len(ask.configs)), asked, inputs),  # noqa: B023
+            "separate": lambda: ask.separately(asked, inputs),  # noqa: B023
+        }
+        replies = {}
+        for name in sorted(ways, reverse=bool(number % 2)):
+            began = _clock(ask.model)
+            replies[name] = ways[name]()
+            seconds[name].append(_clock(ask.model) - began)
+        if replies["branched"] != replies["separate"]:
+            raise RuntimeError(
+                f"batch {number}: branched settings answer otherwise than separate runs; please report it"
+            )
+    if not seconds["branched"]:
+        raise ValueError("compare_batches: no batch has a readable picture")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "seconds_per_batch": medians,
+        "speed_up": medians["separate"] / medians["branched"],
+        "compared_batches": len(seconds["branched"]),
+    }
+
+
+def _clock(model: nn.Module) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def plot(summary: Mapping[str, Any], path: Path) -> None:
+    """Figure 6: each headline score against K, a line per beta; K = 0 is the model without SAR."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = summary["settings"]
+    names = [n for n in rows[0]["scores"] if all(isinstance(row["scores"].get(n), int | float) for row in rows)]
+    if not names:
+        logger.warning("%s: no score is known under every setting; nothing is drawn", path.name)
+        return
+    figure, panels = plt.subplots(
+        1, len(names), figsize=(3.4 * len(names), 3), layout="constrained", squeeze=False, sharex=True
+    )
+    base = next((row for row in rows if row["k"] == 0), None)
+    for axes, name in zip(panels[0], names):
+        for beta in sorted({row["beta"] for row in rows if row["beta"] is not None}):
+            line = [row for row in rows if row["beta"] == beta]
+            line = ([base] if base else []) + line
+            axes.plot([row["k"] for row in line], [row["scores"][name] for row in line], "o-", label=f"beta {beta:g}")
+        if base:
+            axes.axhline(base["scores"][name], color="grey", linewidth=0.8, linestyle="--", label="without SAR")
+        axes.set(title=name, xlabel="K, re-weighted layers")
+    panels[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

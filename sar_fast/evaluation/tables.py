@@ -1,0 +1,106 @@
+"""Benchmark tables: parquet files as lmms-lab publishes them, on disk or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import Dataset, Image, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from sar_fast.evaluation.tasks.base import Task
+from sar_fast.training.records import RecordError, open_image
+
+IMAGE_COLUMN = "image"
+
+
+class Table:
+    """A benchmark's rows; pictures are decoded when one is asked for.
+
+    Attributes:
+        rows: the columns that the task uses, less the picture.
+        stamp: what identifies the data, as plain values.
+    """
+
+    def __init__(self, dataset: Dataset, task: Task, source: str, folder: Path, stamp: dict[str, Any]) -> None:
+        needed = (IMAGE_COLUMN, *task.columns)
+        missing = [name for name in needed if name not in dataset.column_names]
+        if missing:
+            raise ValueError(
+                f"{task.name}: no column {', '.join(missing)} in {source}; it has {', '.join(dataset.column_names)}"
+            )
+        if not len(dataset):
+            raise ValueError(f"{task.name}: {source} has no rows")
+        if isinstance(dataset.features[IMAGE_COLUMN], Image):
+            dataset = dataset.cast_column(IMAGE_COLUMN, Image(decode=False))
+        self._pictures = dataset.select_columns([IMAGE_COLUMN])
+        self._folder = folder
+        used = [*task.columns, *(name for name in task.optional if name in dataset.column_names)]
+        self.rows: list[dict[str, Any]] = dataset.select_columns(used).to_list()
+        self.stamp = {**stamp, "rows": len(dataset)}
+
+    def picture(self, row: int) -> Any:
+        """The RGB picture of a row; ``RecordError`` if it cannot be read."""
+        return open_image(self.reference(row))
+
+    def reference(self, row: int) -> dict[str, Any]:
+        """Where the picture of a row is: ``bytes`` or ``path``; ``RecordError`` if it is nowhere."""
+        value = self._pictures[row][IMAGE_COLUMN]
+        if isinstance(value, str):
+            value = {"path": value, "bytes": None}
+        if not isinstance(value, Mapping) or not (value.get("bytes") or value.get("path")):
+            raise RecordError("row has no picture")
+        path = value.get("path")
+        return {"bytes": value.get("bytes"), "path": str(self._folder / path) if path else None}
+
+
+def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:
+    """The table of a benchmark's split, from ``data_dir`` or, without one, from the hub.
+
+    Raises:
+        FileNotFoundError: no folder, or no parquet file of the split in it.
+        ValueError: files of several configurations, a missing column, no rows.
+        ConnectionError: the hub cannot be reached.
+    """
+    split = split or task.split
+    if data_dir is None:
+        try:
+            dataset = load_dataset(task.hub_id, task.folder, split=split)
+        except (ConnectionError, DatasetNotFoundError) as error:
+            raise ConnectionError(
+                f"{task.name}: {task.hub_id} cannot be had from the hub ({str(error).splitlines()[0]}); "
+                "download it and give its folder as --data_dir"
+            ) from error
+        return Table(dataset, task, task.hub_id, Path(), {"data": task.hub_id, "split": split})
+    files = find_files(Path(data_dir), split, task.folder)
+    try:
+        dataset = load_dataset("parquet", data_files={"rows": [str(f) for f in files]}, split="rows")
+    except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{task.name}: a file of {files[0].parent} cannot be read as parquet: {reason}") from error
+    sizes = {f.name: f.stat().st_size for f in files}
+    return Table(dataset, task, str(data_dir), files[0].parent, {"files": sizes, "split": split})
+
+
+def find_files(data_dir: Path, split: str, folder: str | None = None) -> list[Path]:
+    """Parquet files ``split-*.parquet`` or ``split.parquet`` below ``data_dir``, all in one folder.
+
+    Where several folders have some, those in a folder called ``folder`` (or ``data``) are meant.
+    """
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"data_dir {data_dir} is no folder")
+    parquet = sorted(data_dir.rglob("*.parquet"))
+    found = [f for f in parquet if f.stem == split or f.name.startswith(f"{split}-")]
+    if not found:
+        splits = sorted({f.stem.split("-")[0] for f in parquet})
+        has = f"it has {', '.join(splits)}" if splits else "it has no parquet file"
+        raise FileNotFoundError(f"data_dir {data_dir} has no {split}-*.parquet; {has}")
+    if len({f.parent for f in found}) > 1:
+        preferred = [f for f in found if f.parent.name == (folder or "data")]
+        found = preferred or found
+    folders = sorted({str(f.parent) for f in found})
+    if len(folders) > 1:
+        raise ValueError(f"data_dir {data_dir} has {split} in several folders, give one of them: {', '.join(folders)}")
+    return found

@@ -1,0 +1,129 @@
+"""What a benchmark is made of: samples from a table, a judgement of each reply, scores of all."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One question about one picture.
+
+    Attributes:
+        key: unique in the run; names the sample's record.
+        row: number of the table's row that holds the picture.
+        prompt: the words beside the picture.
+        group: samples of one group are scored together (the two questions of an MME picture, the rotations of a
+            multiple-choice question).
+        options: wordings of each answer that first-token scoring compares; empty where there is no such list.
+        about: what scoring needs, as JSON values; becomes part of the record.
+    """
+
+    key: str
+    row: int
+    prompt: str
+    group: str
+    options: tuple[tuple[str, ...], ...] = ()
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A sample, or a group of them, that is not scored, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """How a benchmark is asked. ``prompt_suffix`` None means the benchmark's own."""
+
+    prompt_suffix: str | None = None
+    choice_format: str = "letters"
+    box_format: str | None = None
+    model_type: str = ""
+
+
+class Task(abc.ABC):
+    """A benchmark as lmms-lab publishes it.
+
+    A record is a sample's ``about`` with ``key``, ``group``, ``prompt``, ``reply`` (the model's words), ``image_size``
+    (width, height), ``frame`` (the picture's size as the model saw it, or None), and with first-token scoring
+    ``log_probabilities``. Skipped samples have ``skipped``, the reason, and no reply.
+
+    Attributes:
+        name: of the flag ``--task``.
+        hub_id, folder: dataset on the hub, and its configuration, which is also the folder of its parquet files.
+        split: the one that papers report.
+        columns: that the table must have, and ``optional`` ones that are used if there.
+        suffix: the benchmark's own words after the question.
+        max_new_tokens: the longest answer worth generating.
+        scorings: ways of answering that make sense.
+        accepts: flags of :class:`TaskOptions` that change something, beside ``prompt_suffix``.
+        source: where the scoring rule is from.
+    """
+
+    name: ClassVar[str]
+    hub_id: ClassVar[str]
+    folder: ClassVar[str | None] = None
+    split: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
+    suffix: ClassVar[str] = ""
+    max_new_tokens: ClassVar[int] = 16
+    scorings: ClassVar[tuple[str, ...]] = ("generate", "first_token")
+    accepts: ClassVar[tuple[str, ...]] = ()
+    source: ClassVar[str]
+
+    def __init__(self, options: TaskOptions) -> None:
+        self.options = options
+
+    @property
+    def words_after(self) -> str:
+        """What follows the question."""
+        return self.suffix if self.options.prompt_suffix is None else self.options.prompt_suffix
+
+    @abc.abstractmethod
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Sample], list[Skip]]:
+        """Samples of a table without its pictures; ``ValueError`` names the row that is wrong."""
+
+    def settings(self) -> dict[str, Any]:
+        """Options, as they are in force, that change the replies or how they are read."""
+        return {}
+
+    def objection(self, sample: Sample, size: tuple[int, int]) -> str | None:
+        """Why a sample makes no sense with a picture of that (width, height); None if it does."""
+        return None
+
+    @abc.abstractmethod
+    def judge(self, record: Record) -> dict[str, Any]:
+        """``prediction`` (what the reply says, None if nothing) and ``correct``, of one record with a reply."""
+
+    @abc.abstractmethod
+    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The benchmark's scores, from judged records; a group that misses a sample is not among them."""
+
+    @abc.abstractmethod
+    def headline(self, scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """(name, value) rows that are printed."""
+
+
+def share(correct: Sequence[bool]) -> float:
+    """Percentage of True; ``ValueError`` if there is nothing to take it of."""
+    if not correct:
+        raise ValueError("no sample to score")
+    return 100.0 * sum(map(bool, correct)) / len(correct)
+
+
+def text_of(row: Mapping[str, Any], column: str, number: int) -> str:
+    """A row's words; ``ValueError`` names the row if there are none."""
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"row {number}: {column} is {value!r}, needed words")
+    return value.strip()

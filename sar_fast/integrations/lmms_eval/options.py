@@ -1,0 +1,32 @@
+"""A task's ``generation_kwargs``, as ``model.generate`` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
+ELSEWHERE = ("until", "max_new_tokens", "image_aspect_ratio")  # used by the caller; the last one is other models'
+
+
+def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's ``generation_kwargs`` as ``model.generate`` takes them; ``ValueError`` for one that is not known.
+
+    Temperature 0 means greedy, whatever ``do_sample`` says.
+    """
+    unknown = sorted(set(options) - {*SAMPLING, *ELSEWHERE})
+    if unknown:
+        raise ValueError(f"generation_kwargs {', '.join(unknown)}: known are {', '.join((*SAMPLING, *ELSEWHERE))}")
+    chosen = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+    sample = bool(chosen.pop("do_sample", False)) or chosen.get("temperature", 0) > 0
+    if not sample or chosen.get("temperature") == 0:
+        return {name: value for name, value in chosen.items() if name in ("num_beams", "repetition_penalty")}
+    return chosen | {"do_sample": True}
+
+
+def cut(reply: str, until: Sequence[str] | str | None) -> str:
+    """The reply up to the first of the stop words."""
+    for stop in [until] if isinstance(until, str) else until or []:
+        if stop:
+            reply = reply.split(stop)[0]
+    return reply.strip()

@@ -1,0 +1,144 @@
+"""Boxes in words: every family's way, on a picture that is not square, so that swapped axes show."""
+
+from __future__ import annotations
+
+import pytest
+
+from sar_fast.evaluation.boxes import BY_MODEL_TYPE, FORMATS, choose_format
+from sar_fast.evaluation.tasks import TaskOptions, find_task
+from sar_fast.miniature.questions import BOX_BINS, encode_box
+
+SIZE = (400, 200)  # width, height
+BOX = (40.0, 20.0, 120.0, 80.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "frame"),
+    [
+        ("fraction", "[0.1, 0.1, 0.3, 0.4]", None),
+        ("fraction", "It is at (0.10, 0.1), (0.3,0.40).", None),
+        ("square_fraction", "[0.10, 0.30, 0.30, 0.45]", None),  # 100 pixels above and below
+        ("thousandths", "(100,100),(300,400)", None),  # Qwen2-VL, its special tokens dropped
+        ("thousandths", "<ref>x</ref><box>[[100, 100, 300, 400]]</box>", None),
+        ("pixels", "[40, 20, 120, 80]", None),
+        ("resized_pixels", '```json\n[{"bbox_2d": [28, 28, 84, 112], "label": "x"}]\n```', (280, 280)),
+        ("qwen3", '[{"bbox_2d": [100, 100, 300, 400], "label": "2 cats"}]', None),
+        ("internvl", "x[[100, 100, 300, 400]]", None),
+        ("paligemma", "<loc0102><loc0102><loc0410><loc0307> x", None),  # y before x, of 1024
+    ],
+)
+def test_formats_agree_on_the_box(name, reply, frame):
+    unit = 200 / 1024 if name == "paligemma" else 1e-6
+    assert FORMATS[name].read(reply, SIZE, frame) == pytest.approx(BOX, abs=2 * unit + 1e-6)
+
+
+def test_the_miniatures_bins_stand_for_their_middles():
+    reply = encode_box(BOX, SIZE[::-1])
+    found = FORMATS["miniature"].read(reply, SIZE, None)
+    for value, true, side in zip(found, BOX, (*SIZE, *SIZE)):
+        assert abs(value - true) <= side / BOX_BINS / 2 + 1e-9
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "I cannot see it.",
+        "[0.1, 0.1, 0.3]",
+        "0.1 0.1 0.3 0.4",  # no bracket: numbers of a sentence are no box
+        "[0.3, 0.1, 0.1, 0.4]",  # right of its right edge
+        "[0.1, 0.4, 0.3, 0.4]",  # no height
+    ],
+)
+def test_what_is_no_box_is_none(reply):
+    assert FORMATS["fraction"].read(reply, SIZE, None) is None
+
+
+def test_the_first_box_counts():
+    assert FORMATS["fraction"].read("[0.1, 0.1, 0.3, 0.4] or [0, 0, 1, 1]", SIZE, None) == pytest.approx(BOX)
+
+
+def test_pixels_of_the_resized_picture_need_its_size():
+    with pytest.raises(ValueError, match="box_format resized_pixels needs a model whose processor reports"):
+        FORMATS["resized_pixels"].read("[1, 2, 3, 4]", SIZE, None)
+
+
+def test_families_have_their_format_and_a_flag_overrules_it():
+    assert set(BY_MODEL_TYPE.values()) <= set(FORMATS)
+    assert choose_format(None, "qwen2_5_vl") == "resized_pixels"
+    assert choose_format(None, "llava") == "fraction"
+    assert choose_format("pixels", "llava") == "pixels"
+    with pytest.raises(ValueError, match="box_format is 'percent', needed one of fraction"):
+        choose_format("percent", "llava")
+
+
+# --- RefCOCO
+
+
+def row(**change):
+    return {"question_id": "5", "answer": ["the cup", "left cup"], "bbox": [40.0, 20.0, 80.0, 60.0]} | change
+
+
+def make():
+    return find_task("refcoco")(TaskOptions(box_format="pixels"))
+
+
+def score(replies, rows=None):
+    task = make()
+    samples, _ = task.samples(rows or [row()])
+    records = [{**s.about, "reply": reply, "image_size": SIZE, "frame": None} for s, reply in zip(samples, replies)]
+    assert len(samples) == len(replies)
+    return task.scores([record | task.judge(record) for record in records])
+
+
+def test_refcoco_scores_every_expression_at_half_an_overlap():
+    """The published box is x, y, width, height: (40, 20, 120, 80) is 80 x 60 = 4800 pixels."""
+    # its left half: IoU 1/2, which counts; 39 of 80 columns: IoU < 1/2, which does not
+    scores = score(["[40, 20, 80, 80]", "[40, 20, 79, 80]"])
+    assert scores["overall"]["accuracy"] == 50
+    assert scores["overall"]["accuracy_iou_0.3"] == 100
+    assert scores["overall"]["accuracy_iou_0.7"] == 0
+    assert scores["overall"]["mean_iou"] == pytest.approx((40 / 80 + 39 / 80) / 2)
+    assert scores["overall"]["center_accuracy"] == 100
+
+
+def test_refcoco_takes_corners_not_sides():
+    """A reader that took the published width for x2 would call this right."""
+    assert score(["[40, 20, 80, 60]", "[40, 20, 120, 80]"])["overall"]["accuracy"] == 50
+
+
+def test_refcoco_counts_replies_without_a_box():
+    scores = score(["nowhere", "[200, 100, 300, 150]"])
+    assert scores["unparsed"] == 1
+    assert scores["overall"]["accuracy"] == scores["overall"]["center_accuracy"] == 0
+
+
+def test_refcoco_lists_what_it_cannot_use():
+    samples, skips = make().samples([row(bbox=[1.0, 2.0, 0.0, 5.0]), row(question_id="6", answer=["", "cup"])])
+    assert [s.key for s in samples] == ["1/1"]
+    assert [(s.key, s.reason) for s in skips] == [
+        ("row 0", "bbox [1.0, 2.0, 0.0, 5.0] has no area"),
+        ("row 1", "expression 0 is empty"),
+    ]
+
+
+def test_refcoco_objects_to_a_box_outside_of_the_picture():
+    task = make()
+    (inside, _), _ = task.samples([row()])
+    assert task.objection(inside, SIZE) is None
+    assert task.objection(inside, (119, 200)) is None  # one pixel: rounding
+    assert "lies outside of the picture's 118 x 200 pixels" in task.objection(inside, (118, 200))
+    assert "lies outside" in task.objection(inside, (200, 70))
+
+
+@pytest.mark.parametrize("box", [None, [1, 2, 3], [1, 2, 3, float("nan")], ["1", 2, 3, 4]])
+def test_refcoco_names_a_bad_box(box):
+    with pytest.raises(ValueError, match=r"row 0: bbox is .*needed x, y, width, height in pixels"):
+        make().samples([row(bbox=box)])
+
+
+def test_refcoco_counts_a_repeated_row_once():
+    """An object may occur twice with other expressions, but not with the same."""
+    samples, skips = make().samples([row(), row(answer=["mug"]), row()])
+    assert [s.key for s in samples] == ["0/0", "0/1", "1/0"]
+    assert [(s.key, s.reason) for s in skips] == [("row 2", "repeats row 0")]

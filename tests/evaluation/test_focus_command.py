@@ -1,0 +1,216 @@
+"""``--do_sfs_fi_eval`` and ``--do_layerwise_probe`` from the flags to the files."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sar_fast.evaluation import focus, probe
+from sar_fast.evaluation.arguments import parse
+from sar_fast.evaluation.focus import FocusMetricsEvaluator
+from sar_fast.evaluation.focus.dataset import load_grounding_samples
+
+ROOT = Path(__file__).parents[2]
+YAMLS = ROOT / "experiments" / "sar_paper"
+DATA = ROOT / "experiments" / "data"
+FOCUS = [
+    "--do_sfs_fi_eval",
+    "--dataset",
+    "shapes_grounding",
+    "--max_samples",
+    "20",
+    "--per_device_eval_batch_size",
+    "4",
+]
+PROBE = ["--do_layerwise_probe", "--dataset", "shapes_grounding", "--max_samples", "40", "--probe_seeds", "1"]
+
+
+def arguments(flags: list[str], output: Path, *more: str):
+    base = ["--model_name_or_path", "miniature", "--device", "cpu", "--output_dir", str(output)]
+    return parse([*base, *flags, *more])
+
+
+class TestFocusCommand:
+    def test_interrupted_and_continued_is_one_run(self, tmp_path, monkeypatch):
+        whole = focus.run(arguments(FOCUS, tmp_path / "whole"))
+        score, calls = FocusMetricsEvaluator.score, []
+
+        def stop_in_the_third_batch(self, samples):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return score(self, samples)
+
+        monkeypatch.setattr(FocusMetricsEvaluator, "score", stop_in_the_third_batch)
+        with pytest.raises(KeyboardInterrupt):
+            focus.run(arguments(FOCUS, tmp_path / "stopped"))
+        assert not (tmp_path / "stopped" / "focus_metrics_results.json").exists()
+        calls.extend([1, 1])
+        continued = focus.run(arguments(FOCUS, tmp_path / "stopped"))
+        assert len(calls) == 3 + 2 + 3  # of five batches, two were done
+        assert (tmp_path / "stopped" / "samples.jsonl").read_bytes() == (
+            tmp_path / "whole" / "samples.jsonl"
+        ).read_bytes()
+        different = {"metadata"}
+        assert {k: v for k, v in continued.items() if k not in different} == {
+            k: v for k, v in whole.items() if k not in different
+        }
+        again = focus.run(arguments(FOCUS, tmp_path / "whole"))  # nothing left to do
+        assert again["semantic_focus_score"] == whole["semantic_focus_score"]
+        assert len(calls) == 8
+
+    def test_results_have_the_research_codes_keys_and_the_runs_metadata(self, tmp_path):
+        focus.run(arguments(FOCUS, tmp_path, "--focus_overlays", "true"))
+        found = json.loads((tmp_path / "focus_metrics_results.json").read_text())
+        assert 0 <= found["semantic_focus_score"] <= 1
+        assert 0 <= found["focus_instability"] <= 2
+        assert found["num_samples_evaluated"] == 20
+        assert found["metadata"]["settings"]["masks"] == {"source": "dataset"}
+        assert len(found["metadata"]["settings"]["templates"]) == 5
+        assert {"versions", "commit", "seed"} <= set(found["metadata"])
+        assert len(list((tmp_path / "overlays").glob("*.png"))) == 20
+        records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        mean = np.mean([r["semantic_focus_score"] for r in records])
+        assert found["semantic_focus_score"] == pytest.approx(mean)
+
+    def test_other_settings_need_another_folder(self, tmp_path):
+        focus.run(arguments(FOCUS, tmp_path))
+        with pytest.raises(ValueError, match="other settings: layers was"):
+            focus.run(arguments(FOCUS, tmp_path, "--focus_layers", "-2"))
+        focus.run(arguments(FOCUS, tmp_path, "--focus_layers", "-2", "--overwrite_output_dir", "true"))
+
+    def test_with_sar_maps_are_also_weighted(self, tmp_path):
+        flags = ["--use_sar", "--sar_activation_layer_k", "2", "--sar_beta", "0.1", "--max_samples", "6"]
+        found = focus.run(arguments(FOCUS, tmp_path, *flags))
+        assert set(found["c_weighted"]) >= {"semantic_focus_score", "focus_instability"}
+
+    def test_half_a_grounding_pair_is_an_error(self, tmp_path):
+        with pytest.raises(ValueError, match="--sam_checkpoint_path is missing"):
+            focus.run(arguments(FOCUS, tmp_path, "--gd_checkpoint_path", "x"))
+        with pytest.raises(ValueError, match="--gd_config_path has no effect"):
+            focus.run(arguments(FOCUS, tmp_path, "--gd_config_path", "x.py"))
+
+
+class TestProbeCommand:
+    def test_files_and_a_second_run_without_forward_passes(self, tmp_path):
+        scores = probe.run(arguments(PROBE, tmp_path))
+        found = json.loads((tmp_path / "layerwise_probe_results.json").read_text())
+        assert found == scores
+        assert list(found) == ["0", "1", "2", "3"]
+        details = json.loads((tmp_path / "layerwise_probe_details.json").read_text())
+        assert details["forward_passes"] == 5  # 40 samples, 8 a batch: one pass a batch, not one a layer
+        assert set(details["scores_ci95"]) == set(found)
+        assert (tmp_path / "layerwise_probe.png").stat().st_size > 1000
+        assert probe.run(arguments(PROBE, tmp_path)) == scores
+        assert json.loads((tmp_path / "layerwise_probe_details.json").read_text())["forward_passes"] == 0
+
+    def test_classification(self, tmp_path):
+        found = probe.run(
+            arguments(PROBE, tmp_path, "--layerwise_probe_task", "classification", "--probe_epochs", "40")
+        )
+        assert max(found.values()) > 0.6  # the query names the shape
+
+
+@pytest.mark.parametrize("name", ["analysis_sec4.3_sfs_fi_eval", "analysis_sec6.3_layerwise_probe"])
+@pytest.mark.parametrize("scale", ["", "_mini"])
+def test_yamls_parse(name, scale, tmp_path):
+    found = parse([str(YAMLS / f"{name}{scale}.yaml"), f"output_dir={tmp_path}"])
+    assert found.do_sfs_fi_eval == ("4.3" in name)
+    assert found.dataset == ("shapes_grounding" if scale else "refcoco_val_sar")
+
+
+def test_the_research_codes_commands_parse():
+    for flags in (
+        "--do_sfs_fi_eval --dataset refcoco_val_sar --output_dir results/sfs_fi_eval --per_device_eval_batch_size 4 "
+        "--predict_with_generate --bf16 --gd_config_path c.py --gd_checkpoint_path g.pth --sam_checkpoint_path s.pth",
+        "--do_layerwise_probe --dataset refcoco_val_sar --layerwise_probe_task grounding --output_dir "
+        "results/layerwise_probe --probe_lr 1e-3 --probe_epochs 5 --probe_batch_size 32",
+    ):
+        parse(["--model_name_or_path", "m", *flags.split()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [FOCUS, PROBE], ids=["focus", "probe"])
+def test_two_processes_are_one(flags, tmp_path):
+    run = focus.run if flags is FOCUS else probe.run
+    run(arguments(flags, tmp_path / "one"))
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29655"]
+    script = [str(ROOT / "experiments" / "evaluate.py"), "--model_name_or_path", "miniature", "--device", "cpu"]
+    subprocess.run(
+        [sys.executable, *launch, *script, *flags, "--output_dir", str(tmp_path / "two")],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert (tmp_path / "two" / "samples.jsonl").read_bytes() == (tmp_path / "one" / "samples.jsonl").read_bytes()
+
+
+class TestDataset:
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 10), (9, 9, 9)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def write(self, folder: Path, **changes) -> Path:
+        row = {"image": {"bytes": self.png(), "path": None}, "query": "where?", "object_prompt": "cat"}
+        row |= {"bbox": [1.0, 2.0, 8.0, 9.0]} | changes
+        row = {k: v for k, v in row.items() if v is not None}
+        pq.write_table(pa.Table.from_pylist([row]), folder / "rows.parquet")
+        return folder / "rows.parquet"
+
+    def test_drawn_rows_bring_masks_boxes_and_labels(self):
+        samples = load_grounding_samples("shapes_grounding", DATA, limit=3)
+        assert [s.id for s in samples] == ["0", "1", "2"]
+        for sample in samples:
+            mask = focus.DatasetMasks().mask(sample)
+            x1, y1, x2, y2 = map(int, sample.bbox)
+            assert mask[y1:y2, x1:x2].sum() == mask.sum()
+            assert sample.label in sample.object_prompt
+
+    def test_polygons_become_masks(self, tmp_path):
+        # COCO's flat x, y list: a rectangle 4 wide and 6 high, corners included by Pillow's polygon
+        path = self.write(tmp_path, segmentation=[2.0, 1.0, 5.0, 1.0, 5.0, 6.0, 2.0, 6.0])
+        (sample,) = load_grounding_samples(str(path), DATA)
+        mask = focus.DatasetMasks().mask(sample)
+        assert mask.shape == (10, 20)
+        assert np.argwhere(mask).min(0).tolist() == [1, 2]
+        assert np.argwhere(mask).max(0).tolist() == [6, 5]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"query": None}, "row 0: no query; it has image, object_prompt, bbox"),
+            ({"query": " "}, "query is ' ', needed words"),
+            ({"bbox": [1.0, 2.0, 3.0]}, "needed four numbers"),
+            ({"bbox": [1.0, 2.0, 3.0, float("nan")]}, "needed four numbers"),
+            ({"image": 5}, "image is a int, needed a path"),
+            ({"mask": 3.5}, "mask is a float"),
+        ],
+    )
+    def test_bad_rows_name_file_row_and_column(self, changes, message, tmp_path):
+        path = self.write(tmp_path, **changes)
+        with pytest.raises(ValueError, match=message):
+            load_grounding_samples(str(path), DATA)
+
+    def test_unknown_and_missing_datasets(self, tmp_path):
+        with pytest.raises(ValueError, match=r"'refcoco' is not in .*; known: .*shapes_grounding"):
+            load_grounding_samples("refcoco", DATA)
+        with pytest.raises(FileNotFoundError, match="needed its columns image, query, object_prompt, bbox"):
+            load_grounding_samples("refcoco_val_sar", DATA)
+
+    def test_an_unreadable_picture_is_a_listed_skip(self, tmp_path):
+        path = self.write(tmp_path, image={"bytes": b"no picture", "path": None})
+        rows = pq.read_table(path).to_pylist() + pq.read_table(self.write(tmp_path)).to_pylist()
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        flags = ["--do_sfs_fi_eval", "--dataset", str(path)]
+        found = focus.run(arguments(flags, tmp_path / "out"))
+        assert found["skipped"] == {"unreadable image": ["0"]}
+        assert found["num_samples_evaluated"] == 1

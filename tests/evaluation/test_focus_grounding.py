@@ -1,0 +1,489 @@
+"""Grounding on tiny random models: original checkpoints convert to the model they were made of; masks are cached."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertTokenizerFast,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoProcessor,
+    Sam2Config,
+    Sam2ImageProcessor,
+    Sam2Model,
+    Sam2Processor,
+    SamConfig,
+    SamModel,
+    SamVisionConfig,
+    SwinConfig,
+)
+
+from sar_fast.evaluation.arguments import parse
+from sar_fast.evaluation.focus import GroundingSample, SampleSkipped, checkpoints, run
+from sar_fast.evaluation.focus.checkpoints import load_detector, load_segmenter, read_config
+from sar_fast.evaluation.focus.grounding import GroundedMasks, caption
+
+SETTINGS = {
+    "backbone": "swin_tiny_64_test",
+    "return_interm_indices": [1, 2, 3],
+    "enc_layers": 2,
+    "dec_layers": 2,
+    "dim_feedforward": 48,
+    "hidden_dim": 64,
+    "nheads": 4,
+    "num_queries": 20,
+    "num_feature_levels": 4,
+    "enc_n_points": 2,
+    "dec_n_points": 2,
+    "max_text_len": 32,
+    "text_encoder_type": "bert-base-uncased",
+    "transformer_activation": "relu",
+    "pe_temperatureH": 20,
+    "embed_init_tgt": True,
+    "dec_pred_bbox_embed_share": True,
+    "two_stage_bbox_embed_share": False,
+}
+SWIN = (8, (1, 1, 2, 1), (1, 2, 2, 4), 4)
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every parameter its own random values: a swap of two equal ones (biases at 0, norms at 1) must show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """BERT's config and tokenizer; the special tokens have the ids that Grounding DINO's code has written in."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = [f"[unused{i}]" for i in range(1100)]
+    for index, word in {
+        0: "[PAD]",
+        100: "[UNK]",
+        101: "[CLS]",
+        102: "[SEP]",
+        103: "[MASK]",
+        1012: ".",
+        1029: "?",
+    }.items():
+        words[index] = word
+    words[1040:1044] = ["red", "circle", "blue", "square"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertConfig(
+        vocab_size=1100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(bert) -> GroundingDinoForObjectDetection:
+    torch.manual_seed(0)
+    width, depths, heads, window = SWIN
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            embed_dim=width, depths=list(depths), num_heads=list(heads), window_size=window, image_size=64,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        text_config=BertConfig.from_pretrained(bert), d_model=64, encoder_layers=2, decoder_layers=2,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, num_queries=20,
+        encoder_n_points=2, decoder_n_points=2, max_text_len=32,
+    )  # fmt: skip
+    return randomise(GroundingDinoForObjectDetection(config), 1)
+
+
+# Names of the original repositories, written down from their modules: (transformers', theirs).
+DINO = [
+    ("model.backbone.conv_encoder.model.swin.embeddings.patch_embeddings.projection", "backbone.0.patch_embed.proj"),
+    ("model.backbone.conv_encoder.model.swin.embeddings.norm", "backbone.0.patch_embed.norm"),
+    ("model.backbone.conv_encoder.model.swin.encoder.layers.", "backbone.0.layers."),
+    ("model.backbone.conv_encoder.model.hidden_states_norms.stage2", "backbone.0.norm1"),
+    ("model.backbone.conv_encoder.model.hidden_states_norms.stage3", "backbone.0.norm2"),
+    ("model.backbone.conv_encoder.model.hidden_states_norms.stage4", "backbone.0.norm3"),
+    (".attention.o_proj", ".attn.proj"),
+    (".attention.relative_position_bias.relative", ".attn.relative"),
+    (".layernorm_before", ".norm1"),
+    (".layernorm_after", ".norm2"),
+    ("model.text_backbone.", "bert."),
+    ("model.text_projection", "feat_map"),
+    ("model.input_proj_vision", "input_proj"),
+    ("model.query_position_embeddings", "transformer.tgt_embed"),
+    ("model.encoder_output_bbox_embed", "transformer.enc_out_bbox_embed"),
+    ("model.decoder.reference_points_head", "transformer.decoder.ref_point_head"),
+    ("model.decoder.layer_norm", "transformer.decoder.norm"),
+    ("deformable_layer.self_attn_layer_norm", "deformable_layer.norm1"),
+    ("deformable_layer.final_layer_norm", "deformable_layer.norm2"),
+    ("text_enhancer_layer.layer_norm_before", "text_enhancer_layer.norm1"),
+    ("text_enhancer_layer.layer_norm_after", "text_enhancer_layer.norm2"),
+    ("vision_param", "gamma_v"),
+    ("text_param", "gamma_l"),
+    ("layer_norm_vision", "layer_norm_v"),
+    ("layer_norm_text", "layer_norm_l"),
+    ("attn.vision_proj", "attn.v_proj"),
+    ("attn.text_proj", "attn.l_proj"),
+    ("values_vision_proj", "values_v_proj"),
+    ("values_text_proj", "values_l_proj"),
+    ("out_vision_proj", "out_v_proj"),
+    ("out_text_proj", "out_l_proj"),
+    ("encoder_attn_text_layer_norm", "catext_norm"),
+    ("encoder_attn_layer_norm", "norm1"),
+    (".self_attn_layer_norm", ".norm2"),
+    (".final_layer_norm", ".norm3"),
+    ("encoder_attn_text.", "ca_text."),
+    ("encoder_attn.", "cross_attn."),
+]
+
+
+def original_dino(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors as GroundingDINO's own state dict names them, with what else such a checkpoint holds."""
+    found: dict[str, torch.Tensor] = {}
+    state = model.state_dict()
+    for name, value in state.items():
+        if ".swin.layernorm." in name or re.search(r"(\.key|\.value|attention\.[kv]_proj)\.(weight|bias)$", name):
+            continue
+        text_attention = ".text_backbone." in name and re.search(r"\.query\.(weight|bias)$", name)
+        if re.search(r"\.query\.(weight|bias)$", name) and not text_attention:
+            parts = [state[name.replace(".query.", f".{p}.")] for p in ("query", "key", "value")]
+            value, name = torch.cat(parts), name.replace(".query.", ".in_proj_")
+        elif ".attention.q_proj." in name:
+            value = torch.cat([state[name.replace("q_proj", f"{p}_proj")] for p in "qkv"])
+            name = name.replace("attention.q_proj", "attn.qkv")
+        for theirs, original in DINO:
+            name = name.replace(theirs, original)
+        name = re.sub(r"^model\.encoder\.layers\.(\d+)\.deformable_layer\.", r"transformer.encoder.layers.\1.", name)
+        name = re.sub(
+            r"^model\.encoder\.layers\.(\d+)\.text_enhancer_layer\.", r"transformer.encoder.text_layers.\1.", name
+        )
+        name = re.sub(r"^model\.encoder\.layers\.(\d+)\.fusion_layer\.", r"transformer.encoder.fusion_layers.\1.", name)
+        name = re.sub(r"^model\.", "transformer.", name)
+        if name.startswith("transformer."):
+            name = re.sub(r"\.fc([12])\.", r".linear\1.", name)
+        found[name] = value.clone()
+    for name, value in state.items():  # BERT's keys and values are not stacked
+        if ".text_backbone." in name and re.search(r"\.(key|value)\.(weight|bias)$", name):
+            found[name.replace("model.text_backbone.", "bert.")] = value.clone()
+    found["bert.pooler.dense.weight"] = torch.zeros(32, 32)
+    found["bert.embeddings.position_ids"] = torch.arange(512)[None]
+    found["label_enc.weight"] = torch.zeros(5, 64)
+    found["backbone.0.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
+    return found
+
+
+def write_config(folder: Path, **changes) -> Path:
+    path = folder / "GroundingDINO_test.py"
+    lines = [f"{k} = {v!r}" for k, v in (SETTINGS | changes).items()]
+    path.write_text("batch_size = 1\nimport os\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def original(detector, tmp_path_factory) -> tuple[Path, Path]:
+    """(checkpoint, config) as GroundingDINO publishes them."""
+    folder = tmp_path_factory.mktemp("dino")
+    state = {f"module.{k}": v for k, v in original_dino(detector).items()}
+    torch.save({"model": state, "epoch": 3}, folder / "groundingdino_test.pth")
+    return folder / "groundingdino_test.pth", write_config(folder)
+
+
+@pytest.fixture(autouse=True)
+def tiny_swin(monkeypatch):
+    monkeypatch.setitem(checkpoints.SWINS, "swin_tiny_64_test", SWIN)
+
+
+def picture(width: int = 120, height: int = 70) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(3).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+class TestDetectorCheckpoint:
+    def test_names_of_the_original_are_what_its_modules_are_called(self, detector):
+        names = set(original_dino(detector))
+        for name in (  # read off GroundingDINO's modules
+            "backbone.0.layers.0.blocks.0.attn.qkv.weight",
+            "backbone.0.layers.1.downsample.reduction.weight",
+            "transformer.level_embed",
+            "transformer.encoder.layers.1.self_attn.sampling_offsets.weight",
+            "transformer.encoder.text_layers.0.self_attn.in_proj_weight",
+            "transformer.encoder.text_layers.0.linear1.weight",
+            "transformer.encoder.fusion_layers.1.gamma_l",
+            "transformer.encoder.fusion_layers.0.attn.values_l_proj.weight",
+            "transformer.decoder.layers.1.ca_text.in_proj_bias",
+            "transformer.decoder.layers.0.cross_attn.value_proj.weight",
+            "transformer.decoder.layers.0.catext_norm.weight",
+            "transformer.decoder.layers.0.norm3.weight",
+            "transformer.decoder.layers.0.linear2.bias",
+            "transformer.decoder.bbox_embed.1.layers.2.weight",
+            "transformer.enc_output_norm.bias",
+            "transformer.enc_out_bbox_embed.layers.0.weight",
+            "bbox_embed.0.layers.0.weight",
+            "input_proj.3.1.weight",
+            "bert.encoder.layer.1.attention.self.key.weight",
+        ):
+            assert name in names
+
+    def test_the_converted_model_is_the_model(self, detector, original, bert):
+        model, processor = load_detector(*original, text_encoder=str(bert))
+        assert isinstance(processor, GroundingDinoProcessor)
+        expected = detector.state_dict()
+        for name, value in model.state_dict().items():
+            if ".swin.layernorm." not in name:  # not in such checkpoints, and not used
+                assert torch.equal(value, expected[name]), name
+        inputs = processor(images=picture(), text="red circle.", return_tensors="pt")
+        # Upstream: shorter side 800, unless the longer one then exceeds 1333: round(1333 * 70 / 120)
+        assert tuple(inputs["pixel_values"].shape[-2:]) == (778, 1333)
+        inputs["pixel_values"] = inputs["pixel_values"][..., :96, :128]
+        inputs["pixel_mask"] = inputs["pixel_mask"][..., :96, :128]
+        with torch.no_grad():
+            a, b = model(**inputs), detector(**inputs)
+        assert torch.equal(a.pred_boxes, b.pred_boxes)
+        assert torch.equal(a.logits, b.logits)
+
+    def test_preprocessing_is_upstreams(self, original, bert):
+        # Upstream: Pillow's bilinear resize, shorter side 800 and longer at most 1333, then ImageNet's mean and
+        # deviation of values in 0..1, channels first.
+        _, processor = load_detector(*original, text_encoder=str(bert))
+        pixels = processor(images=picture(), text="red.", return_tensors="pt")["pixel_values"][0]
+        resized = np.asarray(picture().resize((1333, 778), Image.Resampling.BILINEAR), dtype=np.float64) / 255
+        expected = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        torch.testing.assert_close(pixels.double(), torch.tensor(expected).permute(2, 0, 1), rtol=0, atol=1e-5)
+
+    def test_bad_files_say_what_is_wrong(self, original, bert, tmp_path):
+        checkpoint, config = original
+        state = torch.load(checkpoint, weights_only=True)["model"]
+        missing = {k: v for k, v in state.items() if "level_embed" not in k}
+        torch.save({"model": missing}, tmp_path / "missing.pth")
+        with pytest.raises(ValueError, match=r"1 tensors missing \(first \['model.level_embed'\]\)"):
+            load_detector(tmp_path / "missing.pth", config, str(bert))
+        torch.save({"model": state | {"extra.weight": torch.zeros(1)}}, tmp_path / "extra.pth")
+        with pytest.raises(ValueError, match=r"1 left over \(first \['extra.weight'\]\)"):
+            load_detector(tmp_path / "extra.pth", config, str(bert))
+        with pytest.raises(ValueError, match="other shapes"):
+            load_detector(checkpoint, write_config(tmp_path, num_queries=30), str(bert))
+        with pytest.raises(ValueError, match="backbone 'resnet50' is none of"):
+            load_detector(checkpoint, write_config(tmp_path, backbone="resnet50"), str(bert))
+        (tmp_path / "garbage.pth").write_bytes(b"not a checkpoint")
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            load_detector(tmp_path / "garbage.pth", config, str(bert))
+        (tmp_path / "empty.py").write_text("batch_size = 1\n")
+        with pytest.raises(ValueError, match="sets no backbone"):
+            read_config(tmp_path / "empty.py")
+
+
+SAM = [
+    ("vision_encoder.layers.", "image_encoder.blocks."),
+    ("vision_encoder.", "image_encoder."),
+    ("patch_embed.projection", "patch_embed.proj"),
+    ("neck.conv1", "neck.0"), ("neck.layer_norm1", "neck.1"), ("neck.conv2", "neck.2"), ("neck.layer_norm2", "neck.3"),
+    ("shared_embedding.positional_embedding", "pe_layer.positional_encoding_gaussian_matrix"),
+    ("point_embed.", "point_embeddings."),
+    ("mask_embed.conv1", "mask_downscaling.0"), ("mask_embed.layer_norm1", "mask_downscaling.1"),
+    ("mask_embed.conv2", "mask_downscaling.3"), ("mask_embed.layer_norm2", "mask_downscaling.4"),
+    ("mask_embed.conv3", "mask_downscaling.6"),
+    ("upscale_conv1", "output_upscaling.0"), ("upscale_layer_norm", "output_upscaling.1"),
+    ("upscale_conv2", "output_upscaling.3"),
+    ("layer_norm", "norm"),
+]  # fmt: skip
+
+
+def original_sam(model: SamModel) -> dict[str, torch.Tensor]:
+    found = {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    for name, value in model.state_dict().items():
+        if name.startswith("shared_image_embedding"):
+            continue
+        if "iou_prediction_head" in name or "hypernetworks" in name:
+            name = name.replace("layers.0", "layers.1").replace("proj_in", "layers.0").replace("proj_out", "layers.2")
+        for theirs, original in SAM:
+            name = name.replace(theirs, original)
+        found[name] = value.clone()
+    return found
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> SamModel:
+    torch.manual_seed(0)
+    vision = SamVisionConfig(
+        hidden_size=32, mlp_dim=48, num_hidden_layers=3, num_attention_heads=2, image_size=128, patch_size=16,
+        window_size=3, global_attn_indexes=[1],
+    )  # fmt: skip
+    config = SamConfig(vision_config=vision, prompt_encoder_config={"image_size": 128, "patch_size": 16})
+    return randomise(SamModel(config), 2)
+
+
+class TestSegmenterCheckpoint:
+    def test_the_converted_model_is_the_model(self, segmenter, tmp_path):
+        state = original_sam(segmenter)
+        for name in (  # read off segment-anything's modules
+            "image_encoder.blocks.0.norm1.weight",
+            "image_encoder.blocks.2.attn.qkv.bias",
+            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+            "prompt_encoder.point_embeddings.3.weight",
+            "mask_decoder.transformer.layers.1.cross_attn_image_to_token.q_proj.weight",
+            "mask_decoder.transformer.layers.0.norm4.weight",
+            "mask_decoder.transformer.norm_final_attn.weight",
+            "mask_decoder.output_hypernetworks_mlps.2.layers.1.weight",
+            "mask_decoder.iou_prediction_head.layers.2.bias",
+            "mask_decoder.output_upscaling.3.weight",
+        ):
+            assert name in state
+        torch.save(state, tmp_path / "sam.pth")
+        model, processor = load_segmenter(tmp_path / "sam.pth")
+        for name, value in segmenter.state_dict().items():
+            if not name.startswith("shared_image_embedding"):
+                assert torch.equal(model.state_dict()[name], value), name
+        assert model.config.vision_config.global_attn_indexes == [1]
+        inputs = processor(images=picture(), input_boxes=[[[10.0, 20.0, 60.0, 50.0]]], return_tensors="pt")
+        assert inputs["pixel_values"].shape[-2:] == (128, 128)
+        assert inputs["reshaped_input_sizes"].tolist() == [[75, 128]]  # longer side 120 -> 128, then padding
+        # Upstream: Pillow's bilinear resize, ImageNet's mean and deviation in grey levels, then zeros below and right
+        resized = np.asarray(picture().resize((128, 75), Image.Resampling.BILINEAR), dtype=np.float64)
+        expected = np.zeros((128, 128, 3))
+        expected[:75] = (resized - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
+        found = inputs["pixel_values"][0].double().permute(1, 2, 0)
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
+        with torch.no_grad():
+            found = model(**inputs, multimask_output=False).pred_masks
+        assert found.shape[:3] == (1, 1, 1)
+
+    def test_another_type_or_file_is_an_error(self, segmenter, tmp_path):
+        state = original_sam(segmenter)
+        state["image_encoder.pos_embed"] = torch.zeros(1, 8, 8, 1024)
+        torch.save(state, tmp_path / "large.pth")
+        with pytest.raises(ValueError, match=r"sam_model_type is 'vit_h', but .* is a vit_l"):
+            load_segmenter(tmp_path / "large.pth", "vit_h")
+        torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match="no SAM checkpoint"):
+            load_segmenter(tmp_path / "other.pth")
+
+
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """The detector sees pictures of a tenth of the size, for the tests' speed."""
+    load = checkpoints.load_detector
+
+    def load_for_small(*args):
+        model, processor = load(*args)
+        processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=96, longest_edge=160)
+        return model, processor
+
+    monkeypatch.setattr(checkpoints, "load_detector", load_for_small)
+
+
+@pytest.mark.usefixtures("small_pictures")
+class TestGroundedMasks:
+    @pytest.fixture
+    def masks(self, original, bert, segmenter, tmp_path):
+        torch.save(original_sam(segmenter), tmp_path / "sam.pth")
+        return lambda **more: GroundedMasks(
+            str(original[0]),
+            str(tmp_path / "sam.pth"),
+            detector_config=str(original[1]),
+            text_encoder=str(bert),
+            **{"box_threshold": 0.0, "cache": tmp_path / "masks", **more},
+        )
+
+    def test_a_phrase_becomes_a_mask_of_the_pictures_shape_and_is_kept(self, masks, monkeypatch):
+        sample = GroundingSample("0", picture(), "where is it?", "Red circle")
+        first = masks()
+        monkeypatch.setattr(GroundedMasks, "best_box", lambda self, image, phrase: [10.0, 20.0, 60.0, 50.0])
+        found = first.mask(sample)
+        assert found.shape == (70, 120)
+        assert found.dtype == bool
+        monkeypatch.setattr(GroundedMasks, "models", lambda self: pytest.fail("the cached mask was not used"))
+        assert np.array_equal(masks().mask(sample), found)
+        assert np.array_equal(masks().mask(GroundingSample("1", picture(), "other words", "red circle.")), found)
+        for other in (
+            GroundingSample("2", picture(), "where is it?", "blue square"),
+            GroundingSample("3", picture(121), "where is it?", "red circle"),
+        ):
+            with pytest.raises(pytest.fail.Exception):
+                masks().mask(other)
+
+    def test_the_best_box_is_in_pixels_of_the_picture(self, masks):
+        # The detector's own outputs, scaled by hand: boxes are centre x, centre y, width, height in 0..1
+        grounded = masks()
+        detector, processor, _, _ = grounded.models()
+        inputs = processor(images=picture(), text="red circle.", return_tensors="pt")
+        with torch.no_grad():
+            outputs = detector(**inputs)
+        best = outputs.logits.sigmoid().amax(-1)[0].argmax()
+        x, y, w, h = outputs.pred_boxes[0, best].tolist()
+        expected = [(x - w / 2) * 120, (y - h / 2) * 70, (x + w / 2) * 120, (y + h / 2) * 70]
+        assert grounded.best_box(picture(), "red circle") == pytest.approx(expected, abs=1e-3)
+
+    def test_nothing_grounded_is_a_skip_that_is_kept_too(self, masks, monkeypatch):
+        sample = GroundingSample("0", picture(), "where is it?", "red circle")
+        unsure = masks(box_threshold=0.99)
+        decoder = unsure.models()[0].model.decoder.layer_norm  # scores are products of its output with the words
+        torch.nn.init.zeros_(decoder.weight)
+        torch.nn.init.zeros_(decoder.bias)
+        with pytest.raises(SampleSkipped, match=r"nothing grounded: 'red circle' at 0\.99"):
+            unsure.mask(sample)
+        monkeypatch.setattr(GroundedMasks, "models", lambda self: pytest.fail("the answer was not kept"))
+        with pytest.raises(SampleSkipped, match="nothing grounded"):
+            masks(box_threshold=0.99).mask(sample)
+
+    @pytest.mark.parametrize("kind", ["sam", "sam2"])
+    def test_folders_of_transformers_models(self, kind, detector, segmenter, original, bert, tmp_path):
+        _, processor = load_detector(*original, text_encoder=str(bert))
+        detector.save_pretrained(tmp_path / "dino")
+        processor.save_pretrained(tmp_path / "dino")
+        if kind == "sam":
+            torch.save(original_sam(segmenter), tmp_path / "sam.pth")
+            model, processor = load_segmenter(tmp_path / "sam.pth")
+        else:
+            pytest.importorskip("torchvision", reason="transformers' SAM 2 processor needs torchvision")
+            backbone = {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": 16,
+                "embed_dim_per_stage": [16, 32, 64, 128],
+                "blocks_per_stage": [1, 1, 1, 1],
+                "num_attention_heads_per_stage": [1, 2, 4, 8],
+                "global_attention_blocks": [2],
+            }
+            vision = {"backbone_config": backbone, "backbone_channel_list": [128, 64, 32, 16]}
+            model, processor = Sam2Model(Sam2Config(vision_config=vision)), Sam2Processor(Sam2ImageProcessor())
+        model.save_pretrained(tmp_path / kind)
+        processor.save_pretrained(tmp_path / kind)
+        grounded = GroundedMasks(str(tmp_path / "dino"), str(tmp_path / kind), box_threshold=0.0)
+        assert grounded.segment(picture(), [10.0, 20.0, 60.0, 50.0]).shape == (70, 120)
+        with pytest.raises(ValueError, match="needed sam or sam2"):
+            GroundedMasks(str(tmp_path / "dino"), str(tmp_path / "dino")).models()
+
+    def test_bad_arguments(self, original, tmp_path):
+        with pytest.raises(ValueError, match="--gd_config_path"):
+            GroundedMasks(str(original[0]), "facebook/sam-vit-base")
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            GroundedMasks("IDEA-Research/grounding-dino-tiny", str(tmp_path / "none.pth"))
+        with pytest.raises(ValueError, match="box_threshold"):
+            GroundedMasks("a", "b", box_threshold=2.0)
+
+    def test_the_research_codes_flags_run(self, original, bert, segmenter, tmp_path, monkeypatch):
+        torch.save(original_sam(segmenter), tmp_path / "sam.pth")
+        config = write_config(tmp_path, text_encoder_type=str(bert))
+        flags = (
+            "--model_name_or_path miniature --device cpu --do_sfs_fi_eval --dataset shapes_grounding --max_samples 3 "
+        )
+        flags += f"--gd_config_path {config} --gd_checkpoint_path {original[0]} --gd_box_threshold 0.0 "
+        flags += f"--sam_checkpoint_path {tmp_path}/sam.pth --output_dir {tmp_path}/out --per_device_eval_batch_size 4"
+        segment = np.zeros((64, 64), bool)
+        segment[10:20, 30:50] = True
+        monkeypatch.setattr(GroundedMasks, "segment", lambda *_: segment)  # a random SAM may well find nothing
+        found = run(parse(flags.split()))
+        assert found["num_samples_evaluated"] == 3
+        assert found["uniform_focus_score"] == pytest.approx(200 / 64**2)
+        assert found["metadata"]["settings"]["masks"]["source"] == "grounding"
+        assert len(list((tmp_path / "out" / "masks").glob("*.png"))) == 3
+        monkeypatch.setattr(GroundedMasks, "models", lambda self: pytest.fail("masks were not kept"))
+        again = run(parse([*flags.split(), "--overwrite_output_dir", "true"]))
+        assert again["semantic_focus_score"] == found["semantic_focus_score"]
+
+    def test_phrases_are_captions(self):
+        assert caption(" The Red circle. ") == "the red circle."
+        assert caption("cat") == "cat."

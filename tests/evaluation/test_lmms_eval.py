@@ -1,0 +1,80 @@
+"""The lmms-eval model: its options every day, a whole run where lmms-eval is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from sar_fast.evaluation import benchmark
+from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.integrations.lmms_eval.options import cut, generation_options
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}, {"num_beams": 1}),
+        ({"until": ["\n"], "do_sample": True, "temperature": 0}, {}),  # temperature 0 is greedy
+        ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9, "do_sample": True}),
+        ({"do_sample": True, "num_beams": 2}, {"do_sample": True, "num_beams": 2}),
+        ({"num_beams": 3, "repetition_penalty": 1.1}, {"num_beams": 3, "repetition_penalty": 1.1}),
+        ({"temperature": None, "top_p": None}, {}),
+    ],
+)
+def test_a_tasks_options_as_generate_takes_them(options, expected):
+    assert generation_options(options) == expected
+
+
+def test_an_unknown_option_is_an_error():
+    with pytest.raises(ValueError, match="generation_kwargs typical_p: known are do_sample"):
+        generation_options({"typical_p": 0.2, "do_sample": True})
+
+
+def test_stop_words_cut_the_reply():
+    assert cut("yes\nUSER: and this?", ["USER:", "\n"]) == "yes"
+    assert cut(" yes ", None) == "yes"
+    assert cut("yes. no", "no") == "yes."
+    assert cut("yes", [""]) == "yes"
+
+
+def test_the_entry_point_names_what_is_there():
+    (found,) = [e for e in entry_points(group="lmms_eval.models") if e.value.startswith("sar_fast")]
+    assert found.value == "sar_fast.integrations.lmms_eval:manifests"
+    assert callable(found.load())
+
+
+@pytest.mark.slow
+def test_lmms_eval_gives_its_own_score_and_ours(tmp_path):
+    """Its MME task, prompts and scorer on the drawn pictures: the same replies, the same total."""
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+    model = "pretrained=miniature,sar_activation_layer_k=2,sar_beta=0.1"
+    flags = ["--model", "sar_hf", "--model_args", model, "--tasks", "mme_mini", "--batch_size", "8", "--device", "cpu"]
+    where = ["--include_path", "experiments/lmms_eval", "--output_path", str(tmp_path / "lmms"), "--log_samples"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-m", "lmms_eval", *flags, *where]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "lmms").rglob("*_results.json")
+    (samples,) = (tmp_path / "lmms").rglob("*_samples_mme_mini.jsonl")
+    score = json.loads(results.read_text())["results"]["mme_mini"]["mme_perception_score,none"]
+    ours = EvaluationArguments(
+        model_name_or_path="miniature",
+        output_dir=str(tmp_path / "ours"),
+        task="mme",
+        data_dir=str(ROOT / "experiments/data/benchmarks/mme"),
+        use_sar=True,
+        sar_activation_layer_k=2,
+        sar_beta=0.1,
+    )
+    assert benchmark.run(ours)["perception"] == pytest.approx(score)
+    theirs = {r["doc_id"]: r["filtered_resps"] for r in map(json.loads, samples.read_text().splitlines())}
+    mine = {int(r["key"]): r["reply"] for r in map(json.loads, (tmp_path / "ours/samples.jsonl").open())}
+    assert theirs == mine
