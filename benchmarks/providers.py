@@ -6,6 +6,7 @@ Each takes (q, k, v, visual_mask, text_mask, prior) in FlashAttention's layout a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -48,18 +49,18 @@ def _sdpa(backend: SDPBackend) -> Provider:
 
 
 def _flex(q, k, v, *_):
+    compiled, mask = _flex_for(q.shape[1], q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+@functools.cache
+def _flex_for(length: int, device: torch.device) -> tuple[Callable, object]:
+    """Compiled once per process and masked once per length, as a model that uses it would."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    global _compiled_flex
-    if _compiled_flex is None:
-        _compiled_flex = torch.compile(flex_attention, dynamic=False)
-    length = q.shape[1]
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return _compiled_flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
-
-
-_compiled_flex = None
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+    return torch.compile(flex_attention, dynamic=False), mask
 
 
 def _flash_attn(q, k, v, *_):
@@ -80,6 +81,7 @@ PROVIDERS: dict[str, Provider] = {
     "sar-triton": _ours("triton"),
     "sar-composed": _ours("composed"),
     "sar-torch": _ours("torch"),
+    "sar-auto": _ours("auto"),
     "plain-triton": _ours_plain("triton"),
     "plain-composed": _ours_plain("composed"),
     "sdpa-flash": _sdpa(SDPBackend.FLASH_ATTENTION),

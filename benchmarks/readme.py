@@ -39,7 +39,21 @@ def cpu_attention() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"cpu_attention": cpu_attention}
+def eval_speed() -> str:
+    """Table of benchmarks/results/eval_speed.json."""
+    data = json.loads((RESULTS / "eval_speed.json").read_text())
+    lines = ["| evaluation | against | CPU seconds, theirs | ours | ratio |", "|---|---|---|---|---|"]
+    for r in data["records"]:
+        other = next(side for side in r["seconds"] if side != "this package")
+        theirs, ours = (r["seconds"][side]["cpu_seconds"] for side in (other, "this package"))
+        lines.append(f"| {r['analysis']} | {other} | {theirs:.1f} | {ours:.1f} | {r['ratio']:.1f} x |")
+    meta = data["meta"]
+    about = f"{meta['layers']} layers, {meta['visual_tokens']} visual tokens, {meta['threads']} thread"
+    lines += ["", f"{about}, torch {meta['versions']['torch']}, commit {meta['commit'][:7]}."]
+    return "\n".join(lines)
+
+
+BLOCKS = {"cpu_attention": cpu_attention, "eval_speed": eval_speed}
 
 
 def fill(text: str) -> str:
