@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 help:
 	@echo "make demo      install, then run the main job on what the repository ships"
 	@echo "make test      install, then run the everyday tests (CPU, under 30 minutes on 2 cores)"
-	@echo "make test-all  everything: slow suites, GPU marks where there is a GPU"
+	@echo "make test-all  everything: slow suites, GPU marks where there is a GPU, Triton 3.4, 3.6 and 3.9"
 	@echo "make bench     CPU ratios of the attention backends (benchmarks/cpu_attention.py)"
 	@echo "make lint      ruff check and format check"
 
@@ -29,8 +29,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --benchmark-disable benchmarks
 
 test-all: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation "deepspeed>=0.17" ninja
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --benchmark-disable benchmarks
+	$(BIN)/python tests/acceptance/triton_versions.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_attention.py

@@ -10,14 +10,14 @@ CORE = [
     "torch>=2.8",
     'triton>=3.4; platform_system == "Linux"',
     "numpy>=1.26",
-    "transformers>=5.17",
+    "transformers>=5.17,<6",
     "safetensors>=0.4",
     "pillow>=10",
     "typer>=0.12",
     "rich>=13",
 ]
 REPORTS = ["matplotlib>=3.8", "jinja2>=3.1", "scikit-image>=0.24"]
-TRAIN = ["accelerate>=1.10", "datasets>=3", "peft>=0.17", "wandb>=0.18"]
+TRAIN = ["accelerate>=1.10", "datasets>=4", "peft>=0.17", "wandb>=0.18", "tensorboard>=2.15"]
 DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]
 
 setup(
@@ -37,10 +37,15 @@ setup(
         "train": TRAIN,
         "deepspeed": ["deepspeed>=0.17", "ninja"],
         "flash": ["flash-attn>=2.6"],
-        "grounding": ["groundingdino-py>=0.4", "segment-anything>=1.0"],
-        "dev": DEV + REPORTS,
+        "lmms-eval": ["lmms-eval>=0.7"],
+        # Grounding DINO runs through transformers: groundingdino-py does not build a model beside transformers 5
+        "grounding": ["segment-anything>=1.0", "torchvision"],
+        "dev": DEV + REPORTS + TRAIN,
     },
-    entry_points={"console_scripts": ["sar-fast = sar_fast.cli:main"]},
+    entry_points={
+        "console_scripts": ["sar-fast = sar_fast.cli:main"],
+        "lmms_eval.models": ["sar_fast = sar_fast.integrations.lmms_eval:manifests"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

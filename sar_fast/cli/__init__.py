@@ -1,4 +1,4 @@
-"""``sar-fast``: demo, generate, inspect, doctor."""
+"""``sar-fast``: demo, generate, inspect, doctor, paper, plot, sweep; data, bench."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import Annotated
 import typer
 
 from sar_fast import __version__
+from sar_fast.cli.bench import bench
+from sar_fast.cli.data import data
 from sar_fast.cli.demo import demo
 from sar_fast.cli.doctor import doctor
 from sar_fast.cli.errors import Commands
 from sar_fast.cli.generate import generate
 from sar_fast.cli.inspect import inspect
+from sar_fast.cli.paper import paper
+from sar_fast.cli.plot import plot
+from sar_fast.cli.sweep import sweep
 
 app = typer.Typer(
     cls=Commands,
@@ -21,8 +26,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, inspect, doctor):
+for command in (demo, generate, inspect, doctor, paper, plot):
     app.command()(command)
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(sweep)
+app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,73 @@
+"""``sar-fast bench``: what SAR costs, measured here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from sar_fast.cli import loading, options
+from sar_fast.cli.errors import Commands, UserError
+
+bench = typer.Typer(cls=Commands, help="Measure on this machine.", no_args_is_help=True)
+
+
+@bench.callback()
+def _group() -> None:
+    """Measure on this machine."""
+
+
+@bench.command()
+def train(
+    model: options.Model = loading.MINIATURE,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of the sample, image tokens included.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each mode.")] = 10,
+    k: options.K = None,
+    beta: options.Beta = None,
+    backend: options.Backend = None,
+    sav_grad: Annotated[bool, typer.Option("--sav-grad", help="Gradients through SAR's weights too.")] = False,
+    peak_flops: Annotated[
+        float | None, typer.Option("--peak-flops", help="Of the device, per second. Default: known GPUs' data sheets.")
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time training steps with SAR off, on, and in the research code's eager formulation.
+
+    Forward, backward and AdamW on one sample, every parameter trained; modes take turns, medians are shown. Compare
+    within one call only.
+
+    **Examples**
+
+    * `sar-fast bench train`
+
+    * `sar-fast bench train --model llava-hf/llava-1.5-7b-hf --length 2048 --dtype bfloat16`
+    """
+    from sar_fast.training.benchmark import sample_inputs, training_steps
+    from sar_fast.training.throughput import known_peak
+
+    loaded, processor = loading.load_model(model, device, dtype)
+    config = options.sar_config(loaded, k, beta=beta, backend=backend).replace(sav_grad=sav_grad)
+    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", length)
+    if length > limit:
+        raise UserError(f"--length must be at most {limit}, the model's positions; got {length}")
+    try:
+        inputs = sample_inputs(loaded, processor, length)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    peak = peak_flops or known_peak(loaded.device)
+    records = training_steps(loaded.train(), inputs, config, steps, peak)
+    if as_json:
+        shape = {"length": int(inputs["input_ids"].shape[1]), "config": config.to_dict(), "device": str(loaded.device)}
+        typer.echo(json.dumps({**shape, "modes": records}, indent=2))
+        return
+    plain = records[0]["step_seconds"]
+    for r in records:
+        more = "" if r["mfu"] is None else f", MFU {r['mfu']:.1%}"
+        more += "" if r["memory_bytes"] is None else f", {r['memory_bytes'] / 2**30:.2f} GiB"
+        typer.echo(
+            f"{r['mode']:8} {1e3 * r['step_seconds']:9.1f} ms a step, x {r['step_seconds'] / plain:.2f}, "
+            f"{r['tokens_per_second']:.0f} tokens/s{more}"
+        )

@@ -1,0 +1,42 @@
+"""``sar-fast sweep``: a benchmark under many settings."""
+
+from __future__ import annotations
+
+import logging
+
+import typer
+
+from sar_fast.cli.errors import UserError
+
+
+def sweep(context: typer.Context) -> None:
+    """Score a benchmark for several K and beta, computing what the settings share once.
+
+    Takes the flags and YAML files of `experiments/evaluate.py --task`, and in place of one setting
+    `--k 0 5 10 15 --beta 0.1 0.5 1.0`. Every setting's folder equals that of a separate run; `sweep.json` and
+    `figure6.png` lie beside them. `--compare_batches N` measures the speed-up over separate runs.
+
+    **Example**
+
+    * `sar-fast sweep --model_name_or_path miniature --task mme --data_dir experiments/data/benchmarks/mme --k 0 1 2 4
+      --beta 0.1 0.5 --output_dir results/sweep`
+    """
+    from sar_fast.evaluation import sweep as sweeping
+
+    if not context.args:
+        typer.echo(context.get_help())
+        raise typer.Exit
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    try:
+        summary = sweeping.run(sweeping.parse(context.args))
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UserError(str(error)) from error
+    for row in summary.get("settings", ()):
+        scores = "  ".join(f"{n} {v:.2f}" for n, v in row["scores"].items() if isinstance(v, int | float))
+        beta = "" if row["beta"] is None else f" beta {row['beta']:g}"
+        typer.echo(f"K {row['k']}{beta}: {scores}")
+    if "layer_passes" in summary:
+        passes = summary["layer_passes"]
+        typer.echo(f"layer passes per batch: {passes['branched']} instead of {passes['separate']}")
+    if "speed_up" in summary:
+        typer.echo(f"{summary['speed_up']:.2f} times faster than setting by setting, answers equal")
