@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from sar_fast.process_group import leave_process_group
+
 
 def run_ranks(worker: Callable, *arguments: Any, world_size: int = 2) -> None:
     """``worker(rank, world_size, *arguments)`` in real processes; a failure of one is this test's failure."""
@@ -23,4 +25,4 @@ def _enter(rank: int, world_size: int, store: str, worker: Callable, arguments: 
     try:
         worker(rank, world_size, *arguments)
     finally:
-        dist.destroy_process_group()
+        leave_process_group()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from sar_fast import ops
 from sar_fast.distributed import Shards
+from sar_fast.process_group import leave_process_group
 from sar_fast.types import AttentionOptions
 from tests.distributed_workers import run_ranks
 from tests.helpers import make_case, max_error, relative_error
@@ -95,3 +98,24 @@ def test_split_over_two_processes_equals_one(worker):
 def test_nothing_split_is_an_error():
     with pytest.raises(ValueError, match="heads or queries must be a process group"):
         Shards()
+
+
+def leaving_worker(rank, world):
+    """A DDP model in a reference cycle, as a finished Trainer leaves it: destroying the group alone keeps threads."""
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+    model.itself = model
+    model(torch.ones(1, 3)).sum().backward()
+    del model
+    threads = [Path(f"/proc/self/task/{i}/comm").read_text().strip() for i in os.listdir("/proc/self/task")]
+    assert any("gloo" in name for name in threads), threads
+    leave_process_group()
+    threads = [Path(f"/proc/self/task/{i}/comm").read_text().strip() for i in os.listdir("/proc/self/task")]
+    assert not any("gloo" in name for name in threads), threads
+    assert not dist.is_initialized()
+    leave_process_group()  # nothing left to leave
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="thread names are read from Linux's /proc")
+def test_leaving_joins_the_threads_of_the_process_group():
+    """A thread alive at interpreter shutdown may abort the process: exit code -6 after a run that succeeded."""
+    run_ranks(leaving_worker)

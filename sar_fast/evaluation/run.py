@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 
-import torch
-
 from sar_fast.evaluation.arguments import EvaluationArguments, parse
 from sar_fast.experiment_arguments import arguments_of_process
+from sar_fast.process_group import leave_process_group
 
 
 def main() -> None:
@@ -26,8 +25,7 @@ def main() -> None:
         sys.stderr.write("\ninterrupted: the same command continues\n")
         raise SystemExit(130) from error
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_process_group()
 
 
 def evaluate(arguments: EvaluationArguments) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from sar_fast.experiment_arguments import expand
 from sar_fast.integrations.hf.apply import unwrap
+from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
 from sar_fast.training.arguments import Arguments, main_arguments
 from sar_fast.training.checkpoints import checkpoints, last_complete
@@ -38,6 +39,11 @@ PACKABLE = ("llava", "llava_next", "internvl", "idefics3", "mistral3")
 def main() -> None:
     """Run the command line; bad input ends it with one line on stderr and exit code 2."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    _train()
+    leave_process_group()
+
+
+def _train() -> None:
     try:
         if asks_for_deepspeed(expand(sys.argv[1:])):
             prepare_deepspeed()
@@ -49,7 +55,6 @@ def main() -> None:
     run(trainer, arguments, checkpoint)
     if dist.is_initialized():  # a rank that leaves while another still writes would abort
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def build(arguments: Arguments) -> tuple[Trainer, str | None]:
