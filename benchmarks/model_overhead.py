@@ -1,7 +1,7 @@
 """What SAR costs a whole forward pass: a small LLaVA on the CPU, SAR on against SDPA and against the eager formulation.
 
 The model's proportions are those of a large one (head dim 64, feed-forward 2.7 times the width), every layer is
-re-weighted, and a prompt has 1024 tokens of which 576 are the picture. One thread; what is counted is the processor
+re-weighted, and prompts hold one picture of 576 tokens or several. One thread; what is counted is the processor
 time of the process, not the wall clock, so that other work on the machine matters little; ratios are medians over
 interleaved rounds.
 
@@ -30,8 +30,13 @@ from sar_fast import SARConfig, apply_sar, remove_sar
 from sar_fast.analysis.eager import EagerSAR, eager_attention
 
 LAYERS, WIDTH, HEADS, KV_HEADS = 4, 512, 8, 4
-LENGTH, VISUAL, IMAGE = 1024, 576, 999
-QUESTIONS = {"short question": 64, "long question": 416}  # text after the picture
+VISUAL, IMAGE = 576, 999
+PROMPTS = {  # tokens, pictures, text after the pictures
+    "short question": (1024, 1, 64),
+    "long question": (1024, 1, 416),
+    "three pictures": (2048, 3, 64),
+    "six pictures": (4096, 6, 64),
+}
 BETA = 0.05
 
 
@@ -48,18 +53,20 @@ def make_model() -> LlavaForConditionalGeneration:
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         vocab_size=1000,
+        max_position_embeddings=4096,
         initializer_range=0.05,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=VISUAL)
     return LlavaForConditionalGeneration(config).eval()
 
 
-def make_inputs(question: int) -> dict[str, Tensor]:
-    """One prompt: text, picture, ``question`` tokens of text."""
+def make_inputs(length: int, pictures: int, question: int) -> dict[str, Tensor]:
+    """One prompt: text, pictures, ``question`` tokens of text."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, IMAGE, (1, LENGTH), generator=generator)
-    ids[:, LENGTH - question - VISUAL : LENGTH - question] = IMAGE
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 96, 96, generator=generator), "use_cache": False}
+    ids = torch.randint(0, IMAGE, (1, length), generator=generator)
+    ids[:, length - question - pictures * VISUAL : length - question] = IMAGE
+    pixels = torch.randn(pictures, 3, 96, 96, generator=generator)
+    return {"input_ids": ids, "pixel_values": pixels, "use_cache": False}
 
 
 class Providers:
@@ -121,10 +128,10 @@ def main() -> None:
     records = []
     load = os.getloadavg()[0]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {load:.1f} on {os.cpu_count()} cores")
-    print(f"{LAYERS} layers, all re-weighted; {LENGTH} tokens, {VISUAL} visual; median of {args.repeats} rounds\n")
-    print(f"{'text queries':>15} {'provider':>14} {'ms':>8} {'x SDPA':>7} {'eager/x':>8}")
-    for label, question in QUESTIONS.items():
-        providers = Providers(make_inputs(question))
+    print(f"{LAYERS} layers, all re-weighted; median of {args.repeats} rounds\n")
+    print(f"{'prompt':>15} {'tokens':>7} {'provider':>14} {'ms':>8} {'x SDPA':>7} {'eager/x':>8}")
+    for label, (length, pictures, question) in PROMPTS.items():
+        providers = Providers(make_inputs(length, pictures, question))
         providers.check()
         rounds = processor_times({name: partial(providers.run, name) for name in providers.models}, args.repeats)
         providers.close()
@@ -134,7 +141,8 @@ def main() -> None:
                 "benchmark": "model_forward",
                 "provider": name,
                 "prompt": label,
-                "shape": {"N": LENGTH, "V": VISUAL, "T": question, "layers": LAYERS, "width": WIDTH, "H": HEADS},
+                "shape": {"N": length, "V": pictures * VISUAL, "T": question}
+                | {"layers": LAYERS, "width": WIDTH, "H": HEADS},
                 "dtype": "float32",
                 "milliseconds_p50": statistics.median(seconds) * 1e3,
                 # of each round by itself, so that a slow spell of the machine cancels
@@ -143,7 +151,7 @@ def main() -> None:
             }
             records.append(record)
             print(
-                f"{label:>15} {name:>14} {record['milliseconds_p50']:>8.1f} {record['times_sdpa']:>7.2f} "
+                f"{label:>15} {length:>7} {name:>14} {record['milliseconds_p50']:>8.1f} {record['times_sdpa']:>7.2f} "
                 f"{record['speedup_over_eager']:>8.2f}"
             )
     if args.json:
