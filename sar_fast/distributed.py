@@ -38,6 +38,12 @@ class Shards:
     def __deepcopy__(self, memo: dict) -> Shards:
         return self  # process groups belong to the process, not to the model
 
+    def check_heads(self, total: int) -> None:
+        """``ValueError`` unless a layer's ``total`` heads divide evenly over the ranks that share them."""
+        ranks = 1 if self.heads is None else dist.get_world_size(self.heads)
+        if total % ranks:
+            raise ValueError(f"shards.heads has {ranks} ranks, which do not share {total} heads evenly")
+
     def weights(
         self, av: Tensor, sa: Tensor, count: Tensor, options: AttentionOptions
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,7 +64,7 @@ class Shards:
         if self.heads is not None:
             local = av.shape[1]
             own = slice(dist.get_rank(self.heads) * local, (dist.get_rank(self.heads) + 1) * local)
-            all_av, all_sa = _AllGather.apply(torch.stack([av, sa]), self.heads)  # [2, B, H]
+            all_av, all_sa = gather(torch.stack([av, sa]), self.heads)  # [2, B, H]
         weigh = {"beta": options.beta, "protect_first_head": options.protect_first_head, "normalize": options.normalize}
         return av, sa, head_weights(all_av, all_sa, count, **weigh)[:, own], count
 
@@ -85,18 +91,26 @@ class _AllReduce(torch.autograd.Function):
         return grad, None
 
 
+def gather(x: Tensor, group: ProcessGroup, dim: int = -1) -> Tensor:
+    """The tensors of all ranks, of one shape, side by side along ``dim`` in rank order; differentiable.
+
+    Backward as in :class:`_AllReduce`: every rank uses the whole for its own outputs.
+    """
+    return _AllGather.apply(x, group, dim)
+
+
 class _AllGather(torch.autograd.Function):
-    """(..., n) of every rank, side by side in rank order. Backward as in :class:`_AllReduce`."""
+    """See :func:`gather`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group, ctx.local = group, x.shape[-1]
+    def forward(ctx, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.local, ctx.dim = group, x.shape[dim], dim
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=dim)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         grad, first = grad.contiguous().clone(), dist.get_rank(ctx.group) * ctx.local
         dist.all_reduce(grad, group=ctx.group)
-        return grad[..., first : first + ctx.local], None
+        return grad.narrow(ctx.dim, first, ctx.local), None, None

@@ -15,6 +15,7 @@ from tests.distributed_workers import run_ranks
 from tests.hf.tiny import llava, llava_batch
 
 CONFIG = SARConfig(activation_layer_k=2, beta=0.01, record=True)
+NO_GRAD = torch.no_grad()  # DeepSpeed's inference layers allow no gradients
 
 
 def results(model, config=CONFIG):
@@ -32,7 +33,7 @@ def results(model, config=CONFIG):
     return logits.detach(), tokens, weights, gradients
 
 
-def tensor_parallel_worker(rank, world, path):
+def tensor_parallel_worker(rank, world, path, uneven):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     alone = LlavaForConditionalGeneration.from_pretrained(path)
     split = LlavaForConditionalGeneration.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto"))
@@ -55,10 +56,90 @@ def tensor_parallel_worker(rank, world, path):
     with pytest.raises(RuntimeError, match=r"attends with 2 of 4 heads on this rank.*shards=Shards\(heads=group\)"):
         split(**llava_batch([1]))
     handle.shards = Shards(queries=dist.group.WORLD)
-    with pytest.raises(RuntimeError, match="attends with 2 of 4 heads"):
+    with pytest.raises(RuntimeError, match=r"attends with 27 of 27 positions.* split_sequence\(model, group\)"):
         split(**llava_batch([1]))
+    split = LlavaForConditionalGeneration.from_pretrained(uneven, distributed_config=DistributedConfig(tp_plan="auto"))
+    with pytest.raises(ValueError, match=r"shards\.heads has 2 ranks, which do not share 3 heads evenly"):
+        apply_sar(split, CONFIG)
 
 
 def test_tensor_parallel_equals_one_process(tmp_path):
-    llava().save_pretrained(tmp_path)
-    run_ranks(tensor_parallel_worker, str(tmp_path))
+    llava().save_pretrained(tmp_path / "even")
+    llava(hidden_size=48, num_attention_heads=3, num_key_value_heads=3).save_pretrained(tmp_path / "uneven")
+    run_ranks(tensor_parallel_worker, str(tmp_path / "even"), str(tmp_path / "uneven"))
+
+
+def auto_tp(model, rank, world, training):
+    """The model, its layers split in place by DeepSpeed's AutoTP, and the ranks that share them."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on first use
+    deepspeed.init_distributed("gloo")
+    if not training:
+        engine = deepspeed.init_inference(model, tensor_parallel={"tp_size": world}, dtype=torch.float32)
+        return engine.module, engine.mp_group
+    config = {"train_micro_batch_size_per_gpu": 1, "tensor_parallel": {"autotp_size": world}}
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    return engine.module, deepspeed.utils.groups.get_tensor_model_parallel_group()
+
+
+def auto_tp_worker(rank, world, training):
+    alone, (split, group) = llava(), auto_tp(llava(), rank, world, training)
+    assert split.model.language_model.layers[-1].self_attn.q_proj.weight.shape == (32, 64)  # half of the heads
+    batch = llava_batch([1, 2, 0])
+    handle = apply_sar(split, CONFIG)
+    with pytest.raises(RuntimeError, match=r"attends with 2 of 4 heads on this rank.*Shards\(heads=group\)"), NO_GRAD:
+        split(**batch)
+    handle.remove()
+    for config in (CONFIG, CONFIG.replace(sav_grad=True, normalize="standardize")):
+        found = []
+        for model, shards in ((alone, None), (split, Shards(heads=group))):
+            model.zero_grad()
+            with apply_sar(model, config, shards=shards) as handle, torch.set_grad_enabled(training):
+                logits = model(**batch).logits
+                weights = {layer: stats.head_weights for layer, stats in handle.stats.items()}
+            if training:
+                logits.logsumexp(-1).mean().backward()
+            else:
+                with apply_sar(model, config, shards=shards):
+                    found.append(model.generate(**batch, max_new_tokens=4, do_sample=False))
+            found.append((logits.detach(), weights, dict(model.named_parameters())))
+        if not training:
+            assert torch.equal(found.pop(0), found.pop(1))
+        (logits, weights, expected), (got, mine, parameters) = found
+        assert (got - logits).abs().max() <= 1e-4 * logits.abs().max()
+        for layer, all_weights in weights.items():
+            assert not torch.allclose(all_weights[0], torch.ones(4), atol=0.2)  # the layer re-weights
+            torch.testing.assert_close(mine[layer], all_weights.chunk(world, 1)[rank], rtol=1e-4, atol=1e-6)
+        for name, parameter in parameters.items() if training else ():
+            whole = expected[name].grad
+            if whole is None:
+                continue
+            for dim in range(whole.dim()):
+                if whole.shape[dim] != parameter.shape[dim]:
+                    whole = whole.chunk(world, dim)[rank]
+            torch.testing.assert_close(parameter.grad, whole, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_deepspeed_auto_tp_equals_one_process(training):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra: pip install sar_fast[deepspeed]")
+    run_ranks(auto_tp_worker, training)
+
+
+def uneven_auto_tp_worker(rank, world):
+    """Six heads in three groups: DeepSpeed gives one rank four heads and the other two."""
+    model = llava(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    split, group = auto_tp(model, rank, world, training=True)
+    apply_sar(split, CONFIG, shards=Shards(heads=group))
+    mine = 4 if rank == 0 else 2
+    with pytest.raises(RuntimeError, match=f"attends with {mine} of 6 heads.*over 2 rank.*must hold the same number"):
+        split(**llava_batch([1]))
+
+
+@pytest.mark.slow
+def test_uneven_heads_under_auto_tp_are_refused():
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra: pip install sar_fast[deepspeed]")
+    run_ranks(uneven_auto_tp_worker)

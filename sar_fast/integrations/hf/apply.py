@@ -19,6 +19,7 @@ from sar_fast.integrations.hf.context import SARContext, roles_of_pass, this_thr
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
 from sar_fast.integrations.hf.packing import find_packing
 from sar_fast.integrations.hf.speculation import announce_drafts, forget_drafts, take_drafts
+from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
 from sar_fast.roles import TokenRoles
 from sar_fast.types import AttentionOptions, SARStats
 
@@ -43,6 +44,8 @@ class SARHandle:
         self.family: Family = find_family(self.model.config)
         self.base_model = self.model.base_model
         self.attention_modules = find_attention_modules(self.model)
+        if self.shards is not None:
+            self.shards.check_heads(self.model.config.get_text_config().num_attention_heads)
         self.check_options(config)
         self.vision_blocks = self.family.find_vision_blocks(self.base_model)
         L = len(self.vision_blocks)
@@ -185,6 +188,7 @@ class SARHandle:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Build the pass's context and send it down with the other keyword arguments."""
+        refuse_unnamed_splits(self.shards)
         if self.config.record or self.config.record_rows != "none":
             self.stats, self.rows = {}, {}  # of this pass alone, also if it re-weights nothing
         given = {**dict(zip(self._forward_parameters, args)), **kwargs}

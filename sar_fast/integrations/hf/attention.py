@@ -21,6 +21,7 @@ from sar_fast.distributed import Shards
 from sar_fast.functional import plain_attention
 from sar_fast.integrations.hf.context import SARContext, this_thread
 from sar_fast.integrations.hf.packing import packed_attention
+from sar_fast.integrations.hf.split_queries import keys_of_all_ranks
 from sar_fast.rows import visual_attention_rows
 from sar_fast.types import AttentionOptions
 
@@ -122,6 +123,8 @@ def sar_attention_forward(
             "output_attentions must be False with SAR: no attention matrix exists. SARConfig(record=True) keeps each "
             "layer's statistics, record_rows='last_text' the rows over visual tokens"
         )
+    if sar_context is not None and sar_context.shards is not None and sar_context.shards.queries is not None:
+        key, value, sar_context = keys_of_all_ranks(query, key, value, attention_mask, sar_context)
     reweighted = layer is not None and sar_context.active and sar_context.config.activation_layer_k > 0
     packing = sar_context.packing if sar_context is not None else None
     # transformers' SDPA reads "no mask, fewer queries than keys" as an empty static cache; here it is a second turn
@@ -248,9 +251,14 @@ def _check_heads(module: nn.Module, heads: int, shards: Shards | None) -> None:
     total = getattr(module.config, "num_attention_heads", heads)
     ranks = dist.get_world_size(shards.heads) if shards is not None and shards.heads is not None else 1
     if heads * ranks != total:
+        cure = (
+            "every rank must hold the same number; heads and key/value heads must be multiples of the ranks"
+            if ranks > 1 and heads != total
+            else "name the ranks that share a layer, apply_sar(model, config, shards=Shards(heads=group))"
+        )
         raise RuntimeError(
             f"{type(module).__name__} attends with {heads} of {total} heads on this rank, and SAR weighs heads over "
-            f"{ranks} rank(s): name the ranks that share a layer, apply_sar(model, config, shards=Shards(heads=group))"
+            f"{ranks} rank(s): {cure}"
         )
 
 

@@ -1,11 +1,20 @@
 """Sequence parallelism for multimodal models: each rank computes a slice of the positions in the decoder layers.
 
-DeepSpeed Ulysses exchanges slices of the sequence for slices of the heads around the attention function. It splits the
-batch before the model, which pictures do not survive; here every rank embeds the whole batch, pictures included, and
-the split happens in front of the text model. SAR's roles and prior are those of the whole sequence either way.
+Other libraries split the batch before the model, which pictures do not survive; here every rank embeds the whole batch,
+pictures included, and the split happens in front of the text model. SAR's roles and prior are those of the whole
+sequence either way. Two ways for attention to see all positions:
 
-    handle = apply_sar(model, config, shards=Shards(heads=group))
-    UlyssesSPAttentionHF.register_with_transformers(text_model, "sar", sequence_parallel_size=n, micro_batch_size=b)
+- Context parallel: each rank's queries attend to the keys of all ranks, gathered in one collective per layer. Any
+  number of heads; the last rank does the most work.
+
+      handle = apply_sar(model, config, shards=Shards(queries=group))
+- DeepSpeed Ulysses exchanges slices of the sequence for slices of the heads around the attention function.
+
+      handle = apply_sar(model, config, shards=Shards(heads=group))
+      UlyssesSPAttentionHF.register_with_transformers(text_model, "sar", sequence_parallel_size=n, micro_batch_size=b)
+
+Then, in both:
+
     split = split_sequence(model, group)
     loss = model(**batch, use_cache=False, labels=split.slice(labels), shift_labels=split.shifted(labels)).loss
 """
@@ -20,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sar_fast.integrations.hf.apply import find_decoder_layers, unwrap
+from sar_fast.integrations.hf.apply import HANDLE_MARK, find_decoder_layers, unwrap
 
 IGNORED = -100  # label of positions without a loss, as in PyTorch's cross-entropy
 
@@ -33,6 +42,8 @@ class SequenceSplit:
         self.model = unwrap(model)
         layers = find_decoder_layers(self.model)
         self.text_model = next(m for m in self.model.modules() if getattr(m, "layers", None) is layers)
+        _check_layers(self.model)
+        _check_shards(self.model, group)
         self._hooks = [
             self.model.base_model.register_forward_pre_hook(self._check_padding, with_kwargs=True),
             self.text_model.register_forward_pre_hook(self._slice_inputs, with_kwargs=True),
@@ -65,13 +76,20 @@ class SequenceSplit:
             return
         if mask.dim() != 2 or not torch.equal(mask != 0, (mask != 0).cummin(1).values):
             raise ValueError(
-                "attention_mask must be (B, S) with padding on the right: between Ulysses' exchanges no mask reaches "
-                "the attention function, and only later positions are out of sight without one"
+                "attention_mask must be (B, S) with padding on the right: no mask reaches the attention function of a "
+                "split sequence, and only later positions are out of sight without one"
             )
 
     def _slice_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             raise ValueError("use_cache must be False under sequence parallelism: it is for training and scoring")
+        masks = kwargs.get("attention_mask")
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            if mask is not None and mask.dim() != 2:
+                raise ValueError(
+                    f"{type(module).__name__} is given a mask {tuple(mask.shape)} that is not plain causal (windows, "
+                    "pictures that see ahead); a split sequence cannot keep to it"
+                )
         embeds = kwargs["inputs_embeds"]
         own, positions = self.positions(embeds.shape[1]), kwargs.get("position_ids")
         if positions is None:
@@ -84,6 +102,29 @@ class SequenceSplit:
         }
 
 
+def _check_layers(model: nn.Module) -> None:
+    """No mask reaches the attention function, so a layer that needs one would silently see every earlier position."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        kinds = {"sliding_attention"}
+    if kinds - {"full_attention"}:
+        raise ValueError(
+            f"model has layers of {', '.join(sorted(kinds - {'full_attention'}))}; a split sequence needs plain causal "
+            "attention in all of them"
+        )
+
+
+def _check_shards(model: nn.Module, group: ProcessGroup) -> None:
+    """SAR must know the ranks that share the sequence: it would take a slice for the whole."""
+    handle = model.base_model.__dict__.get(HANDLE_MARK)
+    if handle is not None and (handle.shards is None or group not in (handle.shards.queries, handle.shards.heads)):
+        raise ValueError(
+            "group: SAR on this model does not know it; apply_sar(model, config, shards=Shards(queries=group)), or "
+            "Shards(heads=group) for Ulysses"
+        )
+
+
 def split_sequence(model: nn.Module, group: ProcessGroup) -> SequenceSplit:
     """Let every rank of ``group`` run the text model on its slice of the positions.
 
@@ -91,7 +132,11 @@ def split_sequence(model: nn.Module, group: ProcessGroup) -> SequenceSplit:
     of parameters: they add up over the ranks. S must be a multiple of the ranks, padding on the right.
 
     Args:
-        model: the multimodal model, SAR applied or not, under an attention function that exchanges sequence for heads.
+        model: the multimodal model, with SAR and ``shards`` on it as above; without SAR under an attention function
+            that sees to all positions by itself (Ulysses).
         group: the ranks that share a batch, in the order of their slices.
+
+    Raises:
+        ValueError: layers with sliding windows or the like; SAR that does not know ``group``.
     """
     return SequenceSplit(model, group)

@@ -13,13 +13,13 @@ TOWER = "model.vision_tower.encoder.layers"
 llava_batch = stacked(16)
 
 
-def llava(layers: int = LAYERS, seed: int = 0) -> torch.nn.Module:
+def llava(layers: int = LAYERS, seed: int = 0, **text_changes: object) -> torch.nn.Module:
     """LLaVA-1.5 layout: CLIP with a class token, 16 patches, LLaMA with 4 query and 2 key/value heads."""
     return build(
         "llava",
         seed=seed,
         vision_config=vision("clip_vision_model"),
-        text_config=text("llama", num_hidden_layers=layers),
+        text_config=text("llama", num_hidden_layers=layers, **text_changes),
         image_token_id=IMAGE,
         image_seq_length=16,
     )
