@@ -20,10 +20,15 @@ def encode(processor: Any, pictures: Sequence[Any], prompts: Sequence[str]) -> A
 
 def encode_texts(processor: Any, pictures: Sequence[Any], texts: Sequence[str]) -> Any:
     """Model inputs on the CPU of conversations in the model's template; ``pictures`` in the order of their places."""
-    bos = tokenizer_of(processor).bos_token
-    doubled = bool(bos) and texts[0].startswith(bos)  # templates of some families write it themselves
     options = {"images": list(pictures)} if pictures else {}
-    return processor(text=list(texts), padding=True, return_tensors="pt", add_special_tokens=not doubled, **options)
+    special = not marks_beginning(processor, texts)
+    return processor(text=list(texts), padding=True, return_tensors="pt", add_special_tokens=special, **options)
+
+
+def marks_beginning(processor: Any, texts: Sequence[str]) -> bool:
+    """Whether the texts begin with the tokenizer's own first token: templates of some families write it themselves."""
+    bos = tokenizer_of(processor).bos_token
+    return bool(bos) and texts[0].startswith(bos)
 
 
 def frames(inputs: Any, processor: Any, count: int) -> list[list[int] | None]:

@@ -6,32 +6,31 @@ either can continue the other's work. Only the time differs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from sar_fast.config import SARConfig
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.models import load, start_processes
+from sar_fast.evaluation.asking import Asker, ask_all, cut_batches, pending
+from sar_fast.evaluation.models import load
 from sar_fast.evaluation.results import ResultFolder, read_json, write_json
+from sar_fast.evaluation.session import Session
 from sar_fast.evaluation.tables import Table
-from sar_fast.evaluation.tasks import Sample, Task
+from sar_fast.evaluation.tasks import Record, Sample
 from sar_fast.experiment_arguments import parse_groups
-from sar_fast.integrations.hf import SARHandle
-from sar_fast.integrations.hf.branching import layer_passes, run_branches
+from sar_fast.integrations.hf.branching import layer_passes
 
 logger = logging.getLogger(__name__)
 
@@ -105,94 +104,47 @@ def parse(argv: Sequence[str]) -> SweepArguments:
 
 def run(arguments: SweepArguments) -> dict[str, Any]:
     """Answer, score and compare all settings; what ``sweep.json`` holds, on the main process, ``{}`` on the others."""
-    clock, state = time.time(), start_processes(arguments.device)
+    session = Session(arguments)
     task, scoring, table, samples, skips = benchmark.questions(arguments)
     settings = arguments.settings()
-    folders = [
-        ResultFolder(Path(s.output_dir), benchmark.settings_of(s, task, table, scoring), s.overwrite_output_dir)
-        for s in settings
-    ]
-    state.wait_for_everyone()
-    if state.is_main_process:
-        for folder in folders:
-            folder.prepare()
-    state.wait_for_everyone()
+    folders = [session.open(s.output_dir, benchmark.settings_of(s, task, table, scoring)) for s in settings]
     answered = [folder.records() for folder in folders]
     in_all = {key: True for key in answered[0] if all(key in records for records in answered)}
-    batches = benchmark.pending_batches(samples, in_all, arguments.per_device_eval_batch_size)
-    session = benchmark.start_session(arguments, state, sum(map(len, batches)))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        for folder in folders:
-            folder.write_session(session)
-        logger.info(
-            "%s: %d settings, %d samples, %d to answer", task.name, len(folders), len(samples), session["samples"]
-        )
+    all_batches = cut_batches(samples, table, arguments.per_device_eval_batch_size)
+    batches = pending(all_batches, in_all)
+    session.begin(f"{task.name}, {len(folders)} settings", len(samples), sum(map(len, batches)))
     known = Path(arguments.output_dir) / SUMMARY
     before = read_json(known) if known.is_file() else {}
     same = [row["folder"] for row in before.get("settings", ())] == [folder.path.name for folder in folders]
     timing = {name: before[name] for name in COST if same and name in before}
     if batches or arguments.compare_batches:
-        model, processor, handle = load(arguments, state)
-        ask = Asker(arguments, task, scoring, model, processor, handle)
-        answer_batches(ask, state, table, batches, folders, answered)
-        if arguments.compare_batches and state.is_main_process:
-            timing |= compare(ask, table, samples)
-        passes = layer_passes(handle, ask.configs)
+        configs = arguments.configs()
+        ask = Asker(arguments, task, scoring, *load(arguments, session.state))
+        for config in configs:
+            ask.handle.check_options(config)
+        session.note(sharing=ask.sharing)
+        answer_batches(ask, configs, session.state, table, batches, folders, answered)
+        if arguments.compare_batches and session.state.is_main_process:
+            timing |= compare(ask, configs, table, all_batches[: arguments.compare_batches])
+        passes = layer_passes(ask.handle, configs)
         timing["layer_passes"] = {"branched": passes[0], "separate": passes[1]}
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    if not session.worked():
         return {}
     rows = []
     for setting, folder in zip(settings, folders):
         scores = benchmark.finish(task, samples, skips, folder)
         k, beta = (setting.sar_activation_layer_k, setting.sar_beta) if setting.use_sar else (0, None)
         rows.append({"k": k, "beta": beta, "folder": folder.path.name, "scores": dict(task.headline(scores))})
-        folder.write_session(session | {"finished": benchmark.now(), "seconds": round(time.time() - clock, 3)})
-    summary = {"task": task.name, "settings": rows, **timing, "session": session}
+    session.finish()
+    summary = {"task": task.name, "settings": rows, **timing, "session": session.metadata}
     write_json(Path(arguments.output_dir) / SUMMARY, summary)
     plot(summary, Path(arguments.output_dir) / FIGURE)
     return summary
 
 
-@dataclasses.dataclass
-class Asker:
-    """A model that answers a batch under several settings at once, or under one."""
-
-    arguments: SweepArguments
-    task: Task
-    scoring: str
-    model: nn.Module
-    processor: Any
-    handle: SARHandle
-
-    def __post_init__(self) -> None:
-        self.configs = self.arguments.configs()
-        for config in self.configs:
-            self.handle.check_options(config)
-
-    def _call(self, asked: Sequence[Sample], inputs: Any) -> Callable[[], list[dict[str, Any]]]:
-        return lambda: benchmark.replies(
-            self.arguments, self.task, self.scoring, self.model, self.processor, asked, inputs
-        )
-
-    def branched(self, which: Sequence[int], asked: Sequence[Sample], inputs: Any) -> list[list[dict[str, Any]]]:
-        """Replies under the settings ``which``, one prefill for all."""
-        configs = [self.configs[i] for i in which]
-        return [reply for _, reply in run_branches(self.handle, configs, self._call(asked, inputs))]
-
-    def separately(self, asked: Sequence[Sample], inputs: Any) -> list[list[dict[str, Any]]]:
-        """Replies under every setting, each from the pixels on."""
-        before, found = self.handle.config, []
-        for config in self.configs:
-            self.handle.reconfigure(config)
-            found.append(self._call(asked, inputs)())
-        self.handle.reconfigure(before)
-        return found
-
-
 def answer_batches(
     ask: Asker,
+    configs: Sequence[SARConfig],
     state: PartialState,
     table: Table,
     batches: list[list[Sample]],
@@ -200,40 +152,28 @@ def answer_batches(
     answered: Sequence[Mapping[str, Any]],
 ) -> None:
     """This process's share of the batches under every setting that misses one of their records."""
-    transformers.set_seed(ask.arguments.seed)
-    per_process = -(-len(batches) // state.num_processes)
-    mine = batches[state.process_index * per_process : (state.process_index + 1) * per_process]
-    parts = [folder.open_part(state.process_index) for folder in folders]
-    loader = DataLoader(benchmark.Batches(mine, ask.task, table, ask.processor), batch_size=None)
-    bar = tqdm(total=sum(map(len, mine)), desc=ask.task.name, unit="sample", disable=not state.is_main_process)
-    with bar:
-        for asked, facts, inputs, unreadable in loader:
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(folder.open_part(state.process_index)) for folder in folders]
+
+        def keep(asked: list[Sample], facts: list[Record], groups: Any, unreadable: list[Record]) -> None:
             keys = [fact["key"] for fact in (*facts, *unreadable)]
             which = [i for i, records in enumerate(answered) if any(key not in records for key in keys)]
-            found: list[list[dict[str, Any]]] = [[] for _ in which]
-            if asked:
-                found = ask.branched(which, asked, inputs.to(ask.model.device, ask.model.dtype))
+            found = ask.branched([configs[i] for i in which], asked, groups) if asked else [[] for _ in which]
             for index, replies in zip(which, found):
                 parts[index].append([*({**fact, **reply} for fact, reply in zip(facts, replies)), *unreadable])
-            bar.update(len(keys))
-    for part in parts:
-        part.close()
+
+        ask_all(ask, state, table, batches, keep)
 
 
-def compare(ask: Asker, table: Table, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Seconds for the first batches, branched and setting by setting, taken in turns; their replies must agree."""
-    size = ask.arguments.per_device_eval_batch_size
-    batches = [list(samples[i : i + size]) for i in range(0, len(samples), size)][: ask.arguments.compare_batches]
+def compare(ask: Asker, configs: Sequence[SARConfig], table: Table, batches: list[list[Sample]]) -> dict[str, Any]:
+    """Seconds for some batches, branched and setting by setting, taken in turns; their replies must agree."""
     seconds: dict[str, list[float]] = {"branched": [], "separate": []}
-    for number, (asked, _, inputs, _) in enumerate(
-        DataLoader(benchmark.Batches(batches, ask.task, table, ask.processor), batch_size=None)
-    ):
+    for number, (asked, _, groups, _) in enumerate(ask.loader(batches, table)):
         if not asked:
             continue
-        inputs = inputs.to(ask.model.device, ask.model.dtype)
         ways = {
-            "branched": lambda: ask.branched(range(len(ask.configs)), asked, inputs),  # noqa: B023
-            "separate": lambda: ask.separately(asked, inputs),  # noqa: B023
+            "branched": lambda: ask.branched(configs, asked, groups),  # noqa: B023
+            "separate": lambda: [ask.branched([config], asked, groups)[0] for config in configs],  # noqa: B023
         }
         replies = {}
         for name in sorted(ways, reverse=bool(number % 2)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Table:
             dataset = dataset.cast_column(IMAGE_COLUMN, Image(decode=False))
         self._pictures = dataset.select_columns([IMAGE_COLUMN])
         self._folder = folder
+        self._keys: dict[int, str] = {}
         used = [*task.columns, *(name for name in task.optional if name in dataset.column_names)]
         self.rows: list[dict[str, Any]] = dataset.select_columns(used).to_list()
         self.stamp = {**stamp, "rows": len(dataset)}
@@ -44,6 +46,17 @@ class Table:
     def picture(self, row: int) -> Any:
         """The RGB picture of a row; ``RecordError`` if it cannot be read."""
         return open_image(self.reference(row))
+
+    def picture_key(self, row: int) -> str:
+        """Equal for rows with the same picture: POPE has each under several questions, a copy in every row."""
+        if row not in self._keys:
+            try:
+                where = self.reference(row)
+                content = where["bytes"]
+                self._keys[row] = hashlib.blake2b(content, digest_size=16).hexdigest() if content else where["path"]
+            except RecordError:
+                self._keys[row] = f"row {row}"
+        return self._keys[row]
 
     def reference(self, row: int) -> dict[str, Any]:
         """Where the picture of a row is: ``bytes`` or ``path``; ``RecordError`` if it is nowhere."""

@@ -18,6 +18,7 @@ from datasets import Dataset, Image
 
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.asking import Asker
 from sar_fast.evaluation.results import METADATA, PARTS, RESULTS, SAMPLES
 from sar_fast.evaluation.run import main
 from sar_fast.evaluation.tables import find_files, open_table
@@ -121,7 +122,7 @@ def test_an_interrupted_run_continues_to_the_same_files(tmp_path, monkeypatch, s
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     settings = {"scoring": scoring, "per_device_eval_batch_size": 4, "use_sar": True, "sar_activation_layer_k": 2}
     benchmark.run(arguments(whole, **settings))
-    calls, answer = [], benchmark.replies
+    calls, answer = [], Asker.replies
 
     def stop_at_the_third(*args):
         calls.append(args)
@@ -129,7 +130,7 @@ def test_an_interrupted_run_continues_to_the_same_files(tmp_path, monkeypatch, s
             raise Stopped
         return answer(*args)
 
-    monkeypatch.setattr(benchmark, "replies", stop_at_the_third)
+    monkeypatch.setattr(Asker, "replies", stop_at_the_third)
     with pytest.raises(Stopped):
         benchmark.run(arguments(broken, **settings))
     assert not (broken / RESULTS).exists()

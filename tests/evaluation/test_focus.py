@@ -11,9 +11,12 @@ from sar_fast import SARConfig, apply_sar
 from sar_fast.evaluation.focus import FocusMetricsEvaluator, GroundingSample, summarise
 from sar_fast.evaluation.focus import attention as under_test
 from sar_fast.evaluation.focus.attention import prompt_attention
-from sar_fast.evaluation.focus.prompts import PER_TOKEN, PromptGroups, check_templates, encode_groups
+from sar_fast.evaluation.focus.prompts import check_templates
 from sar_fast.evaluation.focus.samples import box_mask
+from sar_fast.evaluation.prompts import PromptFormat
+from sar_fast.integrations.hf import shared_prefix
 from sar_fast.integrations.hf.apply import find_decoder_layers
+from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, Sharing
 from sar_fast.miniature.checkpoint import load_miniature
 from sar_fast.miniature.drawing import draw_scene
 from tests.hf.tiny import CASES
@@ -33,8 +36,7 @@ def groups_of(case, pictures: int = 2) -> PromptGroups:
         for name in PER_TOKEN
         if name in inputs
     }
-    ends = [max(i + 1 for i, token in enumerate(row) if token == IMAGE) for row in ids]
-    return PromptGroups(inputs, [[row + t for t in TAILS] for row in ids], extras, ends, 0)
+    return PromptGroups(inputs, [[row + t for t in TAILS] for row in ids], extras, 0)
 
 
 def eager_rows(model, case, layer: int) -> list[list[torch.Tensor]]:
@@ -80,7 +82,7 @@ class TestPromptAttention:
     def test_continuing_a_shared_prefix_changes_nothing(self, name, monkeypatch):
         model, groups = CASES[name].make(), groups_of(CASES[name])
         shared = prompt_attention(model, groups, [-1, 1])
-        monkeypatch.setattr(under_test, "CONTINUES_PREFIX", ())
+        monkeypatch.setattr(shared_prefix, "sharing_of", lambda model: Sharing("", "not here"))
         for a, b in zip(flat(shared), flat(prompt_attention(model, groups, [-1, 1]))):
             torch.testing.assert_close(a.mean / b.mean.max(), b.mean / b.mean.max(), **CLOSE)
 
@@ -118,8 +120,12 @@ class TestPromptAttention:
         longest = max(len(ids) for rows in groups.ids for ids in rows)
         assert {rows for rows, _ in below} == {2, 6}  # two pictures, six prompts
         assert max(length for rows, length in below if rows == 6) <= 5  # what the prompts do not share
-        assert [(r, n) for i, r, n in passed if i >= len(layers) - k] == [(6, longest)] * k
-        monkeypatch.setattr(under_test, "CONTINUES_PREFIX", ())
+        after = max(
+            len(ids) - 1 - max(i for i, t in enumerate(ids) if t == IMAGE) for rows in groups.ids for ids in rows
+        )
+        above = [(r, n) for i, r, n in passed if i >= len(layers) - k]
+        assert above == [(6, longest)] * (k - 1) + [(6, after)]  # of the last layer, text queries alone
+        monkeypatch.setattr(shared_prefix, "sharing_of", lambda model: Sharing("", "not here"))
         whole = prompt_attention(model, groups, [-1], config)
         for a, b in zip(flat(shared), flat(whole)):
             torch.testing.assert_close(a.mean / b.mean.max(), b.mean / b.mean.max(), **CLOSE)
@@ -179,7 +185,7 @@ class TestPrompts:
         model, processor = miniature
         sample = drawn(1)[0]
         questions = ["Is there a red circle?", "the blue square in the image", "blue"]
-        groups = encode_groups(model, processor, [sample.image], [questions])
+        groups = PromptFormat.of(model, processor).encode_groups([sample.image], [questions])
         for question, ids in zip(questions, groups.ids[0]):
             text = processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
@@ -198,7 +204,7 @@ class TestPrompts:
         _, processor = miniature
         other = CASES["llava"].make()  # its placeholder is another id
         with pytest.raises(ValueError, match="no visual token"):
-            encode_groups(other, processor, [drawn(1)[0].image], [["red"]])
+            PromptFormat.of(other, processor).encode_groups([drawn(1)[0].image], [["red", "blue"]])
 
 
 class TestEvaluator:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.benchmark import start_session, weights_stamp
-from sar_fast.evaluation.focus.dataset import load_grounding_samples
+from sar_fast.evaluation.focus.dataset import dataset_settings, load_grounding_samples
 from sar_fast.evaluation.focus.evaluator import FI, SFS, FocusMetricsEvaluator, summarise
 from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates
 from sar_fast.evaluation.focus.samples import DatasetMasks, MaskSource
-from sar_fast.evaluation.models import dtype_name, load, start_processes
-from sar_fast.evaluation.results import ResultFolder, write_json
+from sar_fast.evaluation.models import load
+from sar_fast.evaluation.results import write_json
+from sar_fast.evaluation.session import Session, model_settings
+from sar_fast.integrations.hf.shared_prefix import sharing_of
 
 RESULTS = "focus_metrics_results.json"
 OVERLAYS = "overlays"
 MASKS = "masks"
-
-logger = logging.getLogger(__name__)
 
 
 def run(arguments: EvaluationArguments) -> dict[str, Any]:
@@ -31,8 +27,8 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
 
     Returns what ``focus_metrics_results.json`` holds, on the main process; ``{}`` on the others.
     """
-    clock = time.time()
-    state = start_processes(arguments.device)
+    session = Session(arguments)
+    state = session.state
     templates = check_templates(arguments.focus_templates or DEFAULT_TEMPLATES)
     samples = load_grounding_samples(
         arguments.dataset, arguments.dataset_dir, arguments.media_dir, arguments.max_samples
@@ -40,37 +36,21 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
     masks = mask_source(arguments, str(state.device))
     settings = {
         "analysis": "sfs_fi",
-        "dataset": arguments.dataset,
-        "samples": len(samples),
-        "max_samples": arguments.max_samples,
-        "model": arguments.model_name_or_path,
-        "weights": weights_stamp(arguments.model_name_or_path),
-        "dtype": dtype_name(arguments),
-        "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
+        **dataset_settings(arguments.dataset, samples),
+        **model_settings(arguments),
         "layers": arguments.focus_layers,
         "templates": list(templates),
         "masks": masks.describe(),
-        "batch_size": arguments.per_device_eval_batch_size,
     }
-    output = Path(arguments.output_dir)
-    folder = ResultFolder(output, settings, arguments.overwrite_output_dir)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        folder.prepare()
-        if arguments.overwrite_output_dir:
-            (output / RESULTS).unlink(missing_ok=True)
-    state.wait_for_everyone()
+    folder = session.open(arguments.output_dir, settings, products=[RESULTS])
     known = folder.records()
     size = arguments.per_device_eval_batch_size
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     batches = [batch for batch in batches if any(sample.id not in known for sample in batch)]
-    session = start_session(arguments, state, sum(map(len, batches)))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        folder.write_session(session)
-        logger.info("SFS and FI: %d samples, %d scored already", len(samples), len(samples) - session["samples"])
+    session.begin("SFS and FI", len(samples), sum(map(len, batches)))
     if batches:
         model, processor, handle = load(arguments, state)
+        session.note(sharing=sharing_of(model).describe())
         if handle is not None:
             handle.remove()  # the evaluator puts SAR on while it looks
         evaluator = FocusMetricsEvaluator(
@@ -80,7 +60,7 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
             config=arguments.sar_config() if arguments.use_sar else None,
             layers=arguments.focus_layers,
             templates=templates,
-            overlay_dir=output / OVERLAYS if arguments.focus_overlays else None,
+            overlay_dir=folder.path / OVERLAYS if arguments.focus_overlays else None,
         )
         mine = batches[state.process_index :: state.num_processes]
         bar = tqdm(total=sum(map(len, mine)), desc="SFS/FI", unit="sample", disable=not state.is_main_process)
@@ -88,17 +68,15 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
             for batch in mine:
                 part.append({"key": record["id"], **record} for record in evaluator.score(batch))
                 bar.update(len(batch))
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    if not session.worked():
         return {}
     known = folder.records()
     records = [known[sample.id] for sample in samples]
-    results = {**summarise(records, arguments.seed), "metadata": {"settings": settings, **session}}
+    results = {**summarise(records, arguments.seed), "metadata": {"settings": settings, **session.metadata}}
     folder.merge(records)
-    write_json(output / RESULTS, results)
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    folder.write_session(session | {"finished": finished, "seconds": round(time.time() - clock, 3)})
-    _report(results, output)
+    write_json(folder.path / RESULTS, results)
+    session.finish()
+    _report(results, folder.path)
     return results
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sar_fast.evaluation.focus.samples import GroundingSample
+from sar_fast.evaluation.session import stamp
 from sar_fast.training.records import SUFFIXES, read_rows
 from sar_fast.training.registry import REGISTRY_NAME, load_registry
 
@@ -49,6 +50,12 @@ def load_grounding_samples(
     if not samples:
         raise ValueError(f"dataset {name!r}: {path} has no rows")
     return list(samples.values())
+
+
+def dataset_settings(name: str, samples: Sequence[GroundingSample]) -> dict[str, Any]:
+    """What tells a dataset from others, as plain values: its name, size, and a hash of what it asks."""
+    asked = [(s.id, s.query, s.object_prompt, s.label, s.bbox) for s in samples]
+    return {"dataset": name, "samples": len(samples), "asked": stamp(asked)}
 
 
 def _find(name: str, dataset_dir: Path) -> tuple[Path, Mapping[str, str]]:

@@ -20,8 +20,9 @@ from sar_fast.evaluation.focus.attention import PromptAttention, prompt_attentio
 from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.grids import TokenGrid, token_grids
 from sar_fast.evaluation.focus.maps import attention_map, semantic_focus, structural_similarities
-from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates, encode_groups
+from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates
 from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, MaskSource, SampleSkipped
+from sar_fast.evaluation.prompts import PromptFormat
 
 SFS, FI = "semantic_focus_score", "focus_instability"
 
@@ -80,18 +81,31 @@ class FocusMetricsEvaluator:
             except SampleSkipped as skipped:
                 records[sample.id] = {"id": sample.id, "skipped": skipped.reason, "detail": str(skipped)}
         if kept:
-            pictures = [picture for _, picture, _ in kept]
-            questions = [[s.query, *(t.format(s.object_prompt) for t in self.templates)] for s, _, _ in kept]
-            groups = encode_groups(self.model, self.processor, pictures, questions)
-            looks = prompt_attention(self.model, groups, self.layers, self.config)
+            asked: dict[str, list[int]] = {}  # picture -> its samples: they share its encoding and its tokens' run
+            for number, (sample, _, _) in enumerate(kept):
+                asked.setdefault(sample.picture_key, []).append(number)
+            pictures = [kept[numbers[0]][1] for numbers in asked.values()]
+            questions = [[q for n in numbers for q in self._questions(kept[n][0])] for numbers in asked.values()]
+            groups = PromptFormat.of(self.model, self.processor).encode_groups(pictures, questions)
+            groups = groups.to(self.model.device, self.model.dtype)
+            found = prompt_attention(self.model, groups, self.layers, self.config)
+            grids = [
+                token_grids(self.model, self.processor, groups.inputs, b, len(rows[0].mean), picture.size)
+                for b, (picture, rows) in enumerate(zip(pictures, found))
+            ]
+            prompts = 1 + len(self.templates)
+            jobs = [
+                (*kept[number], rows[i * prompts : (i + 1) * prompts], places)
+                for numbers, rows, places in zip(asked.values(), found, grids)
+                for i, number in enumerate(numbers)
+            ]
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # SciPy's and Pillow's filters let other threads run
-                places = [
-                    token_grids(self.model, self.processor, groups.inputs, number, len(look[0].mean), picture.size)
-                    for number, (picture, look) in enumerate(zip(pictures, looks))
-                ]
-                for record in pool.map(self._record, *zip(*kept), looks, places):
+                for record in pool.map(self._record, *zip(*jobs)):
                     records[record["id"]] = record
         return [records[sample.id] for sample in samples]
+
+    def _questions(self, sample: GroundingSample) -> list[str]:
+        return [sample.query, *(template.format(sample.object_prompt) for template in self.templates)]
 
     def _record(
         self,

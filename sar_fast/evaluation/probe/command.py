@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.benchmark import start_session, weights_stamp
-from sar_fast.evaluation.focus.dataset import load_grounding_samples
-from sar_fast.evaluation.models import dtype_name, load, start_processes
+from sar_fast.evaluation.focus.dataset import dataset_settings, load_grounding_samples
+from sar_fast.evaluation.models import load
 from sar_fast.evaluation.probe.heads import HeadTraining
 from sar_fast.evaluation.probe.plot import draw_scores
 from sar_fast.evaluation.probe.probe import LayerwiseProbe, ProbeResults, check_count
-from sar_fast.evaluation.results import ResultFolder, write_json
+from sar_fast.evaluation.results import write_json
+from sar_fast.evaluation.session import Session, model_settings
 
 RESULTS = "layerwise_probe_results.json"
 DETAILS = "layerwise_probe_details.json"
 FIGURE = "layerwise_probe.png"
 FEATURES = "features"
-
-logger = logging.getLogger(__name__)
 
 
 def run(arguments: EvaluationArguments) -> dict[str, float]:
@@ -31,31 +26,18 @@ def run(arguments: EvaluationArguments) -> dict[str, float]:
 
     Returns layer -> score, on the main process; ``{}`` on the others.
     """
-    clock = time.time()
-    state = start_processes(arguments.device)
+    session = Session(arguments)
+    state = session.state
     samples = load_grounding_samples(
         arguments.dataset, arguments.dataset_dir, arguments.media_dir, arguments.max_samples
     )
     settings = {
         "analysis": "layerwise_probe",
-        "dataset": arguments.dataset,
-        "samples": len(samples),
-        "max_samples": arguments.max_samples,
-        "model": arguments.model_name_or_path,
-        "weights": weights_stamp(arguments.model_name_or_path),
-        "dtype": dtype_name(arguments),
-        "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
+        **dataset_settings(arguments.dataset, samples),
+        **model_settings(arguments),
         "task": arguments.layerwise_probe_task,
-        "batch_size": arguments.per_device_eval_batch_size,
     }
-    output = Path(arguments.output_dir)
-    folder = ResultFolder(output, settings, arguments.overwrite_output_dir)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        folder.prepare()
-        if arguments.overwrite_output_dir:
-            _remove(output)
-    state.wait_for_everyone()
+    folder = session.open(arguments.output_dir, settings, products=[RESULTS, DETAILS, FIGURE, f"{FEATURES}/features*"])
     model, processor, handle = load(arguments, state)
     if handle is not None:
         handle.remove()  # the probe puts SAR on while it reads features
@@ -76,26 +58,24 @@ def run(arguments: EvaluationArguments) -> dict[str, float]:
     )
     kept, skipped = probe.usable(samples)
     check_count(kept, skipped)
-    session = start_session(arguments, state, len(kept))
+    features = folder.path / FEATURES
     if state.is_main_process:
-        probe.open_store(kept, output / FEATURES)  # one process makes the files
-        folder.write_session(session)
-        logger.info("probe: %d samples, %s", len(kept), arguments.layerwise_probe_task)
+        probe.open_store(kept, features)  # one process makes the files
+    session.begin(f"probe, {arguments.layerwise_probe_task}", len(samples), len(kept))
     state.wait_for_everyone()
     store, passes = probe.extract(
-        kept, output / FEATURES, state.process_index, state.num_processes, progress=state.is_main_process
+        kept, features, state.process_index, state.num_processes, progress=state.is_main_process
     )
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    if not session.worked():
         return {}
     results = dataclasses.replace(probe.fit(kept, store), skipped=skipped, forward_passes=passes)
     folder.merge([{"key": name, "right": row.tolist()} for name, row in results.by_sample.items()])
-    write_json(output / RESULTS, results.by_layer())
-    write_json(output / DETAILS, {**details(results, probe), "metadata": {"settings": settings, **session}})
-    draw_scores(results, arguments.layerwise_probe_task, output / FIGURE)
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    folder.write_session(session | {"finished": finished, "seconds": round(time.time() - clock, 3)})
-    _report(results, output)
+    write_json(folder.path / RESULTS, results.by_layer())
+    metadata = {"settings": settings, **session.metadata}
+    write_json(folder.path / DETAILS, {**details(results, probe), "metadata": metadata})
+    draw_scores(results, arguments.layerwise_probe_task, folder.path / FIGURE)
+    session.finish()
+    _report(results, folder.path)
     return results.by_layer()
 
 
@@ -113,13 +93,6 @@ def details(results: ProbeResults, probe: LayerwiseProbe) -> dict[str, Any]:
         "skipped": results.skipped,
         **results.sizes,
     }
-
-
-def _remove(output: Path) -> None:
-    for name in (RESULTS, DETAILS, FIGURE):
-        (output / name).unlink(missing_ok=True)
-    for file in (output / FEATURES).glob("features*"):
-        file.unlink()
 
 
 def _report(results: ProbeResults, output: Path) -> None:

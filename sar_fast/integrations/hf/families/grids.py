@@ -93,6 +93,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        whole_prompts="",
     )
 )
 register_family(
@@ -102,6 +103,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        whole_prompts="its linear-attention layers keep a state of all tokens, which no second prompt can start from",
         note="Hybrid: K counts the layers that attend, linear-attention layers do not.",
     )
 )
@@ -112,6 +114,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_windowed,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        whole_prompts="",
     )
 )
 register_family(
@@ -121,6 +124,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids={"image": "image_token_id", "video": "image_token_id"},
+        whole_prompts="",
         note="Frames of a clip use the image's placeholder.",
     )
 )
@@ -130,6 +134,7 @@ register_family(
         model_types=("mistral3",),
         vision_blocks=("vision_tower.transformer.layers",),
         token_norms=_blocks_in_rows,
+        whole_prompts="",
     )
 )
 register_family(
@@ -139,6 +144,7 @@ register_family(
         vision_blocks=("vision_tower.layers",),
         token_norms=_blocks_over_time,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        whole_prompts="",
         note="Latent attention: value heads are smaller than key heads. transformers fails on clips of several frames.",
     )
 )
@@ -148,6 +154,7 @@ register_family(
         model_types=("lfm2_vl",),
         vision_blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
         token_norms=_unpadded_blocks,
+        whole_prompts="its convolution layers keep a state of the last tokens, which no second prompt can start from",
         note="Hybrid: K counts the layers that attend, convolutions do not.",
     )
 )
@@ -159,6 +166,7 @@ register_family(
         token_norms=_blocks_by_position,
         placeholder_ids=_IMAGE_AND_VIDEO,
         computes_last_queries_only=True,
+        whole_prompts="transformers builds the masks of its layers for whole prompts",
         note="Layers without own keys compute all queries of a prompt, not only the last, as T needs them.",
     )
 )

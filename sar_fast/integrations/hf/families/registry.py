@@ -32,6 +32,8 @@ class Family:
         projector: dotted path of the module that still projects ``features`` after that call, if one does.
         computes_last_queries_only: the text model drops the other queries in its last layers when ``logits_to_keep`` is
             a number, as it is in ``generate``; SAR then asks for all of them, since T is more than the last one.
+        whole_prompts: why prompts about one picture must each run from their first token. "": attention is causal and
+            positions of a continued cache are right, so prompts may share the run of what they begin with.
         note: what users of the family should know, for docs/families.md.
     """
 
@@ -44,6 +46,7 @@ class Family:
     features: str = "pooler_output"
     projector: str | None = None
     computes_last_queries_only: bool = False
+    whole_prompts: str = "its family entry does not say that prompts can share what they begin with"
     note: str = ""
 
     def find_vision_blocks(self, base_model: nn.Module) -> nn.ModuleList:

@@ -42,6 +42,7 @@ register_family(
         model_types=("internvl", "qianfan_ocr"),
         vision_blocks=("vision_tower.encoder.layer", "vision_tower.layers"),
         token_norms=_blocks(lambda m: round(1 / m.config.downsample_ratio), without_class_token),
+        whole_prompts="",
     )
 )
 register_family(
@@ -50,6 +51,7 @@ register_family(
         model_types=("gemma3",),
         vision_blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
         token_norms=_blocks(lambda m: m.multi_modal_projector.kernel_size),
+        whole_prompts="",
         note="Sliding layers see only the visual tokens in their window.",
     )
 )
@@ -59,6 +61,7 @@ register_family(
         model_types=("idefics3", "smolvlm"),
         vision_blocks=("vision_model.encoder.layers",),
         token_norms=_blocks(lambda m: m.config.scale_factor),
+        whole_prompts="",
     )
 )
 register_family(
@@ -69,6 +72,7 @@ register_family(
         token_norms=_blocks(lambda m: round(1 / m.config.vision_config.pixel_shuffle_ratio), _without_last),
         features="last_hidden_state",
         projector="multi_modal_projector",
+        whole_prompts="it does not take pictures that are encoded already",
         note="Chunked layers see only their chunk's visual tokens.",
     )
 )
@@ -78,6 +82,7 @@ register_family(
         model_types=("cohere2_vision",),
         vision_blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
         token_norms=_blocks(lambda m: m.config.downsample_factor),
+        whole_prompts="",
     )
 )
 register_family(
@@ -86,6 +91,7 @@ register_family(
         model_types=("aya_vision",),
         vision_blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
         token_norms=_blocks(lambda m: m.config.downsample_factor, without_class_token),
+        whole_prompts="",
     )
 )
 register_family(
@@ -94,5 +100,6 @@ register_family(
         model_types=("ovis2",),
         vision_blocks=("vision_tower.transformer.encoder.layers",),
         token_norms=_blocks(lambda m: m.config.vision_config.hidden_stride),
+        whole_prompts="",
     )
 )

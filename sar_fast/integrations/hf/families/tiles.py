@@ -62,7 +62,15 @@ def _pooled_frames(base_model: nn.Module, norms: Tensor, arguments: Mapping[str,
     return F.pad(pooled, (0, 1)).flatten()
 
 
-register_family(Family(name="LLaVA-NeXT", model_types=("llava_next",), vision_blocks=_BLOCKS, token_norms=_packed))
+register_family(
+    Family(
+        name="LLaVA-NeXT",
+        model_types=("llava_next",),
+        vision_blocks=_BLOCKS,
+        token_norms=_packed,
+        whole_prompts="",
+    )
+)
 register_family(
     Family(
         name="LLaVA-OneVision",
@@ -71,5 +79,6 @@ register_family(
         token_norms=_packed_and_scaled,
         video_token_norms=_pooled_frames,
         placeholder_ids={"image": "image_token_id", "video": "video_token_id"},
+        whole_prompts="",
     )
 )

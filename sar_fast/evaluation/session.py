@@ -1,0 +1,129 @@
+"""What every evaluation does around its work: processes, folders of results, metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.models import dtype_name, start_processes
+from sar_fast.evaluation.results import ResultFolder
+from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.run_metadata import commit, versions
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """One run of a command, on all its processes: each makes one and calls its methods in this order.
+
+    Attributes:
+        state: this process's place among the others. metadata: of this session, once it has begun.
+        folders: where results go.
+    """
+
+    def __init__(self, arguments: EvaluationArguments) -> None:
+        self.arguments, self._clock = arguments, time.time()
+        self.state: PartialState = start_processes(arguments.device)
+        self.folders: list[ResultFolder] = []
+        self.metadata: dict[str, Any] = {}
+
+    def open(self, path: str | Path, settings: Mapping[str, Any], products: Sequence[str] = ()) -> ResultFolder:
+        """A folder of results of these settings; ``products`` are files in it that overwriting deletes too, as glob
+        patterns. ``ValueError`` if it holds results of other settings."""
+        folder = ResultFolder(Path(path), settings, self.arguments.overwrite_output_dir)
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            folder.prepare()
+            if self.arguments.overwrite_output_dir:
+                for pattern in products:
+                    for file in folder.path.glob(pattern):
+                        file.unlink()
+        self.state.wait_for_everyone()
+        self.folders.append(folder)
+        return folder
+
+    def begin(self, what: str, total: int, pending: int) -> None:
+        """Write the session's metadata; everything that is read from the folders has been read before."""
+        device = "cpu" if self.state.device.type == "cpu" else torch.cuda.get_device_name(self.state.device)
+        self.metadata = {
+            "command": sys.argv,
+            "versions": versions(),
+            "commit": commit(),
+            "seed": self.arguments.seed,
+            "world_size": self.state.num_processes,
+            "device": device,
+            "configuration": self.arguments.to_dict(),
+            "samples": pending,
+            "started": now(),
+        }
+        self.state.wait_for_everyone()
+        self._write()
+        if self.state.is_main_process:
+            logger.info("%s: %d samples, %d done already", what, total, total - pending)
+
+    def note(self, **facts: Any) -> None:
+        """Add to the metadata what is known only now."""
+        self.metadata |= facts
+        self._write()
+
+    def worked(self) -> bool:
+        """Wait until every process is done with its share; whether this is the one that puts them together."""
+        self.state.wait_for_everyone()
+        return self.state.is_main_process
+
+    def finish(self) -> None:
+        """The results are there."""
+        self.note(finished=now(), seconds=round(time.time() - self._clock, 3))
+
+    def _write(self) -> None:
+        if self.state.is_main_process:
+            for folder in self.folders:
+                folder.write_session(self.metadata)
+
+
+def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
+    """What records of any evaluation depend on: the model, how it runs and what it is asked in."""
+    name = arguments.model_name_or_path
+    weights = weights_stamp(name)
+    return {
+        "model": Path(name).name if weights else name,  # a folder may have moved
+        "weights": weights,
+        "dtype": dtype_name(arguments),
+        "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
+        "template": template_stamp(arguments.template),
+        "max_samples": arguments.max_samples,
+    }
+
+
+def weights_stamp(name: str) -> str | None:
+    """What tells a folder's weights from others that lay there before: a hash of file names, sizes and times."""
+    folder = MINIATURE_PATH if name == "miniature" else Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
+    return stamp([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
+
+def template_stamp(template: str | None) -> str | None:
+    """A hash of the chat template's file; None for the model's own."""
+    return hashlib.sha256(Path(template).read_bytes()).hexdigest()[:16] if template else None
+
+
+def stamp(facts: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
