@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from sar_fast.config import BackendName, Normalize, SARConfig
 from sar_fast.experiment_arguments import arguments_of_process, need, parse_groups
+from sar_fast.training.distributed import refuse_split_models
 
 
 @dataclasses.dataclass
@@ -207,6 +208,8 @@ def check(arguments: Arguments) -> None:
         raise ValueError("--streaming has no length: it needs --max_steps")
     if data.packing and arguments.control.custom_trainer == "control_sft":
         raise ValueError("--packing puts samples into one row, --custom_trainer control_sft tells them apart by rows")
+    deepspeed = getattr(training, "hf_deepspeed_config", None)
+    refuse_split_models(deepspeed.config if deepspeed else None, training.parallelism_config)
     if model.use_sar:
         model.sar_config()
         if model.attn_implementation is not None:

@@ -90,6 +90,28 @@ def test_every_launch_equals_one_process(one_process, tmp_path, how, task):
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=5e-4)
 
 
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("ninja", path=environment()["PATH"]) is None,
+    reason="DeepSpeed compiles its optimizer for the CPU with g++ and ninja",
+)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
+def test_offload_equals_one_process(one_process, tmp_path, config, bf16):
+    """The shipped configurations as they are: optimizer (and weights) in the host's memory, DeepSpeed's own Adam."""
+    words = flags(tmp_path, deepspeed=DEEPSPEED / f"{config}.json", gradient_accumulation_steps=2, bf16=bf16)
+    done = launch(words, timeout=900)  # the first one compiles
+    assert done.returncode == 0, done.stderr[-3000:]
+    if not bf16:
+        assert_same_run(tmp_path, one_process("sft"))
+        return
+    mine, theirs = (lines(out / "gradient_sparsity.jsonl")[0] for out in (tmp_path, one_process("sft")))
+    for key, value in theirs.items():
+        if "gini" in key or "L1" in key:
+            assert mine[key] == pytest.approx(value, rel=0.1), key
+
+
 def kill_in_mid_run(words: list[str], processes: int, after: callable, timeout: float = 200) -> None:
     """Starts a run and ends its whole process group by SIGKILL as soon as ``after()`` is true."""
     launcher = [sys.executable]
@@ -149,6 +171,19 @@ def test_bf16_under_zero(one_process, tmp_path, stage):
     for key, value in theirs.items():
         if "gini" in key or "L1" in key:
             assert mine[key] == pytest.approx(value, rel=0.1), key
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("asked", [{"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}], ids=str)
+def test_models_split_by_deepspeed_are_refused(tmp_path, asked):
+    config = json.loads((DEEPSPEED / "zero1.json").read_text()) | asked
+    (tmp_path / "split.json").write_text(json.dumps(config))
+    done = launch(flags(tmp_path / "out", deepspeed=tmp_path / "split.json", **TASKS["sar"]))
+    assert done.returncode != 0
+    assert "train.py trains every sample on one rank" in done.stderr
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("error:")[0]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import ParallelismConfig
 from PIL import Image
 
 from sar_fast.training.arguments import parse
 from sar_fast.training.checkpoints import COMPLETE, checkpoints, last_complete
+from sar_fast.training.distributed import refuse_split_models
 from sar_fast.training.run import build
 from tests.training.runs import SMALL, flags, launch, lines, train
 from tests.training.samples import REPOSITORY, write_jsonl
@@ -117,6 +119,32 @@ def test_wrong_flags(tmp_path, words, message):
 def test_wrong_values(tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         build(parse(flags(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "parallelism", "message"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, None, "deepspeed: tensor_parallel.autotp_size is 2: train.py trains"),
+        ({"tensor_parallel": {"tp": {"tp_size": 4}}}, None, "deepspeed: tensor_parallel.tp_size is 4"),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 1}, None, "deepspeed: sequence_parallel_size is 2"),
+        (None, {"cp_size": 2}, r"parallelism_config: cp_size is 2 \(context parallel\)"),
+        (None, ParallelismConfig(tp_size=2), "parallelism_config: tp_size is 2"),
+        (None, ParallelismConfig(sp_size=8), r"sp_size is 8 \(sequence parallel \(Ulysses\)\).*apply_sar"),
+    ],
+)
+def test_models_split_over_ranks_are_refused(deepspeed, parallelism, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_split_models(deepspeed, parallelism)
+
+
+def test_splits_are_refused_wherever_they_are_asked_for(tmp_path, monkeypatch):
+    refuse_split_models({"tensor_parallel": {"autotp_size": 1}, "zero_optimization": {"stage": 2}}, ParallelismConfig())
+    with pytest.raises(SystemExit):  # no value of this flag can be written down
+        parse([*flags(tmp_path), "--parallelism_config", '{"cp_size": 2}'])
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # what `accelerate launch` sets
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    with pytest.raises(ValueError, match="sp_size is 2"):
+        parse(flags(tmp_path, use_sar=True))
 
 
 def test_bad_data_is_named_before_training(tmp_path):

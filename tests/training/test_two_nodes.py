@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,9 @@ def test_a_lost_node_stops_the_other_and_the_job_resumes(nodes, tmp_path):
         time.sleep(0.02)
     end_processes(nodes[1])
     assert running[0].wait(timeout=120) != 0
-    assert "Connection closed by peer [10.77.0.2]" in logs[0].read_text()
+    # reset, not closed, where something had not been read yet
+    broken = r"Connection closed by peer \[10\.77\.0\.2\]|\[10\.77\.0\.2\]:\d+: Connection reset by peer"
+    assert re.search(broken, logs[0].read_text())
     reached = last_complete(tmp_path / "run")
     again = [start(*each) for each in zip(nodes, commands("torchrun", tmp_path, words), logs)]
     assert [p.wait(timeout=200) for p in again] == [0, 0], logs[0].read_text()[-2000:]
