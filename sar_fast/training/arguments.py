@@ -154,6 +154,8 @@ class SFTArguments(TrainingArguments):
         if not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()):
             self.use_cpu = True  # otherwise --bf16 is refused on such a machine
             self.dataloader_pin_memory = False
+        if self.fp16 and self.use_cpu:
+            raise ValueError("--fp16 needs a GPU: on the CPU accelerate trains in fp32 without a word; --bf16 works")
         if (
             self.accelerator_config is None
         ):  # a streamed batch cannot be dealt out by rows: images have rows of their own

@@ -69,7 +69,9 @@ def load_records(infos: Sequence[DatasetInfo], streaming: bool = False, cache_di
     parts = []
     for info, stamp in zip(infos, stamps):
         if next(read_records(info), None) is None:
-            raise ValueError(f"dataset {info.name!r} is empty: no record in {', '.join(map(str, info.files))}")
+            raise ValueError(
+                f"dataset {info.name!r} is empty: no record in {info.hub_id or ', '.join(map(str, info.files))}"
+            )
         arguments = {"info": info, "stamps": stamp}
         try:
             part = Dataset.from_generator(read_records, features=FEATURES, gen_kwargs=arguments, cache_dir=cache_dir)

@@ -225,3 +225,34 @@ def wandb_history(path) -> list[dict]:
                 items = parsed.history.item
                 rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     return rows
+
+
+def in_fp16(output, scale, **changes):
+    """A finished run whose Trainer was put into accelerate's fp16 mode, which it keeps for GPUs, on the CPU."""
+    trainer, _ = build(parse(flags(output, **changes)))
+    accelerator = trainer.accelerator
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    try:
+        trainer.train()
+    finally:
+        accelerator.state._mixed_precision = "no"
+    return trainer
+
+
+def test_fp16_values_are_without_the_loss_scale(tmp_path):
+    """fp16 has 11 bits: a few percent after some layers, where the scale would be a factor of 1024."""
+    train(tmp_path / "fp32", max_steps=1)
+    in_fp16(tmp_path / "fp16", 1024.0, max_steps=1)
+    (expected,), (got,) = (lines(tmp_path / name / "gradient_sparsity.jsonl") for name in ("fp32", "fp16"))
+    assert got == pytest.approx(expected, rel=0.05)
+
+
+def test_gradients_that_overflow_are_null_and_no_step(tmp_path):
+    """Scaled beyond fp16: no value is made up, the step is left out, and the scale comes down."""
+    trainer = in_fp16(tmp_path, 2.0**40, max_steps=1)
+    (line,) = lines(tmp_path / "gradient_sparsity.jsonl")
+    assert all(value is None for name, value in line.items() if "gini" in name)
+    assert trainer.accelerator.scaler.get_scale() == 2.0**39
+    untouched = dict(build(parse(flags(tmp_path / "new")))[0].model.named_parameters())
+    assert all(torch.equal(p, untouched[n]) for n, p in trainer.model.named_parameters())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import datasets
 import pytest
+from PIL import Image
 
 from sar_fast.training.data import load_records
 from sar_fast.training.records import Layout, RecordError, open_image, read_rows, to_record
@@ -155,3 +158,40 @@ def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "none.json").write_text("[]")
     with pytest.raises(ValueError, match="'none' is empty"):
         load_records(find_datasets(str(tmp_path / "none.json"), tmp_path))
+
+
+def hub(rows, calls):
+    """A stand-in for the hub: what ``load_dataset`` gives, and a note of what it was asked for."""
+
+    def load_dataset(name, subset=None, *, split, streaming):
+        calls.append((name, subset, split, streaming))
+        if name == "user/gone":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+        return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_iterable_dataset()
+
+    return load_dataset
+
+
+def test_datasets_of_the_hub(tmp_path, monkeypatch):
+    """``hf_hub_url``, ``subset``, ``split`` and ``num_samples`` go where they should; pictures come decoded."""
+    calls = []
+    rows = [{"id": str(n), "conversations": TURNS, "image": {"bytes": image_bytes(value=n)}} for n in (10, 20, 30)]
+    monkeypatch.setattr("sar_fast.training.data.load_dataset", hub(rows, calls))
+    entry = {"hf_hub_url": "user/set", "formatting": "sharegpt", "subset": "en", "split": "validation"}
+    entries = {"all": entry, "some": {**entry, "num_samples": 2}, "gone": {**entry, "hf_hub_url": "user/gone"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    records = load_records(find_datasets("all", tmp_path))
+    assert set(calls) == {("user/set", "en", "validation", True)}
+    assert [record["source"] for record in records] == [f"user/set, record {n} (id {10 + 10 * n})" for n in range(3)]
+    assert records[0]["messages"] == MESSAGES
+    for record, value in zip(records, (10, 20, 30)):
+        picture = open_image(record["images"][0])
+        assert (picture.size, picture.getpixel((0, 0))) == ((64, 64), (value,) * 3)
+        Image.open(io.BytesIO(record["images"][0]["bytes"])).verify()
+    streamed = list(load_records(find_datasets("some", tmp_path), streaming=True))
+    assert [record["id"] for record in streamed] == ["10", "20"]
+    with pytest.raises(OSError, match="'user/gone' doesn't exist on the Hub"):  # one line on stderr, as any OSError
+        load_records(find_datasets("gone", tmp_path))
+    monkeypatch.setattr("sar_fast.training.data.load_dataset", lambda *_, **__: iter(()))
+    with pytest.raises(ValueError, match="dataset 'all' is empty: no record in user/set"):
+        load_records(find_datasets("all", tmp_path))

@@ -91,6 +91,7 @@ def test_files_and_flags(tmp_path):
         ("--streaming --max_steps -1", "--streaming has no length"),
         ("--max_length 5 --cutoff_len 6", "max_length is 5 and cutoff_len 6"),
         ("--packing --custom_trainer control_sft", "--packing puts samples into one row"),
+        ("--fp16 --use_cpu", "--fp16 needs a GPU"),
         ("--warmup_ratio 2", "warmup_ratio must be in"),
         ("--warmup_ratio 0.1 --warmup_steps 5", "exclude each other"),
         ("--do_eval", "--do_eval needs --eval_dataset"),
