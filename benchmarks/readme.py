@@ -53,7 +53,23 @@ def eval_speed() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"cpu_attention": cpu_attention, "eval_speed": eval_speed}
+def model_overhead() -> str:
+    """Table of benchmarks/results/model_overhead.json: the composed backend, which "auto" takes on a CPU."""
+    data = json.loads((RESULTS / "model_overhead.json").read_text())
+    lines = ["| tokens (visual) | text after the pictures | SAR, x plain SDPA | eager, x SAR |", "|---|---|---|---|"]
+    for r in data["records"]:
+        if r["provider"] == "sar composed":
+            shape = r["shape"]
+            cells = [f"{shape['N']} ({shape['V']})", str(shape["T"])]
+            cells += [f"{r['times_sdpa']:.2f}", f"{r['speedup_over_eager']:.1f} x"]
+            lines.append(f"| {' | '.join(cells)} |")
+    meta, shape = data["meta"], data["records"][0]["shape"]
+    about = f"{shape['layers']} layers of width {shape['width']}, {meta['threads']} thread, torch {meta['torch']}"
+    lines += ["", f"{about}, commit {meta['commit'][:7]}."]
+    return "\n".join(lines)
+
+
+BLOCKS = {"cpu_attention": cpu_attention, "model_overhead": model_overhead, "eval_speed": eval_speed}
 
 
 def fill(text: str) -> str:
