@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +23,6 @@ from tests.training.samples import REPOSITORY, write_jsonl
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAPER = sorted((REPOSITORY / "experiments" / "sar_paper").glob("exp_sec3*.yaml"))
-LAUNCH = REPOSITORY / "experiments" / "launch"
 RESEARCH_CODE = (  # its documentation's command, word for word
     "--model_name_or_path {model} --do_train --dataset llava_instruct_50k --finetuning_type full "
     "--custom_trainer control_sft --visual_contrastive_loss_weight 0.1 --output_dir {out} --overwrite_output_dir "
@@ -307,38 +302,6 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: unknown flag --learning_rat; did you mean --learning_rate?"
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [
-        ("one_node.sh", []),
-        ("torchrun.sh", ["--nodes", "2", "--node_rank", "1", "--head", "a"]),
-        ("hostfile.sh", ["--hostfile", "HOSTS"]),
-        ("slurm.sh", ["--nodes", "2"]),
-        ("accelerate.sh", []),
-    ],
-)
-def test_dry_runs_print_what_would_run(tmp_path, script, words):
-    (tmp_path / "HOSTS").write_text("a slots=2\nb slots=2\n")
-    words = [str(tmp_path / "HOSTS") if w == "HOSTS" else w for w in words]
-    command = ["bash", str(LAUNCH / script), *words, "--gpus", "2", "--dry-run", "c.yaml", "--run_name", "two words"]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert str(REPOSITORY / "experiments" / "train.py") in shown
-    assert "c.yaml --run_name two\\ words" in shown
-    wrong = subprocess.run(["bash", str(LAUNCH / script), "--gpus", "x", "c.yaml"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "--gpus must be a number" in wrong.stderr
-
-
-@pytest.mark.slow
-def test_a_launch_script_runs(tmp_path):
-    done = subprocess.run(
-        ["bash", str(LAUNCH / "one_node.sh"), "--gpus", "2", *flags(tmp_path)],
-        capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert Path(tmp_path / "all_results.json").is_file()
 
 
 def test_figures_are_drawn(tmp_path):
