@@ -217,6 +217,50 @@ def test_packed_gradients_equal_those_of_the_rows(sav_grad):
         assert (got[name] - want[name]).abs().max() <= bound, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
+def test_packed_sequences_under_torch_compile(how):
+    """Positions break the graph once, where they are read; the sequences, their weights and gradients stay apart."""
+    model = llava().train()
+    packed, lengths = pack([row_of(llava_batch, IMAGES, b) for b in range(len(IMAGES))])
+    if how == "cu_seq_lens":
+        del packed["position_ids"]
+        packed |= lengths_kwargs(lengths)
+
+    def logits_and_gradients(called):
+        model.zero_grad(set_to_none=True)
+        out = called(**packed, use_cache=False).logits
+        out.square().sum().backward()
+        return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA, sav_grad=True)) as handle:
+        want, gradients = logits_and_gradients(model)
+        torch._dynamo.reset()
+        got, compiled = logits_and_gradients(torch.compile(model, backend="eager"))
+        assert [int(t.sum()) for t in handle.roles.text_mask[0].split(lengths)] == [8, 9, 0, 8]
+    assert_close(got, want)
+    assert compiled.keys() == gradients.keys()
+    for name in gradients:
+        assert (compiled[name] - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max() + 1e-4, name
+
+
+def test_position_ids_that_one_graph_cannot_read_are_an_error():
+    """``fullgraph=True`` leaves no room to look at them; a mask says that the row is not packed."""
+    model = llava()
+    row = row_of(llava_batch, IMAGES, 0)
+    row["position_ids"] = torch.arange(row["input_ids"].shape[1])[None]
+    row["use_cache"] = False  # a cache of its own cannot be traced
+    masked = row | {"attention_mask": torch.ones_like(row["input_ids"])}
+    with apply_sar(model, SARConfig(activation_layer_k=2)):
+        want = logits(model, masked)  # transformers cannot trace a model's very first call
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"fullgraph=True pass cu_seq_lens_q"):
+            logits(compiled, row)
+        torch._dynamo.reset()
+        assert_close(logits(compiled, masked), want)
+
+
 def test_packed_cache_cannot_be_continued():
     model = llava()
     packed, _ = pack([row_of(llava_batch, IMAGES, b) for b in range(2)])

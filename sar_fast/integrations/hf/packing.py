@@ -61,7 +61,12 @@ def find_packing(given: Mapping[str, Any], shape: torch.Size, past_length: int |
     Args:
         given: the pass's arguments. ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32, FlashAttention's) describe the
             packing; without them ``position_ids`` that restart do, where no padding mask and no cached token is.
+            Reading them breaks a graph that is being traced, which ``fullgraph=True`` refuses.
         shape: (B, S).
+        past_length: how many tokens are cached.
+
+    Raises:
+        ValueError, TypeError: the arguments describe no packing that SAR supports; the message names the argument.
     """
     cu_q, cu_k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
     if cu_q is not None or cu_k is not None:
@@ -69,12 +74,9 @@ def find_packing(given: Mapping[str, Any], shape: torch.Size, past_length: int |
     positions = given.get("position_ids")
     if positions is None or given.get("attention_mask") is not None or shape[1] == 1:
         return None
-    tracing = torch.compiler.is_compiling()
-    if isinstance(past_length, Tensor) and tracing:
+    if isinstance(past_length, Tensor) and torch.compiler.is_compiling():
         return None
-    if past_length:
-        return None
-    return None if tracing else _from_positions(positions, shape)
+    return None if past_length else _from_positions(positions, shape)
 
 
 def _from_lengths(
@@ -106,6 +108,10 @@ def _from_lengths(
     return Packing(cu_q.to(torch.int32), shape[1] if longest is None else int(longest))
 
 
+@torch.compiler.disable(
+    reason="SAR reads position_ids to see whether the row is packed. With fullgraph=True pass cu_seq_lens_q and "
+    "cu_seq_lens_k for packed rows, attention_mask for all others"
+)
 def _from_positions(positions: Tensor, shape: torch.Size) -> Packing | None:
     """Packing by restarts of ``position_ids``: (B or 1, S), or (rows, B, S) whose row 0 is the text's of four."""
     rotary_rows = positions.dim() == 3 and positions.shape[0] == 3
