@@ -1,16 +1,19 @@
-"""transformers' own attention tests, with this project's attention and mask functions under the name ``"sdpa"``.
+"""transformers' own attention and generation tests, with our attention and mask functions under the name ``"sdpa"``.
 
     git clone --branch v5.23.0 --depth 1 https://github.com/huggingface/transformers
     python tests/acceptance/transformers_suite.py --checkout transformers --models llava qwen2_5_vl
 
-runs ``tests/models/<model>`` twice, stock and with ours, and says what passed and what only ours fails. Without git,
-the source archive of the package index will do: it has the common tests but no models, so those of
-``transformers_models.py`` take their place (generation tests are not in it):
+runs ``tests/models/<model>`` twice, stock and with ours, and says what passed and what only one of them fails. Without
+git, the source archive of the package index will do:
 
     pip download --no-binary :all: --no-deps transformers==5.23.0 && tar xzf transformers-5.23.0.tar.gz
     python tests/acceptance/transformers_suite.py --checkout transformers-5.23.0
 
-The checkout must be of the installed version; both need ``pip install parameterized``.
+It has the common tests, but none of a model and none of generation. ``--missing-from`` takes them from a clone of a
+version near by; without it the models of ``transformers_models.py`` take their place, and nothing is generated.
+
+The checkout must be of the installed version; all need ``pip install parameterized``. ``HF_HUB_OFFLINE=1`` lets tests
+that want a model hub fail at once where there is none.
 """
 
 from __future__ import annotations
@@ -22,14 +25,24 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
-OURS = "SAR_AS_SDPA"  # environment variable: this file, as a pytest plugin, registers our functions
-SELECT = (
-    "sdpa or eager_matches or attention or padding_free or sliding or gradient_checkpointing or generate or beam or "
-    "assisted or cache or left_padding or custom_4d"
+# environment variable: this file, as a pytest plugin, registers our functions and says in that file how often they ran
+OURS = "SAR_AS_SDPA"
+ATTENTION = (
+    "sdpa",
+    "eager_matches",
+    "attention",
+    "padding_free",
+    "sliding",
+    "gradient_checkpointing",
+    "cache",
+    "left_padding",
+    "custom_4d",
 )
+GENERATION = "GenerationTesterMixin"  # all tests of this class, and what models put in their place
 
 MODELS_FILE = """
 import unittest
@@ -66,13 +79,55 @@ def pytest_configure(config) -> None:
 
     from sar_fast.integrations.hf.attention import sar_attention_forward, sar_mask
 
-    AttentionInterface.register("sdpa", sar_attention_forward)
+    def counted(*args, **kwargs):
+        config.sar_calls += 1
+        return sar_attention_forward(*args, **kwargs)
+
+    config.sar_calls = 0
+    AttentionInterface.register("sdpa", counted)
     AttentionMaskInterface.register("sdpa", sar_mask)
 
 
-def complete(checkout: Path, into: Path) -> None:
-    """A copy of a source archive's ``tests``, with small models and without what it does not bring."""
-    shutil.copytree(checkout / "tests", into / "tests")
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """How often ours ran: no test means anything where it did not."""
+    if os.environ.get(OURS):
+        terminalreporter.write_line(f"our attention function ran {config.sar_calls} times")
+        Path(os.environ[OURS]).write_text(str(config.sar_calls))
+
+
+def is_generation_test(item) -> bool:
+    """Whether ``GenerationTesterMixin`` has a test of that name."""
+    bases = getattr(item, "cls", None)
+    name = item.name.split("[")[0]
+    return bases is not None and any(b.__name__ == GENERATION and hasattr(b, name) for b in bases.__mro__)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Keeps attention and generation tests; the report says which is which."""
+    kept, dropped = [], []
+    for item in items:
+        group = "generation" if is_generation_test(item) else "attention" if _about_attention(item.name) else None
+        (dropped if group is None else kept).append(item)
+        if group is not None:
+            item.user_properties.append(("group", group))
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+def _about_attention(name: str) -> bool:
+    return any(word in name for word in ATTENTION)
+
+
+def complete(checkout: Path, into: Path, clone: Path | None) -> None:
+    """A copy of a source archive with the tests that it lacks: a clone's, or small models without generation."""
+    shutil.copytree(checkout, into)
+    if clone is not None:
+        for path in [clone / "conftest.py", *(clone / "utils").rglob("*"), *(clone / "tests").rglob("*")]:
+            target = into / path.relative_to(clone)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        return
     for name, text in STUBS.items():
         path = into / "tests" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,19 +136,33 @@ def complete(checkout: Path, into: Path) -> None:
         (folder / "__init__.py").touch()
 
 
-def run(root: Path, targets: list[str], select: str, *, ours: bool, report: Path) -> dict[str, str]:
-    """Test id -> passed, failed or skipped."""
+def run(root: Path, targets: list[str], select: str | None, *, ours: bool, report: Path) -> dict[str, tuple[str, str]]:
+    """Test id -> (attention or generation, passed, failed or skipped)."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
-    environment |= {OURS: "1"} if ours else {}
-    command = [sys.executable, "-m", "pytest", "-p", "transformers_suite", "-q", "--tb=no", "-k", select]
+    calls = report.with_suffix(".calls")
+    environment |= {OURS: str(calls)} if ours else {}
+    command = [sys.executable, "-m", "pytest", "-p", "transformers_suite", "-q", "--tb=no", "-W", "ignore"]
+    command += ["-k", select] if select else []
     subprocess.run([*command, f"--junitxml={report}", *targets], cwd=root, env=environment, check=False)
     if not report.exists():
         raise SystemExit(f"pytest ran nothing in {root}; its message is above")
-    outcomes = {}
+    outcomes = read_report(report)
+    if "passed" not in {state for _, state in outcomes.values()} or (ours and not int(calls.read_text())):
+        raise SystemExit("no test passed, or our attention function never ran; pytest's message is above")
+    return outcomes
+
+
+def read_report(report: Path) -> dict[str, tuple[str, str]]:
+    """The outcomes in pytest's XML; subtests count with their test."""
+    rank = ("skipped", "passed", "failed")  # of several entries of one test the last of these counts
+    outcomes: dict[str, tuple[str, str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
         state = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        outcomes[f"{case.get('classname')}::{case.get('name')}"] = state
+        name = f"{case.get('classname')}::{case.get('name')}"
+        group = next((p.get("value") for p in case.iter("property") if p.get("name") == "group"), "collection")
+        before = outcomes.get(name, (group, "skipped"))[1]
+        outcomes[name] = group, max(before, state, key=rank.index)
     return outcomes
 
 
@@ -109,27 +178,41 @@ def check_version(checkout: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkout", type=Path, required=True, help="a clone or an unpacked source archive")
+    parser.add_argument("--missing-from", type=Path, help="a clone near by, for the tests that an archive lacks")
     parser.add_argument("--models", nargs="+", default=["llava", "qwen2_5_vl"], help="folders of tests/models")
-    parser.add_argument("-k", dest="select", default=SELECT, help="pytest's -k")
+    parser.add_argument("-k", dest="select", help="pytest's -k, on top of the choice of tests")
     args = parser.parse_args()
     check_version(args.checkout)
     with tempfile.TemporaryDirectory() as scratch:
-        root, targets = args.checkout.resolve(), [f"tests/models/{m}" for m in args.models]
+        root = args.checkout.resolve()
+        has_models = args.missing_from is not None or (root / "tests" / "models").exists()
         if not (root / "tests" / "models").exists():
-            complete(root, Path(scratch))
-            root, targets = Path(scratch), ["tests/models/small"]
-        outcomes = {
-            ours: run(root, targets, args.select, ours=ours, report=Path(scratch) / f"{ours}.xml")
-            for ours in (False, True)
-        }
-    stock, ours = outcomes[False], outcomes[True]
-    count = lambda results, state: sum(s == state for s in results.values())
+            complete(root, Path(scratch) / "tree", args.missing_from)
+            root = Path(scratch) / "tree"
+        targets = [f"tests/models/{m}/test_modeling_{m}.py" for m in (args.models if has_models else ["small"])]
+        stock, ours = (
+            run(root, targets, args.select, ours=ours, report=Path(scratch) / f"{ours}.xml") for ours in (False, True)
+        )
+    raise SystemExit(report_differences(stock, ours))
+
+
+def report_differences(stock: dict[str, tuple[str, str]], ours: dict[str, tuple[str, str]]) -> int:
+    """Prints counts and lists; 1 if a test passes stock and not with ours."""
     for label, results in (("stock", stock), ("ours", ours)):
-        print(f"{label:>6}: {', '.join(f'{count(results, s)} {s}' for s in ('passed', 'failed', 'skipped'))}")
-    print("fail with both:", *sorted(t for t in stock if stock[t] == ours.get(t) == "failed"), sep="\n  ")
-    only = sorted(t for t in stock if stock[t] == "passed" and ours.get(t) != "passed")
-    print("pass stock, not with ours:", *(only or ["none"]), sep="\n  ")
-    raise SystemExit(1 if only else 0)
+        counts = Counter(results.values())
+        for group in sorted({group for group, _ in results.values()}):
+            parts = (f"{counts[group, state]} {state}" for state in ("passed", "failed", "skipped"))
+            print(f"{label:>6} {group}:", ", ".join(parts))
+    state = lambda results, test: results.get(test, ("", "missing"))[1]
+    lists = {
+        "fail with both": lambda a, b: a == b == "failed",
+        "fail stock, pass with ours": lambda a, b: a == "failed" and b == "passed",
+        "pass stock, not with ours": lambda a, b: a == "passed" and b != "passed",
+    }
+    for label, belongs in lists.items():
+        tests = sorted(t for t in stock | ours if belongs(state(stock, t), state(ours, t)))
+        print(f"{label} ({len(tests)}):", *(tests or ["none"]), sep="\n  ")
+    return 1 if tests else 0
 
 
 if __name__ == "__main__":
