@@ -1,13 +1,17 @@
 """Our analyses against the research code's way of doing them: same model, samples, machine and run.
 
 The other side is written anew from a description of what the research code does: one sample at a time; SFS and FI by
-eager attention with all matrices returned, a forward pass for each of six prompts; the probe by a forward pass for each
-layer and sample, then a linear head for each layer; yes/no questions with SAR by eager attention and two decoded
-tokens. The K sweep has no such side: one prefill for all K is compared with batched runs of ours, one K at a time. Both
-sides must agree before anything is reported.
+eager attention with all matrices kept, a forward pass for each of six prompts; the probe by a forward pass for each
+layer and sample, then a linear head for each layer; yes/no questions by eager attention and two decoded tokens, the
+answer and the end. The K sweep has no such side: one prefill for all K is compared with batched runs of ours, one K at
+a time. Both sides must agree before anything is reported.
+
+Questions come in the numbers that the benchmarks have about a picture: MME 2, POPE 6 in each of its splits and 18 in
+all three, and 1, where nothing can be shared. SAR re-weights 5 of 16 layers, the paper's proportion (10 of 32).
 
     python benchmarks/eval_speed.py                        # prints the table
     python benchmarks/eval_speed.py --json out.json        # also writes it, with versions and seed
+    python benchmarks/eval_speed.py --only yes/no          # the rows whose name has these words
 
 The model is LLaVA-1.5's architecture with 16 layers (32 in the sweep) and random weights, its 576 visual tokens
 included. Seconds are the process's CPU time, the least of the rounds, so that other work on the machine does not count;
@@ -17,12 +21,14 @@ wall time lies beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,21 +39,26 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sar_fast import SARConfig, apply_sar
 from sar_fast.analysis.eager import EagerSAR, eager_attention
 from sar_fast.cli.loading import build_prompt
+from sar_fast.evaluation.asking import Asker
 from sar_fast.evaluation.focus import DatasetMasks, FocusMetricsEvaluator, GroundingSample
 from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES
 from sar_fast.evaluation.probe import HeadTraining, LayerwiseProbe
 from sar_fast.evaluation.probe.heads import box_iou
 from sar_fast.evaluation.probe.probe import split_by_picture
+from sar_fast.evaluation.prompts import PromptFormat
+from sar_fast.evaluation.tasks import Sample
+from sar_fast.evaluation.tasks.mme import YES_NO
 from sar_fast.integrations.hf.branching import run_branches
 from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.drawing import draw_scene
+from sar_fast.miniature.drawing import COLOURS, SHAPES, draw_scene
 from sar_fast.run_metadata import commit, versions
 
 SIDE, PATCH = 336, 14
 LAYERS, WIDTH, HEADS = 16, 256, 8
 THEIRS, OURS, SEPARATE = "research code's way", "this package", "one K at a time, batched"
-SAR = SARConfig(activation_layer_k=10, beta=0.05)
+SAR = SARConfig(activation_layer_k=5, beta=0.05)
 SWEPT = [SAR.replace(activation_layer_k=k) for k in (0, 5, 10, 15)]
+WORDS = "\nAnswer the question using a single word or phrase."  # after a question of MME or POPE
 SWEEP_LAYERS = 32
 
 
@@ -99,35 +110,76 @@ def make_samples(count: int, seed: int) -> list[GroundingSample]:
     return samples
 
 
-def research_focus(model, processor, samples: list[GroundingSample]) -> list[tuple[float, float]]:
+def research_focus(model, processor, samples: list[GroundingSample], sar: SARConfig | None) -> list[tuple]:
     """(SFS, FI) of each sample."""
     from skimage.metrics import structural_similarity
 
-    model.set_attn_implementation("eager")
     scores = []
-    for sample in samples:
-        maps = []
-        for question in (sample.query, *(t.format(sample.object_prompt) for t in DEFAULT_TEMPLATES)):
-            prompt = build_prompt(processor, question)
-            inputs = processor(images=sample.image, text=prompt, return_tensors="pt")
-            with torch.no_grad():
-                attentions = model(**inputs, output_attentions=True).attentions
-            seen = inputs["input_ids"][0] == model.config.image_token_id
-            row = attentions[-1][0].mean(0)[-1, seen]  # (576,)
-            side = SIDE // PATCH
-            grid = Image.fromarray((row / row.max()).reshape(side, side).numpy())
-            fine = np.asarray(grid.resize(sample.image.size, Image.Resampling.BICUBIC), dtype=np.float64).clip(0)
-            maps.append(fine / fine.sum())
-        similarities = [
-            structural_similarity(maps[0], other, data_range=max(maps[0].max(), other.max())) for other in maps[1:]
-        ]
-        scores.append((maps[0][DatasetMasks().mask(sample)].sum(), 1 - np.mean(similarities)))
-    model.set_attn_implementation("sdpa")
+    with research_attention(model, sar, keep=True) as look:
+        for sample in samples:
+            maps = []
+            for question in (sample.query, *(t.format(sample.object_prompt) for t in DEFAULT_TEMPLATES)):
+                prompt = build_prompt(processor, question)
+                inputs = processor(images=sample.image, text=prompt, return_tensors="pt")
+                look(inputs, use_cache=False)
+                seen = inputs["input_ids"][0] == model.config.image_token_id
+                row = look.matrices[-1][0].mean(0)[-1, seen]  # (576,)
+                side = SIDE // PATCH
+                grid = Image.fromarray((row / row.max()).reshape(side, side).numpy())
+                fine = np.asarray(grid.resize(sample.image.size, Image.Resampling.BICUBIC), dtype=np.float64).clip(0)
+                maps.append(fine / fine.sum())
+            similarities = [
+                structural_similarity(maps[0], other, data_range=max(maps[0].max(), other.max())) for other in maps[1:]
+            ]
+            scores.append((maps[0][DatasetMasks().mask(sample)].sum(), 1 - np.mean(similarities)))
     return scores
 
 
-def our_focus(model, processor, samples: list[GroundingSample], batch_size: int) -> list[tuple[float, float]]:
-    evaluator = FocusMetricsEvaluator(model, processor)
+class research_attention:
+    """Within, calls run eager attention, with SAR or without; ``matrices`` are the last call's by layer, if kept."""
+
+    def __init__(self, model, sar: SARConfig | None, *, keep: bool) -> None:
+        self.model, self.sar, self.keep = model, sar, keep
+        self.matrices, self._stack = [], contextlib.ExitStack()
+
+    def __enter__(self) -> research_attention:
+        softmax, block = torch.softmax, 2 * self.model.config.vision_config.num_hidden_layers // 3
+
+        def keep_matrix(scores, *args, **kwargs):
+            found = softmax(scores, *args, **kwargs)
+            if found.dim() == 4:
+                self.matrices.append(found)
+            return found
+
+        def keep_norms(module, args, output):
+            norms = (output[0] if isinstance(output, tuple) else output)[:, 1:].norm(dim=-1)  # without the class token
+            self._prior[self._visual] = (norms / norms.sum()).flatten()
+
+        self._stack.enter_context(eager_attention(self.model))
+        self._stack.enter_context(torch.no_grad())
+        if self.keep:
+            self._stack.enter_context(mock.patch.object(torch, "softmax", keep_matrix))
+        hook = self.model.model.vision_tower.encoder.layers[block].register_forward_hook(keep_norms)
+        self._stack.callback(hook.remove)
+        return self
+
+    def __call__(self, inputs, **options):
+        self.matrices.clear()
+        self._visual = visual = inputs["input_ids"] == self.model.config.image_token_id
+        self._prior = torch.zeros(visual.shape)
+        if self.sar is not None:
+            text = ~visual & (visual.cumsum(-1) == visual.sum())
+            options["eager_sar"] = EagerSAR(
+                visual, text, self._prior, LAYERS - self.sar.activation_layer_k, self.sar.beta
+            )
+        return self.model(**inputs, **options)
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+
+def our_focus(model, processor, samples: list[GroundingSample], batch_size: int, sar: SARConfig | None) -> list[tuple]:
+    evaluator = FocusMetricsEvaluator(model, processor, config=sar)
     records = []
     for start in range(0, len(samples), batch_size):
         records += evaluator.score(samples[start : start + batch_size])
@@ -192,39 +244,47 @@ def our_probe(model, processor, samples: list[GroundingSample], batch_size: int)
         return _to_compare(store.get(torch.arange(len(samples))), probe.fit(samples, store).scores)
 
 
-def research_yes_no(model, processor, samples: list[GroundingSample]) -> np.ndarray:
-    """(samples, 2) log-probabilities that the answer starts with yes and no; eager SAR, then the token after it."""
-    prior, found = torch.zeros(1, 0), []
-
-    def keep_norms(module, args, output):
-        norms = (output[0] if isinstance(output, tuple) else output)[:, 1:].norm(dim=-1)  # without the class token
-        prior[visual] = (norms / norms.sum()).flatten()
-
-    block = 2 * model.config.vision_config.num_hidden_layers // 3
-    hook = model.model.vision_tower.encoder.layers[block].register_forward_hook(keep_norms)
-    with eager_attention(model), torch.no_grad():
-        for sample in samples:
-            inputs = _yes_no_inputs(processor, [sample])
-            visual = inputs["input_ids"] == model.config.image_token_id
-            text = ~visual & (visual.cumsum(-1) == visual.sum())
-            prior = torch.zeros(visual.shape)
-            sar = EagerSAR(visual, text, prior, LAYERS - SAR.activation_layer_k, SAR.beta)
-            output = model(**inputs, eager_sar=sar, use_cache=True)
-            found.append(_log_probabilities(processor, output.logits[:, -1]))
-            first = output.logits[:, -1:].argmax(-1)
-            model(input_ids=first, past_key_values=output.past_key_values, use_cache=True)
-    hook.remove()
-    return torch.cat(found).numpy()
+def make_questions(pictures: int, each: int, seed: int) -> list[tuple[Image.Image, list[str]]]:
+    """Pictures with so many different questions about each."""
+    rng, asked = np.random.default_rng(seed), []
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    for _ in range(pictures):
+        scene = draw_scene(rng, size=SIDE, objects=2, background="gradient")
+        chosen = rng.choice(len(names), each, replace=False)
+        questions = [f"Is there a {names[i]} in the image?{WORDS}" for i in chosen]
+        asked.append((Image.fromarray(scene.image), questions))
+    return asked
 
 
-def our_yes_no(model, processor, samples: list[GroundingSample], batch_size: int) -> np.ndarray:
+def research_yes_no(model, processor, asked: list[tuple[Image.Image, list[str]]], sar: SARConfig | None) -> np.ndarray:
+    """(questions, 2) log-probabilities that the answer starts with yes and no; then the token after it."""
     found = []
-    with apply_sar(model, SAR), torch.no_grad():
-        for start in range(0, len(samples), batch_size):
-            inputs = _yes_no_inputs(processor, samples[start : start + batch_size])
-            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-            found.append(_log_probabilities(processor, logits))
+    with research_attention(model, sar, keep=False) as look:
+        for picture, questions in asked:
+            for question in questions:
+                inputs = processor(images=picture, text=build_prompt(processor, question), return_tensors="pt")
+                output = look(inputs, use_cache=True, logits_to_keep=1)
+                found.append(_log_probabilities(processor, output.logits[:, -1]))
+                first = output.logits[:, -1:].argmax(-1)
+                model(input_ids=first, past_key_values=output.past_key_values, use_cache=True)
     return torch.cat(found).numpy()
+
+
+def our_yes_no(
+    model, processor, asked: list[tuple[Image.Image, list[str]]], batch_size: int, sar: SARConfig | None
+) -> np.ndarray:
+    """What ``evaluate.py --task ... --scoring first_token`` does with batches of whole pictures."""
+    handle = None if sar is None else apply_sar(model, sar)
+    ask = Asker(None, None, "first_token", model, processor, handle)
+    form, found = PromptFormat.of(model, processor), []
+    per_batch = max(1, batch_size // len(asked[0][1]))
+    for start in range(0, len(asked), per_batch):
+        pictures, questions = zip(*asked[start : start + per_batch])
+        samples = [Sample("", 0, question, "", YES_NO) for row in questions for question in row]
+        for reply in ask.replies(samples, form.encode_groups(pictures, questions)):
+            found.append(list(reply["log_probabilities"].values()))
+    ask.handle.remove()
+    return np.array(found)
 
 
 def sweep(model, processor, samples: list[GroundingSample], batch_size: int, *, branched: bool) -> np.ndarray:
@@ -232,7 +292,7 @@ def sweep(model, processor, samples: list[GroundingSample], batch_size: int, *, 
     found: list[list[torch.Tensor]] = [[] for _ in SWEPT]
     with apply_sar(model, SWEPT[-1]) as handle, torch.no_grad():
         for start in range(0, len(samples), batch_size):
-            inputs = _yes_no_inputs(processor, samples[start : start + batch_size])
+            inputs = _inputs(processor, samples[start : start + batch_size])
             call = lambda: model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]  # noqa: B023
             if branched:
                 results = [logits for _, logits in run_branches(handle, SWEPT, call)]
@@ -246,7 +306,7 @@ def sweep(model, processor, samples: list[GroundingSample], batch_size: int, *, 
     return torch.stack([torch.cat(kept) for kept in found]).numpy()
 
 
-def _yes_no_inputs(processor, samples: list[GroundingSample]):
+def _inputs(processor, samples: list[GroundingSample]):
     processor.tokenizer.padding_side = "left"
     texts = [build_prompt(processor, f"Is there a {sample.object_prompt}?") for sample in samples]
     return processor(images=[s.image for s in samples], text=texts, padding=True, return_tensors="pt")
@@ -288,50 +348,59 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int, tolerance: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="words that a row's name must have")
     parser.add_argument("--focus-samples", type=int, default=8)
     parser.add_argument("--probe-samples", type=int, default=10)
-    parser.add_argument("--yes-no-samples", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=18, help="per row, and per batch of ours")
     parser.add_argument("--sweep-samples", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, processor = make_model(args.seed)
+    processor.tokenizer.padding_side = "left"
     focus_samples = make_samples(args.focus_samples, args.seed + 1)
     probe_samples = make_samples(args.probe_samples, args.seed + 2)
-    questions = make_samples(args.yes_no_samples, args.seed + 3)
     deep, _ = make_model(args.seed, SWEEP_LAYERS)
     swept = make_samples(args.sweep_samples, args.seed + 4)
-    comparisons = {
-        f"SFS and FI, {len(focus_samples)} samples": (
+    # tolerance of each: between two ways of rounding the same fp32 computation
+    comparisons: dict[str, tuple[dict[str, Callable[[], object]], float]] = {}
+    with_sar = f"with SAR (K = {SAR.activation_layer_k} of {LAYERS})"
+    for words, sar in (("without SAR", None), (with_sar, SAR)):
+        comparisons[f"SFS and FI {words}, {len(focus_samples)} samples"] = (
             {
-                THEIRS: lambda: research_focus(model, processor, focus_samples),
-                OURS: lambda: our_focus(model, processor, focus_samples, args.batch_size),
+                THEIRS: lambda sar=sar: research_focus(model, processor, focus_samples, sar),
+                OURS: lambda sar=sar: our_focus(model, processor, focus_samples, args.batch_size, sar),
             },
             1e-3,  # SSIM of maps that agree to fp32 rounding
-        ),
-        f"layer-wise probe, {len(probe_samples)} samples": (
-            {
-                THEIRS: lambda: research_probe(model, processor, probe_samples),
-                OURS: lambda: our_probe(model, processor, probe_samples, args.batch_size),
-            },
-            1e-3,  # features of 16 layers in fp32, with padding and without; scores are equal or far apart
-        ),
-        f"yes/no questions with SAR, {len(questions)} samples": (
-            {
-                THEIRS: lambda: research_yes_no(model, processor, questions),
-                OURS: lambda: our_yes_no(model, processor, questions, args.batch_size),
-            },
-            1e-2,  # log-probabilities after 10 re-weighted layers in fp32
-        ),
-        f"K in 0, 5, 10, 15 of {SWEEP_LAYERS} layers, {len(swept)} samples": (
-            {
-                SEPARATE: lambda: sweep(deep, processor, swept, args.batch_size, branched=False),
-                OURS: lambda: sweep(deep, processor, swept, args.batch_size, branched=True),
-            },
-            0.0,  # the same operations on the same numbers
-        ),
-    }
+        )
+    comparisons[f"layer-wise probe, {len(probe_samples)} samples"] = (
+        {
+            THEIRS: lambda: research_probe(model, processor, probe_samples),
+            OURS: lambda: our_probe(model, processor, probe_samples, args.batch_size),
+        },
+        1e-3,  # features of 16 layers in fp32, with padding and without; scores are equal or far apart
+    )
+    for words, sar in (("without SAR", None), (with_sar, SAR)):
+        for each in (1, 2, 6, 18):
+            asked = make_questions(max(1, args.questions // each), each, args.seed + 3)
+            comparisons[f"yes/no {words}, {each} per picture, {each * len(asked)} questions"] = (
+                {
+                    THEIRS: lambda asked=asked, sar=sar: research_yes_no(model, processor, asked, sar),
+                    OURS: lambda asked=asked, sar=sar: our_yes_no(model, processor, asked, args.questions, sar),
+                },
+                1e-2,  # log-probabilities after re-weighted layers in fp32
+            )
+    comparisons[f"K in 0, 5, 10, 15 of {SWEEP_LAYERS} layers, {len(swept)} samples"] = (
+        {
+            SEPARATE: lambda: sweep(deep, processor, swept, args.batch_size, branched=False),
+            OURS: lambda: sweep(deep, processor, swept, args.batch_size, branched=True),
+        },
+        0.0,  # the same operations on the same numbers
+    )
+    comparisons = {name: row for name, row in comparisons.items() if args.only in name}
+    if not comparisons:
+        parser.error(f"--only {args.only!r}: no row has these words")
     records = []
     print(f"{'':34} {'CPU s':>8} {'wall s':>8} {'ratio':>7}")
     for name, (calls, tolerance) in comparisons.items():
@@ -349,6 +418,8 @@ def main() -> None:
             "seed": args.seed,
             "rounds": args.rounds,
             "batch_size": args.batch_size,
+            "questions_per_batch": args.questions,
+            "activation_layer_k": SAR.activation_layer_k,
             "layers": LAYERS,
             "width": WIDTH,
             "visual_tokens": (SIDE // PATCH) ** 2,
