@@ -6,11 +6,15 @@ import itertools
 
 import pytest
 import torch
+from transformers import BatchFeature
 
 from sar_fast import SARConfig, apply_sar
+from sar_fast.integrations.hf import UnsupportedModelError
 from sar_fast.integrations.hf.apply import find_decoder_layers
 from sar_fast.integrations.hf.branching import layer_passes, run_branches
-from tests.hf.tiny import MODELS
+from sar_fast.integrations.hf.families import Family
+from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
+from tests.hf.tiny import CASES, MODELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,3 +137,178 @@ def test_beams_branch_too(name):
     call = lambda: model.generate(**inputs, num_beams=3, max_new_tokens=4, do_sample=False)
     for config, got in zip(SETTINGS[1:4], [r for _, r in run_branches(handle, SETTINGS[1:4], call)]):
         assert torch.equal(got, separately(model, handle, config, call))
+
+
+# --- several prompts about one picture
+
+TAILS = ([[21, 22], [23], [21, 25, 26, 27]], [[30, 31]], [[32, 33], [32, 34, 35]])  # how each picture's prompts end
+OWN_TOKENS = {  # models whose prompts share what they begin with, and why the others do not
+    "paligemma": "the picture's tokens attend to the question",
+    "paligemma2": "the picture's tokens attend to the question",
+    "llama4": "does not take pictures that are encoded already",
+    "qwen3_5": "linear-attention layers",
+    "qwen3_5_moe": "linear-attention layers",
+    "lfm2_vl": "convolution layers",
+    "gemma4": "builds the masks of its layers for whole prompts",
+    "gemma4-shared-kv": "builds the masks of its layers for whole prompts",
+}
+
+
+def asked(case, images=(1, 1, 1), tails=TAILS, dtype=torch.float32):
+    """Prompts about lists of pictures, as the processor and the tokenizer would give them."""
+    inputs, ids = case.batch(list(images)), []
+    extras = {name: [] for name in PER_TOKEN if name in inputs}
+    for b, ends in enumerate(tails):
+        real = inputs["attention_mask"][b].bool()
+        ids.append([inputs["input_ids"][b][real].tolist() + end for end in ends])
+        for name, values in extras.items():
+            values.append([inputs[name][b][real].tolist() + [0] * len(end) for end in ends])
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return PromptGroups(BatchFeature(inputs), ids, extras, 0)
+
+
+def shared_and_whole(name, images=(1, 1, 1), dtype=torch.float32):
+    """(model, prefix, call on it, logits of the whole prompts by settings, logits with the prefix shared)."""
+    case = CASES[name]
+    model = case.make().to(dtype)
+    handle = apply_sar(model, SARConfig(activation_layer_k=0))
+    prefix = SharedPrefix(handle, asked(case, images, dtype=dtype))
+    total = len(handle.attention_modules)
+    configs = [SARConfig(activation_layer_k=k, beta=case.beta) for k in sorted({0, 1, total // 2, total})]
+    call = lambda: model(**prefix.inputs(), use_cache=False, logits_to_keep=1).logits[:, -1]
+    whole = []
+    with torch.no_grad():
+        for config in configs:
+            handle.reconfigure(config)
+            whole.append(call())
+    return handle, prefix, call, configs, whole
+
+
+SHARING = [name for name in CASES if name not in OWN_TOKENS]
+IN_FP64 = [name for name in SHARING if name not in ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")]  # grouped_mm has no fp64
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_shared_prefix_gives_the_logits_of_whole_prompts(name):
+    """Ragged prompts, a picture with one prompt, and every K.
+
+    In fp64: rotary angles stay fp32 in transformers, and both sides count positions from another origin where a row is
+    padded, so angles of up to 41 rad differ by 2^-24 x 41 = 2.4e-6. What SAR's softmax makes of that is bounded by
+    1 / beta = 50 times SAV's own change, of the same order.
+    """
+    handle, prefix, call, configs, whole = shared_and_whole(
+        name, dtype=torch.float64 if name in IN_FP64 else torch.float32
+    )
+    assert prefix.shares
+    found = [logits for _, logits in run_branches(handle, configs, call, prefix)]
+    for config, a, b in zip(configs, found, whole):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item(), msg=f"{name}, {config}")
+    assert all((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in itertools.pairwise(whole))  # settings differ
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llava_next", "gemma3"])
+def test_a_shared_prefix_with_several_pictures_and_with_none(name):
+    handle, prefix, call, configs, whole = shared_and_whole(name, images=(2, 0, 1), dtype=torch.float64)
+    assert prefix.shares
+    for (config, a), b in zip(run_branches(handle, configs, call, prefix), whole):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item(), msg=f"{config}")
+    assert torch.equal(whole[0][3], whole[-1][3])  # the row without a picture: SAR leaves it alone
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"),
+    [("llava", "running"), ("llava", "step"), ("qwen2_5_vl", "prompt"), ("qwen3_vl", "running"), ("gemma3", "running")],
+)
+def test_generation_continues_from_a_shared_prefix(name, decode):
+    """Tokens and every step's logits; gemma3 has layers that see a window."""
+    handle, prefix, _, configs, _ = shared_and_whole(name, dtype=torch.float64)
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    call = lambda: handle.model.generate(**prefix.inputs(), **options)
+    configs = [config.replace(decode=decode) for config in configs]
+    for config, shared in run_branches(handle, configs, call, prefix):
+        handle.reconfigure(config)
+        whole = call()
+        assert torch.equal(shared.sequences, whole.sequences)
+        for a, b in zip(shared.logits, whole.logits):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item(), msg=f"{config}")
+
+
+def test_a_shared_prefix_costs_what_it_should(name):
+    """Tokens per layer: below SAR the prefixes and the remainders, above whole prompts, in the last T's columns."""
+    handle, prefix, call, _, _ = shared_and_whole(name)
+    config, layers, seen, encoded = SARConfig(activation_layer_k=2), find_decoder_layers(handle.model), {}, []
+    for index, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(lambda m, a, out, i=index: seen.setdefault(i, []).append(tuple(out.shape[:2])))
+    handle.vision_blocks[0].register_forward_hook(lambda *_: encoded.append(1))
+    prefix = SharedPrefix(handle, prefix.groups)
+    call = lambda: handle.model(**prefix.inputs(), use_cache=False, logits_to_keep=1)
+    list(run_branches(handle, [config], call, prefix))
+    longest = max(len(ids) for rows in prefix.groups.ids for ids in rows)
+    beginnings, remainder = (3, max(prefix.cuts)), (6, 4)
+    assert seen[0] == seen[1] == [beginnings, remainder]
+    assert seen[2] == [(6, longest)]
+    ((rows, columns),) = seen[3]
+    assert rows == 6
+    assert columns < longest / 2
+    assert len(encoded) == 1
+    assert "forward" not in layers[0].__dict__
+    assert "forward" not in layers[-1].__dict__
+
+
+@pytest.mark.parametrize("name", [n for n in OWN_TOKENS if n != "llama4"])
+def test_families_that_need_whole_prompts_say_why_and_run_them(name):
+    handle, prefix, call, configs, whole = shared_and_whole(name)
+    assert OWN_TOKENS[name] in prefix.why_whole
+    assert not prefix.shares
+    assert "once per prompt" in sharing_of(handle.model).describe()["common prefix"]
+    if name != "gemma4-shared-kv":  # its settings cannot branch either, which is an error of its own
+        for (_, a), b in zip(run_branches(handle, configs, call, prefix), whole):
+            assert torch.equal(a, b)
+
+
+def test_sharing_is_refused_where_it_is_not_known_to_be_right():
+    model = CASES["llama4"].make()
+    assert OWN_TOKENS["llama4"] in sharing_of(model).pictures
+    with pytest.raises(UnsupportedModelError, match="so several prompts cannot share one"):
+        SharedPrefix(apply_sar(model, SARConfig(activation_layer_k=0)), asked(CASES["llava"]))
+    assert Family("mine", ("mine",), ("blocks",), lambda *_: None).whole_prompts  # an entry must say so itself
+    llava = CASES["llava"].make()
+    llava.config.model_type = "unheard_of"
+    assert "'unheard_of' has no family entry" in sharing_of(llava).prefix
+
+
+def test_prompts_that_differ_before_their_picture_run_whole():
+    """A chat template that puts the question first."""
+    case = CASES["llava"]
+    handle = apply_sar(case.make(), SARConfig(activation_layer_k=1))
+    groups = asked(case)
+    groups.ids[0] = [[40 + i, *ids] for i, ids in enumerate(groups.ids[0])]
+    prefix = SharedPrefix(handle, groups)
+    assert "the chat template puts the question first" in prefix.why_whole
+    alone = SharedPrefix(handle, asked(case, tails=[[[21]], [[22, 23]], [[24]]]))
+    assert alone.why_whole == "no picture has several prompts"
+    call = lambda: handle.model(**prefix.inputs(), logits_to_keep=1).logits[:, -1]
+    ((_, found),) = run_branches(handle, [handle.config], call, prefix)
+    with torch.no_grad():
+        assert torch.equal(found, call())
+
+
+def test_a_call_on_other_prompts_than_the_prefixes_is_an_error():
+    case = CASES["llava"]
+    handle = apply_sar(case.make(), SARConfig(activation_layer_k=1))
+    groups = asked(case)
+    prefix = SharedPrefix(handle, groups)
+    others = asked(case)
+    others.ids[0][0][-1] = 45
+    call = lambda: handle.model(**SharedPrefix(handle, others).inputs(), logits_to_keep=1)
+    with pytest.raises(ValueError, match="must run the model on the same inputs every time"):
+        list(run_branches(handle, [handle.config], call, prefix))
+
+
+def test_what_nobody_may_read_is_nan():
+    """The last layer computes T's columns alone; a call that reads another position must not get a number."""
+    handle, prefix, _, _, _ = shared_and_whole("llava")
+    call = lambda: handle.model(**prefix.inputs(), use_cache=False).logits
+    ((_, logits),) = run_branches(handle, [SARConfig(activation_layer_k=1)], call, prefix)
+    assert logits[:, 0].isnan().all()
+    assert not logits[:, -1].isnan().any()

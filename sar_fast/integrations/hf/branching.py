@@ -247,6 +247,9 @@ def _graft(cache: Cache | None, trunk: _Trunk, start: int) -> None:
     if cache.is_compileable:
         raise ValueError(f"call must use a dynamic cache, which grows; got {type(cache).__name__}")
     for index, shared in enumerate(trunk.layers()[:start] if start else ()):
+        if trunk.padded:  # every layer keeps what its kind keeps: some a window
+            cache.update(shared.keys, shared.values, index)
+            continue
         # plain dynamic layers grow by concatenation and never write into shared tensors; others may
         concatenates = type(shared) in (DynamicLayer, DynamicSlidingWindowLayer)
         cache.layers[index : index + 1] = [copy.copy(shared) if concatenates else copy.deepcopy(shared)]
