@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from tests.hf.tiny import IMAGE
+from tests.hf.tiny import IMAGE, OLDEST
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
@@ -29,9 +29,18 @@ def visual_features(model: nn.Module, row: Mapping[str, Tensor], output: str = "
     encode = base.get_video_features if video else base.get_image_features
     pixels = row["pixel_values_videos" if video else "pixel_values"]
     others = {name: x for name, x in row.items() if name not in TEXT_INPUTS and not name.startswith("pixel_values")}
-    features = getattr(encode(pixels, **others, return_dict=True), output)
+    features = getattr(encode(pixels, **others, **required(model), return_dict=True), output)
+    if OLDEST and video and hasattr(base, "image_newline"):  # its forward pass adds what newer ones return here
+        features = torch.cat([features, base.image_newline.expand(len(features), 1, -1)], 1)
     features = [features] if isinstance(features, Tensor) else features
     return torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
+
+
+def required(model: nn.Module) -> dict[str, str]:
+    """What ``get_image_features`` wants to be told besides pixels."""
+    if not OLDEST or model.config.model_type != "llama4":
+        return {}
+    return {"vision_feature_select_strategy": model.config.vision_config.vision_feature_select_strategy}
 
 
 @contextlib.contextmanager

@@ -258,6 +258,8 @@ class SARHandle:
         """(n,) fp32 norms of a modality's visual tokens in placeholder order."""
         features = getattr(output, self.family.features)
         features = features if isinstance(features, Tensor) else torch.cat([f.flatten(0, -2) for f in features])
+        if modality == "video" and self.family.whole_video_features is not None:
+            features = self.family.whole_video_features(self.base_model, features, arguments)
         if self.config.prior_source == "projected":
             if self.family.projector is not None:
                 with torch.no_grad():

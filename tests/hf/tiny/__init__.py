@@ -1,7 +1,7 @@
 """Tiny random multimodal models and batches for the integration tests, grouped as the families are."""
 
 from tests.hf.tiny import grids, per_patch, square, tiles
-from tests.hf.tiny.base import IMAGE, VIDEO, VOCAB, Case
+from tests.hf.tiny.base import IMAGE, OLDEST, VIDEO, VOCAB, Case
 from tests.hf.tiny.grids import QWEN_GRIDS, qwen2_5_vl, qwen_batch
 from tests.hf.tiny.per_patch import llava, llava_batch
 
@@ -12,6 +12,7 @@ __all__ = [
     "CASES",
     "IMAGE",
     "MODELS",
+    "OLDEST",
     "QWEN_GRIDS",
     "VIDEO",
     "VOCAB",

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+OLDEST = transformers.__version__.startswith("5.17.")  # the oldest that works; it has bugs of its own
 IMAGE = 99
 VIDEO = 98
 VOCAB = 120

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.hf.tiny.base import IMAGE, LAYERS, VIDEO, Case, build, noise, randomize, rows_with_pictures, text
+from tests.hf.tiny.base import IMAGE, LAYERS, OLDEST, VIDEO, Case, build, noise, randomize, rows_with_pictures, text
 
 QWEN_GRIDS = ((1, 8, 12), (1, 12, 8), (1, 6, 10))  # patches (t, h, w) of the pictures
 CLIP = (3, 4, 6)  # of the video: t counts pairs of frames
@@ -380,13 +380,11 @@ def _gemma4_video() -> dict[str, Tensor]:
     row = [5, 6, *([20, 97, *[VIDEO] * 6, 96] * 3), 8, 9, 10, 11]
     pixels, positions = _gemma4_patches([(4, 6)] * 3, 50)
     ids = torch.tensor([row])
-    return {
-        "input_ids": ids,
-        "mm_token_type_ids": 2 * (ids == VIDEO).int(),
-        "pixel_values_videos": pixels,
-        "video_position_ids": positions,
-        "num_frames_per_video": torch.tensor([3]),
-    }
+    inputs = {"input_ids": ids, "mm_token_type_ids": 2 * (ids == VIDEO).int()}
+    if OLDEST:  # clips of one length, in a dimension of their own
+        return inputs | {"pixel_values_videos": pixels[None], "video_position_ids": positions[None]}
+    frames = {"num_frames_per_video": torch.tensor([3])}
+    return inputs | {"pixel_values_videos": pixels, "video_position_ids": positions} | frames
 
 
 _QWEN = {

@@ -74,7 +74,8 @@ def _blocks_over_time(base_model: nn.Module, norms: Tensor, arguments: Mapping[s
 def _blocks_by_position(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Mean of each block, found by its patches' coordinates; padding has none."""
     positions = arguments.get("image_position_ids")
-    positions = arguments["video_position_ids"] if positions is None else positions  # (images, P, 2) x, y; -1 = padding
+    positions = arguments["video_position_ids"] if positions is None else positions
+    positions = positions.flatten(0, -3)  # (images or frames, P, 2) x, y; -1 = padding; older: (videos, frames, P, 2)
     side = base_model.config.vision_config.pooling_kernel_size
     tokens = []
     for n, xy in zip(norms, positions):

@@ -30,6 +30,8 @@ class Family:
         placeholder_ids: names of the config's fields that hold placeholder token ids, by modality.
         features: attribute of ``get_image_features``'s output that holds one feature per visual token.
         projector: dotted path of the module that still projects ``features`` after that call, if one does.
+        whole_video_features: (base model, features of ``get_video_features``, its arguments by name) -> those features
+            with the tokens that the model's forward pass only then adds to them, if it does.
         computes_last_queries_only: the text model drops the other queries in its last layers when ``logits_to_keep`` is
             a number, as it is in ``generate``; SAR then asks for all of them, since T is more than the last one.
         whole_prompts: why prompts about one picture must each run from their first token. "": attention is causal and
@@ -45,6 +47,7 @@ class Family:
     placeholder_ids: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image": "image_token_id"})
     features: str = "pooler_output"
     projector: str | None = None
+    whole_video_features: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] | None = None
     computes_last_queries_only: bool = False
     whole_prompts: str = "its family entry does not say that prompts can share what they begin with"
     note: str = ""

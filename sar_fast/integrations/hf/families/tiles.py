@@ -62,6 +62,16 @@ def _pooled_frames(base_model: nn.Module, norms: Tensor, arguments: Mapping[str,
     return F.pad(pooled, (0, 1)).flatten()
 
 
+def _with_newlines(base_model: nn.Module, features: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """(videos, n, F) with the newline token that ``get_video_features`` of older transformers leaves to the model."""
+    videos, frames = arguments.get("pixel_values_videos", arguments.get("pixel_values")).shape[:2]
+    vision = base_model.config.vision_config
+    pooled = -(-(vision.image_size // vision.patch_size) // 2)  # patches of a side, halved and rounded up
+    if features.shape[1] > frames * pooled**2:
+        return features
+    return torch.cat([features, base_model.image_newline.expand(videos, 1, -1)], dim=1)
+
+
 register_family(
     Family(
         name="LLaVA-NeXT",
@@ -78,6 +88,7 @@ register_family(
         vision_blocks=_BLOCKS,
         token_norms=_packed_and_scaled,
         video_token_norms=_pooled_frames,
+        whole_video_features=_with_newlines,
         placeholder_ids={"image": "image_token_id", "video": "video_token_id"},
         whole_prompts="",
     )
