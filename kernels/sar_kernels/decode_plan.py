@@ -14,7 +14,7 @@ from sar_kernels.cache import check_cache, strides
 from sar_kernels.call import DTYPES, MAX_HEAD_DIM, AttentionOptions, WeightOptions
 from sar_kernels.configs import KernelConfig, device_arch, padded_head_dim
 from sar_kernels.decode import decode_combine_kernel, decode_split_kernel
-from sar_kernels.decode_configs import MAX_SPLITS, choose_decode, combine_config, num_splits_for
+from sar_kernels.decode_configs import MAX_SPLITS, cache_layout, choose_decode, combine_config, num_splits_for
 from sar_kernels.launch import Launch
 
 
@@ -104,9 +104,9 @@ def decode_workspace(
 
 
 def _config(
-    arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, rows: int, paged: bool = False
+    arch: str, head_dim: int, head_dim_v: int, dtype: torch.dtype, rows: int, page_size: int = 0
 ) -> KernelConfig:
-    return choose_decode(arch, padded_head_dim(max(head_dim, head_dim_v)), dtype, rows, paged)
+    return choose_decode(arch, padded_head_dim(max(head_dim, head_dim_v)), dtype, rows, cache_layout(page_size))
 
 
 class DecodeCall:
@@ -146,8 +146,9 @@ class DecodeCall:
             )
         self.group = self.heads // self.kv_heads
         self.arch = arch or device_arch(q.device)
+        page_size = 0 if block_table is None else k_cache.shape[1]
         self.config = config or _config(
-            self.arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q, block_table is not None
+            self.arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q, page_size
         )
         self.workspace = self._workspace(workspace, num_splits, sm_count)
         self.state = dict.fromkeys(("av_sum_ptr", "sa_sum_ptr", "count_ptr", "head_weights_ptr"))

@@ -22,7 +22,7 @@ import triton.testing
 
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import KERNELS, TUNED, KernelConfig, config_key, device_arch, length_class, padded_head_dim
-from sar_kernels.decode_configs import FEW_ROWS, decode_config_key
+from sar_kernels.decode_configs import FEW_ROWS, LAYOUTS, decode_config_key
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch, run_all
 from sar_kernels.plan import Through, plan_backward, plan_sar_forward
@@ -64,15 +64,16 @@ def decode_candidates(few: bool) -> Iterator[KernelConfig]:
         yield KernelConfig(16 if few else 32, block_n, warps, stages, max_registers=limit)
 
 
-def decode_launches(config: KernelConfig | None, head_dim, dtype, few: bool, paged: bool) -> list[Launch]:
+def decode_launches(config: KernelConfig | None, head_dim, dtype, few: bool, layout: str) -> list[Launch]:
     """The split kernel of one decode step, with statistics, over 8k keys."""
-    batch, heads, kv_heads, capacity, page = 4, 32, 8, 8192, 256
+    batch, heads, kv_heads, capacity = 4, 32, 8, 8192
+    page = {"dense": 0, "paged": 256, "small-pages": 16}[layout]
     seqlen_q = 1 if few else 8
     generator = torch.Generator("cuda").manual_seed(0)
     normal = lambda *shape: torch.randn(shape, dtype=dtype, device="cuda", generator=generator)
     k, v = normal(batch, capacity, kv_heads, head_dim), normal(batch, capacity, kv_heads, head_dim)
     table = None
-    if paged:
+    if page:
         k, v = (t.view(-1, page, kv_heads, head_dim) for t in (k, v))
         table = torch.randperm(len(k), generator=generator, device="cuda").view(batch, -1).to(torch.int32)
     lengths = torch.full((batch,), capacity, dtype=torch.int32, device="cuda")
@@ -114,11 +115,11 @@ def searches(kernels, arch, head_dims, dtypes, seqlens) -> Iterator[tuple[str, C
     for kernel, head_dim, dtype in itertools.product(kernels, head_dims, dtypes):
         padded = padded_head_dim(head_dim)
         if kernel == "decode":
-            for few, paged in itertools.product((True, False), (False, True)):
-                key = decode_config_key(arch, padded, dtype, FEW_ROWS if few else FEW_ROWS + 1, paged)
+            for few, layout in itertools.product((True, False), LAYOUTS):
+                key = decode_config_key(arch, padded, dtype, FEW_ROWS if few else FEW_ROWS + 1, layout)
                 yield (
                     key,
-                    partial(decode_launches, head_dim=head_dim, dtype=dtype, few=few, paged=paged),
+                    partial(decode_launches, head_dim=head_dim, dtype=dtype, few=few, layout=layout),
                     decode_candidates(few),
                 )
             continue

@@ -3,6 +3,7 @@
     git clone https://github.com/Dao-AILab/flash-attention && pip install einops
     python tests/acceptance/flash_attention.py --checkout flash-attention                   # CPU: PyTorch backends
     python tests/acceptance/flash_attention.py --checkout flash-attention --backend triton  # GPU, or interpreted
+    python tests/acceptance/flash_attention.py --checkout flash-attention --backend triton --cases 100:200  # a part
 
 The test file is taken as it is, but for its device string and the sizes of its grids (``--head-dims``,
 ``--max-seqlen``); values that ask for what these kernels refuse by name (dropout, ALiBi, rotary, left padding, batch
@@ -76,9 +77,9 @@ def stub_flash_attn(backend: str) -> None:
 class SmallGrids:
     """pytest plugin: keep only the parameter values that this run covers."""
 
-    def __init__(self, head_dims: list[int], max_seqlen: int, dtypes: list) -> None:
+    def __init__(self, head_dims: list[int], max_seqlen: int, dtypes: list, cases: slice) -> None:
         self.keep = {**OFF, "d": head_dims}
-        self.max_seqlen, self.dtypes = max_seqlen, dtypes
+        self.max_seqlen, self.dtypes, self.cases = max_seqlen, dtypes, cases
 
     def pytest_generate_tests(self, metafunc) -> None:
         for mark in metafunc.definition.iter_markers("parametrize"):
@@ -89,6 +90,13 @@ class SmallGrids:
             if not values and set(names) & set(OFF):
                 values = [OFF[names[0]][0]]
             mark.args[1][:] = values
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        chosen = items[self.cases]
+        if not chosen:
+            raise pytest.UsageError(f"--cases: got {self.cases.start}:{self.cases.stop}, need some of {len(items)}")
+        config.hook.pytest_deselected(items=[*items[: self.cases.start], *items[self.cases.start :][len(chosen) :]])
+        items[:] = chosen
 
     def _covers(self, names: list[str], value) -> bool:
         parts = value if len(names) > 1 else (value,)
@@ -102,6 +110,14 @@ class SmallGrids:
         return True
 
 
+def case_range(text: str) -> slice:
+    """ "100:200", "100:" or ":200": positions in the order of collection."""
+    start, colon, end = text.partition(":")
+    if not colon or not (start + end).isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, need START:END, either of which may be left out")
+    return slice(int(start or 0), int(end) if end else None)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkout", type=Path, required=True, help="a checkout of Dao-AILab/flash-attention")
@@ -109,7 +125,10 @@ def main() -> int:
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--max-seqlen", type=int, default=256)
-    parser.add_argument("--tests", nargs="+", default=list(TESTS))
+    parser.add_argument("--tests", nargs="+", default=list(TESTS), choices=TESTS, metavar="TEST")
+    parser.add_argument(
+        "--cases", type=case_range, default=slice(0, None), help="START:END of the collected cases, to run in parts"
+    )
     args, pytest_args = parser.parse_known_args()
     source = args.checkout / "tests" / "test_flash_attn.py"
     if not source.is_file():
@@ -133,7 +152,7 @@ def main() -> int:
         copy = Path(folder) / "test_flash_attn.py"
         copy.write_text(source.read_text().replace('"cuda"', repr(device)))
         selected = [f"{copy}::{name}" for name in args.tests]
-        plugin = SmallGrids(args.head_dims, args.max_seqlen, dtypes)
+        plugin = SmallGrids(args.head_dims, args.max_seqlen, dtypes, args.cases)
         return pytest.main(
             [*selected, "-q", "-p", "no:cacheprovider", "--rootdir", folder, "-c", os.devnull, *pytest_args], [plugin]
         )
