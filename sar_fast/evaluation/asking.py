@@ -122,7 +122,9 @@ class Asker:
         if handle is None and self.together:
             handle = apply_sar(model, SARConfig(activation_layer_k=0))  # the model as it is, with what sharing needs
         self.handle, self.sharing = handle, sharing.describe()
-        self._told = False
+        for what, how in self.sharing.items():
+            logger.info("%s: %s", what, how)
+        self._told = bool(sharing.prefix)
 
     def loader(self, batches: Sequence[Sequence[Sample]], table: Table) -> DataLoader:
         """The batches, prepared by the processes that ``--dataloader_num_workers`` asks for."""
@@ -142,7 +144,7 @@ class Asker:
         groups = groups.to(self.model.device, self.model.dtype)
         prefix = SharedPrefix(self.handle, groups) if max(groups.counts) > 1 else None
         if prefix is not None and not prefix.shares and not self._told:
-            logger.info("several prompts about one picture run whole: %s", prefix.why_whole)
+            logger.info("common prefix: once per prompt where %s", prefix.why_whole)
             self._told = True
         call: Callable[[], Replies] = lambda: self._answer(asked, groups.inputs if prefix is None else prefix.inputs())
         if len(configs) == 1 and (prefix is None or not prefix.shares):
