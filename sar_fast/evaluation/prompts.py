@@ -40,15 +40,22 @@ class PromptFormat:
         """Tokens on the CPU of ``questions[b]`` about ``pictures[b]``.
 
         The image processor sees every picture once: what replaces the placeholder in the first prompt of a picture
-        replaces it in the others. ``ValueError`` if the processor writes no visual token.
+        replaces it in the others. ``ValueError`` if the processor writes no visual token. Where the model's visual ids
+        are not known every picture has one question.
         """
         texts = [[build_prompt(self.processor, question) for question in row] for row in questions]
         inputs = encode_texts(self.processor, pictures, [row[0] for row in texts])
         real = inputs["attention_mask"].bool()
         firsts = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], real)]
+        for number, first in enumerate(firsts):
+            if self.visual_ids.isdisjoint(first) and self.visual_ids:
+                raise ValueError(
+                    f"the prompt of picture {number} has no visual token: {type(self.processor).__name__} wrote none "
+                    f"of the ids {sorted(self.visual_ids)} of this model"
+                )
         groups = [
-            [first, *self._others(picture, row, first, number)] if len(row) > 1 else [first]
-            for number, (picture, row, first) in enumerate(zip(pictures, texts, firsts))
+            [first, *self._others(picture, row, first)] if len(row) > 1 else [first]
+            for picture, row, first in zip(pictures, texts, firsts)
         ]
         extras = {
             name: [
@@ -61,14 +68,9 @@ class PromptFormat:
         pad = getattr(tokenizer_of(self.processor), "pad_token_id", None)
         return PromptGroups(inputs, groups, extras, 0 if pad is None else pad)
 
-    def _others(self, picture: Any, texts: Sequence[str], first: list[int], number: int) -> list[list[int]]:
+    def _others(self, picture: Any, texts: Sequence[str], first: list[int]) -> list[list[int]]:
         """Tokens of all texts but the first about one picture, from those of the first."""
-        end = max((i + 1 for i, token in enumerate(first) if token in self.visual_ids), default=0)
-        if end == 0:
-            raise ValueError(
-                f"the prompt of picture {number} has no visual token: {type(self.processor).__name__} wrote none of "
-                f"the ids {sorted(self.visual_ids)} of this model"
-            )
+        end = max(i + 1 for i, token in enumerate(first) if token in self.visual_ids)
         tokenizer, special = tokenizer_of(self.processor), not marks_beginning(self.processor, texts)
         raw = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
         start = len(raw[0]) - (len(first) - end)  # where the text after the picture begins, with one placeholder

@@ -230,6 +230,22 @@ class TestEvaluator:
             assert 0 <= a["focus_instability"] <= 1
             assert len(a["ssim"]) == 5
 
+    def test_samples_of_one_picture_share_its_encoding(self, miniature):
+        model, processor = miniature
+        one, other = drawn(2)
+        again = GroundingSample("again", one.image, "What is at the left?", "blue square", (2, 2, 20, 30))
+        encoded = []
+        hook = model.base_model.vision_tower.register_forward_pre_hook(lambda m, args: encoded.append(len(args[0])))
+        evaluator = FocusMetricsEvaluator(model, processor)
+        together = evaluator.score([one, other, again])
+        hook.remove()
+        assert encoded == [2]
+        for found, sample in zip(together, (one, other, again)):
+            (alone,) = evaluator.score([sample])
+            assert found["id"] == sample.id
+            assert found["semantic_focus_score"] == pytest.approx(alone["semantic_focus_score"], abs=2e-5)
+            assert found["focus_instability"] == pytest.approx(alone["focus_instability"], abs=2e-4)
+
     def test_one_template_equal_to_the_query_is_stable(self, miniature):
         samples = [GroundingSample("a", drawn(1)[0].image, "the red circle", "red circle", (4, 4, 30, 20))]
         (record,) = FocusMetricsEvaluator(*miniature, templates=["the {}"]).score(samples)
