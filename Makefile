@@ -4,13 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format install bench clean
+.PHONY: demo test test-all sanitize lint format install bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      install, then run the main job on what the repository ships"
 	@echo "make test      install, then run the everyday tests (CPU, under 30 minutes on 2 cores)"
 	@echo "make test-all  everything: slow suites, GPU marks where there is a GPU, Triton 3.4, 3.6 and 3.9"
+	@echo "make sanitize  small kernel tests under compute-sanitizer (a GPU and the CUDA toolkit)"
 	@echo "make bench     CPU ratios of the attention backends (benchmarks/cpu_attention.py)"
 	@echo "make lint      ruff check and format check"
 
@@ -33,6 +34,17 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --benchmark-disable benchmarks
 	$(BIN)/python tests/acceptance/triton_versions.py
+
+# Each tensor its own allocation, so that overruns show. initcheck (SANITIZERS=initcheck) also reports PyTorch's copies.
+SANITIZERS ?= memcheck racecheck synccheck
+SMALL      := fp16-float16 or padded or window-both or two-row-tiles or test_packed_equals or test_paged_equals or test_append
+sanitize: $(STAMP)
+	@command -v compute-sanitizer || { echo "compute-sanitizer is not on the path; it comes with the CUDA toolkit"; exit 1; }
+	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU: these tests would be interpreted'"
+	for tool in $(SANITIZERS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+	    $(BIN)/python -m pytest tests/kernels -x -m "not slow and not gpu" -k "$(SMALL)" || exit 1; \
+	done
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_attention.py

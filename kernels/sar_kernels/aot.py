@@ -24,7 +24,7 @@ import torch
 
 from sar_kernels import decode_aot
 from sar_kernels.aot_measure import Variant, compile_key, describe, measure, table
-from sar_kernels.call import AttentionOptions, Call, WeightOptions
+from sar_kernels.call import MAX_HEAD_DIM, AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import SHARED_MEMORY_LIMIT, SHORT, KernelConfig
 from sar_kernels.launch import Launch
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
@@ -91,7 +91,6 @@ def variants(
     archs=ARCHS,
     head_dims=HEAD_DIMS,
     dtypes=(torch.bfloat16,),
-    kernels=None,
     options=(),
     purposes=(*PASSES, *decode_aot.MODES),
 ) -> Iterator[tuple[Variant, Recipe]]:
@@ -100,7 +99,7 @@ def variants(
     for plan, where, names in calls(archs, head_dims, dtypes, purposes, options):
         for index, launch in enumerate(plan(*where)):
             variant, key = describe(launch, *names), compile_key(launch, names[0])
-            if key not in seen and (kernels is None or variant.kernel in kernels):
+            if key not in seen:
                 seen.add(key)
                 yield variant, (plan, where, index)
 
@@ -112,30 +111,44 @@ def measure_recipe(variant: Variant, recipe: Recipe) -> Variant:
 
 
 def measure_all(work: list[tuple[Variant, Recipe]], jobs: int | None = None) -> list[Variant]:
-    """Compiles in parallel processes, results in order."""
+    """Compiles in parallel processes, results in order; says on stderr how far it is."""
     context = multiprocessing.get_context("spawn")
+    rows = []
     with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
-        return list(pool.map(measure_recipe, *zip(*work))) if work else []
+        for row in pool.map(measure_recipe, *zip(*work)):
+            rows.append(row)
+            what = f"{row.arch} {row.kernel} {row.purpose} D {row.head_dim} {'+'.join(row.options)}".rstrip()
+            print(f"{len(rows)}/{len(work)} {what}: {row.registers} registers", file=sys.stderr, flush=True)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; exit status 1 if a kernel needs more shared memory than its device has."""
     parser = argparse.ArgumentParser(prog="python -m sar_kernels.aot", description=__doc__.split("\n")[0])
     purposes = (*PASSES, *decode_aot.MODES)
-    parser.add_argument("--arch", nargs="+", default=ARCHS, choices=sorted(SHARED_MEMORY_LIMIT))
-    parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--kernel", nargs="+", help="forward, dq, dkdv, statistics, decode_split, decode_combine, ...")
-    parser.add_argument("--purpose", nargs="+", default=purposes, choices=purposes)
-    parser.add_argument("--options", nargs="+", default=(), choices=OPTIONS, help="compile with these switched on")
-    parser.add_argument("--jobs", type=int)
-    parser.add_argument("--json", action="store_true")
+    archs, dtypes = sorted(SHARED_MEMORY_LIMIT), ("float16", "bfloat16", "float32")
+    of = lambda values, default: f"of {', '.join(values)}; default: {default}"
+    several = lambda name, metavar, **kwargs: parser.add_argument(name, nargs="+", metavar=metavar, **kwargs)
+    several("--arch", "ARCH", default=ARCHS, choices=archs, help=of(archs, " ".join(ARCHS)))
+    several("--head-dim", "D", type=int, default=HEAD_DIMS, help="default: 64 128 256")
+    several("--dtype", "DTYPE", default=["bfloat16"], choices=dtypes, help=of(dtypes, "bfloat16"))
+    several("--kernel", "KERNEL", help="only these: forward, dq, dkdv, statistics, decode_split, ...")
+    several("--purpose", "PURPOSE", default=purposes, choices=purposes, help=of(purposes, "all"))
+    several("--options", "OPTION", default=(), choices=OPTIONS, help=f"switched on together, {of(OPTIONS, 'none')}")
+    parser.add_argument("--jobs", type=int, help="processes that compile (default: one per core)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
     dtypes = [getattr(torch, name) for name in args.dtype]
-    work = variants(args.arch, args.head_dim, dtypes, args.kernel, tuple(args.options), args.purpose)
-    rows = measure_all(list(work), args.jobs)
+    if not all(1 <= d <= MAX_HEAD_DIM for d in args.head_dim):
+        parser.error(f"--head-dim: got {args.head_dim}, need 1 to {MAX_HEAD_DIM}")
+    every = list(variants(args.arch, args.head_dim, dtypes, tuple(args.options), args.purpose))
+    names = sorted({variant.kernel for variant, _ in every})
+    unknown = sorted(set(args.kernel or ()) - set(names))
+    if unknown:
+        parser.error(f"--kernel: got {', '.join(unknown)}, need some of {', '.join(names)}")
+    rows = measure_all([w for w in every if args.kernel is None or w[0].kernel in args.kernel], args.jobs)
     print(json.dumps([asdict(r) for r in rows], indent=1) if args.json else table(rows))
     return int(any(r.shared_bytes > SHARED_MEMORY_LIMIT[r.arch] for r in rows))
 

@@ -20,8 +20,17 @@ from functools import partial
 import torch
 import triton.testing
 
-from sar_kernels.call import AttentionOptions, Call, WeightOptions
-from sar_kernels.configs import KERNELS, TUNED, KernelConfig, config_key, device_arch, length_class, padded_head_dim
+from sar_kernels.call import MAX_HEAD_DIM, AttentionOptions, Call, WeightOptions
+from sar_kernels.configs import (
+    KERNELS,
+    SHORT,
+    TUNED,
+    KernelConfig,
+    config_key,
+    device_arch,
+    length_class,
+    padded_head_dim,
+)
 from sar_kernels.decode_configs import FEW_ROWS, LAYOUTS, decode_config_key
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch, run_all
@@ -133,11 +142,35 @@ def searches(kernels, arch, head_dims, dtypes, seqlens) -> Iterator[tuple[str, C
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m sar_kernels.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--head-dim", nargs="+", type=int, default=(64, 128))
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float16", "bfloat16"])
-    parser.add_argument("--kernel", nargs="+", default=TUNABLE, choices=TUNABLE)
-    parser.add_argument("--seqlen", nargs="+", type=int, default=(512, 4096))
+    of = lambda values: f"of {', '.join(values)}"
+    dtypes = ("float16", "bfloat16")
+    parser.add_argument("--head-dim", nargs="+", type=int, default=(64, 128), metavar="D", help="default: 64 128")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16"],
+        choices=dtypes,
+        metavar="DTYPE",
+        help=f"{of(dtypes)}; default: bfloat16",
+    )
+    parser.add_argument(
+        "--kernel", nargs="+", default=TUNABLE, choices=TUNABLE, metavar="KERNEL", help=f"{of(TUNABLE)}; default: all"
+    )
+    parser.add_argument(
+        "--seqlen",
+        nargs="+",
+        type=int,
+        default=(512, 4096),
+        metavar="S",
+        help="default: 512 4096",
+    )
     args = parser.parse_args(argv)
+    if not all(1 <= d <= MAX_HEAD_DIM for d in args.head_dim):
+        parser.error(f"--head-dim: got {args.head_dim}, need 1 to {MAX_HEAD_DIM}")
+    if min(args.seqlen) < 1 or len({length_class(n) for n in args.seqlen}) < len(args.seqlen):
+        parser.error(
+            f"--seqlen: got {args.seqlen}, need one up to {SHORT}, one above, or both: a choice holds for each"
+        )
     if not torch.cuda.is_available():
         parser.error("no GPU: tuning measures; `python -m sar_kernels.aot` checks configurations without one")
     arch = device_arch(torch.device("cuda", torch.cuda.current_device()))
