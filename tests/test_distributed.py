@@ -65,17 +65,18 @@ def heads_worker(rank, world):
 def queries_worker(rank, world):
     """Rank 0 takes the older queries, which see only the keys up to their own: the causal mask stays bottom-right."""
     shards = Shards(queries=dist.group.WORLD)
-    for dtype, options, sav_grad in itertools.product((torch.float64, torch.float32), OPTIONS, (False, True)):
+    cases = itertools.product((torch.float64, torch.float32), OPTIONS, ("torch", "composed"), (False, True))
+    for dtype, options, backend, sav_grad in cases:
         case = make_case(24, H=4, Hkv=2, D=16, dtype=dtype)
         text = case.text.clone()
         text[0, 15:17] = True
         text[:, 18:20] = False  # ranks count different numbers of queries, rank 0 none for the others
         tensors = (*case.tensors[:4], text & ~case.visual, case.prior)
-        whole, gradients = attend((*tensors, case.q.shape, slice(None)), options, "torch", sav_grad)
+        whole, gradients = attend((*tensors, case.q.shape, slice(None)), options, backend, sav_grad)
         rows, keys = slice(rank * 16, 16 + rank * 8), slice(0, 16 + rank * 8)
         q, k, v, visual, text, prior = tensors
         local = (q[:, rows], k[:, keys], v[:, keys], visual[:, keys], text[:, rows], prior[:, keys])
-        mine, mine_gradients = attend((*local, case.q.shape, (slice(None), rows)), options, "torch", sav_grad, shards)
+        mine, mine_gradients = attend((*local, case.q.shape, (slice(None), rows)), options, backend, sav_grad, shards)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-5
         assert max_error(mine[0], whole[0][:, rows]) <= tolerance
         for got, expected in zip(mine[1:], whole[1:]):

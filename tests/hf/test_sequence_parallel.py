@@ -74,10 +74,6 @@ def context_parallel_worker(rank, world, name, config):
         model(**batch, use_cache=False)
 
 
-def test_context_parallel_equals_one_process():
-    run_ranks(context_parallel_worker, "llava", CONFIG.replace(sav_grad=True, normalize="standardize"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "sav_grad"])
@@ -85,7 +81,7 @@ def test_context_parallel_of_every_layout(name, sav_grad):
     run_ranks(context_parallel_worker, name, CONFIG.replace(sav_grad=sav_grad))
 
 
-def refusals_worker(rank, world):
+def refusals(world):
     """What SAR would compute silently wrong: every one an error before a layer runs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
@@ -118,8 +114,13 @@ def refusals_worker(rank, world):
         apply_sar(three, CONFIG, shards=Shards(heads=group))
 
 
-def test_splits_that_would_be_wrong_are_refused():
-    run_ranks(refusals_worker)
+def everyday_worker(rank, world):
+    context_parallel_worker(rank, world, "llava", CONFIG.replace(sav_grad=True, normalize="standardize"))
+    refusals(world)
+
+
+def test_context_parallel_equals_one_process_and_wrong_splits_are_refused():
+    run_ranks(everyday_worker)
 
 
 def ulysses_worker(rank, world, sav_grad):
