@@ -129,3 +129,19 @@ def test_interpreter_is_refused():
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 2
     assert "TRITON_INTERPRET" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernel", "forwrad", "dq"], "--kernel: got forwrad, need some of append, decode_combine,"),
+        (["--purpose", "plain", "--kernel", "dq"], "--kernel: got dq, need some of"),  # decode has no backward
+        (["--head-dim", "300"], "--head-dim: got [300], need 1 to 256"),
+    ],
+)
+def test_what_there_is_not_is_refused_by_name(arguments, message):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "sar_kernels.aot", "--arch", "sm_90", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
