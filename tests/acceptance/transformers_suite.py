@@ -75,12 +75,14 @@ def pytest_configure(config) -> None:
     """As a pytest plugin: ours under the name of theirs."""
     if not os.environ.get(OURS):
         return
+    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from sar_fast.integrations.hf.attention import sar_attention_forward, sar_mask
 
     def counted(*args, **kwargs):
-        config.sar_calls += 1
+        if not torch.compiler.is_compiling():  # a counter in a graph would be one more reason to compile again
+            config.sar_calls += 1
         return sar_attention_forward(*args, **kwargs)
 
     config.sar_calls = 0

@@ -256,6 +256,34 @@ def test_packages_that_quantise_linear_layers(package):
     assert (got - plain).abs().mean() > 0.1 * exact.abs().mean()
 
 
+@pytest.mark.parametrize(("bits", "bound"), [(4, 0.1), (8, 0.2)])
+def test_bitsandbytes_models(bits, bound, tmp_path):
+    """Against the dequantised twin: on a CPU bitsandbytes computes in bf16 with 4 bits, in int8 and fp16 with 8."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    llava(intermediate_size=128).save_pretrained(tmp_path)  # 4 bit comes in blocks of 64 inputs; the tower has 32
+    batch = llava_batch([1, 2])
+    real = batch["attention_mask"].bool()
+    how = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+    load = lambda: AutoModelForImageTextToText.from_pretrained(
+        tmp_path, quantization_config=how, device_map="cpu", dtype=torch.float32
+    )
+    model, twin = load(), load().dequantize()
+    assert {4: torch.uint8, 8: torch.int8}[bits] == model.get_decoder().layers[0].self_attn.q_proj.weight.dtype
+    plain = logits(model, batch)[real]
+    with apply_sar(model, SAR), apply_sar(twin, SAR):
+        got, want = logits(model, batch)[real], logits(twin, batch)[real]
+        assert answers(model, batch).shape == (2, 4)
+    assert (got - want).abs().mean() < bound * want.abs().mean()
+    assert (got - plain).abs().mean() > 2 * bound * want.abs().mean()
+
+
 # where the weights are
 
 
