@@ -39,6 +39,7 @@ class Variant:
     spill_bytes: int = 0
     shared_bytes: int = 0
     wgmma: bool = False
+    wgmma_serialized: bool = False  # every wgmma waits for the one before it: ptxas found no other safe way
     blocks_per_sm: int = 0  # by registers, shared memory and threads; 0 where not computed (AMD)
 
 
@@ -106,31 +107,43 @@ def measure(variant: Variant, launch: Launch) -> Variant:
     if variant.arch.startswith("sm_"):
         registers, spills = _cuda_usage(compiled.asm["cubin"])
         wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+        serialized = wgmma and _is_serialized(compiled.asm["cubin"])
         threads = 32 * variant.num_warps
         by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
         limit = SHARED_MEMORY_LIMIT[variant.arch]
         resident = min(by_registers, (limit + 1024) // (shared + 1024), MAX_THREADS[variant.arch] // threads)
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
-        wgmma, resident = False, 0
+        wgmma, serialized, resident = False, False, 0
     return replace(
         variant,
         registers=registers,
         spill_bytes=spills,
         shared_bytes=shared,
         wgmma=wgmma,
+        wgmma_serialized=serialized,
         blocks_per_sm=resident,
     )
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes per thread; the kernels have no stack but what the register allocator spills."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = _cuobjdump("-res-usage", cubin)
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def _is_serialized(cubin: bytes) -> bool:
+    """Whether each wgmma is fenced by itself; those of one product, from head dimension 64 on, should share a fence."""
+    assembly = _cuobjdump("-sass", cubin)
+    return assembly.count("WARPGROUP.ARRIVE") >= assembly.count("HGMMA")
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:

@@ -6,7 +6,9 @@ import triton.language as tl
 from sar_kernels.primitives import (
     LN_2,
     LOG2_E,
+    column_offset,
     key_block_range,
+    load_columns,
     load_keys_mask,
     load_tile,
     online_softmax,
@@ -16,11 +18,11 @@ from sar_kernels.primitives import (
     soft_cap,
     store_partials,
     store_tile,
-    update_moments,
-    update_moments_of_columns,
+    text_meets_visual,
     visible_mask,
     visual_key_range,
 )
+from sar_kernels.statistics import visual_statistics
 
 
 @triton.jit
@@ -29,15 +31,14 @@ def _attend(
     row_max,
     row_sum,
     alignment,
-    count,
-    mean,
+    m1,
     m2,
     q,
+    pivot,
     k_ptr,
     v_ptr,
     padding_ptr,
-    visual_ptr,
-    prior_ptr,
+    columns_ptr,
     start,
     end,
     rows,
@@ -67,13 +68,26 @@ def _attend(
     """Runs the keys [start, end) through the row block; start is a multiple of BLOCK_N.
 
     Without MASKED every key must be in range and visible to every row. COLLECT marks the stretch with visual keys;
-    outside it the statistics only follow the running maximum.
+    outside it the statistics only follow the running maximum. They are those of rows that see all visual keys, so that
+    what selects an entry is its column alone.
     """
     for first_key in range(start, end, BLOCK_N):
+        if COLLECT and not MASKED:  # before the product, which hides the way from memory
+            selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
         k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
+        if COLLECT:  # the moments first: their temporaries are dead before the softmax's are born
+            if MASKED:  # where registers are short
+                selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
+            if HAS_PADDING:  # what padding hides need not be finite
+                deviation = tl.where(selected[None, :] > 0.0, scores - pivot[:, None], 0.0)  # [BM, BN]
+            else:
+                deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
+            if HAS_SOFTCAP:
+                m1 += tl.sum(deviation, 1)
+            m2 += tl.sum(deviation * deviation, 1)
         if MASKED:
             keys = first_key + tl.arange(0, BLOCK_N)
             visible = visible_mask(
@@ -82,18 +96,6 @@ def _attend(
             if HAS_PADDING:
                 visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
             scores = tl.where(visible, scores, -float("inf"))
-        if COLLECT:  # the moments first: their temporaries are dead before the softmax's are born
-            columns = first_key + tl.arange(0, BLOCK_N)
-            if MASKED:
-                visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-                # Reading the mask back off the scores spares a tile of predicates that would stay in registers.
-                selected = visual[None, :] & (scores > -float("inf"))
-                count, mean, m2 = update_moments(scores, selected, count, mean, m2)
-                prior = tl.load(prior_ptr + columns, mask=visual, other=0.0)  # [BN]
-            else:
-                chosen = tl.load(visual_ptr + columns).to(mean.dtype)  # [BN]
-                count, mean, m2 = update_moments_of_columns(scores, chosen, count, mean, m2)
-                prior = tl.where(chosen > 0.0, tl.load(prior_ptr + columns), 0.0)  # [BN]
         weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
         if STATISTICS:
             alignment = alignment * rescale
@@ -102,10 +104,58 @@ def _attend(
         acc = acc * rescale[:, None]
         v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
-    return acc, row_max, row_sum, alignment, count, mean, m2
+    return acc, row_max, row_sum, alignment, m1, m2
 
 
-@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+@triton.jit
+def _mean_score(
+    q_ptr,
+    sums_ptr,
+    first_row,
+    num_rows,
+    stride_qs,
+    first_key,
+    end_key,
+    num_visual,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Every row's score with the mean of the visual keys, which lie in [first_key, end_key).  # [BM]
+
+    In pieces of the head dimension, and of q read again: nothing of it lives in registers before or long.
+    """
+    BLOCK_C: tl.constexpr = 8
+    BLOCK_P: tl.constexpr = BLOCK_D if BLOCK_D < 32 else 32
+    end_chunk = tl.cdiv(end_key, CHUNK)
+    scores = tl.zeros([BLOCK_M], ACC)
+    for piece in range(0, BLOCK_D, BLOCK_P):
+        total = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+        for first in range(first_key // CHUNK, end_chunk, BLOCK_C):
+            chunks = first + tl.arange(0, BLOCK_C)[:, None]
+            ptrs = sums_ptr + chunks * BLOCK_D + piece + tl.arange(0, BLOCK_P)[None, :]
+            total += tl.load(ptrs, mask=chunks < end_chunk, other=0.0)
+        mean_key = tl.sum(total, 0) / num_visual  # [BP]
+        rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), num_rows - 1)[:, None]
+        dims = piece + tl.arange(0, BLOCK_P)[None, :]
+        q = tl.load(q_ptr + rows * tl.cast(stride_qs, tl.int64) + dims, mask=dims < HEAD_DIM, other=0.0)  # [BM, BP]
+        scores += tl.sum(q.to(ACC) * mean_key[None, :], 1)
+    return scores
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_lse_b",
+        "stride_lse_h",
+        "num_blocks",
+        "max_seqlen_q",
+        "max_seqlen_k",
+        "group",
+        "window_left",
+    ]
+)
 def forward_kernel(
     q_ptr,  # (B, Sq, H, D) or (T, H, D)
     k_ptr,  # (B, Sk, Hkv, D)
@@ -119,6 +169,9 @@ def forward_kernel(
     text_ptr,  # (B, Sq) bool
     prior_ptr,  # (B, Sk)
     ranges_ptr,  # (B, 4) first and past-last visual key, first and past-last text query
+    columns_ptr,  # (L, 2, 128) per key 1 if visual else 0, and the prior or 0; see `column_offset`
+    num_visual_ptr,  # (B,) visual keys per sample
+    sums_ptr,  # (B, Hkv, chunks, BLOCK_D) sums of the visual keys in CHUNK keys
     partials_ptr,  # (B, H, row blocks, 3) sums of variance, of semantic alignment, and the number of queries in them
     stride_qb,
     stride_qs,
@@ -134,6 +187,8 @@ def forward_kernel(
     stride_oh,
     stride_lse_b,
     stride_lse_h,
+    stride_sums_h,
+    num_blocks,  # of rows; told again, since the compiler would keep the grid's size in a register all along
     max_seqlen_q,
     max_seqlen_k,
     group,  # query heads per kv head
@@ -154,6 +209,7 @@ def forward_kernel(
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
     SPLIT_COLLECT: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -173,13 +229,8 @@ def forward_kernel(
     q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
     k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
     v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
-    out_ptr = sequence_pointer(out_ptr, batch, head, start_q, stride_ob, stride_os, stride_oh, VARLEN)
-    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
     if HAS_PADDING:
         padding_ptr += start_k
-    if STATISTICS:
-        visual_ptr += start_k
-        prior_ptr += start_k
 
     scale = tl.cast(softmax_scale, ACC)
     cap = tl.cast(softcap, ACC)
@@ -200,19 +251,22 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], -float("inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
     alignment = tl.zeros([BLOCK_M], ACC)
-    count = tl.zeros([BLOCK_M], ACC)
-    mean = tl.zeros([BLOCK_M], ACC)
+    m1 = tl.zeros([BLOCK_M], ACC)
     m2 = tl.zeros([BLOCK_M], ACC)
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
 
-    has_text = False
+    collects = False
+    pivot = row_sum
     if STATISTICS:
-        text_ptr += start_q
-        text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
-        has_text = tl.max(text.to(tl.int32), 0) != 0
-    collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
+        text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
+        num_visual = tl.load(num_visual_ptr + batch)
+        collects, mixed = text_meets_visual(
+            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        columns_ptr += column_offset(start_k, batch)
+    collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, collects, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
     SPLIT: tl.constexpr = SPLIT_COLLECT and not ANYWHERE
-    collect_edge = tl.minimum(collect_hi, full) if SPLIT else collect_lo
+    collect_edge = tl.maximum(tl.minimum(collect_hi, full), collect_lo) if SPLIT else collect_lo
     for segment in tl.static_range(0 if STATISTICS else 3, 5):
         if segment == 0:  # before the first visual key
             start, end = lo, collect_lo
@@ -224,21 +278,45 @@ def forward_kernel(
             start, end = collect_hi, full
         else:  # up to the edge of the mask
             start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
-        if not ((segment == 1 and not SPLIT) or (segment == 3 and ANYWHERE)):
-            acc, row_max, row_sum, alignment, count, mean, m2 = _attend(
+        if (segment == 1 if SPLIT else segment == 2) and collects:
+            # Only here, so that nothing of it lives in registers before.
+            sums_ptr += (tl.cast(batch, tl.int64) * (tl.num_programs(1) // group) + head // group) * stride_sums_h
+            visual_lo = tl.load(ranges_ptr + 4 * batch)
+            visual_hi = tl.load(ranges_ptr + 4 * batch + 1)
+            num_visual = tl.load(num_visual_ptr + batch)
+            pivot = _mean_score(
+                q_ptr,
+                sums_ptr,
+                first_row,
+                num_rows,
+                stride_qs,
+                visual_lo,
+                visual_hi,
+                num_visual,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_M,
+                CHUNK,
+                ACC,
+            )
+            if HAS_SOFTCAP:
+                pivot = soft_cap(pivot * scale, cap)
+        # The guard keeps a skipped loop's accumulator from meeting one whose product is still under way: ptxas would
+        # then let every wgmma of the kernel wait for the one before it.
+        if not ((segment == 1 and not SPLIT) or (segment == 3 and ANYWHERE)) and start < end:
+            acc, row_max, row_sum, alignment, m1, m2 = _attend(
                 acc,
                 row_max,
                 row_sum,
                 alignment,
-                count,
-                mean,
+                m1,
                 m2,
                 q,
+                pivot,
                 k_ptr,
                 v_ptr,
                 padding_ptr,
-                visual_ptr,
-                prior_ptr,
+                columns_ptr,
                 start,
                 end,
                 rows,
@@ -268,14 +346,58 @@ def forward_kernel(
 
     unseen = row_sum == 0.0  # not a comparison that NaN fails: bad inputs must show in the output
     row_sum = tl.where(unseen, 1.0, row_sum)
+    out_ptr = sequence_pointer(out_ptr, batch, head, start_q, stride_ob, stride_os, stride_oh, VARLEN)
+    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
     store_tile(out_ptr, acc / row_sum[:, None], first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
     lse = tl.where(unseen, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
     tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
     if STATISTICS:
+        # All of it again, and by another argument, so that the loops need not hold it in registers.
+        text_ptr = row_pointer(text_ptr, batch, 0, start_q, stride_lse_h, 0, VARLEN)
+        text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
+        num_visual = tl.load(num_visual_ptr + batch)
+        collects, mixed = text_meets_visual(
+            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        counts = text & collects
+        count = tl.zeros([BLOCK_M], ACC) + num_visual
+        alignment = alignment / row_sum
+        if mixed:
+            # Rows that see different visual keys: a second look at those alone, when all registers are free again.
+            lse = tl.where(unseen, float("inf"), row_max + tl.log2(row_sum))
+            start, end = visual_key_range(ranges_ptr, batch, True, lo, full, hi, BLOCK_N, True, True)
+            count, _mean, m2, alignment = visual_statistics(
+                q,
+                lse,
+                k_ptr,
+                padding_ptr,
+                visual_ptr + start_k,
+                prior_ptr + start_k,
+                start,
+                end,
+                rows,
+                num_keys,
+                diagonal,
+                stride_ks,
+                window_left,
+                window_right,
+                scale,
+                scale_log2,
+                cap,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
+                HAS_PADDING,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                PRECISION,
+            )
+            counts = text & (count >= 2.0)
+            m1 = tl.zeros([BLOCK_M], ACC)
+        if HAS_SOFTCAP:  # the pivot is not the mean
+            m2 -= m1 * m1 / tl.maximum(count, 1.0)
         unit = 1.0 if HAS_SOFTCAP else scale  # one unit of the scores that the moments were taken of
-        if SPLIT_COLLECT:  # again, so that five loops need not hold it in registers
-            text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
-        counts = text & (count >= 2.0)  # a variance needs two keys
         variance = tl.where(counts, m2 / tl.maximum(count - 1.0, 1.0), 0.0) * unit * unit
-        alignment = tl.where(counts, alignment / row_sum, 0.0)
-        store_partials(partials_ptr, batch, head, block, variance, alignment, counts.to(ACC))
+        alignment = tl.where(counts, alignment, 0.0)
+        store_partials(partials_ptr, batch, head, block, num_blocks, variance, alignment, counts.to(ACC))

@@ -17,6 +17,7 @@ from sar_kernels.dkdv import dkdv_kernel
 from sar_kernels.dq import delta_kernel, dq_kernel
 from sar_kernels.forward import forward_kernel
 from sar_kernels.launch import Launch
+from sar_kernels.prepare import prepare_kernel
 from sar_kernels.statistics import statistics_kernel
 from sar_kernels.weights import (
     head_weights_backward_kernel,
@@ -63,15 +64,60 @@ class Through:
 
 
 NO_SAV = {"visual_ptr": None, "text_ptr": None, "prior_ptr": None, "ranges_ptr": None}
+NO_COLUMNS = {
+    "columns_ptr": None,
+    "num_visual_ptr": None,
+    "sums_ptr": None,
+    "stride_sums_h": 0,
+    "CHUNK": 0,
+}
+CHUNK = 256  # keys that are summed in one program before the forward; never chosen by length, which would change bits
 
 
-def _plan_ranges(call: Call, visual_mask, text_mask, prior) -> tuple[Sav, Launch]:
-    sav = Sav(
+def _sav(call: Call, visual_mask, text_mask, prior) -> Sav:
+    return Sav(
         visual=call.token_mask("visual_mask", visual_mask, keys=True),
         text=call.token_mask("text_mask", text_mask, keys=False),
         prior=call.token_prior(prior),
         ranges=torch.empty((call.batch, 4), dtype=torch.int32, device=call.q.device),
     )
+
+
+def _plan_prepare(call: Call, sav: Sav) -> tuple[dict[str, Any], Launch]:
+    """What the forward with statistics is told beyond `Sav`, and the launch that fills it and sav.ranges."""
+    empty = lambda *shape, dtype=call.acc: torch.empty(shape, dtype=dtype, device=call.q.device)
+    tokens = call.k.shape[0] if call.varlen else call.batch * call.max_k
+    num_chunks = max(triton.cdiv(call.max_k, CHUNK), 1)  # a sample without keys has ranges too
+    sums = empty(call.batch, call.kv_heads, num_chunks, padded_head_dim(call.head_dim))
+    prepared = {
+        "columns_ptr": empty(tokens // 128 + call.batch, 2, 128),
+        "num_visual_ptr": empty(call.batch, dtype=torch.int32),
+        "sums_ptr": sums,
+        "stride_sums_h": num_chunks * sums.shape[3],
+        "CHUNK": CHUNK,
+    }
+    arguments = {
+        **{name: value for name, value in prepared.items() if name != "stride_sums_h"},
+        **sav.arguments(),
+        **call.strides("k", call.k),
+        "k_ptr": call.k,
+        "padding_ptr": call.padding,
+        "cu_seqlens_q_ptr": call.cu_q,
+        "cu_seqlens_k_ptr": call.cu_k,
+        "num_chunks": num_chunks,
+        "max_seqlen_q": call.max_q,
+        "max_seqlen_k": call.max_k,
+        "HEAD_DIM": call.head_dim,
+        "BLOCK_D": sums.shape[3],
+        "VARLEN": call.varlen,
+        "BLOCK": 4096,
+        "ACC": call.triton_acc,
+    }
+    return prepared, Launch(prepare_kernel, (num_chunks, call.kv_heads + 1, call.batch), arguments, SMALL)
+
+
+def _plan_ranges(call: Call, visual_mask, text_mask, prior) -> tuple[Sav, Launch]:
+    sav = _sav(call, visual_mask, text_mask, prior)
     arguments = {
         "visual_ptr": sav.visual,
         "text_ptr": sav.text,
@@ -86,7 +132,9 @@ def _plan_ranges(call: Call, visual_mask, text_mask, prior) -> tuple[Sav, Launch
     return sav, Launch(token_ranges_kernel, (call.batch,), arguments, SMALL)
 
 
-def _plan_forward(call: Call, sav: Sav | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Launch]:
+def _plan_forward(
+    call: Call, sav: Sav | None, prepared: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Launch]:
     config = call.config("forward", sav=sav is not None)
     grid = call.grid(config.block_m)
     out = torch.empty((*call.q.shape[:-1], call.head_dim_v), dtype=call.q.dtype, device=call.q.device)
@@ -96,9 +144,11 @@ def _plan_forward(call: Call, sav: Sav | None) -> tuple[torch.Tensor, torch.Tens
         **call.common(),
         **call.values(),
         **(NO_SAV if sav is None else sav.arguments()),
+        **prepared,
         "out_ptr": out,
         "lse_ptr": lse,
         "partials_ptr": partials,
+        "num_blocks": grid[0],
         **call.strides("o", out),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -165,17 +215,18 @@ def _plan_scale(call: Call, out: torch.Tensor, c: torch.Tensor, count: torch.Ten
 
 def plan_attention_forward(call: Call) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
     """(out, lse) and the one launch that fills them."""
-    out, lse, _, launch = _plan_forward(call, None)
+    out, lse, _, launch = _plan_forward(call, None, NO_COLUMNS)
     return (out, lse), [launch]
 
 
 def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightOptions):
     """(out_scaled, lse, av, sa, c, count) and the four launches that fill them."""
-    sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
-    out, lse, partials, forward = _plan_forward(call, sav)
+    sav = _sav(call, visual_mask, text_mask, prior)
+    prepared, prepare = _plan_prepare(call, sav)
+    out, lse, partials, forward = _plan_forward(call, sav, prepared)
     block_m = forward.arguments["BLOCK_M"]
     (av, sa, c, count), head_weights = _plan_weights(call, sav, weights, partials, block_m)
-    return (out, lse, av, sa, c, count), [ranges, forward, head_weights, _plan_scale(call, out, c, count)]
+    return (out, lse, av, sa, c, count), [prepare, forward, head_weights, _plan_scale(call, out, c, count)]
 
 
 def _plan_delta(call: Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums: bool):

@@ -185,6 +185,51 @@ def visual_key_range(
 
 
 @triton.jit
+def column_offset(start_k, batch):
+    """Where a sample's columns begin in an array (L, 2, 128) with room for every length rounded up to 128 keys."""
+    return (start_k // 128 + batch) * 256
+
+
+@triton.jit
+def load_columns(ptr, first_key, BLOCK_N: tl.constexpr):
+    """Per key whether it is visual, 1 or 0, and its prior, 0 where it is not.  # [BN] each
+
+    BLOCK_N divides 128 and first_key.
+    """
+    offset = tl.multiple_of(first_key // 128 * 256 + first_key % 128, BLOCK_N)
+    ptrs = ptr + offset + tl.arange(0, BLOCK_N)
+    return tl.load(ptrs), tl.load(ptrs + 128)
+
+
+@triton.jit
+def text_meets_visual(
+    text,
+    rows,
+    ranges_ptr,
+    num_visual,
+    batch,
+    diagonal,
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """Whether rows hold text queries that all see all visual keys, and whether some that do not.  text, rows: [BM]
+
+    Neither where there are less than two visual keys, of which no variance is.
+    """
+    last = tl.max(tl.where(text, rows, -1), 0)
+    meets = (num_visual >= 2) & (last >= 0)
+    sees_all = True
+    if HAS_RIGHT:
+        first = tl.min(tl.where(text, rows, last), 0)
+        sees_all = first + diagonal + window_right >= tl.load(ranges_ptr + 4 * batch + 1) - 1
+    if HAS_LEFT:
+        sees_all = sees_all & (last + diagonal - window_left <= tl.load(ranges_ptr + 4 * batch))
+    return meets & sees_all, meets & (sees_all == 0)
+
+
+@triton.jit
 def soft_cap(scores, cap):
     """cap * tanh(scores / cap)."""
     return cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
@@ -227,35 +272,18 @@ def update_moments(scores, selected, count, mean, m2):
     tile_count = tl.sum(selected.to(mean.dtype), 1)  # [BM]
     tile_mean = tl.sum(tl.where(selected, scores, 0.0), 1) / tl.maximum(tile_count, 1.0)
     deviation = tl.where(selected, scores - tile_mean[:, None], 0.0)  # [BM, BN]
-    return _merge_moments(tile_count, tile_mean, tl.sum(deviation * deviation, 1), count, mean, m2)
-
-
-@triton.jit
-def update_moments_of_columns(scores, chosen, count, mean, m2):
-    """The same where all rows select the same columns, and all scores are finite; chosen is 1 or 0 per column.  # [BN]
-
-    Multiplying by it takes half the instructions of a mask per entry.
-    """
-    tile_count = tl.sum(chosen, 0)
-    tile_mean = tl.sum(scores * chosen[None, :], 1) / tl.maximum(tile_count, 1.0)  # [BM]
-    deviation = (scores - tile_mean[:, None]) * chosen[None, :]  # [BM, BN]
-    return _merge_moments(tile_count, tile_mean, tl.sum(deviation * deviation, 1), count, mean, m2)
-
-
-@triton.jit
-def _merge_moments(tile_count, tile_mean, tile_m2, count, mean, m2):
     total = count + tile_count
     share = tile_count / tl.maximum(total, 1.0)
     step = tile_mean - mean
     mean += step * share
-    m2 += tile_m2 + step * step * count * share
+    m2 += tl.sum(deviation * deviation, 1) + step * step * count * share
     return total, mean, m2
 
 
 @triton.jit
-def store_partials(partials_ptr, batch, head, block, variance, alignment, counts):
+def store_partials(partials_ptr, batch, head, block, num_blocks, variance, alignment, counts):
     """Sums over the rows of one block into partials (B, H, row blocks, 3); grid axes are (row blocks, H, B)."""
-    index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block
+    index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * num_blocks + block
     tl.store(partials_ptr + 3 * index, tl.sum(variance, 0))
     tl.store(partials_ptr + 3 * index + 1, tl.sum(alignment, 0))
     tl.store(partials_ptr + 3 * index + 2, tl.sum(counts, 0))

@@ -20,6 +20,63 @@ from sar_kernels.primitives import (
 )
 
 
+@triton.jit
+def visual_statistics(
+    q,
+    lse,
+    k_ptr,
+    padding_ptr,
+    visual_ptr,
+    prior_ptr,
+    start,
+    end,
+    rows,
+    num_keys,
+    diagonal,
+    stride_ks,
+    window_left,
+    window_right,
+    scale,
+    scale_log2,
+    cap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(count, mean, M2, alignment) per row over the visual keys in [start, end) that it sees.  # [BM] each
+
+    lse is in base-2 units, +inf for rows whose weights are to be 0. mean and M2 are in units of `scores`.
+    """
+    alignment = tl.zeros_like(lse)
+    count = tl.zeros_like(lse)
+    mean = tl.zeros_like(lse)
+    m2 = tl.zeros_like(lse)
+    for first_key in range(start, end, BLOCK_N):
+        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        if HAS_SOFTCAP:
+            scores = soft_cap(scores * scale, cap)
+        keys = first_key + tl.arange(0, BLOCK_N)
+        visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+        prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
+        selected = visual[None, :] & visible_mask(
+            rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        if HAS_PADDING:
+            selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+        scores = tl.where(selected, scores, -float("inf"))
+        # The mask is read back off the scores: a tile of predicates would have to stay in registers.
+        count, mean, m2 = update_moments(scores, scores > -float("inf"), count, mean, m2)
+        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN], 0 where not selected
+        alignment += tl.sum(weights * prior[None, :], 1)
+    return count, mean, m2, alignment
+
+
 @triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
 def statistics_kernel(
     q_ptr,
@@ -109,29 +166,33 @@ def statistics_kernel(
 
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
     lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
-    alignment = tl.zeros([BLOCK_M], ACC)
-    count = tl.zeros([BLOCK_M], ACC)
-    mean = tl.zeros([BLOCK_M], ACC)
-    m2 = tl.zeros([BLOCK_M], ACC)
-    for first_key in range(start, end, BLOCK_N):
-        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        if HAS_SOFTCAP:
-            scores = soft_cap(scores * scale, cap)
-        keys = first_key + tl.arange(0, BLOCK_N)
-        visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-        prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
-        selected = visual[None, :] & visible_mask(
-            rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
-        if HAS_PADDING:
-            selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
-        scores = tl.where(selected, scores, -float("inf"))
-        # The mask is read back off the scores: a tile of predicates would have to stay in registers.
-        count, mean, m2 = update_moments(scores, scores > -float("inf"), count, mean, m2)
-        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN], 0 where not selected
-        alignment += tl.sum(weights * prior[None, :], 1)
-
+    count, mean, m2, alignment = visual_statistics(
+        q,
+        lse,
+        k_ptr,
+        padding_ptr,
+        visual_ptr,
+        prior_ptr,
+        start,
+        end,
+        rows,
+        num_keys,
+        diagonal,
+        stride_ks,
+        window_left,
+        window_right,
+        scale,
+        scale_log2,
+        cap,
+        HEAD_DIM,
+        BLOCK_D,
+        BLOCK_N,
+        HAS_PADDING,
+        HAS_LEFT,
+        HAS_RIGHT,
+        HAS_SOFTCAP,
+        PRECISION,
+    )
     counts = text & (count >= 2.0)
     alignment = tl.where(counts, alignment, 0.0)
     freedom = tl.maximum(count - 1.0, 1.0)
@@ -150,4 +211,4 @@ def statistics_kernel(
         tl.store(row_gain_ptr + rows, gain, mask=in_range)
     else:
         variance = tl.where(counts, m2 / freedom, 0.0) * unit * unit
-        store_partials(partials_ptr, batch, head, block, variance, alignment, counts.to(ACC))
+        store_partials(partials_ptr, batch, head, block, tl.num_programs(0), variance, alignment, counts.to(ACC))

@@ -7,16 +7,20 @@ from sar_kernels.primitives import sequence_bounds, softmax_over_heads
 
 
 @triton.jit
-def _first_and_end(mask_ptr, length, BLOCK: tl.constexpr):
-    """Index of the first True and one past the last; (0, 0) if there is none."""
+def first_and_end(mask_ptr, and_ptr, length, BLOCK: tl.constexpr):
+    """Index of the first True, one past the last, and their number; 0 all if there is none. and_ptr may be None."""
     first = length
     end = 0
+    count = 0
     for offset in range(0, length, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         is_set = tl.load(mask_ptr + index, mask=index < length, other=0) != 0
+        if and_ptr is not None:
+            is_set = is_set & (tl.load(and_ptr + index, mask=index < length, other=0) != 0)
         first = tl.minimum(first, tl.min(tl.where(is_set, index, length), 0))
         end = tl.maximum(end, tl.max(tl.where(is_set, index + 1, 0), 0))
-    return tl.minimum(first, end), end
+        count += tl.sum(is_set.to(tl.int32), 0)
+    return tl.minimum(first, end), end, count
 
 
 @triton.jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k"])
@@ -35,8 +39,8 @@ def token_ranges_kernel(
     batch = tl.program_id(0)
     start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
     start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
-    visual_lo, visual_hi = _first_and_end(visual_ptr + start_k, num_keys, BLOCK)
-    text_lo, text_hi = _first_and_end(text_ptr + start_q, num_rows, BLOCK)
+    visual_lo, visual_hi, _ = first_and_end(visual_ptr + start_k, None, num_keys, BLOCK)
+    text_lo, text_hi, _ = first_and_end(text_ptr + start_q, None, num_rows, BLOCK)
     tl.store(ranges_ptr + 4 * batch, visual_lo)
     tl.store(ranges_ptr + 4 * batch + 1, visual_hi)
     tl.store(ranges_ptr + 4 * batch + 2, text_lo)

@@ -109,6 +109,33 @@ def test_variance_survives_a_common_shift_of_all_keys():
     assert_relative("av from lse", av, exact.alignment_variance)
 
 
+@pytest.mark.parametrize("images", [(((5, 45),), ((0, 33),)), (((3, 20), (30, 61)),) * 2], ids=["collected", "mixed"])
+def test_variance_of_nearly_equal_scores(images):
+    """The keys differ by a thousandth of their size; text between two images takes the second look."""
+    inputs = make(BASE.but(images=images, text_only_rows=len(images[0]) == 1, head_dim=16, beta=1e-6))
+    inputs.k = 1e-3 * inputs.k + torch.randn(16)
+    exact = reference(inputs)[1]
+    av = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())[2]
+    assert_relative("av", av, exact.alignment_variance)
+
+
+def test_visual_keys_of_several_chunks():
+    """The mean of the visual keys is put together from pieces of 256 keys; one of them begins with an outlier."""
+    case = BASE.but(seqlen_q=40, seqlen_k=600, images=(((1, 2), (250, 555)), ((300, 520),)), heads=2, head_dim=16)
+    inputs = make(case)
+    inputs.k[0, 1] *= 30
+    check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
+
+
+def test_keys_that_padding_hides_need_not_be_finite():
+    inputs = make(BASE.but(padding=((11, 97), (0, 20)), head_dim=16))
+    expected = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    inputs.k[~inputs.padding] = float("nan")
+    got = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    assert not inputs.visual[1, 20:33].logical_not().any()  # some of them are visual
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
 @pytest.mark.parametrize("max_registers", [None, 168])
 @pytest.mark.parametrize(
     "case",
