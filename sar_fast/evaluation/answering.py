@@ -18,9 +18,13 @@ def encode(processor: Any, pictures: Sequence[Any], prompts: Sequence[str]) -> A
     return encode_texts(processor, pictures, [build_prompt(processor, prompt) for prompt in prompts])
 
 
-def encode_texts(processor: Any, pictures: Sequence[Any], texts: Sequence[str]) -> Any:
-    """Model inputs on the CPU of conversations in the model's template; ``pictures`` in the order of their places."""
-    options = {"images": list(pictures)} if pictures else {}
+def encode_texts(processor: Any, pictures: Sequence[Any], texts: Sequence[str], **options: Any) -> Any:
+    """Model inputs on the CPU of conversations in the model's template; ``pictures`` in the order of their places.
+
+    ``options`` are further ones of the processor.
+    """
+    if pictures:
+        options["images"] = list(pictures)
     special = not marks_beginning(processor, texts)
     return processor(text=list(texts), padding=True, return_tensors="pt", add_special_tokens=special, **options)
 

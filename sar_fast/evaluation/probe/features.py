@@ -55,7 +55,7 @@ class FeatureStore:
     """Features (N, L, d) of N samples in a folder, filled in any order, by any number of processes.
 
     Args:
-        folder: where ``features.bin``, ``features_done.npy`` and ``features.json`` lie.
+        folder: where ``features.bin``, ``features_done.bin`` and ``features.json`` lie.
         shape: (N, L, d). dtype: the model's. settings: what the features depend on.
 
     ``ValueError`` if the folder holds features of other settings.

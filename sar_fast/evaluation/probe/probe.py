@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sar_fast.cli.loading import build_prompt
 from sar_fast.config import SARConfig
+from sar_fast.evaluation.answering import encode_texts
 from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA, GroundingSample, SampleSkipped
 from sar_fast.evaluation.probe.features import FeatureStore, layer_features
@@ -131,13 +132,9 @@ class LayerwiseProbe:
                 if not store.missing(rows):
                     continue
                 chunk = [samples[i] for i in rows]
-                inputs = self.processor(
-                    images=[_picture(s) for s in chunk],
-                    text=[build_prompt(self.processor, s.query) for s in chunk],
-                    padding=True,
-                    padding_side="left",
-                    return_tensors="pt",
-                ).to(self.model.device, self.model.dtype)
+                prompts = [build_prompt(self.processor, s.query) for s in chunk]
+                inputs = encode_texts(self.processor, [_picture(s) for s in chunk], prompts, padding_side="left")
+                inputs = inputs.to(self.model.device, self.model.dtype)
                 store.put(rows, layer_features(self.model, inputs))
                 passes += 1
         return store, passes
