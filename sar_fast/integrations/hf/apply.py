@@ -218,6 +218,9 @@ class SARHandle:
         attention_mask = given.get("attention_mask")
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
             attention_mask = None
+        if attention_mask is not None and isinstance(past_length, Tensor) and shape[1] == 1:
+            new = past_length.clamp_max(attention_mask.shape[1] - 1).view(1)  # the mask may run over unfilled slots
+            attention_mask = attention_mask.index_select(1, new)
         packing = find_packing(given, shape, past_length)
         if packing is not None:
             roles = packing.roles(visual, self.config.text_queries)

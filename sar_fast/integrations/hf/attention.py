@@ -67,11 +67,13 @@ def sar_mask(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, :kv_length].to(torch.bool)
-    if tracing and isinstance(q_offset, Tensor):
-        if q_length > 1:
-            return dense()
+    if isinstance(q_offset, Tensor) and q_length == 1:
+        # a static cache's decode step: generate() makes its mask outside the compiled forward pass, which a mask that
+        # grows with the cache would compile again each step
         filled = (torch.arange(kv_length, device=q_offset.device) <= q_offset)[None].expand(batch_size, -1)
         return filled if padding is None else filled & padding
+    if tracing and isinstance(q_offset, Tensor):
+        return dense()
     end = int(q_offset) + q_length  # keys beyond are a static cache's unfilled slots
     if padding is not None:
         padding = padding[:, :end]
