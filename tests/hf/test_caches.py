@@ -459,3 +459,15 @@ def test_continuous_batching_is_an_error_that_says_so(model):
     assert "continuous batching" in result.error
     assert "remove_sar" in result.error
     assert result.generated_tokens == []
+
+
+def test_static_cache_decode_steps_get_masks_of_one_size():
+    """generate() makes them outside the compiled step: one that grows would compile it again for every token."""
+    model, batch, shapes = llava(), llava_batch([1, 2]), []
+    seen = lambda module, args, given: shapes.append((given["input_ids"].shape[1], given["attention_mask"].shape[1]))
+    with apply_sar(model, SARConfig(activation_layer_k=3)):
+        model.model.register_forward_pre_hook(seen, with_kwargs=True)
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4, cache_implementation="static", disable_compile=True)
+    prompt, *steps = shapes
+    assert prompt[0] == batch["input_ids"].shape[1]
+    assert steps == [(1, prompt[0] + 3)] * 3
