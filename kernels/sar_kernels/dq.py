@@ -272,7 +272,8 @@ def dq_kernel(
             start, end = collect_hi, full
         else:
             start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
-        if not (ANYWHERE and segment == 2):
+        # The guard keeps a skipped loop from letting every wgmma wait for the one before it; see forward.py.
+        if not (ANYWHERE and segment == 2) and start < end:
             dq = _dq_segment(
                 dq,
                 q,

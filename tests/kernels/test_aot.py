@@ -41,7 +41,7 @@ def check_budget(rows: list[dict]) -> None:
             assert row["spill_bytes"] <= 64, row
         if row["arch"] == "sm_90" and row["kernel"] in MATRIX and row["head_dim"] <= 128:
             assert row["wgmma"], row
-        if row["kernel"] == "forward" and row["head_dim"] <= 128:
+        if row["kernel"] in MATRIX and row["head_dim"] <= 128:
             assert not row["wgmma_serialized"], row
 
 
