@@ -35,7 +35,6 @@ def _dkdv_segment(
     row_mean_ptr,
     row_slope_ptr,
     row_gain_ptr,
-    c_ptr,
     start,
     end,
     group,
@@ -62,7 +61,6 @@ def _dkdv_segment(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
     MASKED: tl.constexpr,
     COLLECT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -96,14 +94,8 @@ def _dkdv_segment(
                 visible = visible & real[:, None]
             scores = tl.where(visible, scores, -float("inf"))
         weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
-        if SCALED:
-            c = tl.load(c_ptr + member)
-            dv += tl.dot((weights * c).to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
-        else:
-            dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)
+        dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
-        if SCALED:
-            dweights = dweights * c
         if COLLECT:
             row_gain = tl.load(row_gain_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
             dprior += tl.sum(tl.where(visual[:, None], weights * row_gain[None, :], 0.0), 1)  # [BN]
@@ -138,7 +130,6 @@ def dkdv_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     padding_ptr,
-    c_ptr,  # (B, H), SCALED only
     visual_ptr,  # this and the rest STATISTICS only
     prior_ptr,
     ranges_ptr,
@@ -185,7 +176,6 @@ def dkdv_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -207,7 +197,10 @@ def dkdv_kernel(
     dk_ptr = sequence_pointer(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
     dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
 
-    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
+    # Where every loop masks: padding and left windows hide rows anywhere, and beside two tiles of D = 256 a loop of its
+    # own for the edge of the mask spills more than masking costs.
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or BLOCK_D + BLOCK_DV > 256
+    ONE_LOOP: tl.constexpr = ANYWHERE and not STATISTICS
     scale = tl.cast(softmax_scale, ACC)
     cap = tl.cast(softcap, ACC)
     if HAS_SOFTCAP:
@@ -227,7 +220,7 @@ def dkdv_kernel(
         full = tl.cdiv(tl.maximum(last_key - diagonal - window_right, 0), BLOCK_M) * BLOCK_M
     if HAS_LEFT:
         hi = tl.maximum(tl.minimum(hi, last_key - diagonal + window_left + 1), 0)
-    full = tl.minimum(tl.maximum(full, lo), hi)
+    full = lo if ONE_LOOP else tl.minimum(tl.maximum(full, lo), hi)
 
     k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
     v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)  # [BN, DV]
@@ -262,8 +255,6 @@ def dkdv_kernel(
         row_mean_ptr = row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
         row_slope_ptr = row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
         row_gain_ptr = row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
-    if SCALED:
-        c_ptr += tl.cast(batch, tl.int64) * tl.num_programs(1) * group + head
     for segment in tl.static_range(4):
         if segment == 0:  # the edge of the mask
             start, end = lo, (collect_lo if ANYWHERE else tl.minimum(full, collect_lo))
@@ -274,7 +265,7 @@ def dkdv_kernel(
         else:
             start, end = collect_hi, hi
         if (
-            (segment == 0 and (HAS_RIGHT or ANYWHERE))
+            (segment == 0 and (HAS_RIGHT or ANYWHERE) and not ONE_LOOP)
             or (segment == 1 and (STATISTICS and not ANYWHERE))
             or (segment == 2 and STATISTICS)
             or segment == 3
@@ -295,7 +286,6 @@ def dkdv_kernel(
                 row_mean_ptr,
                 row_slope_ptr,
                 row_gain_ptr,
-                c_ptr,
                 start,
                 end,
                 group,
@@ -322,7 +312,6 @@ def dkdv_kernel(
                 HAS_LEFT,
                 HAS_RIGHT,
                 HAS_SOFTCAP,
-                SCALED,
                 ANYWHERE or segment == 0 or segment == 2,  # MASKED
                 segment == 2,  # COLLECT
                 PRECISION,

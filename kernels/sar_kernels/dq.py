@@ -1,13 +1,17 @@
-"""Backward kernels by rows: delta = rowsum(dout * out), and dQ, with the head weight c folded in.
+"""Backward kernels by rows: delta = rowsum(dout * out), and dQ.
 
-With out_scaled = c * out, delta = rowsum(dout * out_scaled) already is rowsum((c dout) * out), so neither the unscaled
-output nor a division by c (which can underflow to 0) is needed.
+The head weight c is folded into two numbers per row, so that dK/dV and dQ are plain attention's, to the byte: with
+lse' = lse - log c their P is c P, and with delta' = delta / c their P (dP - delta') is c P (dP - delta / c), what the
+gradient of c P V asks for. From out_scaled = c * out comes delta = rowsum(dout * out_scaled), so that the unscaled
+output is not needed.
 """
 
 import triton
 import triton.language as tl
 
 from sar_kernels.primitives import (
+    LEAST_WEIGHT,
+    LN_2,
     LOG2_E,
     key_block_range,
     load_keys_mask,
@@ -28,8 +32,11 @@ from sar_kernels.primitives import (
 def delta_kernel(
     dout_ptr,  # (B, Sq, H, DV)
     out_ptr,  # (B, Sq, H, DV), scaled by c if there are head weights
-    delta_ptr,  # (B, H, Sq)
-    sums_ptr,  # (B, H, row blocks), WITH_SUMS only: what the gradient of c is made of
+    delta_ptr,  # (B, H, Sq) out: divided by c if there are head weights
+    sums_ptr,  # (B, H, row blocks) out, WITH_SUMS only: sums of delta itself, which the gradient of c is made of
+    c_ptr,  # (B, H), this and the rest SCALED only
+    lse_ptr,  # (B, H, Sq)
+    scaled_lse_ptr,  # (B, H, Sq) out: lse - log c
     cu_seqlens_q_ptr,
     stride_dob,
     stride_dos,
@@ -45,9 +52,10 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     VARLEN: tl.constexpr,
     WITH_SUMS: tl.constexpr,
+    SCALED: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """delta = rowsum(dout * out). Grid (row blocks, H, B)."""
+    """delta = rowsum(dout * out), and the head weight folded into it and lse. Grid (row blocks, H, B)."""
     block = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -62,10 +70,18 @@ def delta_kernel(
     dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
     out = load_tile(out_ptr, first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
     delta = tl.sum(dout.to(ACC) * out.to(ACC), 1)  # [BM], 0 beyond the last row
-    tl.store(delta_ptr + rows, delta, mask=rows < num_rows)
+    in_range = rows < num_rows
+    index = tl.cast(batch, tl.int64) * tl.num_programs(1) + head
     if WITH_SUMS:
-        index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block
-        tl.store(sums_ptr + index, tl.sum(delta, 0))
+        tl.store(sums_ptr + index * tl.num_programs(0) + block, tl.sum(delta, 0))
+    if SCALED:
+        c = tl.maximum(tl.load(c_ptr + index), LEAST_WEIGHT)
+        lse_ptr = row_pointer(lse_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
+        scaled_lse_ptr = row_pointer(scaled_lse_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
+        lse = tl.load(lse_ptr + rows, mask=in_range, other=0.0)
+        tl.store(scaled_lse_ptr + rows, lse - tl.log2(c) * LN_2, mask=in_range)
+        delta = delta / c
+    tl.store(delta_ptr + rows, delta, mask=in_range)
 
 
 @triton.jit
@@ -92,7 +108,6 @@ def _dq_segment(
     stride_vs,
     window_left,
     window_right,
-    c,
     scale,
     scale_log2,
     cap,
@@ -105,7 +120,6 @@ def _dq_segment(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
     MASKED: tl.constexpr,
     COLLECT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,8 +141,6 @@ def _dq_segment(
             scores = tl.where(visible, scores, -float("inf"))
         weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
-        if SCALED:
-            dweights = dweights * c
         if COLLECT:
             visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
             prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
@@ -156,14 +168,13 @@ def dq_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     padding_ptr,
-    c_ptr,  # (B, H), SCALED only
     visual_ptr,  # this and the rest STATISTICS only
     text_ptr,
     prior_ptr,
     ranges_ptr,
     row_mean_ptr,  # (B, H, Sq) mean score over the visual keys
     row_slope_ptr,  # (B, H, Sq) factor of (score - mean) in the gradient of AV, 0 for rows that do not count
-    row_gain_ptr,  # (B, H, Sq) factor of the prior in the gradient of SA, 0 for rows that do not count
+    row_gain_ptr,  # (B, H, Sq) factor of the prior in the gradient of SA, over c; 0 for rows that do not count
     stride_qb,
     stride_qs,
     stride_qh,
@@ -199,7 +210,6 @@ def dq_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -243,9 +253,6 @@ def dq_kernel(
     dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
     lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
     delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)  # [BM]
-    c = scale
-    if SCALED:
-        c = tl.load(c_ptr + tl.cast(batch, tl.int64) * tl.num_programs(1) + head)
     row_mean = delta
     row_slope = delta
     row_gain = delta
@@ -297,7 +304,6 @@ def dq_kernel(
                 stride_vs,
                 window_left,
                 window_right,
-                c,
                 scale,
                 scale_log2,
                 cap,
@@ -310,7 +316,6 @@ def dq_kernel(
                 HAS_LEFT,
                 HAS_RIGHT,
                 HAS_SOFTCAP,
-                SCALED,
                 ANYWHERE or segment == 1 or segment == 3,  # MASKED
                 segment == 1,  # COLLECT
                 PRECISION,

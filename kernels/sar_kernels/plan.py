@@ -229,17 +229,23 @@ def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightO
     return (out, lse, av, sa, c, count), [prepare, forward, head_weights, _plan_scale(call, out, c, count)]
 
 
-def _plan_delta(call: Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums: bool):
-    """delta (as per_row), its sums per row block (B, H, row blocks) or None, and the launch."""
+def _plan_delta(
+    call: Call, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, c: torch.Tensor | None, *, with_sums: bool
+):
+    """(delta, lse) with c folded in, delta's sums per row block (B, H, row blocks) or None, and the launch."""
     block_m = 64
     grid = call.grid(block_m)
     delta = call.per_row()
+    scaled_lse = None if c is None else call.per_row()
     sums = torch.empty((call.batch, call.heads, grid[0]), dtype=call.acc, device=dout.device) if with_sums else None
     arguments = {
         "dout_ptr": dout,
         "out_ptr": out,
         "delta_ptr": delta,
         "sums_ptr": sums,
+        "c_ptr": c,
+        "lse_ptr": None if c is None else lse,
+        "scaled_lse_ptr": scaled_lse,
         "cu_seqlens_q_ptr": call.cu_q,
         **call.strides("do", dout),
         **call.strides("o", out),
@@ -250,9 +256,10 @@ def _plan_delta(call: Call, dout: torch.Tensor, out: torch.Tensor, *, with_sums:
         "BLOCK_M": block_m,
         "VARLEN": call.varlen,
         "WITH_SUMS": with_sums,
+        "SCALED": c is not None,
         "ACC": call.triton_acc,
     }
-    return delta, sums, Launch(delta_kernel, grid, arguments, SMALL)
+    return delta, lse if c is None else scaled_lse, sums, Launch(delta_kernel, grid, arguments, SMALL)
 
 
 def _plan_weights_backward(call: Call, weights: WeightOptions, sums, av, sa, count, dav, dsa, dc, block_m):
@@ -314,7 +321,7 @@ def plan_backward(
     if dout.shape != out.shape or dout.dtype != call.q.dtype:
         raise ValueError(f"dout: got {dout.dtype} {tuple(dout.shape)}, need {call.q.dtype} {tuple(out.shape)}")
     dout = dense_last(dout)
-    delta, sums, launch = _plan_delta(call, dout, out, with_sums=through is not None)
+    delta, scaled_lse, sums, launch = _plan_delta(call, dout, out, lse, c, with_sums=through is not None)
     launches = [launch]
     rows = dict.fromkeys(("row_mean_ptr", "row_slope_ptr", "row_gain_ptr"))
     dprior = None
@@ -346,10 +353,8 @@ def plan_backward(
         **rows,
         **call.strides("do", dout),
         "dout_ptr": dout,
-        "lse_ptr": lse,
+        "lse_ptr": scaled_lse,
         "delta_ptr": delta,
-        "c_ptr": c,
-        "SCALED": c is not None,
         "STATISTICS": through is not None,
     }
     config = call.config("dkdv", sav=through is not None)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LEAST_WEIGHT = tl.constexpr(2.0**-100)  # the backward divides by a head's weight, and takes a smaller one for this
 
 
 @triton.jit

@@ -91,8 +91,8 @@ def statistics_kernel(
     ranges_ptr,
     partials_ptr,  # (B, H, row blocks, 3), not GRADIENT
     variance_gain_ptr,  # (B, H) gradient of each counting query's variance; this and the rest GRADIENT only
-    alignment_gain_ptr,  # (B, H) gradient of each counting query's semantic alignment
-    delta_ptr,  # (B, H, Sq) in place: += alignment gain * semantic alignment
+    alignment_gain_ptr,  # (B, H) gradient of each counting query's semantic alignment, over c
+    delta_ptr,  # (B, H, Sq) in place, over c too: += alignment gain * semantic alignment
     row_mean_ptr,  # (B, H, Sq) out
     row_slope_ptr,  # (B, H, Sq) out
     row_gain_ptr,  # (B, H, Sq) out

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sar_kernels.primitives import sequence_bounds, softmax_over_heads
+from sar_kernels.primitives import LEAST_WEIGHT, sequence_bounds, softmax_over_heads
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def head_weights_backward_kernel(
     dalignment_ptr,
     dc_ptr,
     variance_gain_ptr,  # (B, H) out: gradient of each counting query's variance
-    alignment_gain_ptr,  # (B, H) out: gradient of each counting query's semantic alignment
+    alignment_gain_ptr,  # (B, H) out: gradient of each counting query's semantic alignment, over c
     cu_seqlens_q_ptr,
     max_seqlen_q,
     num_blocks,
@@ -192,4 +192,4 @@ def head_weights_backward_kernel(
         dalignment += tl.load(dalignment_ptr + offsets, mask=is_head, other=0.0)
     share = tl.where(count > 0.0, 1.0 / tl.maximum(count, 1.0), 0.0)
     tl.store(variance_gain_ptr + offsets, dvariance * share, mask=is_head)
-    tl.store(alignment_gain_ptr + offsets, dalignment * share, mask=is_head)
+    tl.store(alignment_gain_ptr + offsets, dalignment * share / tl.maximum(c, LEAST_WEIGHT), mask=is_head)
