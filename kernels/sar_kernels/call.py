@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sar_kernels.configs import KernelConfig, choose, device_arch, length_class, padded_head_dim
+from sar_kernels.configs import KernelConfig, choose, device_arch, has_closed_form, length_class, padded_head_dim
 
 MAX_HEAD_DIM = 256
 MAX_TOKEN_STRIDE = 2**24  # offsets inside a tile of up to 128 tokens are 32-bit
@@ -76,8 +76,9 @@ class Call:
         *,
         arch: str | None = None,
         configs: Mapping[str, KernelConfig] | None = None,
+        closed_form: bool | None = None,
     ):
-        """arch: other than the device's, to compile for it; configs: per kernel, instead of the chosen ones."""
+        """arch: other than the device's, to compile for it; configs, closed_form: instead of the chosen ones."""
         self.varlen = cu_seqlens_q is not None
         self._check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         self.q, self.k, self.v = (dense_last(t) for t in (q, k, v))
@@ -95,6 +96,9 @@ class Call:
             self.padding = self.token_mask("key_padding_mask", key_padding_mask, keys=True)
         self.arch = arch or device_arch(q.device)
         self.configs = configs or {}
+        self.closed_form = closed_form
+        if closed_form is None:
+            self.closed_form = has_closed_form(self.max_k, options.softcap)
         self.acc = torch.float64 if q.dtype == torch.float64 else torch.float32
 
     def _check(self, q, k, v, cu_q, cu_k, max_q, max_k) -> None:

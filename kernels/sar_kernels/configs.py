@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 TUNED = Path(__file__).with_name("tuned.json")
+CLOSED_FORM = 4096  # keys from which the variance's closed form pays; see kernels/README.md
 SHORT = 512  # queries; below this the grid is small and smaller row blocks fill more multiprocessors
 
 KERNELS = ("forward", "statistics", "dq", "dkdv")
@@ -50,6 +51,11 @@ def padded_head_dim(head_dim: int) -> int:
 def length_class(max_seqlen_q: int) -> str:
     """ "short" or "long": the only thing about the length that may choose another kernel."""
     return "short" if max_seqlen_q <= SHORT else "long"
+
+
+def has_closed_form(max_seqlen_k: int, softcap: float) -> bool:
+    """Whether the forward with statistics takes the variance of rows that see all of V from second moments."""
+    return max_seqlen_k >= CLOSED_FORM and softcap == 0
 
 
 @functools.cache

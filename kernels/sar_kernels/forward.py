@@ -11,6 +11,7 @@ from sar_kernels.primitives import (
     load_columns,
     load_keys_mask,
     load_tile,
+    mean_visual_key,
     online_softmax,
     row_pointer,
     sequence_bounds,
@@ -63,13 +64,14 @@ def _attend(
     MASKED: tl.constexpr,
     STATISTICS: tl.constexpr,
     COLLECT: tl.constexpr,
+    MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Runs the keys [start, end) through the row block; start is a multiple of BLOCK_N.
 
     Without MASKED every key must be in range and visible to every row. COLLECT marks the stretch with visual keys;
     outside it the statistics only follow the running maximum. They are those of rows that see all visual keys, so that
-    what selects an entry is its column alone.
+    what selects an entry is its column alone. Without MOMENTS the alignment is collected and the variance is not.
     """
     for first_key in range(start, end, BLOCK_N):
         if COLLECT and not MASKED:  # before the product, which hides the way from memory
@@ -81,13 +83,14 @@ def _attend(
         if COLLECT:  # the moments first: their temporaries are dead before the softmax's are born
             if MASKED:  # where registers are short
                 selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
-            if HAS_PADDING:  # what padding hides need not be finite
-                deviation = tl.where(selected[None, :] > 0.0, scores - pivot[:, None], 0.0)  # [BM, BN]
-            else:
-                deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
-            if HAS_SOFTCAP:
-                m1 += tl.sum(deviation, 1)
-            m2 += tl.sum(deviation * deviation, 1)
+            if MOMENTS:
+                if HAS_PADDING:  # what padding hides need not be finite
+                    deviation = tl.where(selected[None, :] > 0.0, scores - pivot[:, None], 0.0)  # [BM, BN]
+                else:
+                    deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
+                if HAS_SOFTCAP:
+                    m1 += tl.sum(deviation, 1)
+                m2 += tl.sum(deviation * deviation, 1)
         if MASKED:
             keys = first_key + tl.arange(0, BLOCK_N)
             visible = visible_mask(
@@ -127,17 +130,10 @@ def _mean_score(
 
     In pieces of the head dimension, and of q read again: nothing of it lives in registers before or long.
     """
-    BLOCK_C: tl.constexpr = 8
     BLOCK_P: tl.constexpr = BLOCK_D if BLOCK_D < 32 else 32
-    end_chunk = tl.cdiv(end_key, CHUNK)
     scores = tl.zeros([BLOCK_M], ACC)
     for piece in range(0, BLOCK_D, BLOCK_P):
-        total = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-        for first in range(first_key // CHUNK, end_chunk, BLOCK_C):
-            chunks = first + tl.arange(0, BLOCK_C)[:, None]
-            ptrs = sums_ptr + chunks * BLOCK_D + piece + tl.arange(0, BLOCK_P)[None, :]
-            total += tl.load(ptrs, mask=chunks < end_chunk, other=0.0)
-        mean_key = tl.sum(total, 0) / num_visual  # [BP]
+        mean_key = mean_visual_key(sums_ptr, first_key, end_key, num_visual, piece, BLOCK_P, BLOCK_D, CHUNK, ACC)
         rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), num_rows - 1)[:, None]
         dims = piece + tl.arange(0, BLOCK_P)[None, :]
         q = tl.load(q_ptr + rows * tl.cast(stride_qs, tl.int64) + dims, mask=dims < HEAD_DIM, other=0.0)  # [BM, BP]
@@ -209,12 +205,14 @@ def forward_kernel(
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
     SPLIT_COLLECT: tl.constexpr,
+    CLOSED_FORM: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One row block of one head: out and lse, and with STATISTICS this block's share of AV and SA.
 
+    With CLOSED_FORM the variance of row blocks that see all of V is left to `moments.py`, and counts as 0 here.
     Grid (row blocks, H, B). Late row blocks go first: under a causal mask they are the long ones.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -255,13 +253,24 @@ def forward_kernel(
     m2 = tl.zeros([BLOCK_M], ACC)
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
 
+    LEAST_VISUAL: tl.constexpr = HEAD_DIM + 1 if CLOSED_FORM else 2  # of few keys the covariance is singular
     collects = False
     pivot = row_sum
     if STATISTICS:
         text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            text,
+            rows,
+            ranges_ptr,
+            num_visual,
+            batch,
+            diagonal,
+            window_left,
+            window_right,
+            LEAST_VISUAL,
+            HAS_LEFT,
+            HAS_RIGHT,
         )
         columns_ptr += column_offset(start_k, batch)
     collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, collects, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
@@ -278,7 +287,7 @@ def forward_kernel(
             start, end = collect_hi, full
         else:  # up to the edge of the mask
             start, end = (collect_hi if ANYWHERE else tl.maximum(collect_hi, full)), hi
-        if (segment == 1 if SPLIT else segment == 2) and collects:
+        if (segment == 1 if SPLIT else segment == 2) and not CLOSED_FORM and collects:
             # Only here, so that nothing of it lives in registers before.
             sums_ptr += (tl.cast(batch, tl.int64) * (tl.num_programs(1) // group) + head // group) * stride_sums_h
             visual_lo = tl.load(ranges_ptr + 4 * batch)
@@ -341,6 +350,7 @@ def forward_kernel(
                 ANYWHERE or segment == 2 or segment == 4,  # MASKED
                 STATISTICS,
                 segment == 1 or segment == 2,  # COLLECT
+                not CLOSED_FORM,  # MOMENTS
                 PRECISION,
             )
 
@@ -357,7 +367,17 @@ def forward_kernel(
         text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            text,
+            rows,
+            ranges_ptr,
+            num_visual,
+            batch,
+            diagonal,
+            window_left,
+            window_right,
+            LEAST_VISUAL,
+            HAS_LEFT,
+            HAS_RIGHT,
         )
         counts = text & collects
         count = tl.zeros([BLOCK_M], ACC) + num_visual

@@ -17,6 +17,7 @@ from sar_kernels.dkdv import dkdv_kernel
 from sar_kernels.dq import delta_kernel, dq_kernel
 from sar_kernels.forward import forward_kernel
 from sar_kernels.launch import Launch
+from sar_kernels.moments import closed_variance_kernel, second_moments_kernel
 from sar_kernels.prepare import prepare_kernel
 from sar_kernels.statistics import statistics_kernel
 from sar_kernels.weights import (
@@ -71,6 +72,7 @@ NO_COLUMNS = {
     "stride_sums_h": 0,
     "CHUNK": 0,
 }
+MOMENT_ROWS = 2048  # tokens per second moment: few enough to fill the device, many enough to be small beside q
 CHUNK = 256  # keys that are summed in one program before the forward; never chosen by length, which would change bits
 
 
@@ -153,10 +155,55 @@ def _plan_forward(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STATISTICS": sav is not None,
+        "CLOSED_FORM": sav is not None and call.closed_form,
         # A loop more for the stretch with visual keys, where registers are not limited for the sake of residency.
         "SPLIT_COLLECT": sav is not None and config.max_registers is None,
     }
     return out, lse, partials, Launch(forward_kernel, grid, arguments, config)
+
+
+def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) -> tuple[torch.Tensor, list[Launch]]:
+    """(B, H) variances summed in closed form over the row blocks of block_m that see all of V, and the launches."""
+    block_d, chunks = padded_head_dim(call.head_dim), triton.cdiv(max(call.max_q, call.max_k), MOMENT_ROWS)
+    panel, split = min(block_d, 64), call.arch != "cpu" and call.q.dtype in (torch.float16, torch.bfloat16)
+    shape = (call.batch, call.kv_heads + call.heads, chunks, block_d, block_d)
+    moments = torch.empty(shape, dtype=call.acc, device=call.q.device)
+    closed = call.per_head()
+    sizes = {
+        "moments_ptr": moments,
+        "ranges_ptr": sav.ranges,
+        "num_visual_ptr": prepared["num_visual_ptr"],
+        "num_chunks": chunks,
+        "num_kv_heads": call.kv_heads,
+        "HEAD_DIM": call.head_dim,
+        "BLOCK_D": block_d,
+        "ROWS": MOMENT_ROWS,
+        "ACC": call.triton_acc,
+    }
+    not_read = ("padding_ptr", "stride_lse_b", "stride_lse_h", "group", "softmax_scale", "softcap")
+    not_read += ("HAS_PADDING", "HAS_SOFTCAP")  # padding is in the columns
+    arguments = {
+        **{name: value for name, value in call.common().items() if name not in not_read},
+        **{name: prepared[name] for name in ("columns_ptr", "sums_ptr", "stride_sums_h", "CHUNK")},
+        **sizes,
+        "text_ptr": sav.text,
+        "PANEL": panel,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 64,
+        "SPLIT": split,
+    }
+    grid = chunks * (block_d // panel), shape[1], call.batch
+    moments_launch = Launch(
+        second_moments_kernel, grid, arguments, KernelConfig(panel, 64, 8 if block_d > 128 else 4, 2)
+    )
+    arguments = {
+        **sizes,
+        "closed_ptr": closed,
+        "group": call.heads // call.kv_heads,
+        "softmax_scale": call.options.softmax_scale,
+        "PANEL": 16,
+    }
+    return closed, [moments_launch, Launch(closed_variance_kernel, (call.heads, call.batch), arguments, SMALL)]
 
 
 def _partials(call: Call, num_blocks: int) -> torch.Tensor:
@@ -179,14 +226,20 @@ def _weight_constants(call: Call, weights: WeightOptions, num_blocks: int, block
 
 
 def _plan_weights(
-    call: Call, sav: Sav, weights: WeightOptions, partials: torch.Tensor, block_m: int
+    call: Call,
+    sav: Sav,
+    weights: WeightOptions,
+    partials: torch.Tensor,
+    block_m: int,
+    closed: torch.Tensor | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], Launch]:
-    """(av, sa, c, count) from partial sums."""
+    """(av, sa, c, count) from partial sums, and from what the closed form has of the variances."""
     av, sa, c = call.per_head(), call.per_head(), call.per_head()
     count = torch.empty((call.batch,), dtype=call.acc, device=call.q.device)
     arguments = {
         "partials_ptr": partials,
         "ranges_ptr": sav.ranges,
+        "closed_ptr": closed,
         "variance_ptr": av,
         "alignment_ptr": sa,
         "c_ptr": c,
@@ -220,13 +273,15 @@ def plan_attention_forward(call: Call) -> tuple[tuple[torch.Tensor, ...], list[L
 
 
 def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightOptions):
-    """(out_scaled, lse, av, sa, c, count) and the four launches that fill them."""
+    """(out_scaled, lse, av, sa, c, count) and the launches that fill them: four, with the closed form six."""
     sav = _sav(call, visual_mask, text_mask, prior)
     prepared, prepare = _plan_prepare(call, sav)
     out, lse, partials, forward = _plan_forward(call, sav, prepared)
     block_m = forward.arguments["BLOCK_M"]
-    (av, sa, c, count), head_weights = _plan_weights(call, sav, weights, partials, block_m)
-    return (out, lse, av, sa, c, count), [prepare, forward, head_weights, _plan_scale(call, out, c, count)]
+    closed, moments = _plan_moments(call, sav, prepared, block_m) if call.closed_form else (None, [])
+    (av, sa, c, count), head_weights = _plan_weights(call, sav, weights, partials, block_m, closed)
+    launches = [prepare, *moments, forward, head_weights, _plan_scale(call, out, c, count)]
+    return (out, lse, av, sa, c, count), launches
 
 
 def _plan_delta(

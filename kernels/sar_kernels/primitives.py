@@ -203,6 +203,32 @@ def load_columns(ptr, first_key, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def mean_visual_key(
+    sums_ptr,
+    first_key,
+    end_key,
+    num_visual,
+    first_dim,
+    DIMS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Dims [first_dim, first_dim + DIMS) of the mean of the visual keys, which lie in [first_key, end_key).  # [DIMS]
+
+    sums_ptr: (chunks, BLOCK_D) sums of the visual keys in CHUNK keys.
+    """
+    BLOCK_C: tl.constexpr = 8
+    end_chunk = tl.cdiv(end_key, CHUNK)
+    total = tl.zeros([BLOCK_C, DIMS], ACC)
+    for first in range(first_key // CHUNK, end_chunk, BLOCK_C):
+        chunks = first + tl.arange(0, BLOCK_C)[:, None]
+        ptrs = sums_ptr + chunks * BLOCK_D + first_dim + tl.arange(0, DIMS)[None, :]
+        total += tl.load(ptrs, mask=chunks < end_chunk, other=0.0)
+    return tl.sum(total, 0) / num_visual
+
+
+@triton.jit
 def text_meets_visual(
     text,
     rows,
@@ -212,19 +238,21 @@ def text_meets_visual(
     diagonal,
     window_left,
     window_right,
+    LEAST_VISUAL: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
     """Whether rows hold text queries that all see all visual keys, and whether some that do not.  text, rows: [BM]
 
-    Neither where there are less than two visual keys, of which no variance is.
+    Neither where there are less than two visual keys, of which no variance is. Less than LEAST_VISUAL are as good as
+    not seen.
     """
     last = tl.max(tl.where(text, rows, -1), 0)
     meets = (num_visual >= 2) & (last >= 0)
-    sees_all = True
+    sees_all = num_visual >= LEAST_VISUAL
     if HAS_RIGHT:
         first = tl.min(tl.where(text, rows, last), 0)
-        sees_all = first + diagonal + window_right >= tl.load(ranges_ptr + 4 * batch + 1) - 1
+        sees_all = sees_all & (first + diagonal + window_right >= tl.load(ranges_ptr + 4 * batch + 1) - 1)
     if HAS_LEFT:
         sees_all = sees_all & (last + diagonal - window_left <= tl.load(ranges_ptr + 4 * batch))
     return meets & sees_all, meets & (sees_all == 0)

@@ -1,0 +1,202 @@
+"""The variance in closed form: second moments of the visual keys and of the text queries, and their inner product.
+
+Where every text query sees all visual keys, the variances of a head's text queries add up to
+
+    sum_i scale^2 q_i^T C q_i = scale^2 <C, M>,   C = cov(visual keys), M = sum_i q_i q_i^T,
+
+two D x D matrices that need no score. The forward pass then collects the semantic alignment alone.
+"""
+
+import triton
+import triton.language as tl
+
+from sar_kernels.primitives import (
+    column_offset,
+    load_columns,
+    mean_visual_key,
+    sequence_bounds,
+    sequence_pointer,
+    text_meets_visual,
+)
+
+
+@triton.jit
+def _load_rows(ptr, rows, stride_s, selected, first_dim, COLS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Dims [first_dim, first_dim + COLS) of rows, zeros where not selected and beyond HEAD_DIM.  # [R, COLS]"""
+    dims = first_dim + tl.arange(0, COLS)
+    ptrs = ptr + rows[:, None] * stride_s + dims[None, :]
+    return tl.load(ptrs, mask=selected[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _add_outer(total, panel, tile, SPLIT: tl.constexpr, ACC: tl.constexpr):
+    """total [P, D] += panel^T tile of fp32 rows [R, P] and [R, D].
+
+    SPLIT multiplies high and low halves in bfloat16, whatever the inputs' dtype: a difference of fp16 keys need not be
+    an fp16 number. The product of the low halves is neglected, 2^-16 of the whole.
+    """
+    if SPLIT:
+        panel_high, tile_high = panel.to(tl.bfloat16), tile.to(tl.bfloat16)
+        panel_low = (panel - panel_high.to(ACC)).to(tl.bfloat16)
+        tile_low = (tile - tile_high.to(ACC)).to(tl.bfloat16)
+        total = tl.dot(tl.trans(panel_low), tile_high, total)
+        total = tl.dot(tl.trans(panel_high), tile_low, total)
+        total = tl.dot(tl.trans(panel_high), tile_high, total)
+    else:
+        total += tl.dot(tl.trans(panel), tile, input_precision="ieee")
+    return total
+
+
+@triton.jit(
+    do_not_specialize=["stride_sums_h", "num_chunks", "num_kv_heads", "max_seqlen_q", "max_seqlen_k", "window_left"]
+)
+def second_moments_kernel(
+    q_ptr,  # (B, Sq, H, D) or (T, H, D)
+    k_ptr,  # (B, Sk, Hkv, D)
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    text_ptr,  # (B, Sq) bool
+    ranges_ptr,  # (B, 4) first and past-last visual key, first and past-last text query
+    columns_ptr,  # (L, 2, 128) per key 1 if visual else 0, and the prior or 0; see `column_offset`
+    num_visual_ptr,  # (B,)
+    sums_ptr,  # (B, Hkv, key chunks, BLOCK_D) sums of the visual keys in CHUNK keys
+    moments_ptr,  # (B, Hkv + H, num_chunks, BLOCK_D, BLOCK_D) out
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_sums_h,
+    num_chunks,
+    num_kv_heads,
+    max_seqlen_q,
+    max_seqlen_k,
+    window_left,
+    window_right,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """PANEL rows of the second moment of ROWS tokens: a kv head's visual keys about their mean, or a head's queries.
+
+    Grid (num_chunks * panels, Hkv + H, B). Queries are taken or left by the forward's row blocks, BLOCK_M, as it takes
+    or leaves them. Chunks outside the ranges are not written.
+    """
+    PANELS: tl.constexpr = BLOCK_D // PANEL
+    chunk = tl.program_id(0) // PANELS
+    first_dim = tl.program_id(0) % PANELS * PANEL
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    num_visual = tl.load(num_visual_ptr + batch)
+    total = tl.zeros([PANEL, BLOCK_D], ACC)
+    is_keys = head < num_kv_heads
+    lo = tl.load(ranges_ptr + 4 * batch + (0 if is_keys else 2))
+    hi = tl.load(ranges_ptr + 4 * batch + (1 if is_keys else 3))
+    first = chunk * ROWS
+    end = tl.minimum(first + ROWS, hi)
+    if (end <= lo) | (first >= hi) | (num_visual <= HEAD_DIM):
+        return
+    if is_keys:
+        k_ptr = sequence_pointer(k_ptr, batch, head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+        sums_ptr += (tl.cast(batch, tl.int64) * num_kv_heads + head) * stride_sums_h
+        columns_ptr += column_offset(start_k, batch)
+        mean = mean_visual_key(sums_ptr, lo, hi, num_visual, 0, BLOCK_D, BLOCK_D, CHUNK, ACC)  # [D]
+        mean_panel = mean_visual_key(sums_ptr, lo, hi, num_visual, first_dim, PANEL, BLOCK_D, CHUNK, ACC)  # [P]
+        for first_key in range(first, end, BLOCK_N):
+            keys = tl.arange(0, BLOCK_N)
+            selected, _prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN]
+            tile_ptr = k_ptr + first_key * tl.cast(stride_ks, tl.int64)
+            visual = selected > 0.0
+            tile = _load_rows(tile_ptr, keys, stride_ks, visual, 0, BLOCK_D, HEAD_DIM)  # [BN, D]
+            panel = _load_rows(tile_ptr, keys, stride_ks, visual, first_dim, PANEL, HEAD_DIM)  # [BN, P]
+            tile = (tile.to(ACC) - mean[None, :]) * selected[:, None]
+            panel = (panel.to(ACC) - mean_panel[None, :]) * selected[:, None]
+            total = _add_outer(total, panel, tile, SPLIT, ACC)
+    else:
+        q_ptr = sequence_pointer(q_ptr, batch, head - num_kv_heads, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+        diagonal = num_keys - num_rows
+        for first_row in range(first, end, BLOCK_M):
+            rows = first_row + tl.arange(0, BLOCK_M)
+            text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
+            collects, _mixed = text_meets_visual(
+                text,
+                rows,
+                ranges_ptr,
+                num_visual,
+                batch,
+                diagonal,
+                window_left,
+                window_right,
+                HEAD_DIM + 1,
+                HAS_LEFT,
+                HAS_RIGHT,
+            )
+            taken = text & collects
+            tile_ptr = q_ptr + first_row * tl.cast(stride_qs, tl.int64)
+            members = tl.arange(0, BLOCK_M)
+            tile = _load_rows(tile_ptr, members, stride_qs, taken, 0, BLOCK_D, HEAD_DIM)  # [BM, D]
+            panel = _load_rows(tile_ptr, members, stride_qs, taken, first_dim, PANEL, HEAD_DIM)  # [BM, P]
+            total += tl.dot(tl.trans(panel), tile, input_precision=PRECISION)
+    index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * num_chunks + chunk
+    moments_ptr += index * BLOCK_D * BLOCK_D
+    dims = first_dim + tl.arange(0, PANEL)
+    tl.store(moments_ptr + dims[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], total)
+
+
+@triton.jit
+def _load_moment(ptr, lo, hi, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PANEL: tl.constexpr, ACC: tl.constexpr):
+    """A panel of a second moment, summed over the chunks of ROWS tokens that [lo, hi) touches.  # [P, D]"""
+    total = tl.zeros([PANEL, BLOCK_D], ACC)
+    offsets = tl.arange(0, PANEL)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    for chunk in range(lo // ROWS, tl.cdiv(hi, ROWS)):
+        total += tl.load(ptr + chunk * tl.cast(BLOCK_D * BLOCK_D, tl.int64) + offsets)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_kv_heads", "group"])
+def closed_variance_kernel(
+    moments_ptr,  # (B, Hkv + H, num_chunks, BLOCK_D, BLOCK_D)
+    ranges_ptr,  # (B, 4)
+    num_visual_ptr,  # (B,)
+    closed_ptr,  # (B, H) out
+    num_chunks,
+    num_kv_heads,
+    group,
+    softmax_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """scale^2 <C, M>: the variances of one head's text queries in row blocks that see all of V, summed. Grid (H, B)."""
+    head = tl.program_id(0)
+    batch = tl.program_id(1)
+    num_visual = tl.load(num_visual_ptr + batch)
+    variance = tl.zeros([PANEL], ACC)
+    if num_visual > HEAD_DIM:
+        visual_lo, visual_hi = tl.load(ranges_ptr + 4 * batch), tl.load(ranges_ptr + 4 * batch + 1)
+        text_lo, text_hi = tl.load(ranges_ptr + 4 * batch + 2), tl.load(ranges_ptr + 4 * batch + 3)
+        stride = num_chunks * tl.cast(BLOCK_D * BLOCK_D, tl.int64)
+        keys_ptr = moments_ptr + (batch * (num_kv_heads + tl.num_programs(0)) + head // group) * stride
+        text_ptr = moments_ptr + (batch * (num_kv_heads + tl.num_programs(0)) + num_kv_heads + head) * stride
+        for first_dim in range(0, BLOCK_D, PANEL):
+            keys = _load_moment(keys_ptr + first_dim * BLOCK_D, visual_lo, visual_hi, ROWS, BLOCK_D, PANEL, ACC)
+            text = _load_moment(text_ptr + first_dim * BLOCK_D, text_lo, text_hi, ROWS, BLOCK_D, PANEL, ACC)
+            variance += tl.sum(keys * text, 1)
+    scale = tl.cast(softmax_scale, ACC)
+    total = tl.sum(variance, 0) * scale * scale / tl.maximum(num_visual - 1, 1)
+    tl.store(closed_ptr + batch * tl.num_programs(0) + head, total)

@@ -1,0 +1,136 @@
+"""The variance in closed form, from second moments, against the fp64 oracle; at lengths that would not choose it."""
+
+import pytest
+import torch
+from kernel_cases import Case, assert_relative, check_forward, make, reference
+
+from sar_kernels import plan
+from sar_kernels.attention import sar_forward
+from sar_kernels.call import AttentionOptions, Call
+from sar_kernels.configs import CLOSED_FORM, KernelConfig
+from sar_kernels.launch import run_all
+from sar_kernels.plan import plan_sar_forward
+
+BASE = Case(head_dim=16)
+TWO_IMAGES = (((3, 20), (30, 61)), ((0, 20),))
+CASES = [
+    BASE,
+    BASE.but(name="fp16", dtype=torch.float16),
+    BASE.but(name="bf16", dtype=torch.bfloat16),
+    BASE.but(name="fp64", dtype=torch.float64),
+    BASE.but(name="d12-mqa", head_dim=12, kv_heads=1),
+    BASE.but(name="d24-dv32", head_dim=24, head_dim_v=32, images=(((5, 45),), ((0, 24),))),  # 24 are too few
+    BASE.but(name="d64-gqa7", heads=7, kv_heads=1, head_dim=64, seqlen_q=60, images=(((2, 70),), ((0, 96),))),
+    BASE.but(name="few-visual-keys", images=(((5, 21),), ((0, 17),))),
+    BASE.but(name="short-queries", seqlen_q=17),
+    BASE.but(name="one-query", seqlen_q=1, seqlen_k=128),
+    BASE.but(name="more-queries-than-keys", seqlen_q=120, seqlen_k=90),
+    BASE.but(name="full", causal=False),
+    BASE.but(name="padded-left-and-right", padding=((11, 97), (0, 60))),
+    BASE.but(name="padding-leaves-few", padding=((35, 97), (0, 90))),
+    BASE.but(name="window", window=(80, -1)),
+    BASE.but(name="two-images", images=TWO_IMAGES),
+    BASE.but(name="text-between-images", images=TWO_IMAGES, text_only_rows=False),
+    BASE.but(name="without", images=(((5, 45),), (), ((0, 97),), ((7, 8),))),  # text only, image only, one visual token
+]
+
+
+def forward(inputs, *, closed_form=True, **configs):
+    """Outputs of the plan with the closed form, and the sums that it made."""
+    call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.padding, closed_form=closed_form, configs=configs)
+    outputs, launches = plan_sar_forward(call, *inputs.sav, inputs.weights)
+    run_all(launches)
+    return outputs, launches[-2].arguments["closed_ptr"]
+
+
+@pytest.mark.parametrize("rows", [plan.MOMENT_ROWS, 64], ids=["one-chunk", "chunks"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, rows, monkeypatch):
+    monkeypatch.setattr(plan, "MOMENT_ROWS", rows)
+    inputs = make(case)
+    outputs, _ = forward(inputs, forward=KernelConfig(32, 32, 4, 1))
+    check_forward(inputs, *outputs)
+
+
+def test_takes_what_it_can_and_leaves_the_rest():
+    """Row blocks that see all of V, of samples with more visual keys than dimensions, and no others."""
+    images = (((5, 45),), ((0, 16),), (), ((5, 20), (60, 80)))
+    inputs = make(BASE.but(images=images, text_only_rows=False))
+    (_, _, av, _, _, _), closed = forward(inputs, forward=KernelConfig(32, 32, 4, 1))
+    counts = inputs.text.sum(-1).double()[:, None]
+    torch.testing.assert_close(closed[0].double() / counts[0], av[0].double(), rtol=1e-5, atol=0)
+    assert not closed[1:3].any()
+    assert (closed[3] > 0).all()
+    assert (closed[3] < 0.9 * counts[3] * av[3]).all()  # text between the images looks for itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_equals_the_in_pass_form(dtype):
+    inputs = make(BASE.but(dtype=dtype))
+    closed, in_pass = forward(inputs)[0], forward(inputs, closed_form=False)[0]
+    assert torch.equal(closed[1], in_pass[1])
+    for name, a, b in zip(("av", "sa", "c", "count"), closed[2:], in_pass[2:]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0, msg=name)
+
+
+def test_survives_a_common_shift_of_all_keys():
+    inputs = make(BASE)
+    shift = torch.randn(16)
+    inputs.k = inputs.k + shift * (100 * inputs.k.std() / shift.std())
+    (_, _, av, *_), closed = forward(inputs)
+    assert closed.all()
+    assert_relative("av", av, reference(inputs)[1].alignment_variance)
+
+
+def test_variance_of_nearly_equal_scores():
+    inputs = make(BASE)
+    inputs.k = 1e-3 * inputs.k + torch.randn(16)
+    (_, _, av, *_), closed = forward(inputs)
+    assert closed.all()
+    assert_relative("av", av, reference(inputs)[1].alignment_variance)
+
+
+def test_outlier_channels():
+    """Channels a hundred times larger than the rest, as models have them, in queries and keys."""
+    inputs = make(BASE.but(head_dim=32, images=(((5, 60),), ((0, 50),))))
+    inputs.q[..., 3] *= 100
+    inputs.k[..., 7] *= 100
+    (_, _, av, *_), closed = forward(inputs)
+    assert closed.all()
+    assert_relative("av", av, reference(inputs)[1].alignment_variance)
+
+
+def test_halves_in_bfloat16_are_exact_enough():
+    """What the compiled kernel multiplies for 16-bit inputs, in PyTorch: the interpreter has no bfloat16."""
+    torch.manual_seed(0)
+    q, k = torch.randn(64, 128, dtype=torch.float64), torch.randn(600, 128, dtype=torch.float64)
+    for spread in (1e-3, 1.0, 1e3):
+        keys = (spread * k + 100 * spread * torch.randn(128, dtype=torch.float64)).to(torch.bfloat16).double()
+        deviation = (keys - keys.mean(0)).float()
+        high = deviation.bfloat16()
+        low = (deviation - high.float()).bfloat16()
+        high, low = high.double(), low.double()
+        product = high.T @ high + high.T @ low + low.T @ high
+        queries = q.to(torch.bfloat16).double()
+        got = (queries.T @ queries * product).sum()
+        want = (queries @ (keys - keys.mean(0)).T).square().sum()
+        assert abs(got - want) <= 1e-4 * want
+
+
+def test_is_chosen_by_the_keys_and_never_with_a_soft_cap():
+    launches = []
+    for length, softcap in ((CLOSED_FORM - 1, 0.0), (CLOSED_FORM, 0.0), (CLOSED_FORM, 30.0)):
+        q = torch.empty(1, length, 2, 64, device="meta", dtype=torch.bfloat16)
+        mask = torch.empty(1, length, device="meta", dtype=torch.bool)
+        call = Call(q, q, q, AttentionOptions(True, 0.125, softcap=softcap), arch="sm_90")
+        prior = torch.empty(1, length, device="meta")
+        launches.append(plan_sar_forward(call, mask, mask, prior, make(BASE).weights)[1])
+    assert [len(x) for x in launches] == [4, 6, 4]
+    assert [x[-3].arguments["CLOSED_FORM"] for x in launches] == [False, True, False]
+
+
+def test_long_sequences_choose_it():
+    """The public function at a length that takes the closed form, with few queries to stay small."""
+    case = BASE.but(heads=2, kv_heads=1, seqlen_q=9, seqlen_k=CLOSED_FORM, images=(((30, 300),),))
+    inputs = make(case)
+    check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
