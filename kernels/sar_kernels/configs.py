@@ -18,7 +18,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 CLOSED_FORM = 4096  # keys from which the variance's closed form pays; see kernels/README.md
 SHORT = 512  # queries; below this the grid is small and smaller row blocks fill more multiprocessors
 
-KERNELS = ("forward", "statistics", "dq", "dkdv")
+KERNELS = ("forward", "statistics", "dq", "dkdv", "second_moments")
 
 SHARED_MEMORY_LIMIT = {  # bytes that one thread block can use
     "sm_80": 163 * 1024,
@@ -88,7 +88,7 @@ def config_key(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, causal
 def choose(
     kernel: str, arch: str, head_dim: int, dtype: torch.dtype, *, causal: bool, sav: bool, length: str
 ) -> KernelConfig:
-    """The configuration of one kernel: "forward", "statistics", "dq" or "dkdv".
+    """The configuration of one kernel, one of KERNELS; second_moments has dims for rows.
 
     head_dim is the padded one (the larger of D and DV); sav says whether the kernel carries the statistics (forward)
     or their gradient (dq, dkdv). The forward kernel's choice must not depend on it: a sample without text queries has
@@ -100,7 +100,7 @@ def choose(
     if measured is not None:
         return measured
     if arch == "cpu":  # the interpreter: small and unequal tiles, so that short sequences cross their edges
-        return KernelConfig(32, 64, 4, 1) if kernel == "dkdv" else KernelConfig(64, 32, 4, 1)
+        return _INTERPRETED.get(kernel, KernelConfig(64, 32, 4, 1))
     if dtype in (torch.float32, torch.float64):
         return _rule_32bit(kernel, head_dim)
     return _RULES[kernel](arch, head_dim, sav)
@@ -170,7 +170,19 @@ _DKDV = {
     ("gfx", 128): KernelConfig(32, 64, 4, 1),
     ("gfx", 256): KernelConfig(32, 64, 4, 1),
 }
-_RULES = {name: _table(rows) for name, rows in zip(KERNELS, (_FORWARD, _STATISTICS, _DQ, _DKDV))}
+_SECOND_MOMENTS = {
+    ("sm_90", 64): KernelConfig(64, 64, 4, 2),
+    ("sm_90", 128): KernelConfig(64, 64, 8, 2),
+    ("sm_90", 256): KernelConfig(32, 64, 8, 2),
+    ("sm_80", 64): KernelConfig(64, 64, 4, 2),
+    ("sm_80", 128): KernelConfig(64, 32, 8, 2),
+    ("sm_80", 256): KernelConfig(32, 32, 8, 2),
+    ("gfx", 64): KernelConfig(64, 32, 4, 1),
+    ("gfx", 128): KernelConfig(32, 32, 4, 1),
+    ("gfx", 256): KernelConfig(32, 32, 8, 1),
+}
+_RULES = {name: _table(rows) for name, rows in zip(KERNELS, (_FORWARD, _STATISTICS, _DQ, _DKDV, _SECOND_MOMENTS))}
+_INTERPRETED = {"dkdv": KernelConfig(32, 64, 4, 1), "second_moments": KernelConfig(16, 32, 4, 1)}
 
 
 def _rule_32bit(kernel: str, head_dim: int) -> KernelConfig:

@@ -80,17 +80,16 @@ def _attend(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
-        if COLLECT:  # the moments first: their temporaries are dead before the softmax's are born
-            if MASKED:  # where registers are short
-                selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
-            if MOMENTS:
-                if HAS_PADDING:  # what padding hides need not be finite
-                    deviation = tl.where(selected[None, :] > 0.0, scores - pivot[:, None], 0.0)  # [BM, BN]
-                else:
-                    deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
-                if HAS_SOFTCAP:
-                    m1 += tl.sum(deviation, 1)
-                m2 += tl.sum(deviation * deviation, 1)
+        if COLLECT and MASKED:  # where registers are short
+            selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
+        if COLLECT and MOMENTS:  # the moments first: their temporaries are dead before the softmax's are born
+            if HAS_PADDING:  # what padding hides need not be finite
+                deviation = tl.where(selected[None, :] > 0.0, scores - pivot[:, None], 0.0)  # [BM, BN]
+            else:
+                deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
+            if HAS_SOFTCAP:
+                m1 += tl.sum(deviation, 1)
+            m2 += tl.sum(deviation * deviation, 1)
         if MASKED:
             keys = first_key + tl.arange(0, BLOCK_N)
             visible = visible_mask(
@@ -161,9 +160,7 @@ def forward_kernel(
     cu_seqlens_q_ptr,  # (B + 1,), VARLEN only
     cu_seqlens_k_ptr,
     padding_ptr,  # (B, Sk) True = real token, HAS_PADDING only
-    visual_ptr,  # (B, Sk) bool; this and the rest STATISTICS only
-    text_ptr,  # (B, Sq) bool
-    prior_ptr,  # (B, Sk)
+    text_ptr,  # (B, Sq) bool; this and the rest STATISTICS only
     ranges_ptr,  # (B, 4) first and past-last visual key, first and past-last text query
     columns_ptr,  # (L, 2, 128) per key 1 if visual else 0, and the prior or 0; see `column_offset`
     num_visual_ptr,  # (B,) visual keys per sample
@@ -390,9 +387,10 @@ def forward_kernel(
                 q,
                 lse,
                 k_ptr,
-                padding_ptr,
-                visual_ptr + start_k,
-                prior_ptr + start_k,
+                None,
+                None,
+                None,
+                columns_ptr,
                 start,
                 end,
                 rows,

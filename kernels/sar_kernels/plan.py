@@ -145,8 +145,9 @@ def _plan_forward(
     arguments = {
         **call.common(),
         **call.values(),
-        **(NO_SAV if sav is None else sav.arguments()),
         **prepared,
+        "text_ptr": None if sav is None else sav.text,
+        "ranges_ptr": None if sav is None else sav.ranges,
         "out_ptr": out,
         "lse_ptr": lse,
         "partials_ptr": partials,
@@ -165,7 +166,8 @@ def _plan_forward(
 def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) -> tuple[torch.Tensor, list[Launch]]:
     """(B, H) variances summed in closed form over the row blocks of block_m that see all of V, and the launches."""
     block_d, chunks = padded_head_dim(call.head_dim), triton.cdiv(max(call.max_q, call.max_k), MOMENT_ROWS)
-    panel, split = min(block_d, 64), call.arch != "cpu" and call.q.dtype in (torch.float16, torch.bfloat16)
+    config = call.config("second_moments", sav=True)
+    panel = min(block_d, config.block_m)
     shape = (call.batch, call.kv_heads + call.heads, chunks, block_d, block_d)
     moments = torch.empty(shape, dtype=call.acc, device=call.q.device)
     closed = call.per_head()
@@ -189,13 +191,12 @@ def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) 
         "text_ptr": sav.text,
         "PANEL": panel,
         "BLOCK_M": block_m,
-        "BLOCK_N": 64,
-        "SPLIT": split,
+        "BLOCK_N": config.block_n,
+        # the interpreter has no bfloat16
+        "SPLIT": call.arch != "cpu" and call.q.dtype in (torch.float16, torch.bfloat16),
     }
     grid = chunks * (block_d // panel), shape[1], call.batch
-    moments_launch = Launch(
-        second_moments_kernel, grid, arguments, KernelConfig(panel, 64, 8 if block_d > 128 else 4, 2)
-    )
+    second_moments = Launch(second_moments_kernel, grid, arguments, config)
     arguments = {
         **sizes,
         "closed_ptr": closed,
@@ -203,7 +204,7 @@ def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) 
         "softmax_scale": call.options.softmax_scale,
         "PANEL": 16,
     }
-    return closed, [moments_launch, Launch(closed_variance_kernel, (call.heads, call.batch), arguments, SMALL)]
+    return closed, [second_moments, Launch(closed_variance_kernel, (call.heads, call.batch), arguments, SMALL)]
 
 
 def _partials(call: Call, num_blocks: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import triton.language as tl
 from sar_kernels.primitives import (
     LOG2_E,
     key_block_range,
+    load_columns,
     load_keys_mask,
     load_lse,
     load_tile,
@@ -28,6 +29,7 @@ def visual_statistics(
     padding_ptr,
     visual_ptr,
     prior_ptr,
+    columns_ptr,
     start,
     end,
     rows,
@@ -50,6 +52,7 @@ def visual_statistics(
 ):
     """(count, mean, M2, alignment) per row over the visual keys in [start, end) that it sees.  # [BM] each
 
+    What is visual, not padding, and its prior come from the columns if there are some, else from the three masks.
     lse is in base-2 units, +inf for rows whose weights are to be 0. mean and M2 are in units of `scores`.
     """
     alignment = tl.zeros_like(lse)
@@ -62,12 +65,16 @@ def visual_statistics(
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
         keys = first_key + tl.arange(0, BLOCK_N)
-        visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-        prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
+        if columns_ptr is not None:
+            visual, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
+            visual = visual > 0.0
+        else:
+            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
         selected = visual[None, :] & visible_mask(
             rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
-        if HAS_PADDING:
+        if HAS_PADDING and columns_ptr is None:
             selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
         scores = tl.where(selected, scores, -float("inf"))
         # The mask is read back off the scores: a tile of predicates would have to stay in registers.
@@ -173,6 +180,7 @@ def statistics_kernel(
         padding_ptr,
         visual_ptr,
         prior_ptr,
+        None,
         start,
         end,
         rows,

@@ -38,12 +38,14 @@ from sar_kernels.plan import Through, plan_backward, plan_sar_forward
 
 TOKENS = 16384  # per measurement, as batch * seqlen
 TUNABLE = (*KERNELS, "decode")
-BLOCKS_M = {"forward": (64, 128), "statistics": (64, 128), "dq": (64, 128), "dkdv": (16, 32, 64, 128)}
+BLOCKS_M = {"dkdv": (16, 32, 64, 128), "second_moments": (32, 64)}  # the others (64, 128)
 
 
 def candidates(kernel: str) -> Iterator[KernelConfig]:
     """Every tile, warp and stage count worth compiling."""
-    for block_m, block_n, warps, stages in itertools.product(BLOCKS_M[kernel], (32, 64, 128), (4, 8), (1, 2, 3, 4)):
+    for block_m, block_n, warps, stages in itertools.product(
+        BLOCKS_M.get(kernel, (64, 128)), (32, 64, 128), (4, 8), (1, 2, 3, 4)
+    ):
         yield KernelConfig(block_m, block_n, warps, stages)
 
 
@@ -58,7 +60,14 @@ def launches(kernel: str, config: KernelConfig | None, head_dim, dtype, causal, 
     prior = visual / visual.sum(-1, keepdim=True)
     weights = WeightOptions(0.5)
     options = AttentionOptions(causal, head_dim**-0.5)
-    call = Call(q, k, v, options, configs=None if config is None else {kernel: config})
+    call = Call(
+        q,
+        k,
+        v,
+        options,
+        configs=None if config is None else {kernel: config},
+        closed_form=True if kernel == "second_moments" else None,
+    )
     (out, lse, av, sa, c, count), work = plan_sar_forward(call, visual, text, prior, weights)
     through = Through(visual, text, prior, weights, av, sa, count) if sav else None
     work += plan_backward(call, dout, out, lse, c, through)[1]
@@ -132,7 +141,7 @@ def searches(kernels, arch, head_dims, dtypes, seqlens) -> Iterator[tuple[str, C
                     decode_candidates(few),
                 )
             continue
-        with_gradient = (False, True) if kernel in ("dq", "dkdv") else (kernel == "statistics",)
+        with_gradient = (False, True) if kernel in ("dq", "dkdv") else (kernel in ("statistics", "second_moments"),)
         for causal, seqlen, sav in itertools.product((True, False), seqlens, with_gradient):
             key = config_key(kernel, arch, padded, dtype, causal, sav, length_class(seqlen))
             plan = partial(launches, kernel, head_dim=head_dim, dtype=dtype, causal=causal, sav=sav, seqlen=seqlen)

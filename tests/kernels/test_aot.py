@@ -25,8 +25,8 @@ def compiled(*arguments: str) -> list[dict]:
     return rows
 
 
-MATRIX = ("forward", "statistics", "dq", "dkdv")
-NEVER_SPILL = ("forward", "statistics", "decode_split", "decode_combine")
+MATRIX = ("forward", "statistics", "dq", "dkdv", "second_moments")
+NEVER_SPILL = ("forward", "statistics", "second_moments", "closed_variance", "decode_split", "decode_combine")
 
 
 def check_budget(rows: list[dict]) -> None:
@@ -37,7 +37,7 @@ def check_budget(rows: list[dict]) -> None:
         if row["kernel"] in NEVER_SPILL:
             strict = row["head_dim"] <= 128 and not {"window", "softcap", "padding", "packed"} & set(row["options"])
             assert row["spill_bytes"] <= (0 if strict else 64), row
-        if row["kernel"] in ("dq", "dkdv") and row["purpose"] == "sar_sav_grad":
+        if row["kernel"] in ("dq", "dkdv"):
             assert row["spill_bytes"] <= 64, row
         if row["arch"] == "sm_90" and row["kernel"] in MATRIX and row["head_dim"] <= 128:
             assert row["wgmma"], row
@@ -63,6 +63,17 @@ def test_forward_budget(arch):
     check_residency(rows, "forward", "attention")
 
 
+def test_closed_form_budget():
+    rows = compiled("--arch", "sm_80", "sm_90", "--purpose", "sar", "--kernel", "second_moments", "closed_variance")
+    assert {r["head_dim"] for r in rows} == {64, 128, 256}
+    check_budget(rows)
+
+
+def test_backward_budget_at_the_largest_head_dim():
+    rows = compiled("--arch", "sm_90", "--head-dim", "256", "--kernel", "dkdv")
+    check_budget(rows)
+
+
 def test_decode_budget():
     kernels = ("--kernel", "decode_split", "decode_combine", "--purpose", "plain", "running")
     rows = compiled("--arch", "sm_90", "--head-dim", "128", *kernels)
@@ -83,7 +94,8 @@ def check(plans):
 
 for purpose in PASSES:
     for options in ((), ("packed",), ("window", "softcap", "padding")):
-        for lengths in ((1, 16, 17, 500), (513, 1024, 4097, 100000)):  # "short" and "long" may differ by tuning
+        # "short" and "long" may differ by tuning, and from 4096 keys on the variance has its closed form
+        for lengths in ((1, 16, 17, 500), (513, 1024, 4095), (4096, 4097, 100000)):
             check([plan_attention("sm_90", purpose, 64, torch.bfloat16, True, n, options) for n in lengths])
 for mode in decode_aot.MODES:
     for page in (0, 16):
@@ -136,7 +148,7 @@ def test_interpreter_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "forwrad", "dq"], "--kernel: got forwrad, need some of append, decode_combine,"),
+        (["--kernel", "forwrad", "dq"], "--kernel: got forwrad, need some of append, closed_variance, decode_combine,"),
         (["--purpose", "plain", "--kernel", "dq"], "--kernel: got dq, need some of"),  # decode has no backward
         (["--head-dim", "300"], "--head-dim: got [300], need 1 to 256"),
     ],

@@ -100,16 +100,30 @@ def test_gradcheck(normalize):
     assert torch.autograd.gradcheck(lambda *x: _Attention.apply(*x, *rest), leaves, fast_mode=True)
 
 
-def test_constant_c_needs_no_more_launches_than_plain_attention():
+def test_constant_c_runs_the_kernels_of_plain_attention():
+    """No launch more, and dK/dV and dQ are told the same to the last constant; delta alone knows of c."""
     from sar_kernels.call import Call
     from sar_kernels.plan import plan_backward
 
+    kind = lambda x: (x.dtype, x.shape) if isinstance(x, torch.Tensor) else x
     empty = lambda *shape: torch.zeros(*shape, device="meta")
     q = empty(2, 64, 4, 64)
     call = Call(q, q, q, AttentionOptions(True, 0.125), arch="sm_90")
     plain = plan_backward(call, q, q, empty(2, 4, 64))[1]
     scaled = plan_backward(call, q, q, empty(2, 4, 64), empty(2, 4))[1]
     assert [x.kernel for x in plain] == [x.kernel for x in scaled]
+    for without, with_c in zip(plain[1:], scaled[1:]):
+        assert {n: kind(x) for n, x in without.arguments.items()} == {n: kind(x) for n, x in with_c.arguments.items()}
+
+
+def test_statistics_gradients_of_a_head_whose_weight_underflows():
+    """c is exactly 0 and its head's output too, but AV and SA have gradients of their own."""
+    case = BASE.but(beta=1e-5, images=(((5, 45),),))
+    torch.manual_seed(0)
+    inputs = make(case)
+    assert (sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())[4] == 0).any()
+    torch.manual_seed(0)
+    check_gradients(*both_gradients(case, True, statistics_too=True))
 
 
 def test_expanded_and_strided_output_gradients():

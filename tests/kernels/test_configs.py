@@ -58,7 +58,8 @@ def test_every_key_that_the_tuner_writes_is_read(tuned):
     for kernel in configs.KERNELS:
         for causal in (True, False):
             for length in ("short", "long"):
-                savs = {"forward": (False,), "statistics": (True,)}.get(kernel, (False, True))
+                savs = {"forward": (False,), "statistics": (True,), "second_moments": (True,)}
+                savs = savs.get(kernel, (False, True))
                 read += [choose(kernel, "sm_90", 64, BF16, causal=causal, sav=sav, length=length) for sav in savs]
     assert sorted(map(repr, read)) == sorted(map(repr, found.values()))
 
