@@ -24,6 +24,7 @@ DEFAULT = ("3.4.0", "3.6.0", "3.9.0")
 CHECKS = ("interpreter", "ahead-of-time")
 INTERPRETED = (
     "tests/kernels/test_forward.py",
+    "tests/kernels/test_moments.py",
     "tests/kernels/test_backward.py",
     "tests/kernels/test_varlen.py",
     "tests/kernels/test_decode.py",

@@ -7,6 +7,7 @@ import torch
 from kernel_cases import Case, both_gradients, check_forward, check_gradients, make
 
 from sar_kernels.attention import AttentionOptions, WeightOptions, attention_forward, sar_backward, sar_forward
+from sar_kernels.configs import CLOSED_FORM
 from sar_kernels.decode_call import append_kv, decode_workspace, sar_decode_forward
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +40,17 @@ def everything(inputs) -> list[torch.Tensor]:
 @pytest.mark.parametrize("seqlen", [1000, 4096])
 def test_forward(seqlen, head_dim, dtype):
     inputs = make(sized(seqlen, head_dim, dtype))
+    check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_variance_in_closed_form(head_dim, dtype):
+    """Keys about a common offset, a channel that outgrows the others, and a picture of few tokens beside."""
+    images = (((35, 2083),), ((100, 150),))
+    inputs = make(sized(CLOSED_FORM, head_dim, dtype, images=images, heads=2, kv_heads=1))
+    inputs.k[..., 3] *= 20
+    inputs.k += 30 * torch.randn(head_dim).to(dtype)
     check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
 
 
@@ -174,9 +186,9 @@ def test_nothing_waits_for_the_gpu():
 
 def test_lengths_never_compile_another_kernel():
     """The launch cache of every kernel stays as it is when only lengths change."""
-    from sar_kernels import cache, decode, dkdv, dq, forward, statistics, weights
+    from sar_kernels import cache, decode, dkdv, dq, forward, moments, prepare, statistics, weights
 
-    modules = (cache, decode, dkdv, dq, forward, statistics, weights)
+    modules = (cache, decode, dkdv, dq, forward, moments, prepare, statistics, weights)
     kernels = {k for m in modules for k in vars(m).values() if hasattr(k, "device_caches")}
     compiled = lambda: {k.__name__: len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels}
 
@@ -186,8 +198,9 @@ def test_lengths_never_compile_another_kernel():
         decode.step()
 
     run(1001)
+    run(CLOSED_FORM + 5)
     before = compiled()
     assert sum(before.values()) > 8
-    for length in (17, 1024, 64, 3):
+    for length in (17, 1024, 64, 3, CLOSED_FORM, CLOSED_FORM + 64):
         run(length)
     assert compiled() == before

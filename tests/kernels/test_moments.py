@@ -1,12 +1,14 @@
 """The variance in closed form, from second moments, against the fp64 oracle; at lengths that would not choose it."""
 
+import itertools
+
 import pytest
 import torch
 from kernel_cases import Case, assert_relative, check_forward, make, reference
 
 from sar_kernels import plan
 from sar_kernels.attention import sar_forward
-from sar_kernels.call import AttentionOptions, Call
+from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import CLOSED_FORM, KernelConfig
 from sar_kernels.launch import run_all
 from sar_kernels.plan import plan_sar_forward
@@ -115,6 +117,31 @@ def test_halves_in_bfloat16_are_exact_enough():
         got = (queries.T @ queries * product).sum()
         want = (queries @ (keys - keys.mean(0)).T).square().sum()
         assert abs(got - want) <= 1e-4 * want
+
+
+def test_packed_equals_one_by_one(monkeypatch):
+    """Empty sequences, one without an image, one with few visual keys among them; chunks shorter than they are."""
+    monkeypatch.setattr(plan, "MOMENT_ROWS", 64)
+    lengths, images = (90, 0, 1, 140, 37, 60), ((3, 40), (0, 0), (0, 1), (20, 110), (0, 0), (5, 15))
+    total = sum(lengths)
+    q, k, v = torch.randn(total, 4, 16), torch.randn(total, 2, 16), torch.randn(total, 2, 16)
+    visual, text = torch.zeros(total, dtype=torch.bool), torch.zeros(total, dtype=torch.bool)
+    starts = torch.tensor((0, *lengths)).cumsum(0).tolist()
+    for (start, end), (first, past) in zip(itertools.pairwise(starts), images):
+        visual[start + first : start + past] = True
+        text[start + past : end] = True
+    prior = torch.rand(total) * visual
+    options, weights = AttentionOptions(True, 0.25), WeightOptions(0.02)
+    cu = torch.tensor(starts, dtype=torch.int32)
+    call = Call(q, k, v, options, None, cu, cu, max(lengths), max(lengths), closed_form=True)
+    outputs, launches = plan_sar_forward(call, visual, text, prior, weights)
+    run_all(launches)
+    for i, (start, end) in enumerate(itertools.pairwise(starts)):
+        one = [t[None, start:end] for t in (q, k, v, visual, text, prior)]
+        expected = sar_forward(*one, options=options, weights=weights)
+        torch.testing.assert_close(outputs[0][start:end], expected[0][0], rtol=1e-4, atol=1e-5)
+        for got, want in zip(outputs[2:], expected[2:]):
+            torch.testing.assert_close(got[i], want[0], rtol=1e-4, atol=1e-6)
 
 
 def test_is_chosen_by_the_keys_and_never_with_a_soft_cap():
