@@ -25,7 +25,7 @@ import torch
 from sar_kernels import decode_aot
 from sar_kernels.aot_measure import Variant, compile_key, describe, measure, table
 from sar_kernels.call import MAX_HEAD_DIM, AttentionOptions, Call, WeightOptions
-from sar_kernels.configs import SHARED_MEMORY_LIMIT, SHORT, KernelConfig
+from sar_kernels.configs import CLOSED_FORM, SHARED_MEMORY_LIMIT, SHORT, KernelConfig
 from sar_kernels.launch import Launch
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 
@@ -74,7 +74,7 @@ def plan_attention(
 
 def calls(archs, head_dims, dtypes, purposes, options) -> Iterator[tuple[Callable, tuple, tuple]]:
     """Every call that can choose another variant: its planning function, that one's arguments, and its name."""
-    for where in itertools.product(archs, PASSES, head_dims, dtypes, (True, False), (SHORT, 8 * SHORT), [options]):
+    for where in itertools.product(archs, PASSES, head_dims, dtypes, (True, False), (SHORT, CLOSED_FORM), [options]):
         arch, purpose, head_dim, dtype, causal, _, _ = where
         if purpose in purposes:
             yield plan_attention, where, (arch, purpose, head_dim, dtype, causal, options)
