@@ -255,6 +255,16 @@ def test_a_shared_prefix_costs_what_it_should(name):
     assert "forward" not in layers[-1].__dict__
 
 
+def test_without_sar_the_last_layer_runs_prefixes_for_their_keys_alone(name):
+    handle, prefix, call, _, whole = shared_and_whole(name, dtype=torch.float64 if name in IN_FP64 else torch.float32)
+    layers, seen = find_decoder_layers(handle.model), []
+    layers[-1].mlp.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape[:2])))
+    ((_, logits),) = run_branches(handle, [SARConfig(activation_layer_k=0)], call, prefix)
+    torch.testing.assert_close(logits, whole[0], rtol=0, atol=1e-4 * whole[0].abs().max().item())
+    assert seen == [(6, 4)]  # the remainders
+    assert "forward" not in layers[-1].__dict__
+
+
 @pytest.mark.parametrize("name", [n for n in OWN_TOKENS if n != "llama4"])
 def test_families_that_need_whole_prompts_say_why_and_run_them(name):
     handle, prefix, call, configs, whole = shared_and_whole(name)

@@ -111,12 +111,15 @@ def _prefix_trunk(handle: SARHandle, prefix: SharedPrefix, starts: set[int]) -> 
     """As :func:`_run_trunk` on the whole prompts, from one pass over the prefixes and one over the remainders."""
     if max(starts) == 0:
         return _Trunk()
-    first = _run_trunk(handle, prefix.first, starts)
+    layers = find_decoder_layers(handle.model)
+    with _keys_alone(layers[-1]) if max(starts) == len(layers) else contextlib.nullcontext():
+        first = _run_trunk(handle, prefix.first, starts)
     second = _run_trunk(handle, prefix.second, starts, continues=True)
 
     def whole(index: int) -> Any:
         one, other = first.outputs[index], second.outputs[index]
-        return (prefix.whole(one[0], other[0]),) if isinstance(one, tuple) else prefix.whole(one, other)
+        states = prefix.whole(*(x[0] if isinstance(x, tuple) else x for x in (one, other)))
+        return (states,) if isinstance(other, tuple) else states
 
     embeddings = prefix.whole(first.embeddings, second.embeddings)
     return _Trunk(embeddings, {i: whole(i) for i in first.outputs}, functools.cache(prefix.whole_cache), padded=True)
@@ -271,6 +274,26 @@ class _KeptKeys:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
+
+
+@contextlib.contextmanager
+def _keys_alone(layer: nn.Module) -> Iterator[None]:
+    """In here a decoder layer computes its input's keys and values, for those who continue it; its output is NaN."""
+    if "forward" in layer.__dict__:  # an offloading wrapper brings the weights and takes them away: one whole call
+        yield
+        return
+    original = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        with contextlib.suppress(_Enough):
+            original(*args, **{**kwargs, "past_key_values": _KeptKeys(kwargs["past_key_values"])})
+        return torch.full_like(_hidden_states(args, kwargs), torch.nan)
+
+    layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
 
 
 @contextlib.contextmanager
