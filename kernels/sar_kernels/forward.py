@@ -165,6 +165,7 @@ def forward_kernel(
     columns_ptr,  # (L, 2, 128) per key 1 if visual else 0, and the prior or 0; see `column_offset`
     num_visual_ptr,  # (B,) visual keys per sample
     sums_ptr,  # (B, Hkv, chunks, BLOCK_D) sums of the visual keys in CHUNK keys
+    closed_ptr,  # (B, H) negative where the closed form is not trusted, CLOSED_FORM only
     partials_ptr,  # (B, H, row blocks, 3) sums of variance, of semantic alignment, and the number of queries in them
     stride_qb,
     stride_qs,
@@ -209,7 +210,8 @@ def forward_kernel(
 ):
     """One row block of one head: out and lse, and with STATISTICS this block's share of AV and SA.
 
-    With CLOSED_FORM the variance of row blocks that see all of V is left to `moments.py`, and counts as 0 here.
+    With CLOSED_FORM the variance of row blocks that see all of V counts as 0 here, where `moments.py` has it; blocks of
+    other heads take the second look.
     Grid (row blocks, H, B). Late row blocks go first: under a causal mask they are the long ones.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -250,25 +252,17 @@ def forward_kernel(
     m2 = tl.zeros([BLOCK_M], ACC)
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
 
-    LEAST_VISUAL: tl.constexpr = HEAD_DIM + 1 if CLOSED_FORM else 2  # of few keys the covariance is singular
     collects = False
     pivot = row_sum
     if STATISTICS:
         text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text,
-            rows,
-            ranges_ptr,
-            num_visual,
-            batch,
-            diagonal,
-            window_left,
-            window_right,
-            LEAST_VISUAL,
-            HAS_LEFT,
-            HAS_RIGHT,
+            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
+        if CLOSED_FORM and collects:
+            mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
+            collects = mixed == 0
         columns_ptr += column_offset(start_k, batch)
     collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, collects, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
     SPLIT: tl.constexpr = SPLIT_COLLECT and not ANYWHERE
@@ -364,18 +358,11 @@ def forward_kernel(
         text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text,
-            rows,
-            ranges_ptr,
-            num_visual,
-            batch,
-            diagonal,
-            window_left,
-            window_right,
-            LEAST_VISUAL,
-            HAS_LEFT,
-            HAS_RIGHT,
+            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
+        if CLOSED_FORM and collects:
+            mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
+            collects = mixed == 0
         counts = text & collects
         count = tl.zeros([BLOCK_M], ACC) + num_visual
         alignment = alignment / row_sum

@@ -4,7 +4,8 @@ Where every text query sees all visual keys, the variances of a head's text quer
 
     sum_i scale^2 q_i^T C q_i = scale^2 <C, M>,   C = cov(visual keys), M = sum_i q_i q_i^T,
 
-two D x D matrices that need no score. The forward pass then collects the semantic alignment alone.
+two D x D matrices that need no score. The forward pass then collects the semantic alignment alone. Where products of
+either sign nearly cancel in <C, M>, it is not trusted, and those heads look at the scores after all.
 """
 
 import triton
@@ -107,7 +108,7 @@ def second_moments_kernel(
     hi = tl.load(ranges_ptr + 4 * batch + (1 if is_keys else 3))
     first = chunk * ROWS
     end = tl.minimum(first + ROWS, hi)
-    if (end <= lo) | (first >= hi) | (num_visual <= HEAD_DIM):
+    if (end <= lo) | (first >= hi) | (num_visual < 2):
         return
     if is_keys:
         k_ptr = sequence_pointer(k_ptr, batch, head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
@@ -140,7 +141,6 @@ def second_moments_kernel(
                 diagonal,
                 window_left,
                 window_right,
-                HEAD_DIM + 1,
                 HAS_LEFT,
                 HAS_RIGHT,
             )
@@ -171,23 +171,28 @@ def closed_variance_kernel(
     moments_ptr,  # (B, Hkv + H, num_chunks, BLOCK_D, BLOCK_D)
     ranges_ptr,  # (B, 4)
     num_visual_ptr,  # (B,)
-    closed_ptr,  # (B, H) out
+    closed_ptr,  # (B, H) out; -1 = not trusted
     num_chunks,
     num_kv_heads,
     group,
     softmax_scale,
-    HEAD_DIM: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PANEL: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """scale^2 <C, M>: the variances of one head's text queries in row blocks that see all of V, summed. Grid (H, B)."""
+    """scale^2 <C, M>: the variances of one head's text queries in row blocks that see all of V, summed. Grid (H, B).
+
+    No C_ab M_ab is larger than sqrt(C_aa M_aa C_bb M_bb), so that (sum_a sqrt(C_aa M_aa))^2 bounds what the sum is made
+    of. A sum that is LIMIT times smaller than its bound is not trusted.
+    """
     head = tl.program_id(0)
     batch = tl.program_id(1)
     num_visual = tl.load(num_visual_ptr + batch)
     variance = tl.zeros([PANEL], ACC)
-    if num_visual > HEAD_DIM:
+    deviation = tl.zeros([PANEL], ACC)
+    if num_visual >= 2:
         visual_lo, visual_hi = tl.load(ranges_ptr + 4 * batch), tl.load(ranges_ptr + 4 * batch + 1)
         text_lo, text_hi = tl.load(ranges_ptr + 4 * batch + 2), tl.load(ranges_ptr + 4 * batch + 3)
         stride = num_chunks * tl.cast(BLOCK_D * BLOCK_D, tl.int64)
@@ -196,7 +201,12 @@ def closed_variance_kernel(
         for first_dim in range(0, BLOCK_D, PANEL):
             keys = _load_moment(keys_ptr + first_dim * BLOCK_D, visual_lo, visual_hi, ROWS, BLOCK_D, PANEL, ACC)
             text = _load_moment(text_ptr + first_dim * BLOCK_D, text_lo, text_hi, ROWS, BLOCK_D, PANEL, ACC)
-            variance += tl.sum(keys * text, 1)
+            products = keys * text  # [P, D]
+            variance += tl.sum(products, 1)
+            on_diagonal = tl.arange(0, BLOCK_D)[None, :] == first_dim + tl.arange(0, PANEL)[:, None]
+            deviation += tl.sqrt(tl.sum(tl.where(on_diagonal, products, 0.0), 1))
     scale = tl.cast(softmax_scale, ACC)
-    total = tl.sum(variance, 0) * scale * scale / tl.maximum(num_visual - 1, 1)
+    total, bound = tl.sum(variance, 0), tl.sum(deviation, 0)
+    cancels = bound * bound > LIMIT * total
+    total = tl.where(cancels, -1.0, total * scale * scale / tl.maximum(num_visual - 1, 1))
     tl.store(closed_ptr + batch * tl.num_programs(0) + head, total)

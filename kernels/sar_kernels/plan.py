@@ -72,6 +72,7 @@ NO_COLUMNS = {
     "stride_sums_h": 0,
     "CHUNK": 0,
 }
+CANCELLATION = 2048  # that the closed form is trusted with: its error is at most 4e-7 of it, see kernels/README.md
 MOMENT_ROWS = 2048  # tokens per second moment: few enough to fill the device, many enough to be small beside q
 CHUNK = 256  # keys that are summed in one program before the forward; never chosen by length, which would change bits
 
@@ -135,7 +136,7 @@ def _plan_ranges(call: Call, visual_mask, text_mask, prior) -> tuple[Sav, Launch
 
 
 def _plan_forward(
-    call: Call, sav: Sav | None, prepared: dict[str, Any]
+    call: Call, sav: Sav | None, prepared: dict[str, Any], closed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Launch]:
     config = call.config("forward", sav=sav is not None)
     grid = call.grid(config.block_m)
@@ -151,12 +152,13 @@ def _plan_forward(
         "out_ptr": out,
         "lse_ptr": lse,
         "partials_ptr": partials,
+        "closed_ptr": closed,
         "num_blocks": grid[0],
         **call.strides("o", out),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STATISTICS": sav is not None,
-        "CLOSED_FORM": sav is not None and call.closed_form,
+        "CLOSED_FORM": closed is not None,
         # A loop more for the stretch with visual keys, where registers are not limited for the sake of residency.
         "SPLIT_COLLECT": sav is not None and config.max_registers is None,
     }
@@ -177,7 +179,6 @@ def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) 
         "num_visual_ptr": prepared["num_visual_ptr"],
         "num_chunks": chunks,
         "num_kv_heads": call.kv_heads,
-        "HEAD_DIM": call.head_dim,
         "BLOCK_D": block_d,
         "ROWS": MOMENT_ROWS,
         "ACC": call.triton_acc,
@@ -202,6 +203,7 @@ def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) 
         "closed_ptr": closed,
         "group": call.heads // call.kv_heads,
         "softmax_scale": call.options.softmax_scale,
+        "LIMIT": CANCELLATION,
         "PANEL": 16,
     }
     return closed, [second_moments, Launch(closed_variance_kernel, (call.heads, call.batch), arguments, SMALL)]
@@ -277,9 +279,9 @@ def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightO
     """(out_scaled, lse, av, sa, c, count) and the launches that fill them: four, with the closed form six."""
     sav = _sav(call, visual_mask, text_mask, prior)
     prepared, prepare = _plan_prepare(call, sav)
-    out, lse, partials, forward = _plan_forward(call, sav, prepared)
-    block_m = forward.arguments["BLOCK_M"]
+    block_m = call.config("forward", sav=True).block_m
     closed, moments = _plan_moments(call, sav, prepared, block_m) if call.closed_form else (None, [])
+    out, lse, partials, forward = _plan_forward(call, sav, prepared, closed)
     (av, sa, c, count), head_weights = _plan_weights(call, sav, weights, partials, block_m, closed)
     launches = [prepare, *moments, forward, head_weights, _plan_scale(call, out, c, count)]
     return (out, lse, av, sa, c, count), launches

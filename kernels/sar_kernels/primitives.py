@@ -238,21 +238,19 @@ def text_meets_visual(
     diagonal,
     window_left,
     window_right,
-    LEAST_VISUAL: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
     """Whether rows hold text queries that all see all visual keys, and whether some that do not.  text, rows: [BM]
 
-    Neither where there are less than two visual keys, of which no variance is. Less than LEAST_VISUAL are as good as
-    not seen.
+    Neither where there are less than two visual keys, of which no variance is.
     """
     last = tl.max(tl.where(text, rows, -1), 0)
     meets = (num_visual >= 2) & (last >= 0)
-    sees_all = num_visual >= LEAST_VISUAL
+    sees_all = True
     if HAS_RIGHT:
         first = tl.min(tl.where(text, rows, last), 0)
-        sees_all = sees_all & (first + diagonal + window_right >= tl.load(ranges_ptr + 4 * batch + 1) - 1)
+        sees_all = first + diagonal + window_right >= tl.load(ranges_ptr + 4 * batch + 1) - 1
     if HAS_LEFT:
         sees_all = sees_all & (last + diagonal - window_left <= tl.load(ranges_ptr + 4 * batch))
     return meets & sees_all, meets & (sees_all == 0)

@@ -51,7 +51,7 @@ def token_ranges_kernel(
 def head_weights_kernel(
     partials_ptr,  # (B, H, row blocks, 3)
     ranges_ptr,  # (B, 4)
-    closed_ptr,  # (B, H) variances summed in closed form, which the partials lack; or None
+    closed_ptr,  # (B, H) variances summed in closed form, which the partials lack (negative: they do not); or None
     variance_ptr,  # (B, H) AV
     alignment_ptr,  # (B, H) SA
     c_ptr,  # (B, H)
@@ -89,7 +89,8 @@ def head_weights_kernel(
     count = tl.max(counts, 0)  # the same for every head
     variance = tl.sum(variances, 1)
     if closed_ptr is not None:
-        variance += tl.load(closed_ptr + batch * num_heads + heads, mask=is_head, other=0.0)
+        closed = tl.load(closed_ptr + batch * num_heads + heads, mask=is_head, other=0.0)
+        variance += tl.where(closed < 0.0, 0.0, closed)
     variance = variance / tl.maximum(counts, 1.0)
     alignment = tl.sum(alignments, 1) / tl.maximum(counts, 1.0)
     c, _, _, _ = softmax_over_heads(
