@@ -23,9 +23,15 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_beta(beta: float) -> None:
     """Raise unless beta is a number in (0, inf]; ``inf`` gives every head the same weight."""
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a number; got {type(beta).__name__}")
-    if not beta > 0:
-        raise ValueError(f"beta must be > 0 (a softmax temperature); got {beta!r}")
+        raise TypeError(f"beta must be a number; got {_kind(beta)}")
+    if not beta > 0 or (isinstance(beta, int) and beta.bit_length() > 1023):
+        raise ValueError(f"beta must be > 0 (a softmax temperature) and within a float's range; got {beta!r:.50}")
+
+
+def _kind(value: object) -> str:
+    """A type's name, NumPy's with its module: its bool is called bool too."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +70,13 @@ class SARConfig:
     def __post_init__(self) -> None:
         k = self.activation_layer_k
         if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"activation_layer_k must be an int; got {type(k).__name__}")
+            raise TypeError(f"activation_layer_k must be an int; got {_kind(k)}")
         if k < 0:
             raise ValueError(f"activation_layer_k must be >= 0; got {k}")
         check_beta(self.beta)
         for name in ("protect_first_head", "sav_grad", "record"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool; got {type(getattr(self, name)).__name__}")
+                raise TypeError(f"{name} must be a bool; got {_kind(getattr(self, name))}")
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("text_queries", self.text_queries, get_args(TextQueries))
         check_choice("prior_source", self.prior_source, get_args(PriorSource))
@@ -89,6 +95,8 @@ class SARConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SARConfig:
         """Build from ``to_dict``'s output; unknown keys are an error that lists the known ones."""
+        if not isinstance(values, dict):
+            raise TypeError(f"values must be a dict of SARConfig fields; got {_kind(values)}")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -48,6 +48,7 @@ def flash_attn_func(
     (B, H, Sq) fp32; the probabilities themselves never exist.
     """
     validation.check_dropout(dropout_p)
+    validation.check_flag("return_attn_probs", return_attn_probs)
     _reject(alibi_slopes=alibi_slopes)
     validation.check_qkv(q, k, v)
     options = validation.make_options(
@@ -79,6 +80,7 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """:func:`flash_attn_func` on packed sequences, q (total_q, H, D); lse is (H, total_q) fp32."""
     validation.check_dropout(dropout_p)
+    validation.check_flag("return_attn_probs", return_attn_probs)
     _reject(alibi_slopes=alibi_slopes, block_table=block_table)
     validation.check_qkv(q, k, v, packed=True)
     _check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.shape[0], k.shape[0], q.device)
@@ -131,8 +133,9 @@ def flash_attn_with_kvcache(
         num_splits: accepted; the kernels choose.
 
     Returns:
-        out (B, Sq, H, Dv), or (out, lse (B, H, Sq) fp32).
+        out (B, Sq, H, Dv), or (out, lse (B, H, Sq) fp32). As FlashAttention's, it has no backward.
     """
+    validation.check_flag("return_softmax_lse", return_softmax_lse)
     _reject(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
@@ -146,22 +149,23 @@ def flash_attn_with_kvcache(
         q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
     )
     chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
-    if chosen == triton_backend.name:
-        lengths = device_lengths(cache_seqlens, q, capacity, new)
-        triton_backend.append(k_cache, v_cache, k, v, lengths, block_table)
-        out, lse = triton_backend.decode_plain(q, k_cache, v_cache, lengths, options, block_table)
-        return (out, lse.to(torch.float32)) if return_softmax_lse else out
-    lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
-    check_pages(block_table, lengths, new, k_cache)
-    lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
-    outs, lses = [], []
-    for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
-        out, lse = plain_attention(
-            q[b : b + 1], k_b[None], v_b[None], options=options, backend=chosen, need_lse=return_softmax_lse
-        )
-        outs.append(out)
-        lses.append(lse)
-    if not outs:
-        outs, lses = [q.new_empty(*q.shape[:-1], v_cache.shape[-1])], [q.new_empty(0, q.shape[2], q.shape[1])]
-    out = torch.cat(outs)
-    return (out, torch.cat(lses).to(torch.float32)) if return_softmax_lse else out
+    with torch.no_grad():
+        if chosen == triton_backend.name:
+            lengths = device_lengths(cache_seqlens, block_table, q, k_cache, capacity, new)
+            triton_backend.append(k_cache, v_cache, k, v, lengths, block_table)
+            out, lse = triton_backend.decode_plain(q, k_cache, v_cache, lengths, options, block_table)
+            return (out, lse.to(torch.float32)) if return_softmax_lse else out
+        lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
+        check_pages(block_table, lengths, new, k_cache)
+        lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
+        outs, lses = [], []
+        for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
+            out, lse = plain_attention(
+                q[b : b + 1], k_b[None], v_b[None], options=options, backend=chosen, need_lse=return_softmax_lse
+            )
+            outs.append(out)
+            lses.append(lse)
+        if not outs:
+            outs, lses = [q.new_empty(*q.shape[:-1], v_cache.shape[-1])], [q.new_empty(0, q.shape[2], q.shape[1])]
+        out = torch.cat(outs)
+        return (out, torch.cat(lses).to(torch.float32)) if return_softmax_lse else out

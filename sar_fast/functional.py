@@ -77,14 +77,9 @@ def sar_attn_func(
         ValueError, TypeError: naming the argument, what came and what is needed.
     """
     validation.check_qkv(q, k, v)
-    B, Sq, Sk, device = q.shape[0], q.shape[1], k.shape[1], q.device
-    validation.check_mask("visual_mask", visual_mask, (B, Sk), device)
-    validation.check_mask("text_mask", text_mask, (B, Sq), device)
-    validation.check_prior(prior, (B, Sk), device)
-    if key_padding_mask is not None:
-        validation.check_mask("key_padding_mask", key_padding_mask, (B, Sk), device)
-    if attn_mask is not None:
-        validation.check_attn_mask(attn_mask, q, k)
+    validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+    for name, flag in (("sav_grad", sav_grad), ("return_stats", return_stats)):
+        validation.check_flag(name, flag)
     options = validation.make_options(
         q,
         softmax_scale=softmax_scale,
@@ -97,7 +92,7 @@ def sar_attn_func(
     )
     q, k, v = autocast_inputs(q, k, v)
     backend = choose_backend(
-        backend, device, q.dtype, options, padded=key_padding_mask is not None, masked=attn_mask is not None
+        backend, q.device, q.dtype, options, padded=key_padding_mask is not None, masked=attn_mask is not None
     )
     out, *stats = ops.attention(
         q,
@@ -157,6 +152,8 @@ def sar_attn_varlen_func(
     validation.check_mask("visual_mask", visual_mask, (total_k,), device)
     validation.check_mask("text_mask", text_mask, (total_q,), device)
     validation.check_prior(prior, (total_k,), device)
+    for name, flag in (("sav_grad", sav_grad), ("return_stats", return_stats)):
+        validation.check_flag(name, flag)
     options = validation.make_options(
         q,
         softmax_scale=softmax_scale,

@@ -35,6 +35,8 @@ def check_cache(
         if block_table.dim() != 2 or block_table.shape[0] != batch:
             raise ValueError(f"block_table must have shape ({batch}, pages); got {tuple(block_table.shape)}")
     capacity = page * block_table.shape[1] if paged else page
+    if isinstance(cache_seqlens, bool):
+        raise TypeError("cache_seqlens must be an int or int32; got bool")
     if cache_seqlens is not None and not isinstance(cache_seqlens, int):
         validation.check_tensor("cache_seqlens", cache_seqlens)
         if cache_seqlens.dtype not in (torch.int32, torch.int64):
@@ -86,10 +88,14 @@ def check_pages(block_table: Tensor | None, lengths: list[int], new: int, k_cach
             raise ValueError(f"block_table[{b}] must hold pages between 0 and {blocks - 1}; got {used}")
 
 
-def device_lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int) -> Tensor:
+def device_lengths(
+    cache_seqlens: int | Tensor | None, block_table: Tensor | None, q: Tensor, k_cache: Tensor, capacity: int, new: int
+) -> Tensor:
     """(B,) int32 lengths after the call, without reading a GPU's values: the kernels stop at the capacity."""
     if q.device.type == "cpu" or not isinstance(cache_seqlens, Tensor):
         lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
+        if q.device.type == "cpu":
+            check_pages(block_table, lengths, new, k_cache)
         return torch.tensor(lengths, dtype=torch.int32, device=q.device) + new
     return (cache_seqlens + new).to(torch.int32)
 
@@ -164,11 +170,16 @@ def sar_attn_with_kvcache(
         text_mask: (B, Sq) bool, which new queries count as text; default all.
         decode: ``"running"`` (means over all text queries so far, these included), ``"step"`` (these alone),
             ``"prompt"`` (``state.head_weights``, unchanged).
-        Others: as :func:`sar_fast.sar_attn_func`.
+        Others: as :func:`sar_fast.sar_attn_func`. On a GPU the kernels read no value on the host: there a negative
+            prior, lengths beyond the cache and pages that it has not are the caller's to avoid.
 
     Returns:
-        out (B, Sq, H, Dv), or (out, stats of the weights that were used). Inference only.
+        out (B, Sq, H, Dv), or (out, stats of the weights that were used). Inference only: nothing is differentiable,
+        and nothing that is written keeps a graph.
     """
+    if cache_seqlens is None:
+        raise TypeError("cache_seqlens must be an int or (batch,) int32; got None")
+    validation.check_flag("return_stats", return_stats)
     check_choice("decode", decode, ("running", "step", "prompt"))
     capacity = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     if state is None:
@@ -199,21 +210,21 @@ def sar_attn_with_kvcache(
         normalize=normalize,
     )
     chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
-    if chosen == triton_backend.name:
-        with torch.no_grad():
-            lengths = device_lengths(cache_seqlens, q, capacity, new)
+    if chosen != triton_backend.name or q.device.type == "cpu":
+        validation.check_prior_values(prior)  # not only in the operator: it runs when the cache is already written
+    with torch.no_grad():
+        if chosen == triton_backend.name:
+            lengths = device_lengths(cache_seqlens, block_table, q, k_cache, capacity, new)
             triton_backend.append(k_cache, v_cache, k, v, lengths, block_table)
             roles = (visual_mask, text_mask, prior)
             out, *stats = triton_backend.decode(
                 q, k_cache, v_cache, lengths, *roles, state, decode, options, block_table
             )
-        return (out, _stats(*stats, chosen)) if return_stats else out
-    lengths = host_lengths(cache_seqlens, B, capacity, new)
-    check_pages(block_table, lengths, new, k_cache)
-    ops.check_prior_values(prior)  # here, not only in the operator: it runs when the cache is already written
-    lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
-    results = []
-    with torch.no_grad():
+            return (out, _stats(*stats, chosen)) if return_stats else out
+        lengths = host_lengths(cache_seqlens, B, capacity, new)
+        check_pages(block_table, lengths, new, k_cache)
+        lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
+        results = []
         for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
             row, length = slice(b, b + 1), lengths[b]
             if decode == "prompt":

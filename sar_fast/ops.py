@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sar_fast import validation
 from sar_fast.backends import run
 from sar_fast.distributed import Shards, without_weights
 from sar_fast.types import AttentionOptions
@@ -59,7 +60,7 @@ def _forward_impl(
     normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     if prior is not None:
-        check_prior_values(prior)
+        validation.check_prior_values(prior)
     carried = None if av_sum is None else (av_sum, sa_sum, count)
     call = run.Call(
         q,
@@ -78,20 +79,6 @@ def _forward_impl(
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     with _no_autocast(q):
         return run.forward(call, options, backend, need_lse=need_lse)
-
-
-def check_prior_values(prior: Tensor) -> None:
-    """Values can only be looked at where they are data: under ``torch.compile`` the public functions see none."""
-    if _capturing(prior):
-        return
-    if not bool((prior >= 0).all() & prior.isfinite().all()):
-        raise ValueError(
-            f"prior must be finite and non-negative; got values from {prior.min().item()} to {prior.max().item()}"
-        )
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @torch.library.register_fake("sar_fast::attention_forward", lib=_library)

@@ -31,8 +31,13 @@ def semantic_prior(features: Tensor | Sequence[Tensor], mask: Tensor) -> Tensor:
             f"features must be (total_visual, F), or (B, S, F) with mask's (B, S) = {tuple(mask.shape)}; got "
             f"{tuple(features.shape)}"
         )
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating point; got {features.dtype}")
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32  # vector_norm never narrows
-    return prior_from_norms(torch.linalg.vector_norm(features, dim=-1, dtype=dtype), mask)
+    norms = torch.linalg.vector_norm(features, dim=-1, dtype=dtype)
+    if not bool(norms.isfinite().all()):
+        raise ValueError(f"features must be finite; got {int((~norms.isfinite()).sum())} of {len(norms)} that are not")
+    return prior_from_norms(norms, mask)
 
 
 def _check_mask(mask: Tensor) -> None:

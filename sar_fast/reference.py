@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sar_fast import validation
 from sar_fast.types import SARStats
 
 
@@ -35,8 +36,25 @@ def sar_attention_reference(
 ) -> Tensor | tuple[Tensor, SARStats]:
     """SAR attention, O(Sq * Sk) memory. Arguments and returns as :func:`sar_fast.sar_attn_func`, in q's dtype.
 
-    Statistics are computed in q's dtype and returned as fp64 for fp64 input, fp32 otherwise.
+    Statistics are computed in q's dtype, the weights from them in fp32 at least; both are returned as fp64 for fp64
+    input, fp32 otherwise.
     """
+    validation.check_qkv(q, k, v)
+    validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+    if not prior.requires_grad:  # finite differences step below zero
+        validation.check_prior_values(prior)
+    validation.make_options(
+        q,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        beta=beta,
+        protect_first_head=protect_first_head,
+        normalize=normalize,
+    )
+    for name, flag in (("sav_grad", sav_grad), ("return_stats", return_stats)):
+        validation.check_flag(name, flag)
     B, Sq, H, D = q.shape
     Sk, Hkv = k.shape[1], k.shape[2]
     scale = D**-0.5 if softmax_scale is None else softmax_scale
@@ -81,30 +99,30 @@ def sar_attention_reference(
     T = counts.sum(-1)  # [B, 1]
 
     # AV_h = mean over i in T of the unbiased variance of s_ij over V_i
-    mean = (s * V_i).sum(-1, keepdim=True) / n.clamp_min(1)[..., None]
-    var = (((s - mean) * V_i) ** 2).sum(-1) / (n - 1).clamp_min(1)  # [B, H, Sq]
-    AV = (var * counts).sum(-1) / T.clamp_min(1)  # [B, H]
+    mean = torch.where(V_i, s, 0).sum(-1, keepdim=True) / n.clamp_min(1)[..., None]
+    var = (torch.where(V_i, s - mean, 0) ** 2).sum(-1) / (n - 1).clamp_min(1)  # [B, H, Sq]
+    AV = torch.where(counts, var, 0).sum(-1) / T.clamp_min(1)  # [B, H]
 
     # SA_h = mean over i in T of sum over V_i of p_ij * prior_j
-    sa = (p * V_i * prior.to(dtype)[:, None, None, :]).sum(-1)  # [B, H, Sq]
-    SA = (sa * counts).sum(-1) / T.clamp_min(1)  # [B, H]
+    sa = torch.where(V_i, p * prior.to(dtype)[:, None, None, :], 0).sum(-1)  # [B, H, Sq]
+    SA = torch.where(counts, sa, 0).sum(-1) / T.clamp_min(1)  # [B, H]
 
     # weights
-    SAV = AV * SA
-    x = SAV
+    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    SAV = AV.to(stats_dtype) * SA.to(stats_dtype)
+    x = SAV - SAV.amax(-1, keepdim=True)  # the same softmax; SAV / beta itself may overflow
     if normalize == "standardize":
         std = SAV.std(dim=-1, correction=0, keepdim=True) if H > 1 else torch.zeros_like(SAV)
         flat = std == 0  # heads that all agree stay equal
-        x = torch.where(flat, 0, SAV - SAV.mean(-1, keepdim=True)) / torch.where(flat, 1, std)
+        x = torch.where(flat, 0, x) / torch.where(flat, 1, std)
     w = torch.softmax(x / beta, dim=-1)  # [B, H]
     if protect_first_head:
         w = torch.cat([w.amax(-1, keepdim=True), w[:, 1:]], dim=-1)
     c = torch.where(T > 0, H * w, 1)
 
-    out = (c if sav_grad else c.detach())[:, None, :, None] * attention
+    out = (c if sav_grad else c.detach()).to(dtype)[:, None, :, None] * attention
     if not return_stats:
         return out
-    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse = torch.where(sees_any[..., 0], lse, -torch.inf)
     fields = (t.to(stats_dtype) for t in (lse, AV, SA, SAV, c, T[:, 0]))
     return out, SARStats(*fields, backend="reference")

@@ -40,7 +40,8 @@ def token_roles(
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids must be a (batch, seqlen) integer tensor; got {got}")
-    ids = [image_token_id] if isinstance(image_token_id, int) else list(image_token_id)
+    several = isinstance(image_token_id, (Sequence, set, frozenset)) and not isinstance(image_token_id, str)
+    ids = list(image_token_id) if several else [image_token_id]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise TypeError(f"image_token_id must be an int or a sequence of ints; got {image_token_id!r}")
     visual = input_ids == ids[0]

@@ -86,6 +86,8 @@ class SARState:
     @classmethod
     def from_stats(cls, stats: SARStats) -> SARState:
         """State after a prompt whose statistics are ``stats``."""
+        if not isinstance(stats, SARStats):
+            raise TypeError(f"stats must be the SARStats of a prompt; got {type(stats).__name__}")
         return cls.from_means(stats.alignment_variance, stats.semantic_alignment, stats.head_weights, stats.query_count)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,4 +96,6 @@ class SARState:
 
     def index_select(self, rows: Tensor) -> SARState:
         """State of the batch rows ``rows`` (int64), as beam search reorders them."""
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"rows must be an int64 tensor; got {type(rows).__name__}")
         return SARState(*(t.index_select(0, rows.to(t.device)) for t in self.tensors()))

@@ -1,11 +1,12 @@
 """Argument checks of the public functions: every error names the argument, what came and what is needed.
 
-Only shapes, dtypes, devices and Python values are looked at, so that the checks trace under ``torch.compile``; tensor
-values (a negative prior) are checked inside the operator.
+Most look at shapes, dtypes, devices and Python values only, so that they trace under ``torch.compile``; those that read
+tensors' values (a negative prior, lengths) say so.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -25,6 +26,8 @@ def check_tensor(name: str, x: object) -> None:
     """Raise ``TypeError`` unless ``x`` is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}")
 
 
 def check_qkv(
@@ -54,7 +57,7 @@ def check_qkv(
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"{value} must have {key}'s batch, length and heads {_shape(k)[:-1]}; got shape {_shape(v)}")
     H, Hkv = q.shape[-2], k.shape[-2]
-    if Hkv == 0 or H % Hkv != 0:
+    if H == 0 or Hkv == 0 or H % Hkv != 0:
         raise ValueError(f"q's number of heads must be a multiple of {key}'s; got {H} query and {Hkv} key/value heads")
     for name, x in (("q", q), (value, v)):
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
@@ -101,6 +104,50 @@ def check_cu_seqlens(name: str, cu: object, total: int, device: torch.device) ->
         raise ValueError(f"{name} must be on q's device {device}; got {cu.device}")
 
 
+def check_roles(
+    visual_mask: object,
+    text_mask: object,
+    prior: object,
+    q: Tensor,
+    k: Tensor,
+    *,
+    key_padding_mask: object = None,
+    attn_mask: object = None,
+) -> None:
+    """Check what a dense SAR call brings beside q, k and v; the two masks may be None."""
+    keys, queries = (q.shape[0], k.shape[1]), (q.shape[0], q.shape[1])
+    check_mask("visual_mask", visual_mask, keys, q.device)
+    check_mask("text_mask", text_mask, queries, q.device)
+    check_prior(prior, keys, q.device)
+    if key_padding_mask is not None:
+        check_mask("key_padding_mask", key_padding_mask, keys, q.device)
+    if attn_mask is not None:
+        check_attn_mask(attn_mask, q, k)
+
+
+def check_prior_values(prior: Tensor) -> None:
+    """Raise unless ``prior`` is finite and non-negative; reads values, so a GPU is waited for.
+
+    Not while a CUDA graph is captured, nor where there are no values to read (``torch.compile``): the operator sees
+    them later.
+    """
+    if torch.compiler.is_compiling() or (prior.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
+    if not bool((prior >= 0).all() & prior.isfinite().all()):
+        raise ValueError(
+            f"prior must be finite and non-negative; got values from {prior.min().item()} to {prior.max().item()}"
+        )
+
+
+def check_ends(side: str, ends: list[int], total: int, max_seqlen: int) -> None:
+    """Raise unless a packed call's cumulative lengths (of "q" or "k", on the host) cover all its tokens."""
+    if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"cu_seqlens_{side} must rise from 0 to the packed length {total}; got {ends}")
+    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {longest}; got {max_seqlen}")
+
+
 def make_options(
     q: Tensor,
     *,
@@ -119,23 +166,28 @@ def make_options(
         softmax_scale = q.shape[-1] ** -0.5
     elif isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale must be a number or None; got {type(softmax_scale).__name__}")
-    elif not -math.inf < softmax_scale < math.inf:  # comparisons trace with symbolic floats, math.isfinite does not
-        raise ValueError(f"softmax_scale must be finite; got {softmax_scale}")
+    elif not 0 < softmax_scale < math.inf:  # comparisons trace with symbolic floats, math.isfinite does not
+        raise ValueError(f"softmax_scale must be a finite number > 0; got {softmax_scale}")
     if not isinstance(softcap, (int, float)) or not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r}")
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), -1 for unbounded; got {window_size!r}")
     if any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window_size):
         raise ValueError(f"window_size must hold two ints >= -1 (-1 = unbounded); got {tuple(window_size)!r}")
-    for name, flag in (("causal", causal), ("protect_first_head", protect_first_head)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool; got {type(flag).__name__}")
+    check_flag("causal", causal)
+    check_flag("protect_first_head", protect_first_head)
     left, right = window_size
     if causal and right >= 0:
         right = -1  # the causal mask is at least as strict
     return AttentionOptions(
         float(softmax_scale), causal, (left, right), float(softcap), float(beta), protect_first_head, normalize
     )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -35,11 +35,14 @@ def _softmax_over_heads(sav: Tensor, beta: float, normalize: str) -> tuple[Tenso
     x, std = sav, torch.ones_like(sav[:, :1])
     if normalize == "standardize":
         centred = sav - sav.mean(-1, keepdim=True)
+        # once more: the mean's own rounding is large beside heads that nearly agree, and the gradient divides by std
+        centred = centred - centred.mean(-1, keepdim=True)
         variance = centred.square().mean(-1, keepdim=True)
         flat = variance == 0  # all heads agree: they stay equal
         std = torch.where(flat, torch.inf, variance.sqrt())
         x = centred / std
-    return torch.softmax(x / beta, dim=-1), x, std
+    # the largest first: SAV / beta itself may overflow
+    return torch.softmax((x - x.amax(-1, keepdim=True)) / beta, dim=-1), x, std
 
 
 def head_weights_vjp(
@@ -60,6 +63,10 @@ def head_weights_vjp(
         to_largest = largest * grad_w[:, :1] / largest.sum(-1, keepdim=True)
         grad_w = torch.cat([torch.zeros_like(grad_w[:, :1]), grad_w[:, 1:]], dim=-1) + to_largest
     grad_x = w * (grad_w - (grad_w * w).sum(-1, keepdim=True)) / beta
+    # They add up to 0. The largest weight may be 1 but for rounding, and its own difference nothing but that.
+    largest = torch.arange(w.shape[-1], device=w.device) == w.argmax(-1, keepdim=True)
+    others = torch.where(largest, 0, grad_x)
+    grad_x = torch.where(largest, -others.sum(-1, keepdim=True), others)
     if normalize == "standardize":
         mean = lambda t: t.mean(-1, keepdim=True)
         grad_x = (grad_x - mean(grad_x) - x * mean(grad_x * x)) / std

@@ -86,7 +86,7 @@ QKV_ERRORS = {
     "k: device": ({"k": zeros(B, S, HKV, D, device=meta)}, ValueError, r"k must be on q's device cpu; got meta"),
     "v: device": ({"v": zeros(B, S, HKV, D, device=meta)}, ValueError, r"v must be on q's device cpu; got meta"),
     "not a tensor": ({"q": [[1.0]]}, TypeError, r"q must be a torch.Tensor; got list"),
-    "softmax_scale": ({"softmax_scale": float("nan")}, ValueError, r"softmax_scale must be finite; got nan"),
+    "softmax_scale": ({"softmax_scale": float("nan")}, ValueError, r"softmax_scale must be a finite number > 0; got nan"),
     "softmax_scale: type": ({"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number or None; got str"),
     "softcap": ({"softcap": -1.0}, ValueError, r"softcap must be a finite number >= 0 .*got -1.0"),
     "window_size": ({"window_size": (-2, 0)}, ValueError, r"window_size must hold two ints >= -1 .*got \(-2, 0\)"),

@@ -259,7 +259,14 @@ def text_meets_visual(
 @triton.jit
 def soft_cap(scores, cap):
     """cap * tanh(scores / cap)."""
-    return cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
+    x = scores / cap
+    tanh = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    if scores.dtype != tl.float64:
+        # a difference of numbers near 1 says little of a small one; there the series in Cephes' tanhf, to 2^-24
+        z = x * x
+        series = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+        tanh = tl.where(z < 0.390625, x + x * z * (series - 3.33332819422e-1), tanh)
+    return cap * tanh
 
 
 @triton.jit
@@ -329,11 +336,14 @@ def softmax_over_heads(sav, heads, num_heads, beta, PROTECT_FIRST: tl.constexpr,
     if STANDARDIZE:
         mean = tl.sum(z, 0) / num_heads
         z = tl.where(is_head, z - mean, 0.0)
+        # once more: the mean's own rounding is large beside heads that nearly agree, and the gradient divides by std
+        z = tl.where(is_head, z - tl.sum(z, 0) / num_heads, 0.0)
         std = tl.sqrt(tl.sum(z * z, 0) / num_heads)
         std = tl.where(std > 0.0, std, 1.0)  # equal heads: z is 0 whatever the divisor
         z = z / std
-    logits = tl.where(is_head, z / beta, -float("inf"))
-    weights = tl.exp(logits - tl.max(logits, 0))
+    # the largest first: z / beta itself may overflow
+    largest = tl.max(tl.where(is_head, z, -float("inf")), 0)
+    weights = tl.where(is_head, tl.exp((z - largest) / tl.maximum(beta, LEAST_WEIGHT)), 0.0)
     w = num_heads * weights / tl.sum(weights, 0)
     c = w
     if PROTECT_FIRST:

@@ -182,11 +182,14 @@ def head_weights_backward_kernel(
     c, w, z, std = softmax_over_heads(variance * alignment, heads, num_heads, beta, PROTECT_FIRST, STANDARDIZE)
     if dc_ptr is not None:
         grad += c * tl.load(dc_ptr + offsets, mask=is_head, other=0.0)
+    largest = tl.min(tl.where(w == tl.max(w, 0), heads, BLOCK_H), 0)
     if PROTECT_FIRST:  # the first head's weight was the largest head's
-        largest = tl.min(tl.where(w == tl.max(w, 0), heads, BLOCK_H), 0)
         first_grad = tl.sum(tl.where(heads == 0, grad, 0.0), 0)
         grad = tl.where(heads == 0, 0.0, grad) + tl.where(heads == largest, first_grad, 0.0)
-    dz = (grad - w / num_heads * tl.sum(grad, 0)) / beta
+    dz = (grad - w / num_heads * tl.sum(grad, 0)) / tl.maximum(beta, LEAST_WEIGHT)
+    # They add up to 0. The largest weight may be all of it but for rounding, and its own difference nothing but that.
+    dz = tl.where(heads == largest, 0.0, dz)
+    dz = tl.where(heads == largest, -tl.sum(dz, 0), dz)
     if STANDARDIZE:
         dz = tl.where(is_head, dz - tl.sum(dz, 0) / num_heads - z * (tl.sum(dz * z, 0) / num_heads), 0.0) / std
     dvariance = dz * alignment

@@ -7,11 +7,12 @@ once, for (Sq, H, D) queries against (Sk, Hkv, D) keys. All members are views.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from sar_fast.validation import check_ends
 
 
 @dataclasses.dataclass
@@ -71,8 +72,8 @@ def packed_sequences(
     """The sequences of a packed (total, H, D) call; ``max_seqlens`` are the longest query and key lengths claimed."""
     part = lambda t, a, b: None if t is None else t[a:b]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    _check_ends("q", q_ends, q.shape[0], max_seqlens[0])
-    _check_ends("k", k_ends, k.shape[0], max_seqlens[1])
+    check_ends("q", q_ends, q.shape[0], max_seqlens[0])  # the ends are on the host here anyway
+    check_ends("k", k_ends, k.shape[0], max_seqlens[1])
     for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:]):
         yield Sequence(
             q[q0:q1],
@@ -82,12 +83,3 @@ def packed_sequences(
             part(text_mask, q0, q1),
             part(prior, k0, k1),
         )
-
-
-def _check_ends(side: str, ends: list[int], total: int, max_seqlen: int) -> None:
-    """Rows outside every sequence would come back uninitialised; the ends are on the host here anyway."""
-    if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"cu_seqlens_{side} must rise from 0 to the packed length {total}; got {ends}")
-    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
-    if max_seqlen < longest:
-        raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {longest}; got {max_seqlen}")

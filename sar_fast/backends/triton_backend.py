@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.types import AttentionOptions, SARState
+from sar_fast.validation import check_ends
 from sar_fast.weights import head_weights
 
 name = "triton"
@@ -65,6 +66,11 @@ def forward(call, options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor, Te
 
     attention, weights = _kernel_options(options)
     q = call.q
+    if call.packed and q.device.type == "cpu":  # a GPU would have to be waited for
+        for side, cu, tokens, longest in zip(
+            "qk", (call.cu_seqlens_q, call.cu_seqlens_k), (q, call.k), call.max_seqlens
+        ):
+            check_ends(side, cu.tolist(), tokens.shape[0], longest)
     if _decodes(call):
         return _decode_call(call, options)
     if call.visual is None:

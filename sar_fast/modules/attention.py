@@ -12,6 +12,7 @@ from sar_fast.config import SARConfig
 from sar_fast.decoding import attend_with_state
 from sar_fast.functional import plain_attention
 from sar_fast.types import AttentionOptions, SARStats
+from sar_fast.validation import MAX_HEAD_DIM
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,13 +56,15 @@ class SARAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % num_kv_heads:
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(
                 f"head_dim must be given when num_heads does not divide hidden_size; got {num_heads} and {hidden_size}"
             )
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        if not 1 <= self.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be between 1 and {MAX_HEAD_DIM}; got {self.head_dim}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_key_value_groups = num_heads // num_kv_heads
         self.scaling = self.head_dim**-0.5
