@@ -36,8 +36,8 @@ def sar_attention_reference(
 ) -> Tensor | tuple[Tensor, SARStats]:
     """SAR attention, O(Sq * Sk) memory. Arguments and returns as :func:`sar_fast.sar_attn_func`, in q's dtype.
 
-    Statistics are computed in q's dtype, the weights from them in fp32 at least; both are returned as fp64 for fp64
-    input, fp32 otherwise.
+    Every query's statistics are computed in q's dtype; their means over T and the weights in fp32 at least, fp64 for
+    fp64 input, as they are returned.
     """
     validation.check_qkv(q, k, v)
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
@@ -97,19 +97,19 @@ def sar_attention_reference(
     n = V_i.sum(-1)  # [B, 1, Sq]
     counts = text_mask[:, None, :] & (n >= 2)  # [B, 1, Sq]
     T = counts.sum(-1)  # [B, 1]
+    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     # AV_h = mean over i in T of the unbiased variance of s_ij over V_i
     mean = torch.where(V_i, s, 0).sum(-1, keepdim=True) / n.clamp_min(1)[..., None]
     var = (torch.where(V_i, s - mean, 0) ** 2).sum(-1) / (n - 1).clamp_min(1)  # [B, H, Sq]
-    AV = torch.where(counts, var, 0).sum(-1) / T.clamp_min(1)  # [B, H]
+    AV = torch.where(counts, var, 0).to(stats_dtype).sum(-1) / T.clamp_min(1)  # [B, H]
 
     # SA_h = mean over i in T of sum over V_i of p_ij * prior_j
     sa = torch.where(V_i, p * prior.to(dtype)[:, None, None, :], 0).sum(-1)  # [B, H, Sq]
-    SA = torch.where(counts, sa, 0).sum(-1) / T.clamp_min(1)  # [B, H]
+    SA = torch.where(counts, sa, 0).to(stats_dtype).sum(-1) / T.clamp_min(1)  # [B, H]
 
     # weights
-    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    SAV = AV.to(stats_dtype) * SA.to(stats_dtype)
+    SAV = AV * SA
     x = SAV - SAV.amax(-1, keepdim=True)  # the same softmax; SAV / beta itself may overflow
     if normalize == "standardize":
         std = SAV.std(dim=-1, correction=0, keepdim=True) if H > 1 else torch.zeros_like(SAV)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
 from sar_fast import (
+    SARAttention,
+    SARConfig,
     SARState,
     flash_attn_func,
     flash_attn_varlen_func,
@@ -13,7 +16,10 @@ from sar_fast import (
     sar_attn_func,
     sar_attn_varlen_func,
     sar_attn_with_kvcache,
+    semantic_prior,
+    token_roles,
 )
+from sar_fast.reference import sar_attention_reference
 
 B, S, H, HKV, D = 2, 6, 4, 2, 8
 zeros = lambda *shape, dtype=torch.float32, device="cpu": torch.zeros(*shape, dtype=dtype, device=device)
@@ -55,6 +61,13 @@ QKV_ERRORS = {
         ValueError,
         r"q's number of heads must be a multiple of k's; got 4 query and 0",
     ),
+    "no heads": (
+        {n: zeros(B, S, 0, D) for n in "qkv"},
+        ValueError,
+        r"q's number of heads must be a multiple of k's; got 0 query and 0",
+    ),
+    "no query heads": ({"q": zeros(B, S, 0, D)}, ValueError, r"q's number of heads .*; got 0 query and 2 key/value"),
+    "sparse": ({"q": zeros(B, S, H, D).to_sparse()}, TypeError, r"q must be a dense tensor; got .*sparse_coo"),
     "head dim that no kernel supports": (
         {"q": zeros(B, S, H, 257), "k": zeros(B, S, HKV, 257)},
         ValueError,
@@ -86,7 +99,13 @@ QKV_ERRORS = {
     "k: device": ({"k": zeros(B, S, HKV, D, device=meta)}, ValueError, r"k must be on q's device cpu; got meta"),
     "v: device": ({"v": zeros(B, S, HKV, D, device=meta)}, ValueError, r"v must be on q's device cpu; got meta"),
     "not a tensor": ({"q": [[1.0]]}, TypeError, r"q must be a torch.Tensor; got list"),
-    "softmax_scale": ({"softmax_scale": float("nan")}, ValueError, r"softmax_scale must be a finite number > 0; got nan"),
+    "softmax_scale": (
+        {"softmax_scale": float("nan")},
+        ValueError,
+        r"softmax_scale must be a finite number > 0; got nan",
+    ),
+    "softmax_scale: zero": ({"softmax_scale": 0.0}, ValueError, r"softmax_scale must be a finite number > 0; got 0.0"),
+    "softmax_scale: negative": ({"softmax_scale": -0.5}, ValueError, r"softmax_scale must be a finite .*; got -0.5"),
     "softmax_scale: type": ({"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number or None; got str"),
     "softcap": ({"softcap": -1.0}, ValueError, r"softcap must be a finite number >= 0 .*got -1.0"),
     "window_size": ({"window_size": (-2, 0)}, ValueError, r"window_size must hold two ints >= -1 .*got \(-2, 0\)"),
@@ -125,7 +144,14 @@ SAR_ERRORS = {
     "beta: nan": ({"beta": float("nan")}, ValueError, r"beta must be > 0 .*got nan"),
     "beta: type": ({"beta": "0.5"}, TypeError, r"beta must be a number; got str"),
     "normalize": ({"normalize": "l2"}, ValueError, r"normalize must be one of 'none', 'standardize'; got 'l2'"),
+    "beta: too large for a float": (
+        {"beta": 10**400},
+        ValueError,
+        r"beta must be > 0 .* within a float's range; got 1000",
+    ),
     "protect_first_head": ({"protect_first_head": 0}, TypeError, r"protect_first_head must be a bool; got int"),
+    "sav_grad": ({"sav_grad": 1}, TypeError, r"sav_grad must be a bool; got int"),
+    "return_stats": ({"return_stats": "no"}, TypeError, r"return_stats must be a bool; got str"),
 }
 
 
@@ -137,6 +163,20 @@ def parametrized(errors: dict):
 def test_sar_attn_func(changes, error, message):
     with pytest.raises(error, match=message):
         sar_attn_func(**{**dense(), **changes})
+
+
+@parametrized({n: e for n, e in {**QKV_ERRORS, **SAR_ERRORS}.items() if n != "backend"})
+def test_the_reference_checks_the_same(changes, error, message):
+    with pytest.raises(error, match=message):
+        sar_attention_reference(**{**dense(), **changes})
+
+
+def test_what_a_result_is_asked_for_must_be_a_bool():
+    arguments = {name: value for name, value in dense().items() if name in "qkv"}
+    with pytest.raises(TypeError, match="return_attn_probs must be a bool; got str"):
+        flash_attn_func(**arguments, return_attn_probs="no")
+    with pytest.raises(TypeError, match="return_softmax_lse must be a bool; got int"):
+        flash_attn_with_kvcache(**cached(), return_softmax_lse=1)
 
 
 @parametrized(QKV_ERRORS)
@@ -305,6 +345,8 @@ SAR_CACHE_ERRORS = {
         r"prior must be finite and non-negative",
     ),
     "decode": ({"decode": "frozen"}, ValueError, r"decode must be one of 'running', 'step', 'prompt'; got 'frozen'"),
+    "cache_seqlens: none": ({"cache_seqlens": None}, TypeError, r"cache_seqlens must be an int or .*; got None"),
+    "return_stats": ({"return_stats": 1}, TypeError, r"return_stats must be a bool; got int"),
     "state: type": ({"state": (1, 2)}, TypeError, r"state must be a SARState or None; got tuple"),
     "state: heads": (
         {"state": SARState.empty(B, 3)},
@@ -337,6 +379,29 @@ def test_flash_attn_with_kvcache(changes, error, message):
 def test_sar_attn_with_kvcache(changes, error, message):
     roles = {"visual_mask": mask(B, S), "prior": zeros(B, S), "state": SARState.empty(B, H)}
     assert_nothing_written(sar_attn_with_kvcache, {**cached(), **roles, **changes}, error, message)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SARAttention(32, 0), ValueError, r"num_heads must be a multiple .*; got 0 and 0"),
+        (lambda: SARAttention(32, 4, 0), ValueError, r"num_heads must be a multiple .*; got 4 and 0"),
+        (lambda: SARAttention(32, -4), ValueError, r"num_heads must be a multiple .*; got -4 and -4"),
+        (lambda: SARAttention(2048, 4), ValueError, r"head_dim must be between 1 and 256; got 512"),
+        (lambda: SARConfig.from_json("[]"), TypeError, r"values must be a dict of SARConfig fields; got list"),
+        (lambda: SARConfig(record=numpy.bool_(True)), TypeError, r"record must be a bool; got numpy.bool"),
+        (lambda: SARConfig(beta=10**400), ValueError, r"beta must be > 0"),
+        (lambda: SARState.from_stats(None), TypeError, r"stats must be the SARStats of a prompt; got NoneType"),
+        (lambda: SARState.empty(2, 2).index_select([0]), TypeError, r"rows must be an int64 tensor; got list"),
+        (lambda: semantic_prior(torch.ones(2, 3).long(), ~mask(1, 2)), TypeError, r"features must be floating point"),
+        (lambda: semantic_prior(torch.full((2, 3), torch.nan), ~mask(1, 2)), ValueError, r"features must be finite"),
+        (lambda: token_roles(zeros(1, 2).long(), None, 9.5), TypeError, r"image_token_id must be an int .*; got 9.5"),
+        (lambda: token_roles(zeros(1, 2).long(), None, None), TypeError, r"image_token_id must be an int .*; got None"),
+    ],
+)
+def test_modules_states_and_roles(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 @pytest.mark.parametrize("function", [flash_attn_func, flash_attn_varlen_func])

@@ -175,9 +175,9 @@ def check_forward(inputs: Inputs, out, lse, av, sa, c, count) -> None:
     assert torch.equal(count.long(), counting_queries(inputs))
 
 
-def both_gradients(case: Case, sav_grad: bool, statistics_too: bool = False):
+def both_gradients(case: Case, sav_grad: bool, statistics_too: bool = False, inputs: Inputs | None = None):
     """(ours, exact, eager in the input dtype), each (dq, dk, dv[, dprior])."""
-    inputs = make(case)
+    inputs = inputs or make(case)
     out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
     dout = torch.randn_like(out)
     incoming = [torch.randn(out.shape[0], case.heads) if statistics_too else None for _ in range(3)]

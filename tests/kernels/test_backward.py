@@ -64,6 +64,16 @@ def test_gradients_of_the_statistics_themselves(normalize):
     check_gradients(*both_gradients(BASE.but(dtype=dtype, normalize=normalize, beta=0.5), True, statistics_too=True))
 
 
+def test_standardised_heads_that_nearly_agree():
+    """SAV differs by a ten-thousandth: what the gradient divides by must not magnify the rounding of a mean."""
+    case = BASE.but(heads=2, kv_heads=1, normalize="standardize", beta=0.5)
+    torch.manual_seed(0)
+    inputs = make(case)
+    inputs.q[:, :, 1] = inputs.q[:, :, 0] + 1e-4 * torch.randn_like(inputs.q[:, :, 0])
+    got, exact, eager = both_gradients(case, True, inputs=inputs)
+    check_gradients(got, exact, eager)
+
+
 def test_gradient_of_statistics_needs_sav_grad():
     inputs = make(BASE.but(seqlen_q=5, seqlen_k=5, images=((),)))
     out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())

@@ -119,6 +119,24 @@ def test_variance_of_nearly_equal_scores(images):
     assert_relative("av", av, exact.alignment_variance)
 
 
+@pytest.mark.parametrize("softcap", [50.0, 1e4])
+def test_soft_cap_far_above_the_scores(softcap):
+    """tanh of small numbers must keep their digits, for the output as for a variance of small scores."""
+    inputs = make(BASE.but(softcap=softcap, head_dim=16, beta=1e-6))
+    check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
+    inputs.k = 3e-3 * inputs.k
+    av = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())[2]
+    assert_relative("av", av, reference(inputs)[1].alignment_variance, 1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["none", "standardize"])
+def test_temperatures_that_overflow_leave_one_head(normalize):
+    inputs = make(BASE.but(beta=1e-45, head_dim=16, normalize=normalize))
+    out, _, _, _, c, _ = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    assert torch.equal(c.double(), reference(inputs)[1].head_weights)
+    assert out.isfinite().all()
+
+
 def test_visual_keys_of_several_chunks():
     """The mean of the visual keys is put together from pieces of 256 keys; one of them begins with an outlier."""
     case = BASE.but(seqlen_q=40, seqlen_k=600, images=(((1, 2), (250, 555)), ((300, 520),)), heads=2, head_dim=16)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import FP64
+from kernel_cases import FP64, INTERPRETED
 
 import sar_fast
-from sar_fast import SARState, flash_attn_func, flash_attn_varlen_func, sar_attn_func, sar_attn_varlen_func
+from sar_fast import (
+    SARState,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    sar_attn_func,
+    sar_attn_varlen_func,
+    sar_attn_with_kvcache,
+)
 from sar_fast.reference import sar_attention_reference
 
 TRITON = {"backend": "triton"}
@@ -97,6 +105,30 @@ def test_few_queries_run_the_decode_kernels(carried, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(kept, before or []))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="values on a GPU are not waited for")
+def test_values_that_the_host_can_read_are_checked():
+    q, k, v, visual, _, prior = inputs(dtype=torch.float32)
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    for ends in ([0, 19, 37], [1, 19, 38], [0, 25, 20, 38], [0, 19, 39]):
+        cu = torch.tensor(ends, dtype=torch.int32)
+        with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the packed length 38"):
+            flash_attn_varlen_func(*flat, cu, cu, 38, 38, **TRITON)
+    cu = torch.tensor([0, 19, 38], dtype=torch.int32)
+    with pytest.raises(ValueError, match="max_seqlen_q must be at least the longest sequence, 19; got 18"):
+        flash_attn_varlen_func(*flat, cu, cu, 18, 19, **TRITON)
+    caches, state = (k.clone(), v.clone()), SARState.empty(2, 4)
+    new = k[:, :1] + 1, v[:, :1] + 1
+    roles = {"visual_mask": visual, "prior": prior, "state": state, **TRITON}
+    with pytest.raises(ValueError, match="prior must be finite and non-negative"):
+        sar_attn_with_kvcache(q[:, :1], *caches, *new, cache_seqlens=9, **{**roles, "prior": -prior})
+    table = torch.tensor([[0], [2]], dtype=torch.int32)
+    for function, arguments in ((sar_attn_with_kvcache, roles), (flash_attn_with_kvcache, TRITON)):
+        with pytest.raises(ValueError, match=r"block_table\[1\] must hold pages between 0 and 1; got \[2\]"):
+            function(q[:, :1], *caches, *new, cache_seqlens=9, block_table=table, **arguments)
+    assert torch.equal(caches[0], k)
+    assert not state.count.any()
+
+
 def test_text_only_row_is_plain_bit_for_bit():
     case = inputs(dtype=torch.float32)
     plain = flash_attn_func(*case[:3], causal=True, **TRITON)
@@ -104,7 +136,7 @@ def test_text_only_row_is_plain_bit_for_bit():
 
 
 def test_cached_decode_continues_the_sums():
-    q, k, v, visual, text, prior = inputs(dtype=torch.float32)
+    q, k, v, visual, _, prior = inputs(dtype=torch.float32)
     want = {}
     for backend in ("torch", "triton"):
         _, stats = sar_attn_func(
