@@ -136,7 +136,7 @@ def test_text_only_row_is_plain_bit_for_bit():
 
 
 def test_cached_decode_continues_the_sums():
-    q, k, v, visual, _, prior = inputs(dtype=torch.float32)
+    q, k, v, visual, text, prior = inputs(dtype=torch.float32)
     want = {}
     for backend in ("torch", "triton"):
         _, stats = sar_attn_func(
