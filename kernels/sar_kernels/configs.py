@@ -151,6 +151,7 @@ _DQ = {
     ("sm_90", 256): KernelConfig(64, 32, 8, 2),
     ("sm_90", 256, True): KernelConfig(128, 16, 8, 2),
     ("sm_80", 64): KernelConfig(128, 64, 8, 2),
+    ("sm_80", 64, True): KernelConfig(128, 32, 8, 2),
     ("sm_80", 128): KernelConfig(64, 64, 8, 2),
     ("sm_80", 256): KernelConfig(64, 32, 8, 1),
     ("gfx", 64): KernelConfig(64, 64, 4, 1),
