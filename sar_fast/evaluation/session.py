@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sys
 import time
@@ -18,6 +16,7 @@ from accelerate import PartialState
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.models import dtype_name, start_processes
 from sar_fast.evaluation.results import ResultFolder
+from sar_fast.evaluation.stamps import file_stamp, model_stamp
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from sar_fast.run_metadata import commit, versions
 
@@ -101,28 +100,15 @@ def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
         "weights": weights,
         "dtype": dtype_name(arguments),
         "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
-        "template": template_stamp(arguments.template),
+        "template": file_stamp(Path(arguments.template)) if arguments.template else None,  # None: the model's own
         "max_samples": arguments.max_samples,
     }
 
 
 def weights_stamp(name: str) -> str | None:
-    """What tells a folder's weights from others that lay there before: a hash of file names, sizes and times."""
+    """What tells a folder's model from others that lay there before, by content; None for a hub id."""
     folder = MINIATURE_PATH if name == "miniature" else Path(name).expanduser()
-    if not folder.is_dir():
-        return None
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
-    return stamp([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-
-
-def template_stamp(template: str | None) -> str | None:
-    """A hash of the chat template's file; None for the model's own."""
-    return hashlib.sha256(Path(template).read_bytes()).hexdigest()[:16] if template else None
-
-
-def stamp(facts: Any) -> str:
-    """A short hash of plain values."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return model_stamp(folder) if folder.is_dir() else None
 
 
 def now() -> str:
