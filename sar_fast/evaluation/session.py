@@ -37,23 +37,20 @@ class Session:
         self.folders: list[ResultFolder] = []
         self.metadata: dict[str, Any] = {}
 
-    def open(self, path: str | Path, settings: Mapping[str, Any], products: Sequence[str] = ()) -> ResultFolder:
-        """A folder of results of these settings; ``products`` are files in it that overwriting deletes too, as glob
-        patterns. ``ValueError`` if it holds results of other settings."""
-        folder = ResultFolder(Path(path), settings, self.arguments.overwrite_output_dir)
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            folder.prepare()
-            if self.arguments.overwrite_output_dir:
-                for pattern in products:
-                    for file in folder.path.glob(pattern):
-                        file.unlink()
-        self.state.wait_for_everyone()
+    def open(
+        self, path: str | Path, settings: Mapping[str, Any], products: Sequence[str] = (), work: str | None = None
+    ) -> ResultFolder:
+        """A folder for results of these settings (:class:`ResultFolder`); nothing is written before :meth:`begin`.
+
+        ``ValueError`` if it holds results of other settings.
+        """
+        folder = ResultFolder(Path(path), settings, self.arguments.overwrite_output_dir, products, work)
         self.folders.append(folder)
         return folder
 
     def begin(self, what: str, total: int, pending: int) -> None:
-        """Write the session's metadata; everything that is read from the folders has been read before."""
+        """Make the folders and write the session's metadata. All that can be wrong with the input has been found by
+        then, the model loaded where one is needed, and everything that is read from the folders has been read."""
         device = "cpu" if self.state.device.type == "cpu" else torch.cuda.get_device_name(self.state.device)
         self.metadata = {
             "command": sys.argv,
@@ -67,7 +64,13 @@ class Session:
             "started": now(),
         }
         self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            for folder in self.folders:
+                folder.prepare()
         self._write()
+        self.state.wait_for_everyone()
+        for folder in self.folders:
+            folder.begin()
         if self.state.is_main_process:
             logger.info("%s: %d samples, %d done already", what, total, total - pending)
 

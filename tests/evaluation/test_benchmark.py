@@ -209,7 +209,7 @@ def test_overwriting_leaves_other_files_alone(tmp_path):
 
 
 def test_results_without_metadata_are_not_continued(tmp_path):
-    (tmp_path / SAMPLES).write_text("")
+    (tmp_path / SAMPLES).write_text("{}\n")
     with pytest.raises(ValueError, match=r"holds samples.jsonl but no run_metadata.json"):
         benchmark.run(arguments(tmp_path))
 
