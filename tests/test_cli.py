@@ -157,6 +157,18 @@ def test_errors_name_the_option(picture, tmp_path):
     assert "--output-dir" in fails("demo", "--output-dir", str(tmp_path / "file"))
 
 
+def test_demo_says_what_it_does_where_there_is_no_terminal(tmp_path):
+    folder = str(tmp_path / "demo")
+    sizes = ["--num-questions", "2", "--sample-size", "1"]
+    result = CliRunner().invoke(app, ["demo", *sizes, "--no-timings", "--output-dir", folder])
+    assert [line for line in result.stderr.splitlines() if line.startswith("-- ")] == [
+        "-- loading the model",
+        "-- asking with and without SAR",
+        "-- counting right answers to 5 questions, with and without SAR, plain backgrounds",
+        "-- counting right answers to 5 questions, with and without SAR, photographs",
+    ]
+
+
 def test_a_text_model_is_refused(picture, tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64}
     for name in ("tokenizer.json", "tokenizer_config.json"):

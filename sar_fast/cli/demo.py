@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from sar_fast.cli import loading, options
 from sar_fast.cli.errors import UserError
+from sar_fast.threads import one_thread_for
 
 if TYPE_CHECKING:
     from sar_fast.cli.demo_results import Results
@@ -64,25 +67,34 @@ def demo(
     _make_folder(output_dir)
     picture = None if image is None else loading.open_image(image)
     console = Console()
-    with console.status("loading the model") as status:
+    with one_thread_for(model), _progress(console) as say:
+        say("loading the model")
         loaded, processor = loading.load_model(model, device, dtype)
         config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
 
         from sar_fast.analysis.examples import Prompt, drawn_prompts
         from sar_fast.cli import demo_results as work
 
-        status.update("asking with and without SAR")
+        say("asking with and without SAR")
         prompts = drawn_prompts(seed, num_questions) if picture is None else [Prompt(picture, question)]
         results = work.ask_both(loaded, processor, prompts, config, model_name=model, seed=seed)
         if picture is None and sample_size:
-            status.update("counting right answers over a larger sample")
-            work.count_right(results, loaded, processor, sample_size)
+            work.count_right(results, loaded, processor, sample_size, say)
         if timings:
-            status.update("timing")
-            work.time_everything(results, loaded, processor)
+            work.time_everything(results, loaded, processor, say)
         results.seconds = time.perf_counter() - start
         report = work.write(results, output_dir)
     _print(console, results, report)
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """What says what is being done: a line that changes on a terminal, lines on stderr elsewhere."""
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+    else:
+        yield lambda words: typer.echo(f"-- {words}", err=True)
 
 
 def _need(*modules: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,26 +96,30 @@ def ask_both(
     )
 
 
-def count_right(results: Results, model: nn.Module, processor: Any, per_kind: int) -> None:
-    """Fills ``results.accuracy``: ``per_kind`` questions of each kind on each kind of background."""
+def count_right(results: Results, model: nn.Module, processor: Any, per_kind: int, say: Callable[[str], None]) -> None:
+    """Fills ``results.accuracy``: ``per_kind`` questions of each kind on each kind of background. ``say``: progress."""
     for number, (name, backgrounds) in enumerate(accuracy.SETS.items()):
         rng = np.random.default_rng([results.seed, 2, number])
         pairs = draw_questions(rng, per_kind, backgrounds)
         pictures, questions = [s.image for s, _ in pairs], [q.text for _, q in pairs]
+        say(f"counting right answers to {len(questions)} questions, with and without SAR, {name}")
         replies = _answer_both(model, processor, pictures, questions, results.config)
         results.accuracy[name] = accuracy.paired_accuracy(pairs, *replies)
 
 
-def time_everything(results: Results, model: nn.Module, processor: Any) -> None:
-    """Fills ``results.timings``."""
+def time_everything(results: Results, model: nn.Module, processor: Any, say: Callable[[str], None]) -> None:
+    """Fills ``results.timings``; ``say`` what is timed."""
     device, dtype = model.device, model.dtype
     prompts = [e.prompt for e in results.examples]
     inputs = build_inputs(model, processor, [p.picture for p in prompts], [p.question for p in prompts])
-    results.timings = [
-        measurements.time_attention(device, dtype, results.config, seed=results.seed),
-        measurements.time_prefill(device, dtype, results.config, seed=results.seed),
-        measurements.time_model(model, inputs, results.config),
-    ]
+    kinds = {
+        "attention": lambda: measurements.time_attention(device, dtype, results.config, seed=results.seed),
+        "prefill": lambda: measurements.time_prefill(device, dtype, results.config, seed=results.seed),
+        "the whole model": lambda: measurements.time_model(model, inputs, results.config),
+    }
+    for name, measure in kinds.items():
+        say(f"timing {name}")
+        results.timings.append(measure())
 
 
 def _answer_both(

@@ -14,6 +14,9 @@ OPTION_OF = {  # names that library errors begin with, as the option that sets t
     "normalize": "--normalize",
     "backend": "--backend",
     "model": "--model",
+    "k": "--k",
+    "max_samples": "--max-samples",
+    "epochs": "--epochs",
 }
 
 

@@ -14,17 +14,18 @@ def paper(
     out: Annotated[Path, typer.Option("--out", help="Folder of results, report.html and paper.json.")] = Path(
         "results/paper"
     ),
-    k: Annotated[int, typer.Option("--k", help="Re-weighted layers in the tables, of the miniature's 4.")] = 2,
+    k: Annotated[int, typer.Option("--k", help="Re-weighted layers in the tables, 1 to 4.")] = 2,
     beta: Annotated[float, typer.Option("--beta", help="Temperature of the softmax over heads.")] = 0.5,
     max_samples: Annotated[
-        int | None, typer.Option("--max-samples", help="Use the first samples of every set.")
+        int | None, typer.Option("--max-samples", help="Use the first samples of every set, at least 4.")
     ] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Of both trainings. Default: 4.")] = None,
 ) -> None:
     """Run every experiment of the paper in miniature: two trainings, benchmarks, SFS/FI, probe, ablation.
 
     Compares the base model, SFT, SFT with SAR, and the control group, and draws Figures 3 to 6. It reports what comes
-    out, also where SAR does not help. An interrupted run goes on where it stopped. About ten minutes on 2 cores.
+    out, also where SAR does not help. An interrupted run goes on where it stopped; after a change of options, only what
+    depends on them is done again. About ten minutes on 2 cores.
     """
     from sar_fast.paper import Paper, run
 

@@ -26,9 +26,9 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
     task, scoring, table, samples, skips = questions(arguments)
     folder = session.open(arguments.output_dir, settings_of(arguments, task, table, scoring))
     batches = pending(cut_batches(samples, table, arguments.per_device_eval_batch_size), folder.records())
+    ask = Asker(arguments, task, scoring, *load(arguments, session.state)) if batches else None
     session.begin(task.name, len(samples), sum(map(len, batches)))
-    if batches:
-        ask = Asker(arguments, task, scoring, *load(arguments, session.state))
+    if ask is not None:
         session.note(sharing=ask.sharing)
         with folder.open_part(session.state.process_index) as part:
 

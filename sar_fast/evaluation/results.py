@@ -25,48 +25,80 @@ class ResultFolder:
 
     Args:
         path: the folder; made if it is not there.
-        settings: plain values that change the records. A folder with other settings is an error.
+        settings: plain values that change the records. A folder with records of other settings is an error.
         overwrite: delete what an earlier evaluation left there.
+        products: files in it that overwriting deletes too, as glob patterns.
+        work: a file in it that counts as records once it has a byte that is not zero.
+
+    Nothing is written before :meth:`prepare`.
 
     Raises:
         ValueError: the folder holds results of other settings, or results without settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
+        products: Sequence[str] = (),
+        work: str | None = None,
+    ) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir {path} is a file, needed a folder")
-        self.overwrite = overwrite
+        self.products, self.work = products, work
         self.sessions: list[dict[str, Any]] = []
-        if not overwrite:
-            self._check()
+        self._stale = overwrite or not self._continues()
 
-    def _check(self) -> None:
+    def _continues(self) -> bool:
+        """Whether what lies there is of these settings; False if it counts as nothing, an error if it is of others."""
         metadata = self.path / METADATA
         if not metadata.is_file():
-            left = [name for name in (SAMPLES, RESULTS, PARTS) if (self.path / name).exists()]
+            parts = self.path / PARTS
+            left = [name for name in (SAMPLES, RESULTS) if _has_bytes(self.path / name)]
+            left += [PARTS] if parts.is_dir() and any(parts.iterdir()) else []
             if left:
                 raise ValueError(f"output_dir {self.path} holds {', '.join(left)} but no {METADATA}: {ADVICE}")
-            return
+            return False
         stored = read_json(metadata)
-        differing = differences(stored.get("settings", {}), self.settings)
-        if differing:
+        if not {"settings", "sessions"} <= stored.keys():
+            raise ValueError(f"{metadata} is not that of an evaluation: {ADVICE}")
+        differing = differences(stored["settings"], self.settings)
+        if differing and self._used():
             raise ValueError(
                 f"output_dir {self.path} holds results of other settings: {'; '.join(differing)}; {ADVICE}"
             )
-        self.sessions = stored["sessions"]
+        if not differing:
+            self.sessions = stored["sessions"]
+        return not differing
+
+    def _used(self) -> bool:
+        """Whether an earlier run left anything that was computed; one that failed or was killed at once did not."""
+        work = self.work is not None and (self.path / self.work).is_file() and (self.path / self.work).read_bytes()
+        return bool(self._read()) or _has_bytes(self.path / RESULTS) or bool(work and any(work))
 
     def prepare(self) -> None:
-        """One process makes the folder, and empties it of results if they are to be overwritten."""
+        """One process makes the folder, and empties it of what is overwritten or of other settings."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.overwrite:
+        if self._stale:
             for name in (SAMPLES, RESULTS, METADATA):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / PARTS, ignore_errors=True)
+            for pattern in self.products:
+                for file in self.path.glob(pattern):
+                    file.unlink()
         (self.path / PARTS).mkdir(exist_ok=True)
+
+    def begin(self) -> None:
+        """Every process, once the folder is prepared: what lies there is of these settings."""
+        self._stale = False
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Records so far, by key. A line that a killed process left unfinished does not count."""
+        return {} if self._stale else self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
         files = [self.path / SAMPLES, *sorted((self.path / PARTS).glob("*.jsonl"))]
         found: dict[str, dict[str, Any]] = {}
         for file in files:
@@ -116,6 +148,10 @@ class Part:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -8,6 +8,7 @@ import sys
 from sar_fast.evaluation.arguments import EvaluationArguments, parse
 from sar_fast.experiment_arguments import arguments_of_process
 from sar_fast.process_group import leave_process_group
+from sar_fast.threads import one_thread_for
 
 
 def main() -> None:
@@ -17,7 +18,8 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     arguments = arguments_of_process(parse)
     try:
-        evaluate(arguments)
+        with one_thread_for(arguments.model_name_or_path):
+            evaluate(arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error

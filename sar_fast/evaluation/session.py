@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sys
 import time
@@ -18,6 +16,7 @@ from accelerate import PartialState
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.models import dtype_name, start_processes
 from sar_fast.evaluation.results import ResultFolder
+from sar_fast.evaluation.stamps import file_stamp, model_stamp
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from sar_fast.run_metadata import commit, versions
 
@@ -38,23 +37,20 @@ class Session:
         self.folders: list[ResultFolder] = []
         self.metadata: dict[str, Any] = {}
 
-    def open(self, path: str | Path, settings: Mapping[str, Any], products: Sequence[str] = ()) -> ResultFolder:
-        """A folder of results of these settings; ``products`` are files in it that overwriting deletes too, as glob
-        patterns. ``ValueError`` if it holds results of other settings."""
-        folder = ResultFolder(Path(path), settings, self.arguments.overwrite_output_dir)
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            folder.prepare()
-            if self.arguments.overwrite_output_dir:
-                for pattern in products:
-                    for file in folder.path.glob(pattern):
-                        file.unlink()
-        self.state.wait_for_everyone()
+    def open(
+        self, path: str | Path, settings: Mapping[str, Any], products: Sequence[str] = (), work: str | None = None
+    ) -> ResultFolder:
+        """A folder for results of these settings (:class:`ResultFolder`); nothing is written before :meth:`begin`.
+
+        ``ValueError`` if it holds results of other settings.
+        """
+        folder = ResultFolder(Path(path), settings, self.arguments.overwrite_output_dir, products, work)
         self.folders.append(folder)
         return folder
 
     def begin(self, what: str, total: int, pending: int) -> None:
-        """Write the session's metadata; everything that is read from the folders has been read before."""
+        """Make the folders and write the session's metadata. All that can be wrong with the input has been found by
+        then, the model loaded where one is needed, and everything that is read from the folders has been read."""
         device = "cpu" if self.state.device.type == "cpu" else torch.cuda.get_device_name(self.state.device)
         self.metadata = {
             "command": sys.argv,
@@ -68,7 +64,13 @@ class Session:
             "started": now(),
         }
         self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            for folder in self.folders:
+                folder.prepare()
         self._write()
+        self.state.wait_for_everyone()
+        for folder in self.folders:
+            folder.begin()
         if self.state.is_main_process:
             logger.info("%s: %d samples, %d done already", what, total, total - pending)
 
@@ -101,28 +103,15 @@ def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
         "weights": weights,
         "dtype": dtype_name(arguments),
         "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
-        "template": template_stamp(arguments.template),
+        "template": file_stamp(Path(arguments.template)) if arguments.template else None,  # None: the model's own
         "max_samples": arguments.max_samples,
     }
 
 
 def weights_stamp(name: str) -> str | None:
-    """What tells a folder's weights from others that lay there before: a hash of file names, sizes and times."""
+    """What tells a folder's model from others that lay there before, by content; None for a hub id."""
     folder = MINIATURE_PATH if name == "miniature" else Path(name).expanduser()
-    if not folder.is_dir():
-        return None
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
-    return stamp([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-
-
-def template_stamp(template: str | None) -> str | None:
-    """A hash of the chat template's file; None for the model's own."""
-    return hashlib.sha256(Path(template).read_bytes()).hexdigest()[:16] if template else None
-
-
-def stamp(facts: Any) -> str:
-    """A short hash of plain values."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return model_stamp(folder) if folder.is_dir() else None
 
 
 def now() -> str:

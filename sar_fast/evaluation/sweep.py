@@ -81,7 +81,7 @@ class SweepArguments(EvaluationArguments):
             if k not in self.k or (k == 0 and beta is not None):
                 continue
             options = {"sar_activation_layer_k": k, "sar_beta": beta} if k else plain
-            folder = Path(self.output_dir) / (f"k{k}_beta{beta:g}" if k else "k0")
+            folder = Path(self.output_dir) / (f"k{k}_beta{_shortest(beta)}" if k else "k0")
             found.append(EvaluationArguments(**{**common, **options, "output_dir": str(folder)}))
         return found
 
@@ -94,6 +94,11 @@ class SweepArguments(EvaluationArguments):
             else options.replace(activation_layer_k=0)
             for s in self.settings()
         ]
+
+
+def _shortest(value: float) -> str:
+    """The fewest digits that tell a number from all others: 0.5, 1, 0.50000001."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def parse(argv: Sequence[str]) -> SweepArguments:
@@ -112,16 +117,17 @@ def run(arguments: SweepArguments) -> dict[str, Any]:
     in_all = {key: True for key in answered[0] if all(key in records for records in answered)}
     all_batches = cut_batches(samples, table, arguments.per_device_eval_batch_size)
     batches = pending(all_batches, in_all)
-    session.begin(f"{task.name}, {len(folders)} settings", len(samples), sum(map(len, batches)))
     known = Path(arguments.output_dir) / SUMMARY
     before = read_json(known) if known.is_file() else {}
     same = [row["folder"] for row in before.get("settings", ())] == [folder.path.name for folder in folders]
     timing = {name: before[name] for name in COST if same and name in before}
+    ask, configs = None, arguments.configs()
     if batches or arguments.compare_batches:
-        configs = arguments.configs()
         ask = Asker(arguments, task, scoring, *load(arguments, session.state))
         for config in configs:
             ask.handle.check_options(config)
+    session.begin(f"{task.name}, {len(folders)} settings", len(samples), sum(map(len, batches)))
+    if ask is not None:
         session.note(sharing=ask.sharing)
         answer_batches(ask, configs, session.state, table, batches, folders, answered)
         if arguments.compare_batches and session.state.is_main_process:
@@ -220,7 +226,9 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
         for beta in sorted({row["beta"] for row in rows if row["beta"] is not None}):
             line = [row for row in rows if row["beta"] == beta]
             line = ([base] if base else []) + line
-            axes.plot([row["k"] for row in line], [row["scores"][name] for row in line], "o-", label=f"beta {beta:g}")
+            axes.plot(
+                [row["k"] for row in line], [row["scores"][name] for row in line], "o-", label=f"beta {_shortest(beta)}"
+            )
         if base:
             axes.axhline(base["scores"][name], color="grey", linewidth=0.8, linestyle="--", label="without SAR")
         axes.set(title=name, xlabel="K, re-weighted layers")

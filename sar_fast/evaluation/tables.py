@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import compute
 
+from sar_fast.evaluation.stamps import content_stamp, file_stamp, files_stamp, stamp
 from sar_fast.evaluation.tasks.base import Task
 from sar_fast.training.records import RecordError, open_image
 
@@ -22,10 +23,10 @@ class Table:
 
     Attributes:
         rows: the columns that the task uses, less the picture.
-        stamp: what identifies the data, as plain values.
+        stamp: what identifies the data, as plain values: its content, and that of picture files outside the table.
     """
 
-    def __init__(self, dataset: Dataset, task: Task, source: str, folder: Path, stamp: dict[str, Any]) -> None:
+    def __init__(self, dataset: Dataset, task: Task, source: str, folder: Path, origin: dict[str, Any]) -> None:
         needed = (IMAGE_COLUMN, *task.columns)
         missing = [name for name in needed if name not in dataset.column_names]
         if missing:
@@ -41,7 +42,9 @@ class Table:
         self._keys: dict[int, str] = {}
         used = [*task.columns, *(name for name in task.optional if name in dataset.column_names)]
         self.rows: list[dict[str, Any]] = dataset.select_columns(used).to_list()
-        self.stamp = {**stamp, "rows": len(dataset)}
+        self.stamp = {**origin, "rows": len(dataset)}
+        if files := self._picture_files():
+            self.stamp["pictures"] = files_stamp(files)
 
     def picture(self, row: int) -> Any:
         """The RGB picture of a row; ``RecordError`` if it cannot be read."""
@@ -53,7 +56,7 @@ class Table:
             try:
                 where = self.reference(row)
                 content = where["bytes"]
-                self._keys[row] = hashlib.blake2b(content, digest_size=16).hexdigest() if content else where["path"]
+                self._keys[row] = content_stamp(content) if content else where["path"]
             except RecordError:
                 self._keys[row] = f"row {row}"
         return self._keys[row]
@@ -67,6 +70,20 @@ class Table:
             raise RecordError("row has no picture")
         path = value.get("path")
         return {"bytes": value.get("bytes"), "path": str(self._folder / path) if path else None}
+
+    def _picture_files(self) -> list[Path]:
+        """Pictures that are files of their own, each once; read by column, so that no other picture is touched."""
+        column = self._pictures.data.column(IMAGE_COLUMN)
+        if pyarrow.types.is_struct(column.type):
+            names = [column.type.field(i).name for i in range(column.type.num_fields)]
+            if "path" not in names:
+                return []
+            paths = compute.struct_field(column, "path")
+            if "bytes" in names:
+                paths = paths.filter(compute.is_null(compute.struct_field(column, "bytes")))
+        else:
+            paths = column if pyarrow.types.is_string(column.type) else ()
+        return [self._folder / path for path in dict.fromkeys(p.as_py() for p in paths) if path]
 
 
 def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:
@@ -86,15 +103,16 @@ def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:
                 f"{task.name}: {task.hub_id} cannot be had from the hub ({str(error).splitlines()[0]}); "
                 "download it and give its folder as --data_dir"
             ) from error
-        return Table(dataset, task, task.hub_id, Path(), {"data": task.hub_id, "split": split})
+        revision = dataset._fingerprint  # of the files that were downloaded
+        return Table(dataset, task, task.hub_id, Path(), {"data": task.hub_id, "revision": revision, "split": split})
     files = find_files(Path(data_dir), split, task.folder)
-    try:
-        dataset = load_dataset("parquet", data_files={"rows": [str(f) for f in files]}, split="rows")
+    stamps = {f.name: file_stamp(f) for f in files}
+    try:  # the name, since datasets' own cache of these files goes by their paths and times alone
+        dataset = load_dataset("parquet", name=stamp(stamps), data_files={"rows": [*map(str, files)]}, split="rows")
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{task.name}: a file of {files[0].parent} cannot be read as parquet: {reason}") from error
-    sizes = {f.name: f.stat().st_size for f in files}
-    return Table(dataset, task, str(data_dir), files[0].parent, {"files": sizes, "split": split})
+    return Table(dataset, task, str(data_dir), files[0].parent, {"files": stamps, "split": split})
 
 
 def find_files(data_dir: Path, split: str, folder: str | None = None) -> list[Path]:

@@ -18,6 +18,16 @@ FIGURES = {
 }
 
 
+NOTE = (
+    "Higher is better; MME's categories reach 200. POPE's mean yes_ratio is no score: the nearer to the questions' own "
+    "share of yes, 50 %, the less the model leans to one answer."
+)
+FOCUS_NOTE = (
+    "Higher SFS is better, and more than a uniform map's is more than chance. Lower FI is better. 95 % intervals by "
+    "bootstrap over pictures."
+)
+
+
 def write_report(paper: Paper, summary: Mapping[str, Any]) -> Path:
     """Draw the figures and write ``report.html``; its path."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -52,7 +62,7 @@ def _benchmarks(paper: Paper, stages: Mapping[str, Any]) -> dict[str, Any]:
         for name in scores["Base"]:
             values = [scores[group].get(name) for group in paper.groups]
             rows.append((f"{task}: {name}", [_number(v) for v in values]))
-    return {"title": "Benchmarks (section 6.2)", "rows": rows, "note": "Higher is better. MME's categories reach 200."}
+    return {"title": "Benchmarks (section 6.2)", "rows": rows, "note": NOTE}
 
 
 def _focus(paper: Paper, stages: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +77,7 @@ def _focus(paper: Paper, stages: Mapping[str, Any]) -> dict[str, Any]:
         ("FI, instability under paraphrase", [cell(g, "focus_instability") for g in results]),
         ("SFS of a uniform map", [f"{r['uniform_focus_score']:.3f}" for r in results.values()]),
     ]
-    return {"title": "Semantic focus (section 4)", "rows": rows, "note": "95 % intervals by bootstrap over pictures."}
+    return {"title": "Semantic focus (section 4)", "rows": rows, "note": FOCUS_NOTE}
 
 
 def findings(paper: Paper, stages: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """``sar-fast paper``: trainings, evaluations and analyses one after another, each by the command a reader would type.
 
-Every stage keeps its results in a folder of its own and finds them there again, so an interrupted run goes on.
+Every stage keeps its results in a folder of its own and finds them there again, so an interrupted run goes on; after a
+change of the options, stages that depend on it run anew.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
+import math
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sar_fast.run_metadata import commit, versions
-
-logger = logging.getLogger(__name__)
+from sar_fast.cli.loading import MINIATURE
+from sar_fast.config import SARConfig
+from sar_fast.evaluation.results import read_json
+from sar_fast.evaluation.session import weights_stamp
+from sar_fast.evaluation.stamps import files_stamp
+from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.paper.stages import Stage, run_stage
+from sar_fast.run_metadata import versions
+from sar_fast.threads import one_thread_for
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 LETTERLESS = ["--scoring", "first_token", "--choice_format", "cloze"]  # the miniature has never seen option letters
@@ -42,6 +48,8 @@ ANALYSES = {
     "focus": ("SFS and FI", "sar_paper/analysis_sec4.3_sfs_fi_eval_mini.yaml"),
     "probe": ("Layer-wise probe", "sar_paper/analysis_sec6.3_layerwise_probe_mini.yaml"),
 }
+DATA = (".parquet", ".json", ".yaml")
+FEWEST = 4  # samples of shapes_grounding with two pictures among them
 TRAININGS = {
     "sft": "sar_paper/exp_sec3.2_grad_sparsity_sft_mini.yaml",
     "control": "sar_paper/exp_sec3.3_grad_sparsity_control_mini.yaml",
@@ -58,6 +66,8 @@ class Paper:
         swept_k, swept_beta: the settings of the ablation.
         max_samples: first samples of every benchmark and analysis; None = all.
         epochs: of both trainings; None = the configurations' own.
+
+    ``ValueError`` names an option that does not fit.
     """
 
     out: Path
@@ -68,13 +78,29 @@ class Paper:
     max_samples: int | None = None
     epochs: float | None = None
 
+    def __post_init__(self) -> None:
+        layers = read_json(MINIATURE_PATH / "config.json")["text_config"]["num_hidden_layers"]
+        if not 1 <= self.k <= layers:
+            raise ValueError(f"k must be 1 to {layers}, as many layers as the miniature has; got {self.k}")
+        if any(not 0 <= k <= layers for k in self.swept_k):
+            raise ValueError(f"swept_k must be 0 to {layers}, as many layers as the miniature has; got {self.swept_k}")
+        for beta in (self.beta, *self.swept_beta):
+            SARConfig(beta=beta)
+        if self.max_samples is not None and self.max_samples < FEWEST:
+            raise ValueError(
+                f"max_samples must be at least {FEWEST}: the probe needs two pictures, which have several samples; "
+                f"got {self.max_samples}"
+            )
+        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise ValueError(f"epochs must be more than 0; got {self.epochs}")
+
     @property
     def groups(self) -> dict[str, tuple[str, list[str]]]:
         """The compared models: name -> (weights, further flags)."""
         sar = ["--use_sar", "--sar_activation_layer_k", str(self.k), "--sar_beta", str(self.beta)]
         sft, control = str(self.out / "sft"), str(self.out / "control")
         return {
-            "Base": ("miniature", []),
+            "Base": (MINIATURE, []),
             "SFT": (sft, []),
             "SFT + SAR": (sft, sar),
             "Control": (control, []),
@@ -89,16 +115,6 @@ class Paper:
         return [] if self.max_samples is None else ["--max_samples", str(self.max_samples)]
 
 
-@dataclasses.dataclass
-class Stage:
-    """One command, and what it gave."""
-
-    title: str
-    command: str
-    seconds: float
-    results: dict[str, Any]
-
-
 def run(paper: Paper) -> Path:
     """All stages, then ``report.html`` and ``paper.json`` in the output folder; the report's path.
 
@@ -108,55 +124,67 @@ def run(paper: Paper) -> Path:
         raise FileNotFoundError(f"{EXPERIMENTS} does not exist: sar-fast paper runs from a checkout of the repository")
     from sar_fast.paper.report import write_report
 
+    paper = dataclasses.replace(paper, out=paper.out.expanduser().resolve())
     paper.out.mkdir(parents=True, exist_ok=True)
-    began, stages = time.time(), []
-    for name in TRAININGS:
-        stages.append(_train(paper, name))
-    for group, (weights, flags) in paper.groups.items():
-        for task in TASKS:
-            stages.append(_evaluate(paper, group, task, weights, flags))
-        stages.append(_analyse(paper, "focus", group, weights, flags))
-        stages.append(_analyse(paper, "probe", group, weights, flags))
-    stages.append(_sweep(paper))
+    with one_thread_for(MINIATURE):
+        stages = list(_stages(paper))
     summary = {
         "options": {**dataclasses.asdict(paper), "out": str(paper.out)},
         "stages": [dataclasses.asdict(stage) for stage in stages],
-        "seconds": time.time() - began,
+        "seconds": sum(stage.seconds for stage in stages),
         "versions": versions(),
-        "commit": commit(),
+        "commits": sorted({stage.commit or "unknown" for stage in stages}),
     }
     (paper.out / "paper.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return write_report(paper, summary)
 
 
-def _train(paper: Paper, name: str) -> Stage:
-    """One training in a process of its own; its words go to ``train.log``. A finished one is not run again."""
+def _stages(paper: Paper) -> Iterator[Stage]:
+    files = sorted(f for part in ("data", "sar_paper") for f in (EXPERIMENTS / part).rglob("*") if f.suffix in DATA)
+    data = files_stamp(files)
+    for name in TRAININGS:
+        yield _train(paper, name, data)
+    for group, (weights, flags) in paper.groups.items():
+        depends = {"--max-samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
+        depends["--k or --beta"] = [paper.k, paper.beta] if flags else None
+        for task in TASKS:
+            yield _evaluate(paper, group, task, weights, flags, depends)
+        for kind in ANALYSES:
+            yield _analyse(paper, kind, group, weights, flags, depends)
+    yield _sweep(paper, data)
+
+
+def _train(paper: Paper, name: str, data: str) -> Stage:
+    """One training in a process of its own; its words go to ``train.log``."""
     folder = paper.out / name
     words = [str(EXPERIMENTS / TRAININGS[name]), "--output_dir", str(folder), "--run_name", name]
     words += [] if paper.epochs is None else ["--num_train_epochs", str(paper.epochs)]
-    command = [sys.executable, str(EXPERIMENTS / "train.py"), *words]
-    marker, began = folder / "finished.json", time.time()
-    finished = json.loads(marker.read_text()) if marker.is_file() else {}
-    if finished.get("command") == words:
-        seconds = finished["seconds"]
-    elif finished:
-        raise ValueError(f"{folder} holds a training of other settings: {' '.join(finished['command'])}; delete it")
-    else:
+
+    def train() -> dict[str, Any]:
+        command = [sys.executable, str(EXPERIMENTS / "train.py"), *words]
         if any(folder.glob("checkpoint-*")):
             command += ["--resume_from_checkpoint", "true"]
         folder.mkdir(parents=True, exist_ok=True)
-        _say(f"training {name}")
         with (folder / "train.log").open("a", encoding="utf-8") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
             raise RuntimeError(f"training {name} ended with exit code {code}; see {folder / 'train.log'}")
-        seconds = time.time() - began
-        marker.write_text(json.dumps({"command": words, "seconds": seconds}))
-    results = json.loads((folder / "train_results.json").read_text())
-    return Stage(f"Training: {name}", _typed("experiments/train.py", words), seconds, results)
+        return read_json(folder / "train_results.json")
+
+    return run_stage(
+        paper.out,
+        f"Training: {name}",
+        _typed("experiments/train.py", words),
+        folder,
+        {"--epochs": paper.epochs, "weights": weights_stamp(MINIATURE), "data": data},
+        ["model.safetensors", "gradient_sparsity.jsonl"],
+        train,
+    )
 
 
-def _evaluate(paper: Paper, group: str, task: str, weights: str, flags: Sequence[str]) -> Stage:
+def _evaluate(
+    paper: Paper, group: str, task: str, weights: str, flags: Sequence[str], depends: Mapping[str, Any]
+) -> Stage:
     from sar_fast.evaluation import arguments, benchmark
 
     folder = paper.folder("benchmarks", group, task)
@@ -169,7 +197,7 @@ def _evaluate(paper: Paper, group: str, task: str, weights: str, flags: Sequence
         main = found["overall"]["accuracy"] if task == "mme" else headline[MAIN[task]]
         return {**found, "headline": headline, "main": main}
 
-    return _in_process(f"{task}: {group}", "experiments/evaluate.py", words, scores)
+    return _in_process(paper, f"{task}: {group}", "experiments/evaluate.py", words, folder, depends, [], scores)
 
 
 def _headline(task: str, scores: dict[str, Any]) -> dict[str, float]:
@@ -179,40 +207,61 @@ def _headline(task: str, scores: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in rows if isinstance(value, int | float)}
 
 
-def _analyse(paper: Paper, kind: str, group: str, weights: str, flags: Sequence[str]) -> Stage:
+def _analyse(
+    paper: Paper, kind: str, group: str, weights: str, flags: Sequence[str], depends: Mapping[str, Any]
+) -> Stage:
     from sar_fast.evaluation import arguments, focus, probe
 
     (title, configuration), module = ANALYSES[kind], {"focus": focus, "probe": probe}[kind]
+    folder = paper.folder(kind, group)
     words = [str(EXPERIMENTS / configuration), "--model_name_or_path", weights, *flags, *paper.limits()]
-    words += ["--output_dir", str(paper.folder(kind, group))]
+    words += ["--output_dir", str(folder)]
+    products = {"focus": [], "probe": ["layerwise_probe_details.json"]}[kind]  # what the report reads
     return _in_process(
-        f"{title}: {group}", "experiments/evaluate.py", words, lambda: dict(module.run(arguments.parse(words)))
+        paper,
+        f"{title}: {group}",
+        "experiments/evaluate.py",
+        words,
+        folder,
+        depends,
+        products,
+        lambda: dict(module.run(arguments.parse(words))),
     )
 
 
-def _sweep(paper: Paper) -> Stage:
+def _sweep(paper: Paper, data: str) -> Stage:
     from sar_fast.evaluation import sweep
 
-    words = ["--model_name_or_path", str(paper.out / "sft"), "--task", "mme"]
+    folder = paper.out / "sweep"
+    weights = str(paper.out / "sft")
+    words = ["--model_name_or_path", weights, "--task", "mme"]
     words += ["--data_dir", str(EXPERIMENTS / "data/benchmarks/mme"), *paper.limits()]
     words += ["--k", *map(str, paper.swept_k), "--beta", *map(str, paper.swept_beta), "--compare_batches", "4"]
-    words += ["--output_dir", str(paper.out / "sweep")]
-    return _in_process("Ablation over K and beta", "sar-fast sweep", words, lambda: sweep.run(sweep.parse(words)))
+    words += ["--output_dir", str(folder)]
+    depends = {"--max-samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
+    depends["swept k or beta"] = [paper.swept_k, paper.swept_beta]
+    run = lambda: sweep.run(sweep.parse(words))
+    title = "Ablation over K and beta"
+    return _in_process(paper, title, "sar-fast sweep", words, folder, depends, [sweep.FIGURE], run)
 
 
-def _in_process(title: str, program: str, words: Sequence[str], call: Callable[[], dict[str, Any]]) -> Stage:
-    _say(title)
-    began = time.time()
-    with contextlib.redirect_stdout(io.StringIO()):  # the report shows it all
-        results = call()
-    return Stage(title, _typed(program, words), time.time() - began, results)
+def _in_process(
+    paper: Paper,
+    title: str,
+    program: str,
+    words: Sequence[str],
+    folder: Path,
+    depends: Mapping[str, Any],
+    products: Sequence[str],
+    call: Callable[[], Mapping[str, Any]],
+) -> Stage:
+    def quiet() -> Mapping[str, Any]:
+        with contextlib.redirect_stdout(io.StringIO()):  # the report shows it all
+            return call()
+
+    return run_stage(paper.out, title, _typed(program, words), folder, depends, products, quiet)
 
 
 def _typed(program: str, words: Sequence[str]) -> str:
     python = "" if program.startswith("sar-fast") else "python "
     return f"{python}{program} {' '.join(str(w).replace(str(EXPERIMENTS), 'experiments') for w in words)}"
-
-
-def _say(title: str) -> None:
-    sys.stderr.write(f"-- {title}\n")
-    sys.stderr.flush()

@@ -34,6 +34,7 @@ DEFAULT_TAGS = {
     "assistant_tag": "gpt",
     "system_tag": "system",
 }
+PICTURE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 
 
@@ -232,8 +233,13 @@ def open_image(reference: Mapping[str, Any]) -> Image.Image:
             return picture.convert("RGB")
     except FileNotFoundError as error:
         raise RecordError(f"image file {name} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordError(f"{name} cannot be read as a picture: {error}") from error
+    except PICTURE_ERRORS as error:
+        raise RecordError(f"{name} cannot be read as a picture: {picture_problem(error)}") from error
+
+
+def picture_problem(error: Exception) -> str:
+    """Why Pillow cannot read a picture, in the same words in every run: its own may hold an object's address."""
+    return "its format is unknown" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _describe(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ from sar_fast.experiment_arguments import expand
 from sar_fast.integrations.hf.apply import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
+from sar_fast.threads import one_thread_for
 from sar_fast.training.arguments import Arguments, main_arguments
 from sar_fast.training.checkpoints import checkpoints, last_complete
 from sar_fast.training.data import Collator, encode_dataset, load_records
@@ -44,17 +46,19 @@ def main() -> None:
 
 
 def _train() -> None:
-    try:
-        if asks_for_deepspeed(expand(sys.argv[1:])):
-            prepare_deepspeed()
-        arguments = main_arguments()
-        trainer, checkpoint = build(arguments)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from error
-    run(trainer, arguments, checkpoint)
-    if dist.is_initialized():  # a rank that leaves while another still writes would abort
-        dist.barrier()
+    with contextlib.ExitStack() as threads:
+        try:
+            if asks_for_deepspeed(expand(sys.argv[1:])):
+                prepare_deepspeed()
+            arguments = main_arguments()
+            threads.enter_context(one_thread_for(arguments.model.model_name_or_path))
+            trainer, checkpoint = build(arguments)
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            raise SystemExit(2) from error
+        run(trainer, arguments, checkpoint)
+        if dist.is_initialized():  # a rank that leaves while another still writes would abort
+            dist.barrier()
 
 
 def build(arguments: Arguments) -> tuple[Trainer, str | None]:

@@ -21,9 +21,7 @@ from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.asking import Asker
 from sar_fast.evaluation.results import METADATA, PARTS, RESULTS, SAMPLES
 from sar_fast.evaluation.run import main
-from sar_fast.evaluation.tables import find_files, open_table
-from sar_fast.evaluation.tasks import TaskOptions, find_task
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.evaluation.tables import find_files
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "experiments" / "data" / "benchmarks"
@@ -211,7 +209,7 @@ def test_overwriting_leaves_other_files_alone(tmp_path):
 
 
 def test_results_without_metadata_are_not_continued(tmp_path):
-    (tmp_path / SAMPLES).write_text("")
+    (tmp_path / SAMPLES).write_text("{}\n")
     with pytest.raises(ValueError, match=r"holds samples.jsonl but no run_metadata.json"):
         benchmark.run(arguments(tmp_path))
 
@@ -287,11 +285,11 @@ def write_table(folder, rows, name="test-00000-of-00001.parquet"):
     return str(folder)
 
 
-def picture_bytes():
+def picture_bytes(colour="red"):
     from PIL import Image as Pictures
 
     buffer = io.BytesIO()
-    Pictures.new("RGB", (24, 16), "red").save(buffer, format="PNG")
+    Pictures.new("RGB", (24, 16), colour).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -315,7 +313,8 @@ def test_unreadable_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     assert results["num_samples_evaluated"] == 4
     assert results["categories"]["existence"]["total"] == 4
     assert [s["key"] for s in results["skipped"]] == ["2", "3"]
-    assert all("cannot be read as a picture" in s["reason"] for s in results["skipped"])
+    reason = "row {}: image in the record cannot be read as a picture: its format is unknown"  # the same in every run
+    assert [s["reason"] for s in results["skipped"]] == [reason.format(2), reason.format(3)]
     assert "warning: 2 skipped" in capsys.readouterr().err
     records = lines(tmp_path / "out")
     assert [r["key"] for r in records] == ["0", "1", "2", "3", "4", "5"]
@@ -355,19 +354,6 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1 but no parquet")
     with pytest.raises(ValueError, match=f"mme: a file of {tmp_path} cannot be read as parquet: "):
         benchmark.run(arguments(tmp_path / "out", data_dir=str(tmp_path)))
-
-
-def test_models_of_one_name_are_told_apart(tmp_path):
-    """Folders by their weights, wherever they lie; hub ids by their owner too."""
-    task = find_task("mme")(TaskOptions())
-    table = open_table(task, str(DATA / "mme"), None)
-    of = lambda name: benchmark.settings_of(arguments("x", model_name_or_path=name), task, table, "generate")
-    shutil.copytree(MINIATURE_PATH, tmp_path / "a" / "model")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")  # keeps the files' times
-    assert of(str(tmp_path / "a" / "model")) == of(str(tmp_path / "b" / "model"))
-    (tmp_path / "b" / "model" / "model.safetensors").touch()
-    assert of(str(tmp_path / "a" / "model")) != of(str(tmp_path / "b" / "model"))
-    assert of("one/model") != of("two/model")
 
 
 def test_max_samples_keeps_pairs_whole(tmp_path):

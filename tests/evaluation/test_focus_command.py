@@ -87,6 +87,24 @@ class TestFocusCommand:
             focus.run(arguments(FOCUS, tmp_path, "--focus_layers", "-2"))
         focus.run(arguments(FOCUS, tmp_path, "--focus_layers", "-2", "--overwrite_output_dir", "true"))
 
+    @pytest.mark.parametrize("column", ["image", "mask"])
+    @pytest.mark.parametrize("run", [focus.run, probe.run])
+    def test_other_pictures_or_masks_in_the_same_file_need_another_folder(self, tmp_path, run, column):
+        rows = pq.read_table(DATA / "shapes_grounding.parquet").to_pylist()[:8]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        kind = {focus.run: ["--do_sfs_fi_eval"], probe.run: ["--do_layerwise_probe", "--probe_seeds", "1"]}[run]
+        flags = [*kind, "--dataset", str(tmp_path / "rows.parquet")]
+        run(arguments(flags, tmp_path / "out"))
+        for row in rows:
+            value = row[column] if isinstance(row[column], dict) else {"bytes": row[column]}
+            with Image.open(io.BytesIO(value["bytes"])) as picture:
+                other = Image.new(picture.mode, picture.size, 1)
+            other.save(buffer := io.BytesIO(), format="PNG")
+            row[column] = {**value, "bytes": buffer.getvalue()} if isinstance(row[column], dict) else buffer.getvalue()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        with pytest.raises(ValueError, match=r'other settings: asked was "\w+", now'):
+            run(arguments(flags, tmp_path / "out"))
+
     def test_with_sar_maps_are_also_weighted(self, tmp_path):
         flags = ["--use_sar", "--sar_activation_layer_k", "2", "--sar_beta", "0.1", "--max_samples", "6"]
         found = focus.run(arguments(FOCUS, tmp_path, *flags))
@@ -213,4 +231,6 @@ class TestDataset:
         flags = ["--do_sfs_fi_eval", "--dataset", str(path)]
         found = focus.run(arguments(flags, tmp_path / "out"))
         assert found["skipped"] == {"unreadable image": ["0"]}
+        record = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
+        assert record["detail"] == "unreadable image: its format is unknown"  # the same in every run
         assert found["num_samples_evaluated"] == 1

@@ -405,6 +405,21 @@ class TestGroundedMasks:
             with pytest.raises(pytest.fail.Exception):
                 masks().mask(other)
 
+    def test_another_checkpoint_of_the_same_name_and_size_has_masks_of_its_own(self, masks, tmp_path, monkeypatch):
+        sample = GroundingSample("0", picture(), "where is it?", "Red circle")
+        monkeypatch.setattr(GroundedMasks, "best_box", lambda self, image, phrase: [10.0, 20.0, 60.0, 50.0])
+        first = masks()
+        first.mask(sample)
+        weights = torch.load(tmp_path / "sam.pth")
+        (tmp_path / "other").mkdir()
+        torch.save({name: value * 2 for name, value in weights.items()}, tmp_path / "other" / "sam.pth")
+        assert (tmp_path / "other" / "sam.pth").stat().st_size == (tmp_path / "sam.pth").stat().st_size
+        other = masks()
+        other.segmenter = str(tmp_path / "other" / "sam.pth")
+        assert other.describe() != first.describe()
+        other.mask(sample)
+        assert len(list((tmp_path / "masks").iterdir())) == 2
+
     def test_the_best_box_is_in_pixels_of_the_picture(self, masks):
         # The detector's own outputs, scaled by hand: boxes are centre x, centre y, width, height in 0..1
         grounded = masks()

@@ -89,6 +89,12 @@ def test_first_token_scoring_sweeps_too(tmp_path):
     assert summary["compared_batches"] == 1
 
 
+def test_close_values_of_beta_have_folders_of_their_own(tmp_path):
+    found = sweep.parse(words(tmp_path, "mme", "--k", "1", "--beta", "0.5", "0.50000001", "1", "1e-07")).settings()
+    names = [Path(setting.output_dir).name for setting in found]
+    assert names == ["k1_beta1e-07", "k1_beta0.5", "k1_beta0.50000001", "k1_beta1"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

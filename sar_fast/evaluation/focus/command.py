@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.focus.dataset import dataset_settings, load_grounding_samples
-from sar_fast.evaluation.focus.evaluator import FI, SFS, FocusMetricsEvaluator, summarise
+from sar_fast.evaluation.focus.evaluator import FI, SFS, FocusMetricsEvaluator, overlay_path, summarise
 from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates
-from sar_fast.evaluation.focus.samples import DatasetMasks, MaskSource
+from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, MaskSource
 from sar_fast.evaluation.models import load
 from sar_fast.evaluation.results import write_json
 from sar_fast.evaluation.session import Session, model_settings
@@ -42,15 +42,20 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
         "templates": list(templates),
         "masks": masks.describe(),
     }
-    folder = session.open(arguments.output_dir, settings, products=[RESULTS])
+    folder = session.open(arguments.output_dir, settings, products=[RESULTS, f"{OVERLAYS}/*.png"])
     known = folder.records()
+    overlays = folder.path / OVERLAYS if arguments.focus_overlays else None
+
+    def done(sample: GroundingSample) -> bool:
+        record = known.get(sample.id)
+        drawn = overlays is None or record is None or "skipped" in record or overlay_path(overlays, sample.id).is_file()
+        return record is not None and drawn
+
     size = arguments.per_device_eval_batch_size
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-    batches = [batch for batch in batches if any(sample.id not in known for sample in batch)]
-    session.begin("SFS and FI", len(samples), sum(map(len, batches)))
+    batches = [batch for batch in batches if not all(map(done, batch))]
     if batches:
         model, processor, handle = load(arguments, state)
-        session.note(sharing=sharing_of(model).describe())
         if handle is not None:
             handle.remove()  # the evaluator puts SAR on while it looks
         evaluator = FocusMetricsEvaluator(
@@ -60,13 +65,17 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
             config=arguments.sar_config() if arguments.use_sar else None,
             layers=arguments.focus_layers,
             templates=templates,
-            overlay_dir=folder.path / OVERLAYS if arguments.focus_overlays else None,
+            overlay_dir=overlays,
         )
+    session.begin("SFS and FI", len(samples), sum(map(len, batches)))
+    if batches:
+        session.note(sharing=sharing_of(model).describe())
         mine = batches[state.process_index :: state.num_processes]
         bar = tqdm(total=sum(map(len, mine)), desc="SFS/FI", unit="sample", disable=not state.is_main_process)
         with bar, folder.open_part(state.process_index) as part:
             for batch in mine:
-                part.append({"key": record["id"], **record} for record in evaluator.score(batch))
+                scored = evaluator.score(batch)
+                part.append({"key": record["id"], **record} for record in scored if record["id"] not in known)
                 bar.update(len(batch))
     if not session.worked():
         return {}

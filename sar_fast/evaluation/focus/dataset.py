@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.evaluation.focus.samples import GroundingSample
-from sar_fast.evaluation.session import stamp
+from sar_fast.evaluation.stamps import content_stamp, file_stamp, stamp
 from sar_fast.training.records import SUFFIXES, read_rows
 from sar_fast.training.registry import REGISTRY_NAME, load_registry
 
@@ -53,8 +53,20 @@ def load_grounding_samples(
 
 
 def dataset_settings(name: str, samples: Sequence[GroundingSample]) -> dict[str, Any]:
-    """What tells a dataset from others, as plain values: its name, size, and a hash of what it asks."""
-    asked = [(s.id, s.query, s.object_prompt, s.label, s.bbox) for s in samples]
+    """What tells a dataset from others, as plain values: its name, size, and a hash of what it asks.
+
+    Pictures and masks count by their bytes, whether they lie in the table or in files; each file is read once.
+    """
+    files: dict[Path, str | None] = {}
+
+    def content(value: Any) -> Any:
+        if isinstance(value, Path):
+            if value not in files:
+                files[value] = file_stamp(value) if value.is_file() else None
+            return files[value]
+        return content_stamp(value) if isinstance(value, bytes) else value
+
+    asked = [(s.id, s.query, s.object_prompt, s.label, s.bbox, content(s.mask), content(s.picture)) for s in samples]
     return {"dataset": name, "samples": len(samples), "asked": stamp(asked)}
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import nn
 
 from sar_fast.analysis.overlay import heat_overlay
+from sar_fast.analysis.recording import attention_layers
 from sar_fast.config import SARConfig
-from sar_fast.evaluation.focus.attention import PromptAttention, prompt_attention
+from sar_fast.evaluation.focus.attention import PromptAttention, layer_indices, prompt_attention
 from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.grids import TokenGrid, token_grids
 from sar_fast.evaluation.focus.maps import attention_map, semantic_focus, structural_similarities
@@ -55,6 +56,7 @@ class FocusMetricsEvaluator:
 
     def __post_init__(self) -> None:
         self.templates = check_templates(self.templates)
+        layer_indices(self.layers, attention_layers(self.model), self.config)
         self.overlay_dir = None if self.overlay_dir is None else Path(self.overlay_dir)
 
     def describe(self) -> dict[str, Any]:
@@ -139,8 +141,16 @@ class FocusMetricsEvaluator:
         inner[:, 1:] &= mask[:, :-1]
         inner[:, :-1] &= mask[:, 1:]
         drawn[mask & ~inner] = 255
-        self.overlay_dir.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(drawn).save(self.overlay_dir / f"{quote(name, safe='')}.png")
+        path = overlay_path(self.overlay_dir, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        Image.fromarray(drawn).save(partial, format="PNG")
+        os.replace(partial, path)  # a file that is there is whole
+
+
+def overlay_path(folder: Path, name: str) -> Path:
+    """Where the map of the sample with this id is drawn."""
+    return folder / f"{quote(name, safe='')}.png"
 
 
 def _scores(maps: Sequence[np.ndarray], mask: np.ndarray) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sar_fast.evaluation.focus.samples import (
     check_mask,
     picture_hash,
 )
+from sar_fast.evaluation.stamps import file_stamp, model_stamp, sampled_stamp
 
 ORIGINAL = (".pth", ".pt")
 
@@ -63,16 +64,21 @@ class GroundedMasks:
         self.detector_config, self.text_encoder, self.segmenter_type = detector_config, text_encoder, segmenter_type
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
         self.cache, self.device = None if cache is None else Path(cache), device
+        self._description: dict[str, Any] | None = None
         self._models: tuple[nn.Module, Any, nn.Module, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "source": "grounding",
-            "detector": _stamp(self.detector),
-            "segmenter": _stamp(self.segmenter),
-            "box_threshold": self.box_threshold,
-            "text_threshold": self.text_threshold,
-        }
+        """The checkpoints by content, read once, and the thresholds."""
+        if self._description is None:
+            self._description = {
+                "source": "grounding",
+                "detector": _stamp(self.detector),
+                "detector_config": None if self.detector_config is None else file_stamp(Path(self.detector_config)),
+                "segmenter": _stamp(self.segmenter),
+                "box_threshold": self.box_threshold,
+                "text_threshold": self.text_threshold,
+            }
+        return self._description
 
     def mask(self, sample: GroundingSample) -> np.ndarray:
         picture = sample.image
@@ -183,9 +189,9 @@ def _stamp(name: str) -> dict[str, Any]:
     """What tells a checkpoint from another of the same name."""
     path = Path(name)
     if path.is_file():
-        return {"name": path.name, "bytes": path.stat().st_size}
+        return {"name": path.name, "content": sampled_stamp(path)}
     if path.is_dir():
-        return {"name": str(path), "bytes": sum(f.stat().st_size for f in path.glob("*.safetensors"))}
+        return {"name": path.name, "content": model_stamp(path)}
     return {"name": name}
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
+
+from sar_fast.training.records import PICTURE_ERRORS, picture_problem
 
 NOTHING_GROUNDED = "nothing grounded"
 EMPTY_MASK = "empty mask"
@@ -73,8 +75,8 @@ class GroundingSample:
         try:
             with Image.open(source) as opened:
                 return opened.convert("RGB") if decode else opened
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SampleSkipped(UNREADABLE, str(error)) from error
+        except PICTURE_ERRORS as error:
+            raise SampleSkipped(UNREADABLE, picture_problem(error)) from error
 
 
 class MaskSource(Protocol):

@@ -9,9 +9,10 @@ from typing import Any
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.focus.dataset import dataset_settings, load_grounding_samples
 from sar_fast.evaluation.models import load
+from sar_fast.evaluation.probe.features import DONE
 from sar_fast.evaluation.probe.heads import HeadTraining
 from sar_fast.evaluation.probe.plot import draw_scores
-from sar_fast.evaluation.probe.probe import LayerwiseProbe, ProbeResults, check_count
+from sar_fast.evaluation.probe.probe import LayerwiseProbe, ProbeResults
 from sar_fast.evaluation.results import write_json
 from sar_fast.evaluation.session import Session, model_settings
 
@@ -37,7 +38,12 @@ def run(arguments: EvaluationArguments) -> dict[str, float]:
         **model_settings(arguments),
         "task": arguments.layerwise_probe_task,
     }
-    folder = session.open(arguments.output_dir, settings, products=[RESULTS, DETAILS, FIGURE, f"{FEATURES}/features*"])
+    folder = session.open(
+        arguments.output_dir,
+        settings,
+        products=[RESULTS, DETAILS, FIGURE, f"{FEATURES}/features*"],
+        work=f"{FEATURES}/{DONE}",
+    )
     model, processor, handle = load(arguments, state)
     if handle is not None:
         handle.remove()  # the probe puts SAR on while it reads features
@@ -57,11 +63,11 @@ def run(arguments: EvaluationArguments) -> dict[str, float]:
         config=arguments.sar_config() if arguments.use_sar else None,
     )
     kept, skipped = probe.usable(samples)
-    check_count(kept, skipped)
+    probe.check(kept, skipped)
+    session.begin(f"probe, {arguments.layerwise_probe_task}", len(samples), len(kept))
     features = folder.path / FEATURES
     if state.is_main_process:
         probe.open_store(kept, features)  # one process makes the files
-    session.begin(f"probe, {arguments.layerwise_probe_task}", len(samples), len(kept))
     state.wait_for_everyone()
     store, passes = probe.extract(
         kept, features, state.process_index, state.num_processes, progress=state.is_main_process

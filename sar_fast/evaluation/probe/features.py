@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sar_fast.integrations.hf.apply import find_decoder_layers
 
+DONE = "features_done.bin"  # a byte per sample, 1 if its features are there
 STORED_AS = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}  # bf16 as its bits
 
 
@@ -78,7 +79,7 @@ class FeatureStore:
         stored = STORED_AS[dtype]
         mode = "r+" if path.is_file() else "w+"
         self._values = np.memmap(folder / "features.bin", dtype=stored, mode=mode, shape=shape)
-        self._done = np.memmap(folder / "features_done.bin", dtype=np.uint8, mode=mode, shape=shape[:1])
+        self._done = np.memmap(folder / DONE, dtype=np.uint8, mode=mode, shape=shape[:1])
         if mode == "w+":
             path.write_text(json.dumps(header, indent=2), encoding="utf-8")
 

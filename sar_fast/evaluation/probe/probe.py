@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,14 @@ class LayerwiseProbe:
                 skipped.setdefault(reason, []).append(sample.id)
         return kept, skipped
 
+    def check(self, kept: Sequence[GroundingSample], skipped: Mapping[str, Sequence[str]]) -> None:
+        """``ValueError`` if the samples are too few to train on some and validate on others, or have one label."""
+        if not kept:
+            reasons = ", ".join(f"{reason} ({len(ids)})" for reason, ids in skipped.items()) or "the dataset is empty"
+            raise ValueError(f"no sample can be probed: {reasons}")
+        split_by_picture([s.picture_key for s in kept], self.split_seed)
+        self._targets(kept)
+
     def open_store(self, samples: Sequence[GroundingSample], folder: str | Path) -> FeatureStore:
         """Where features of these samples are kept; ``ValueError`` if the folder holds those of others."""
         layers = len(find_decoder_layers(self.model))
@@ -170,7 +178,7 @@ class LayerwiseProbe:
     def run(self, samples: Sequence[GroundingSample], folder: str | Path) -> ProbeResults:
         """Features, heads and scores; ``folder`` keeps the features."""
         kept, skipped = self.usable(samples)
-        check_count(kept, skipped)
+        self.check(kept, skipped)
         store, passes = self.extract(kept, folder)
         return dataclasses.replace(self.fit(kept, store), skipped=skipped, forward_passes=passes)
 
@@ -203,13 +211,6 @@ def is_right(predicted: Tensor, targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return box_iou(predicted, targets[:, None]) >= RIGHT_IOU
     return predicted.argmax(-1) == targets[:, None]
-
-
-def check_count(kept: Sequence[GroundingSample], skipped: dict[str, list[str]]) -> None:
-    """``ValueError`` if no sample is left."""
-    if not kept:
-        reasons = ", ".join(f"{reason} ({len(ids)})" for reason, ids in skipped.items()) or "the dataset is empty"
-        raise ValueError(f"no sample can be probed: {reasons}")
 
 
 def _baseline(targets: Tensor, train: Tensor, validation: Tensor, outputs: int) -> float:
