@@ -21,11 +21,11 @@ def _pyplot() -> Any:
     return plt
 
 
-def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Every loss in a Trainer's ``log_history`` against the step; ``ValueError`` if there is none."""
+def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> bool:
+    """Every loss in a Trainer's ``log_history`` against the step; False, and no file, if there is none."""
     names = [n for n in ("loss", "loss_text_gen", "loss_contrastive", "eval_loss") if any(n in h for h in history)]
     if not names:
-        raise ValueError("log_history has no loss; train for at least logging_steps steps")
+        return False
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in names:
@@ -35,6 +35,7 @@ def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -205,6 +205,28 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert all(torch.equal(p, trained[n]) for n, p in model.named_parameters())
 
 
+def test_a_run_shorter_than_logging_steps_has_no_loss_to_plot(tmp_path, caplog):
+    (tmp_path / "training_loss.png").write_bytes(b"of an earlier run")
+    train(tmp_path, max_steps=1, logging_steps=10, plot_loss=True)
+    assert "no loss to plot: 1 steps, and one is logged every --logging_steps 10" in caplog.text
+    assert not (tmp_path / "training_loss.png").exists()
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_wandb_without_a_key_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    wandb.teardown()
+    try:
+        with pytest.raises(ValueError, match=r"--report_to wandb has no key: set WANDB_API_KEY.*WANDB_MODE=offline"):
+            build(parse(flags(tmp_path / "out", report_to="wandb")))
+    finally:
+        wandb.teardown()
+    assert not (tmp_path / "out").exists()
+
+
 def test_counted_flops_are_those_of_the_shapes(tmp_path):
     """Against the count by hand of the miniature: linear layers, and attention over the padded length."""
     trainer = train(tmp_path, max_steps=1, log_throughput=True, peak_flops=1.0, freeze_multi_modal_projector=False)
