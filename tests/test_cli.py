@@ -137,6 +137,7 @@ def test_errors_name_the_option(picture, tmp_path):
     assert "cannot be read" in fails("generate", "--image", str(broken), *ask)
     assert "--image" in fails("generate", "--image", str(tmp_path), *ask)
     assert "--question" in fails("generate", "--image", picture, "--question", " ")
+    assert "--question has '<image>'" in fails("generate", "--image", picture, "--question", "a <image> b")
     assert "--model" in fails(*ok, "--model", "./no/such/folder")
     assert "--model" in fails(*ok, "--model", str(tmp_path))
     assert "--device" in fails(*ok, "--device", "warp")

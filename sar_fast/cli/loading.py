@@ -87,12 +87,20 @@ def build_prompt(processor: Any, question: str) -> str:
     """The prompt of one picture and one question: the processor's chat template, or else LLaVA-1.5's words."""
     if not question.strip():
         raise UserError("--question is empty, needed some words")
+    if marker := placeholder_in(processor, question):
+        raise UserError(f"--question has {marker!r}, which stands for a picture; leave it out")
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
     return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+
+
+def placeholder_in(processor: Any, words: str) -> str | None:
+    """The processor's placeholder of a picture in a user's words: it would be taken for a picture. None if none is."""
+    known = {getattr(processor, name, None) for name in ("image_token", "boi_token", "video_token")}
+    return next((token for token in sorted(filter(None, known)) if str(token) in words), None)
 
 
 def build_inputs(model: nn.Module, processor: Any, pictures: Sequence[Any], questions: Sequence[str]) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.experiment_arguments import need, parse_groups
 
@@ -126,6 +127,8 @@ class EvaluationArguments:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.use_sar:
             self.sar_config()
+        if self.template is not None:
+            read_template(self.template)
 
     def sar_config(self) -> SARConfig:
         """The options of SAR; ``ValueError`` for a bad one."""

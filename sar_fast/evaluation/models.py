@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
+from sar_fast.chat_template import read_template
 from sar_fast.cli.errors import UserError
 from sar_fast.cli.loading import MINIATURE, load_model, tokenizer_of
 from sar_fast.evaluation.arguments import EvaluationArguments
@@ -58,9 +58,7 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
 def prepare_processor(processor: Any, template: str | None = None) -> None:
     """Pad on the left, with a chat template: the model's own, or the Jinja file ``template``."""
     if template is not None:
-        if not Path(template).is_file():
-            raise ValueError(f"template is {template!r}, needed a Jinja file")
-        processor.chat_template = Path(template).read_text(encoding="utf-8")
+        processor.chat_template = read_template(template)
     if not getattr(processor, "chat_template", None):
         raise ValueError("the model has no chat template, give one with --template")
     tokenizer = tokenizer_of(processor)

@@ -445,6 +445,43 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, message
     assert message in err[0]
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", r"template .*t\.jinja, line 1 cannot be rendered: "),
+        ("{{ messages[7].content.x }}", r"t\.jinja cannot be rendered: list object has no element 7"),
+        ("{{ raise_exception('no system turn') }}", "cannot be rendered: no system turn"),
+        ("USER: <image> ASSISTANT:", "leaves out the user's words"),
+        ("{{ messages[0].content[-1].text }} ASSISTANT:", "leaves out the picture"),
+    ],
+)
+def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, message):
+    (tmp_path / "t.jinja").write_text(template)
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path / "out", template=str(tmp_path / "t.jinja"))
+    with pytest.raises(ValueError, match=r"template is '.*gone\.jinja', needed a Jinja file"):
+        arguments(tmp_path / "out", template=str(tmp_path / "gone.jinja"))
+
+
+def test_the_models_own_template_as_a_file_changes_nothing(tmp_path):
+    (tmp_path / "t.jinja").write_text((MINIATURE_PATH / "chat_template.jinja").read_text())
+    benchmark.run(arguments(tmp_path / "own"))
+    benchmark.run(arguments(tmp_path / "file", template=str(tmp_path / "t.jinja")))
+    assert lines(tmp_path / "own") == lines(tmp_path / "file")
+
+
+def test_a_placeholder_in_a_question_is_a_listed_skip(tmp_path):
+    rows = mme_rows(2)
+    rows[2]["question"] = "Is an <image> in it?"
+    data = write_table(tmp_path / "data", rows)
+    results = benchmark.run(arguments(tmp_path / "out", data_dir=data))
+    assert results["num_samples_evaluated"] == 2
+    assert results["skipped"][0] == {
+        "key": "2",
+        "reason": "row 2: the prompt has '<image>', which stands for a picture",
+    }
+
+
 def test_the_research_codes_command_runs(tmp_path, monkeypatch, capsys):
     """Flags of its README, verbatim."""
     command = """--model_name_or_path miniature --use_sar --sar_activation_layer_k 2 --sar_beta 0.5 --task mme

@@ -214,3 +214,39 @@ class TestDataset:
         found = focus.run(arguments(flags, tmp_path / "out"))
         assert found["skipped"] == {"unreadable image": ["0"]}
         assert found["num_samples_evaluated"] == 1
+
+    def test_bad_masks_words_and_truncated_pictures_are_listed_skips(self, tmp_path):
+        path = self.write(tmp_path)
+        (good,) = pq.read_table(path).to_pylist()
+        truncated = good["image"]["bytes"][: len(good["image"]["bytes"]) // 2]
+        other = io.BytesIO()
+        Image.new("L", (3, 5), 255).save(other, format="PNG")
+        changes = (
+            {"mask": b"no picture"},
+            {"mask": other.getvalue()},
+            {"query": "an <image> of it"},
+            {"object_prompt": "<image>"},
+            {"image": {"bytes": truncated, "path": None}},
+        )
+        rows = [{**good, "id": str(n), "mask": None, **change} for n, change in enumerate(({}, *changes))]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        found = focus.run(arguments(["--do_sfs_fi_eval", "--dataset", str(path)], tmp_path / "out"))
+        assert found["skipped"] == {
+            "unreadable mask": ["1"],
+            "mask of another shape than its picture": ["2"],
+            "words with the placeholder of a picture": ["3", "4"],
+            "unreadable image": ["5"],
+        }
+        more = pq.read_table(DATA / "shapes_grounding.parquet").to_pylist()[:20]
+        more = [{**row, "mask": None, "id": f"more {number}"} for number, row in enumerate(more)]
+        columns = [{k: row.get(k) for k in rows[0]} for row in (*rows, *more)]
+        pq.write_table(pa.Table.from_pylist(columns), path)
+        flags = ["--do_layerwise_probe", "--dataset", str(path), "--probe_seeds", "1"]
+        probe.run(arguments(flags, tmp_path / "probe"))
+        details = json.loads((tmp_path / "probe" / "layerwise_probe_details.json").read_text())
+        assert details["skipped"] == {"words with the placeholder of a picture": ["3"], "unreadable image": ["5"]}
+        assert details["num_samples_skipped"] == 2
+
+    def test_a_missing_mask_file_names_its_row(self, tmp_path):
+        with pytest.raises(ValueError, match=r"row 0: mask file .*gone\.png cannot be read"):
+            load_grounding_samples(str(self.write(tmp_path, mask="gone.png")), DATA)

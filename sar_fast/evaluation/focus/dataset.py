@@ -93,7 +93,10 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
         mask = _file(mask, media)
         if mask is None:
             raise ValueError(f"{place}: mask is a {type(row['mask']).__name__}, needed an encoded picture or polygons")
-        mask = mask.read_bytes() if isinstance(mask, Path) else mask
+        try:
+            mask = mask.read_bytes() if isinstance(mask, Path) else mask
+        except OSError as error:
+            raise ValueError(f"{place}: mask file {mask} cannot be read: {error.strerror}") from error
     return GroundingSample(
         id=number if row["id"] is None else str(row["id"]),
         picture=picture,
