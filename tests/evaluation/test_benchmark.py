@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, Image
 
 from sar_fast.evaluation import benchmark
-from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.asking import Asker
 from sar_fast.evaluation.results import METADATA, PARTS, RESULTS, SAMPLES
 from sar_fast.evaluation.run import main
 from sar_fast.evaluation.tables import find_files, open_table
 from sar_fast.evaluation.tasks import TaskOptions, find_task
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from tests.evaluation.benchmarks import DATA, ROOT, arguments, lines, mme_rows, write_table
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "experiments" / "data" / "benchmarks"
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _caches(tmp_path_factory):
-    """Arrow copies of the tables go to a folder of their own."""
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
-def arguments(out, **change):
-    given = {"model_name_or_path": "miniature", "output_dir": str(out), "task": "mme", "data_dir": str(DATA / "mme")}
-    return EvaluationArguments(**{**given, "max_samples": 16, **change})
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
 
 
 def same_files(a, b):
@@ -278,37 +252,6 @@ def test_bad_input_ends_every_process_with_the_reason(tmp_path):
 # --- bad input
 
 
-def write_table(folder, rows, name="test-00000-of-00001.parquet"):
-    folder.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_list(rows)
-    if "image" in rows[0] and isinstance(rows[0]["image"], dict):
-        table = table.cast_column("image", Image())
-    pq.write_table(table.data.table, folder / name)
-    return str(folder)
-
-
-def picture_bytes():
-    from PIL import Image as Pictures
-
-    buffer = io.BytesIO()
-    Pictures.new("RGB", (24, 16), "red").save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def mme_rows(pictures, broken=()):
-    return [
-        {
-            "question_id": f"{n}.png",
-            "image": {"bytes": b"no picture" if n in broken else picture_bytes(), "path": None},
-            "question": f"Is there a {word}? Please answer yes or no.",
-            "answer": answer,
-            "category": "existence",
-        }
-        for n in range(pictures)
-        for word, answer in (("red circle", "Yes"), ("blue circle", "No"))
-    ]
-
-
 def test_unreadable_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     data = write_table(tmp_path / "data", mme_rows(3, broken=[1]))
     results = benchmark.run(arguments(tmp_path / "out", data_dir=data, per_device_eval_batch_size=3))
@@ -445,43 +388,6 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, message
     assert message in err[0]
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% for %}", r"template .*t\.jinja, line 1 cannot be rendered: "),
-        ("{{ messages[7].content.x }}", r"t\.jinja cannot be rendered: list object has no element 7"),
-        ("{{ raise_exception('no system turn') }}", "cannot be rendered: no system turn"),
-        ("USER: <image> ASSISTANT:", "leaves out the user's words"),
-        ("{{ messages[0].content[-1].text }} ASSISTANT:", "leaves out the picture"),
-    ],
-)
-def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, message):
-    (tmp_path / "t.jinja").write_text(template)
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path / "out", template=str(tmp_path / "t.jinja"))
-    with pytest.raises(ValueError, match=r"template is '.*gone\.jinja', needed a Jinja file"):
-        arguments(tmp_path / "out", template=str(tmp_path / "gone.jinja"))
-
-
-def test_the_models_own_template_as_a_file_changes_nothing(tmp_path):
-    (tmp_path / "t.jinja").write_text((MINIATURE_PATH / "chat_template.jinja").read_text())
-    benchmark.run(arguments(tmp_path / "own"))
-    benchmark.run(arguments(tmp_path / "file", template=str(tmp_path / "t.jinja")))
-    assert lines(tmp_path / "own") == lines(tmp_path / "file")
-
-
-def test_a_placeholder_in_a_question_is_a_listed_skip(tmp_path):
-    rows = mme_rows(2)
-    rows[2]["question"] = "Is an <image> in it?"
-    data = write_table(tmp_path / "data", rows)
-    results = benchmark.run(arguments(tmp_path / "out", data_dir=data))
-    assert results["num_samples_evaluated"] == 2
-    assert results["skipped"][0] == {
-        "key": "2",
-        "reason": "row 2: the prompt has '<image>', which stands for a picture",
-    }
-
-
 def test_the_research_codes_command_runs(tmp_path, monkeypatch, capsys):
     """Flags of its README, verbatim."""
     command = """--model_name_or_path miniature --use_sar --sar_activation_layer_k 2 --sar_beta 0.5 --task mme
@@ -494,19 +400,6 @@ def test_the_research_codes_command_runs(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results/eval_sars/mme" / RESULTS).read_text())
     assert set(results["overall"]) == {"accuracy", "score", "correct", "total"}
     assert "existence" in capsys.readouterr().out
-
-
-def test_a_box_outside_of_its_picture_is_skipped_and_listed(tmp_path):
-    rows = [
-        {"question_id": str(n), "image": {"bytes": picture_bytes(), "path": None}, "answer": ["red"], "bbox": box}
-        for n, box in enumerate([[2.0, 2.0, 8.0, 8.0], [20.0, 2.0, 8.0, 8.0]])  # the picture is 24 x 16
-    ]
-    data = write_table(tmp_path / "data", rows, "val-00000-of-00001.parquet")
-    results = benchmark.run(arguments(tmp_path / "out", task="refcoco", data_dir=data, box_format="miniature"))
-    assert results["num_samples_evaluated"] == 1
-    ((key, reason),) = [(s["key"], s["reason"]) for s in results["skipped"]]
-    assert key == "1/0"
-    assert "lies outside of the picture's 24 x 16 pixels" in reason
 
 
 def test_a_model_without_pictures_is_named(tmp_path):

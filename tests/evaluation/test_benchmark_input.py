@@ -1,0 +1,61 @@
+"""``evaluate.py --task`` on input that is wrong: an error that names it, or a skip that is counted and listed."""
+
+from __future__ import annotations
+
+import pytest
+
+from sar_fast.evaluation import benchmark
+from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from tests.evaluation.benchmarks import arguments, lines, mme_rows, picture_bytes, write_table
+
+pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", r"template .*t\.jinja, line 1 cannot be rendered: "),
+        ("{{ messages[7].content.x }}", r"t\.jinja cannot be rendered: list object has no element 7"),
+        ("{{ raise_exception('no system turn') }}", "cannot be rendered: no system turn"),
+        ("USER: <image> ASSISTANT:", "leaves out the user's words"),
+        ("{{ messages[0].content[-1].text }} ASSISTANT:", "leaves out the picture"),
+    ],
+)
+def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, message):
+    (tmp_path / "t.jinja").write_text(template)
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path / "out", template=str(tmp_path / "t.jinja"))
+    with pytest.raises(ValueError, match=r"template is '.*gone\.jinja', needed a Jinja file"):
+        arguments(tmp_path / "out", template=str(tmp_path / "gone.jinja"))
+
+
+def test_the_models_own_template_as_a_file_changes_nothing(tmp_path):
+    (tmp_path / "t.jinja").write_text((MINIATURE_PATH / "chat_template.jinja").read_text())
+    benchmark.run(arguments(tmp_path / "own"))
+    benchmark.run(arguments(tmp_path / "file", template=str(tmp_path / "t.jinja")))
+    assert lines(tmp_path / "own") == lines(tmp_path / "file")
+
+
+def test_a_placeholder_in_a_question_is_a_listed_skip(tmp_path):
+    rows = mme_rows(2)
+    rows[2]["question"] = "Is an <image> in it?"
+    data = write_table(tmp_path / "data", rows)
+    results = benchmark.run(arguments(tmp_path / "out", data_dir=data))
+    assert results["num_samples_evaluated"] == 2
+    assert results["skipped"][0] == {
+        "key": "2",
+        "reason": "row 2: the prompt has '<image>', which stands for a picture",
+    }
+
+
+def test_a_box_outside_of_its_picture_is_skipped_and_listed(tmp_path):
+    rows = [
+        {"question_id": str(n), "image": {"bytes": picture_bytes(), "path": None}, "answer": ["red"], "bbox": box}
+        for n, box in enumerate([[2.0, 2.0, 8.0, 8.0], [20.0, 2.0, 8.0, 8.0]])  # the picture is 24 x 16
+    ]
+    data = write_table(tmp_path / "data", rows, "val-00000-of-00001.parquet")
+    results = benchmark.run(arguments(tmp_path / "out", task="refcoco", data_dir=data, box_format="miniature"))
+    assert results["num_samples_evaluated"] == 1
+    ((key, reason),) = [(s["key"], s["reason"]) for s in results["skipped"]]
+    assert key == "1/0"
+    assert "lies outside of the picture's 24 x 16 pixels" in reason
