@@ -12,6 +12,7 @@ from torch import nn
 from sar_fast.chat_template import read_template
 from sar_fast.cli.errors import UserError
 from sar_fast.cli.loading import MINIATURE, load_model, tokenizer_of
+from sar_fast.evaluation.answering import GRID
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
@@ -30,6 +31,17 @@ def model_type_of(name: str) -> str:
         return AutoConfig.from_pretrained(MINIATURE_PATH if name == MINIATURE else name).model_type
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def reports_frames(name: str) -> bool:
+    """Whether a model's processor says how large the model sees each picture."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(MINIATURE_PATH if name == MINIATURE else name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+    return GRID in processor.model_input_names
 
 
 def start_processes(device: str) -> PartialState:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow.parquet import read_metadata
 
 from sar_fast.evaluation.tasks.base import Task
 from sar_fast.training.records import RecordError, open_image
@@ -89,6 +90,8 @@ def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:
         return Table(dataset, task, task.hub_id, Path(), {"data": task.hub_id, "split": split})
     files = find_files(Path(data_dir), split, task.folder)
     try:
+        if not any(read_metadata(f).num_rows for f in files):
+            raise ValueError(f"{task.name}: {data_dir} has no rows")  # datasets would say "BatchSize must be greater"
         dataset = load_dataset("parquet", data_files={"rows": [str(f) for f in files]}, split="rows")
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         reason = " ".join(str(error.__cause__ or error).split())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pyarrow.parquet as pq
 import pytest
 
 from sar_fast.evaluation import benchmark
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
-from tests.evaluation.benchmarks import arguments, lines, mme_rows, picture_bytes, write_table
+from tests.evaluation.benchmarks import DATA, arguments, lines, mme_rows, picture_bytes, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
 
@@ -59,3 +60,40 @@ def test_a_box_outside_of_its_picture_is_skipped_and_listed(tmp_path):
     ((key, reason),) = [(s["key"], s["reason"]) for s in results["skipped"]]
     assert key == "1/0"
     assert "lies outside of the picture's 24 x 16 pixels" in reason
+
+
+def test_replies_that_were_not_understood_are_said_on_the_console(tmp_path, capsys):
+    given = {"task": "scienceqa", "data_dir": str(DATA / "scienceqa"), "max_samples": 4, "max_new_tokens": 3}
+    results = benchmark.run(arguments(tmp_path / "out", **given))
+    assert results["unparsed"] == 4
+    assert "warning: 4 of 4 replies were not understood and count as wrong" in capsys.readouterr().err
+    results = benchmark.run(arguments(tmp_path / "cloze", choice_format="cloze", **given))
+    assert results["unparsed"] == 0
+    assert "not understood" not in capsys.readouterr().err
+
+
+def test_a_box_format_that_needs_the_resized_size_is_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"--box_format resized_pixels needs a model whose processor .*miniature does"):
+        benchmark.run(
+            arguments(tmp_path / "out", task="refcoco", data_dir=str(DATA / "refcoco"), box_format="resized_pixels")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_object_without_expressions_is_a_listed_skip(tmp_path):
+    image = {"bytes": picture_bytes(), "path": None}
+    rows = [
+        {"question_id": str(n), "image": image, "answer": answer, "bbox": [2.0, 2.0, 8.0, 8.0]}
+        for n, answer in enumerate((["red"], []))
+    ]
+    data = write_table(tmp_path / "data", rows, "val-00000-of-00001.parquet")
+    results = benchmark.run(arguments(tmp_path / "out", task="refcoco", data_dir=data, box_format="miniature"))
+    assert results["skipped"] == [{"key": "row 1", "reason": "answer has no expression"}]
+
+
+def test_a_table_without_rows_is_named(tmp_path):
+    write_table(tmp_path / "data", mme_rows(1))
+    file = tmp_path / "data" / "test-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(ValueError, match=r"mme: .*data has no rows"):
+        benchmark.run(arguments(tmp_path / "out", data_dir=str(tmp_path / "data")))
