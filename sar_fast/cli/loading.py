@@ -53,7 +53,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[nn
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = Path(name).expanduser()
-    if not path.is_dir() and (path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+    if is_missing_folder(name):
         raise UserError(f"--model {name!r} is no folder on this machine")
     source = str(path) if path.is_dir() else name
     try:
@@ -70,6 +70,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[nn
             f"--model {name!r} cannot be loaded as an image-text-to-text model: {_first_line(error)}"
         ) from error
     return model.to(place).eval(), processor
+
+
+def is_missing_folder(name: str) -> bool:
+    """Whether a model's name can only be a folder, and is none: the hub would answer something about repository ids."""
+    path = Path(name).expanduser()
+    return not path.is_dir() and (path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1)
 
 
 def open_image(path: Path) -> Image.Image:

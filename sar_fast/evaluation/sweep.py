@@ -39,6 +39,7 @@ _DEFAULTS = {
     for f in dataclasses.fields(EvaluationArguments)
 }
 
+_DEFAULT_BETA = 0.5
 SUMMARY = "sweep.json"
 COST = ("layer_passes", "seconds_per_batch", "speed_up", "compared_batches")
 FIGURE = "figure6.png"
@@ -51,7 +52,7 @@ class SweepArguments(EvaluationArguments):
     k: list[int] = dataclasses.field(
         default_factory=lambda: [0, 5, 10, 15], metadata={"help": "Values of K; 0 is the model without SAR."}
     )
-    beta: list[float] = dataclasses.field(default_factory=lambda: [0.5], metadata={"help": "Values of beta."})
+    beta: list[float] = dataclasses.field(default_factory=lambda: [_DEFAULT_BETA], metadata={"help": "Values of beta."})
     compare_batches: int = dataclasses.field(
         default=0, metadata={"help": "Also answer so many batches setting by setting, and print how long both take."}
     )
@@ -66,6 +67,8 @@ class SweepArguments(EvaluationArguments):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"--{name} must be one or more different values; got {values}")
+        if not any(self.k) and self.beta != [_DEFAULT_BETA]:
+            raise ValueError("--beta has no effect on --k 0, which is the model without SAR; leave it out")
         if self.compare_batches < 0:
             raise ValueError(f"compare_batches must be at least 0; got {self.compare_batches}")
         self.use_sar, self.sar_activation_layer_k = True, max(self.k)

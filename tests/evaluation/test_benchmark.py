@@ -369,6 +369,14 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
             ["--task", "mme", "--per_device_eval_batch_size", "0"],
             "per_device_eval_batch_size must be at least 1; got 0",
         ),
+        (
+            ["--task", "mme", "--scoring", "first_token", "--max_new_tokens", "5"],
+            "error: --max_new_tokens has no effect on --scoring first_token",
+        ),
+        (["--task", "mme", "--media_dir", "x"], "error: --media_dir has no effect on --task"),
+        (["--task", "mme", "--dataset_dir", "x"], "error: --dataset_dir has no effect on --task"),
+        (["--task", "mme", "--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0; got -1"),
+        (["--task", "mme", "--scoring", "last"], "error: argument --scoring: invalid choice: 'last'"),
         (["--task", "mme", "--data_dir", "nowhere"], "error: data_dir nowhere is no folder"),
         (["--task", "mme", "--data_dir", str(DATA / "mme"), "--model_name_or_path", "./none"], "--model_name_or_path"),
         (

@@ -95,8 +95,33 @@ class TestFocusCommand:
     def test_half_a_grounding_pair_is_an_error(self, tmp_path):
         with pytest.raises(ValueError, match="--sam_checkpoint_path is missing"):
             focus.run(arguments(FOCUS, tmp_path, "--gd_checkpoint_path", "x"))
-        with pytest.raises(ValueError, match="--gd_config_path has no effect"):
-            focus.run(arguments(FOCUS, tmp_path, "--gd_config_path", "x.py"))
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--gd_config_path x.py", "--gd_config_path has no effect without --gd_checkpoint_path and --sam_check"),
+            ("--sam_model_type vit_x", "--sam_model_type has no effect without"),
+            ("--gd_box_threshold 0.5", "--gd_box_threshold has no effect without"),
+            ("--sam_mask_cache x", "--sam_mask_cache has no effect without"),
+            ("--gd_checkpoint_path a/b --sam_checkpoint_path c.pth --sam_model_type vit_x", "vit_h; got 'vit_x'"),
+            ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --sam_model_type vit_b", "--sam_model_type has no ef"),
+            ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --gd_config_path x", "--gd_config_path has no effect"),
+            ("--gd_checkpoint_path /nope --sam_checkpoint_path c/d", "gd_checkpoint_path '/nope' is no folder"),
+            (
+                "--gd_checkpoint_path {pth} --sam_checkpoint_path c/d --gd_config_path x",
+                "gd_config_path x does not exis",
+            ),
+            (
+                "--gd_checkpoint_path {pth} --sam_checkpoint_path c/d --gd_config_path {pth} --gd_text_encoder /nope",
+                "gd_text_encoder '/nope' is no folder on this machine",
+            ),
+        ],
+    )
+    def test_flags_of_grounding_models(self, tmp_path, flags, message):
+        (tmp_path / "x.pth").touch()
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            focus.run(arguments(FOCUS, tmp_path / "out", *flags.format(pth=tmp_path / "x.pth").split()))
+        assert not (tmp_path / "out").exists()
 
 
 class TestProbeCommand:

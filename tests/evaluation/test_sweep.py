@@ -48,6 +48,12 @@ def test_every_setting_equals_a_separate_run(swept, tmp_path, name):
     assert json.loads((folder / name / "all_results.json").read_text()) == json.loads(json.dumps(alone))
 
 
+def test_beta_without_a_re_weighted_setting_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--beta has no effect on --k 0"):
+        sweep.parse(words(tmp_path, "mme", "--k", "0", "--beta", "0.3", "0.4"))
+    sweep.parse(words(tmp_path, "mme", "--k", "0"))
+
+
 def test_summary_names_settings_cost_and_speed(swept):
     folder, summary = swept
     assert [(row["k"], row["beta"]) for row in summary["settings"]] == [
