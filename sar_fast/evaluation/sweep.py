@@ -43,6 +43,7 @@ _DEFAULT_BETA = 0.5
 SUMMARY = "sweep.json"
 COST = ("layer_passes", "seconds_per_batch", "speed_up", "compared_batches")
 FIGURE = "figure6.png"
+PANELS_IN_A_ROW = 4
 
 
 @dataclasses.dataclass
@@ -215,11 +216,15 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     if not names:
         logger.warning("%s: no score is known under every setting; nothing is drawn", path.name)
         return
+    columns = min(PANELS_IN_A_ROW, len(names))
+    count = -(-len(names) // columns)
     figure, panels = plt.subplots(
-        1, len(names), figsize=(3.4 * len(names), 3), layout="constrained", squeeze=False, sharex=True
+        count, columns, figsize=(3.4 * columns, 3 * count), layout="constrained", squeeze=False, sharex=True
     )
+    for axes in panels.flat[len(names) :]:
+        axes.remove()
     base = next((row for row in rows if row["k"] == 0), None)
-    for axes, name in zip(panels[0], names):
+    for axes, name in zip(panels.flat, names):
         for beta in sorted({row["beta"] for row in rows if row["beta"] is not None}):
             line = [row for row in rows if row["beta"] == beta]
             line = ([base] if base else []) + line
@@ -227,6 +232,7 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
         if base:
             axes.axhline(base["scores"][name], color="grey", linewidth=0.8, linestyle="--", label="without SAR")
         axes.set(title=name, xlabel="K, re-weighted layers")
+        axes.tick_params(labelbottom=True)  # the panel below may be an empty place
     panels[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

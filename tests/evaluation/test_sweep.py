@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sar_fast.evaluation import arguments as arguments_module
 from sar_fast.evaluation import benchmark, sweep
@@ -110,3 +111,10 @@ def test_first_token_scoring_sweeps_too(tmp_path):
 def test_bad_input(tmp_path, more, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         sweep.run(sweep.parse(words(tmp_path / "out", "mme", *more)))
+
+
+def test_the_panels_of_many_scores_are_wrapped_into_rows(tmp_path):
+    rows = [{"k": k, "beta": 0.5 if k else None, "scores": {f"s{n}": k + n for n in range(6)}} for k in (0, 5)]
+    sweep.plot({"settings": rows}, tmp_path / "figure6.png")
+    width, height = Image.open(tmp_path / "figure6.png").size
+    assert (width, height) == (4 * 510, 2 * 450)

@@ -324,39 +324,3 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: unknown flag --learning_rat; did you mean --learning_rate?"
     assert "Traceback" not in done.stderr
-
-
-def test_figures_are_drawn(tmp_path):
-    from typer.testing import CliRunner
-
-    from sar_fast.cli import app
-
-    for name in ("sft", "control"):
-        train(tmp_path / name, max_steps=2, custom_trainer="control_sft" if name == "control" else None)
-    done = CliRunner().invoke(
-        app, ["plot", *(str(tmp_path / n) for n in ("sft", "control")), "--out", str(tmp_path / "f")]
-    )
-    assert done.exit_code == 0, done.output
-    for name in ("figure_3.png", "figure_4.png"):
-        assert Image.open(tmp_path / "f" / name).size[0] > 500
-    missing = CliRunner().invoke(app, ["plot", str(tmp_path / "nowhere")])
-    assert missing.exit_code == 2
-    assert "does not exist" in missing.output
-
-
-def test_data_check_names_bad_records(tmp_path):
-    from typer.testing import CliRunner
-
-    from sar_fast.cli import app
-
-    shipped = REPOSITORY / "experiments" / "data" / "shapes_llava.json"
-    good = CliRunner().invoke(app, ["data", "check", str(shipped), "--model", "miniature", "--json"])
-    assert good.exit_code == 0, good.output
-    found = json.loads(good.stdout)
-    assert (found["records"], found["images"], found["answers"], found["bad"]) == (32, 32, 96, [])
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"id": "x", "conversations": []}, {"messages": 3}])
-    bad = CliRunner().invoke(app, ["data", "check", str(path)])
-    assert bad.exit_code == 1
-    assert "record 0 (id x): column 'conversations'" in bad.output
-    assert "record 1: " in bad.output
-    assert "2 records, 0 images, 0 answers; 2 bad" in bad.output
