@@ -78,3 +78,61 @@ def test_data_check_names_bad_records(tmp_path):
     assert "record 0 (id x): column 'conversations'" in bad.output
     assert "record 1: " in bad.output
     assert "2 records, 0 images, 0 answers; 2 bad" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{data}", "--dataset-info", "/nope"], "--dataset-info '/nope' is no dataset_info.json nor a folder with one"),
+        (["{data}", "--model", "miniature", "--max-length", "0"], "--max-length must be at least 1; got 0"),
+        (["{data}", "--model", "/nope"], "--model '/nope' is no folder on this machine"),
+        (["{folder}"], "is a folder, needed a file"),
+        (["{utf16}"], "utf16.json is not UTF-8 text"),
+        (["{empty}"], "empty.json has no rows"),
+        (["{grounding}", "--model", "miniature"], "--model has no effect on a grounding table"),
+    ],
+)
+def test_data_check_names_what_is_wrong_with_its_arguments(tmp_path, words, message):
+    (tmp_path / "utf16.json").write_text("[]", encoding="utf-16")
+    (tmp_path / "empty.json").write_text("[]")
+    data = REPOSITORY / "experiments" / "data"
+    places = {
+        "data": data / "shapes_llava.json",
+        "folder": data,
+        "utf16": tmp_path / "utf16.json",
+        "empty": tmp_path / "empty.json",
+        "grounding": data / "shapes_grounding.parquet",
+    }
+    code, output = command("data", "check", *(word.format(**places) for word in words))
+    assert (code, message in output) == (2, True), output
+
+
+def test_data_check_knows_grounding_tables(tmp_path):
+    shipped = REPOSITORY / "experiments" / "data" / "shapes_grounding.parquet"
+    code, output = command("data", "check", shipped, "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    assert (found["records"], found["images"], found["boxes"], found["bad"]) == (581, 581, 581, [])
+    Image.new("RGB", (40, 20)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    good = {"image": "good.png", "query": "Where?", "object_prompt": "dog", "bbox": [1, 2, 30, 20]}
+    changes = {
+        "": {},
+        "no query": {"query": None},
+        "object_prompt is ' ', needed words": {"object_prompt": " "},
+        "needed four numbers": {"bbox": [1, 2, 3]},
+        "box has no area": {"bbox": [30, 2, 1, 20]},
+        "lies outside of the picture's 40 x 20 pixels": {"bbox": [1, 2, 30, 25]},
+        "unreadable image": {"image": "cut.png"},
+        "neither bbox nor mask": {"bbox": None},
+        "id 'a' is in record 8 already": {"id": "a"},
+    }
+    rows = [{**good, **change} for change in (*list(changes.values())[:-1], {"id": "a"}, {"id": "a"})]
+    code, output = command("data", "check", write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert code == 1, output
+    lines = output.splitlines()
+    assert len(lines) == 9, output
+    for line, message in zip(lines, list(changes)[1:]):
+        assert message in line
+    assert lines[0].startswith("record 1: no query")
+    assert lines[-1].endswith("10 records, 2 images, 2 boxes, 0 masks; 8 bad")
