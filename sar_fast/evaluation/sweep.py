@@ -40,6 +40,7 @@ _DEFAULTS = {
 }
 
 _DEFAULT_BETA = 0.5
+_VARIED = ("use_sar", "sar_activation_layer_k", "sar_beta")  # what --k and --beta stand for
 SUMMARY = "sweep.json"
 COST = ("layer_passes", "seconds_per_batch", "speed_up", "compared_batches")
 FIGURE = "figure6.png"
@@ -61,7 +62,7 @@ class SweepArguments(EvaluationArguments):
     def __post_init__(self) -> None:
         if not self.task:
             raise ValueError("a sweep needs --task")
-        for name in ("use_sar", "sar_activation_layer_k", "sar_beta"):
+        for name in _VARIED:
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(f"--{name} is what a sweep varies; give --k and --beta")
         for name in ("k", "beta"):
@@ -98,6 +99,14 @@ class SweepArguments(EvaluationArguments):
             else options.replace(activation_layer_k=0)
             for s in self.settings()
         ]
+
+
+def flags() -> list[tuple[str, str]]:
+    """(name, what it does) of every flag that a sweep takes, its own first."""
+    unfit = (*_VARIED, "dataset", "dataset_dir", "media_dir")
+    fields = sorted(dataclasses.fields(SweepArguments), key=lambda field: field.name in _DEFAULTS)
+    other = ("do_", "gd_", "sam_", "focus_", "layerwise_", "probe_")  # of the analyses
+    return [(f.name, f.metadata["help"]) for f in fields if f.name not in unfit and not f.name.startswith(other)]
 
 
 def parse(argv: Sequence[str]) -> SweepArguments:
