@@ -10,31 +10,26 @@ TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
 TOKENS |= dict.fromkeys(("image_token", "boi_token", "eoi_token"), "<image>")
 
 
-def read_template(path: str, *, picture: bool = True) -> str:
-    """The template in a file; ``ValueError`` unless it renders the words of a user and, with ``picture``, a picture."""
+def read_template(path: str) -> str:
+    """The template in a file; ``ValueError`` unless it renders a picture's question with the words in it."""
     if not Path(path).is_file():
         raise ValueError(f"template is {path!r}, needed a Jinja file; the model's own is used without the flag")
     try:
         template = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"template {path} is not UTF-8 text: {error}") from error
-    image, words = {"type": "image"}, {"type": "text", "text": "What is this?"}
     try:
-        whole = _render(template, [image, words])
-        without_picture, without_words = _render(template, [words]), _render(template, [image])
+        one, other = (_render(template, words) for words in ("What is this?", "Where is it?"))
     except Exception as error:  # a template is a program: it can fail in any way
         line = getattr(error, "lineno", None)
         place = f", line {line}" if line else ""
         raise ValueError(f"template {path}{place} cannot be rendered: {' '.join(str(error).split())}") from error
-    if whole == without_words:
-        raise ValueError(f"template {path} leaves out the user's words; needed a place for content[...]['text']")
-    if picture and whole == without_picture:
-        raise ValueError(f"template {path} leaves out the picture; needed its placeholder where a content is an image")
+    if one == other:
+        raise ValueError(f"template {path} leaves out the user's words; needed a place for the text of a content")
     return template
 
 
-def _render(template: str, content: list[dict[str, str]]) -> str:
-    (text,), _ = render_jinja_template(
-        [[{"role": "user", "content": content}]], chat_template=template, add_generation_prompt=True, **TOKENS
-    )
+def _render(template: str, words: str) -> str:
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
+    (text,), _ = render_jinja_template([turns], chat_template=template, add_generation_prompt=True, **TOKENS)
     return text

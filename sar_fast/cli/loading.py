@@ -96,10 +96,14 @@ def build_prompt(processor: Any, question: str) -> str:
     if marker := placeholder_in(processor, question):
         raise UserError(f"--question has {marker!r}, which stands for a picture; leave it out")
     if getattr(processor, "chat_template", None):
+        from jinja2 import TemplateError
+
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        turns = [{"role": "user", "content": content}]
+        try:
+            return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"--model: its chat template cannot be rendered: {_first_line(error)}") from error
     return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
 
 

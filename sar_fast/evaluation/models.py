@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import nn
 
 from sar_fast.chat_template import read_template
 from sar_fast.cli.errors import UserError
-from sar_fast.cli.loading import MINIATURE, load_model, tokenizer_of
-from sar_fast.evaluation.answering import GRID
+from sar_fast.cli.loading import MINIATURE, build_prompt, load_model, tokenizer_of
+from sar_fast.evaluation.answering import GRID, encode_texts
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
@@ -73,7 +74,17 @@ def prepare_processor(processor: Any, template: str | None = None) -> None:
         processor.chat_template = read_template(template)
     if not getattr(processor, "chat_template", None):
         raise ValueError("the model has no chat template, give one with --template")
+    try:
+        prompt = build_prompt(processor, "What is this?")
+    except UserError as error:
+        reason = str(error).replace("--model", "--model_name_or_path")
+        raise ValueError(f"{reason}; give one with --template") from error
     tokenizer = tokenizer_of(processor)
     tokenizer.padding_side = "left"  # new tokens continue every row of a batch
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if template is not None:
+        try:
+            encode_texts(processor, [Image.new("RGB", (64, 64))], [prompt])
+        except ValueError as error:  # of processors that count placeholders; others are found out by their tokens
+            raise ValueError(f"template {template} does not fit the model's processor: {error}") from error

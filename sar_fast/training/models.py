@@ -33,7 +33,7 @@ def load_processor(arguments: Arguments) -> Any:
         source_of(model.model_name_or_path), trust_remote_code=model.trust_remote_code
     )
     if template is not None:
-        processor.chat_template = read_template(template, picture=False)
+        processor.chat_template = read_template(template)
     return processor
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
         ("{{ messages[7].content.x }}", r"t\.jinja cannot be rendered: list object has no element 7"),
         ("{{ raise_exception('no system turn') }}", "cannot be rendered: no system turn"),
         ("USER: <image> ASSISTANT:", "leaves out the user's words"),
-        ("{{ messages[0].content[-1].text }} ASSISTANT:", "leaves out the picture"),
     ],
 )
 def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, message):
@@ -28,6 +29,19 @@ def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, 
         arguments(tmp_path / "out", template=str(tmp_path / "t.jinja"))
     with pytest.raises(ValueError, match=r"template is '.*gone\.jinja', needed a Jinja file"):
         arguments(tmp_path / "out", template=str(tmp_path / "gone.jinja"))
+
+
+def test_a_template_without_the_picture_is_named(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content[1].text }} ASSISTANT:")
+    with pytest.raises(ValueError, match=r"template .*t\.jinja does not fit the model's processor: .*0 <image> tokens"):
+        benchmark.run(arguments(tmp_path / "out", template=str(tmp_path / "t.jinja")))
+
+
+def test_a_models_own_template_that_fails_is_named(tmp_path):
+    shutil.copytree(MINIATURE_PATH, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[7].content.x }}")
+    with pytest.raises(ValueError, match=r"--model_name_or_path: its chat template cannot be .*; give one with --tem"):
+        benchmark.run(arguments(tmp_path / "out", model_name_or_path=str(tmp_path / "model")))
 
 
 def test_the_models_own_template_as_a_file_changes_nothing(tmp_path):
