@@ -16,13 +16,20 @@ from transformers import HfArgumentParser
 Parsed = TypeVar("Parsed")
 
 
+class _Parser(HfArgumentParser):
+    """A parser whose errors are one line, without the list of all flags."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
 def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
     """One instance of each dataclass, from YAML or JSON files and flags; a later value replaces an earlier one.
 
     ``config.yaml --learning_rate 1e-5`` and ``config.yaml learning_rate=1e-5`` are the same. ``ValueError`` for an
     unknown flag names the nearest known one.
     """
-    parser = HfArgumentParser(groups, allow_abbrev=False)
+    parser = _Parser(groups, allow_abbrev=False)
     known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
     words = expand(argv)
     for word in words:
@@ -73,16 +80,19 @@ def _file_flags(path: Path) -> list[str]:
 
 def need(group: Any, flag: str, value: Any, names: Sequence[str]) -> None:
     """``ValueError`` for the first of ``names`` that is set although ``flag`` is not ``value``."""
-    if getattr(group, flag) == value:
-        return
+    if getattr(group, flag) != value:
+        refuse(group, names, f"without --{flag}{'' if value is True else f' {value}'}; add it")
+
+
+def refuse(group: Any, names: Sequence[str], why: str) -> None:
+    """``ValueError``, "``--name`` has no effect ``why``", for the first of ``names`` that is not at its default."""
     missing = dataclasses.MISSING
     defaults = {
         f.name: f.default if f.default_factory is missing else f.default_factory() for f in dataclasses.fields(group)
     }
     for name in names:
         if getattr(group, name) != defaults[name]:
-            shown = f"--{flag}" if value is True else f"--{flag} {value}"
-            raise ValueError(f"--{name} has no effect without {shown}; add it")
+            raise ValueError(f"--{name} has no effect {why}")
 
 
 def arguments_of_process(parse: Callable[[Sequence[str]], Parsed]) -> Parsed:

@@ -56,6 +56,14 @@ def test_help_has_examples(command):
     assert f"sar-fast {command}" in text
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_sweep_lists_its_flags(word):
+    text = run("sweep", word)
+    assert all(f"--{name} " in text for name in ("k", "beta", "task", "data_dir", "output_dir", "sar_normalize"))
+    assert "--sar_beta" not in text
+    assert "--probe_lr" not in text
+
+
 def test_generate_streams_the_answer(picture):
     plain = run("generate", "--image", picture, "--question", QUESTION)
     assert plain.strip()
@@ -137,6 +145,7 @@ def test_errors_name_the_option(picture, tmp_path):
     assert "cannot be read" in fails("generate", "--image", str(broken), *ask)
     assert "--image" in fails("generate", "--image", str(tmp_path), *ask)
     assert "--question" in fails("generate", "--image", picture, "--question", " ")
+    assert "--question has '<image>'" in fails("generate", "--image", picture, "--question", "a <image> b")
     assert "--model" in fails(*ok, "--model", "./no/such/folder")
     assert "--model" in fails(*ok, "--model", str(tmp_path))
     assert "--device" in fails(*ok, "--device", "warp")

@@ -28,7 +28,8 @@ app = typer.Typer(
 )
 for command in (demo, generate, inspect, doctor, paper, plot):
     app.command()(command)
-app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(sweep)
+flags_of_its_own = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+app.command(context_settings=flags_of_its_own)(sweep)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,10 @@ def _group() -> None:
 
 @data.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A .json, .jsonl or .parquet file of chat records.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A .json, .jsonl or .parquet file: chat records or grounding samples.", show_default=False),
+    ],
     dataset_info: Annotated[
         Path | None,
         typer.Option("--dataset-info", help="Registry that describes the file. Default: the one beside it, if any."),
@@ -38,7 +42,9 @@ def check(
 ) -> None:
     """Check every record of a file and name the bad ones.
 
-    Turns, answers, placeholders against images, and every image file in full. Exit code 1 if a record is bad.
+    Of chat records: turns, answers, placeholders against images, and every image file in full. Of a grounding table
+    (columns image, query, object_prompt, bbox, as `refcoco_val_sar`): columns, boxes inside their picture, masks, and
+    every image. Exit code 1 if a record is bad.
 
     **Examples**
 
@@ -48,12 +54,13 @@ def check(
     """
     if max_length is not None and model is None:
         raise UserError("--max-length has no effect without --model; add it")
+    if max_length is not None and max_length < 1:
+        raise UserError(f"--max-length must be at least 1; got {max_length}")
     encoder = _encoder(model, max_length) if model else None
     try:
-        layout = _layout(file, dataset_info)
-        found = summary(_verdicts(file, layout, media_dir or file.parent, encoder))
+        found = summary(_check(file, _entry(file, dataset_info), media_dir or file.parent, encoder))
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or error} does not exist") from error
+        raise UserError(f"{error.filename} does not exist" if error.filename else str(error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
     if as_json:
@@ -62,32 +69,51 @@ def check(
         for bad in found["bad"]:
             typer.echo(f"record {bad['record']}{bad['id'] and ' (id ' + bad['id'] + ')'}: {bad['reason']}")
         tokens = f", longest {found['longest']} tokens" if encoder else ""
-        typer.echo(
-            f"{file}: {found['records']} records, {found['images']} images, {found['answers']} answers{tokens}; "
-            f"{len(found['bad'])} bad"
-        )
+        counts = ", ".join(f"{found[name]} {name}" for name in found if name not in ("bad", "longest"))
+        typer.echo(f"{file}: {counts}{tokens}; {len(found['bad'])} bad")
     if found["bad"] or not found["records"]:
         raise typer.Exit(1)
 
 
 def summary(verdicts: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """Totals of the good records, and the bad ones with the reason."""
-    total: dict[str, Any] = {"records": 0, "images": 0, "answers": 0, "longest": 0, "bad": []}
+    total: dict[str, Any] = {"records": 0}
+    longest, bad = 0, []
     for verdict in verdicts:
         total["records"] += 1
-        if verdict["reason"]:
-            total["bad"].append({k: verdict[k] for k in ("record", "id", "reason")})
-            continue
-        total["images"] += verdict["images"]
-        total["answers"] += verdict["answers"]
-        total["longest"] = max(total["longest"], verdict["length"])
-    return total
+        named = {name: verdict.pop(name) for name in ("record", "id", "reason")}
+        good, length = not named["reason"], verdict.pop("length", 0)
+        if good:
+            longest = max(longest, length)
+        else:
+            bad.append(named)
+        for name, count in verdict.items():
+            total[name] = total.get(name, 0) + count * good
+    return {**total, "longest": longest, "bad": bad}
 
 
-def _verdicts(file: Path, layout: Any, media_dir: Path, encoder: Any) -> Iterator[dict[str, Any]]:
-    from sar_fast.training.records import RecordError, open_image, read_rows, to_record
+def _check(file: Path, entry: dict[str, Any], media_dir: Path, encoder: Any) -> Iterator[dict[str, Any]]:
+    """Verdicts on chat records, or on grounding samples: the first row says which."""
+    from sar_fast.evaluation.focus.check import grounding_verdicts, is_grounding
+    from sar_fast.training.records import Layout, read_rows
 
-    for index, row in read_rows(file):
+    rows = read_rows(file)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{file} has no rows")
+    rows = itertools.chain([first], rows)
+    if is_grounding(first[1], entry.get("columns", {})):
+        if encoder is not None:
+            raise UserError(f"--model has no effect on a grounding table, which {file} is; leave it out")
+        return grounding_verdicts(rows, entry.get("columns", {}), media_dir)
+    described = Layout(entry.get("formatting", "alpaca"), entry.get("columns", {}), entry.get("tags", {}))
+    return _verdicts(rows, described if entry else Layout(), media_dir, encoder)
+
+
+def _verdicts(rows: Iterable[tuple[int, Any]], layout: Any, media_dir: Path, encoder: Any) -> Iterator[dict[str, Any]]:
+    from sar_fast.training.records import RecordError, open_image, to_record
+
+    for index, row in rows:
         verdict = {"record": index, "id": "", "reason": "", "images": 0, "answers": 0, "length": 0}
         if isinstance(row, dict):
             verdict["id"] = str(row.get("id", ""))
@@ -106,19 +132,19 @@ def _verdicts(file: Path, layout: Any, media_dir: Path, encoder: Any) -> Iterato
         yield verdict
 
 
-def _layout(file: Path, dataset_info: Path | None) -> Any:
-    from sar_fast.training.records import Layout
+def _entry(file: Path, dataset_info: Path | None) -> dict[str, Any]:
+    """What the registry says about a file; nothing if it is not in one."""
     from sar_fast.training.registry import REGISTRY_NAME, load_registry
 
     folder = file.parent
     if dataset_info is not None:
         folder = dataset_info if dataset_info.is_dir() else dataset_info.parent
-    if not (folder / REGISTRY_NAME).is_file() and dataset_info is None:
-        return Layout()
-    named = [e for e in load_registry(folder).values() if Path(e.get("file_name", "")).name == file.name]
-    if not named:
-        return Layout()
-    return Layout(named[0].get("formatting", "alpaca"), named[0].get("columns", {}), named[0].get("tags", {}))
+        if not (folder / REGISTRY_NAME).is_file() or dataset_info not in (folder, folder / REGISTRY_NAME):
+            raise UserError(f"--dataset-info {str(dataset_info)!r} is no {REGISTRY_NAME} nor a folder with one")
+    elif not (folder / REGISTRY_NAME).is_file():
+        return {}
+    named = (e for e in load_registry(folder).values() if Path(e.get("file_name", "")).name == file.name)
+    return next(named, {})
 
 
 def _encoder(model: str, max_length: int | None) -> Any:
@@ -128,6 +154,8 @@ def _encoder(model: str, max_length: int | None) -> Any:
     from sar_fast.miniature.checkpoint import MINIATURE_PATH
     from sar_fast.training.encoding import Encoder
 
+    if model != loading.MINIATURE and loading.is_missing_folder(model):
+        raise UserError(f"--model {model!r} is no folder on this machine")
     source = str(MINIATURE_PATH) if model == loading.MINIATURE else model
     try:
         return Encoder(AutoProcessor.from_pretrained(source), max_length)

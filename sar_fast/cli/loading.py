@@ -53,7 +53,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[nn
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = Path(name).expanduser()
-    if not path.is_dir() and (path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+    if is_missing_folder(name):
         raise UserError(f"--model {name!r} is no folder on this machine")
     source = str(path) if path.is_dir() else name
     try:
@@ -72,6 +72,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[nn
     return model.to(place).eval(), processor
 
 
+def is_missing_folder(name: str) -> bool:
+    """Whether a model's name can only be a folder, and is none: the hub would answer something about repository ids."""
+    path = Path(name).expanduser()
+    return not path.is_dir() and (path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1)
+
+
 def open_image(path: Path) -> Image.Image:
     """The picture as RGB."""
     try:
@@ -87,12 +93,24 @@ def build_prompt(processor: Any, question: str) -> str:
     """The prompt of one picture and one question: the processor's chat template, or else LLaVA-1.5's words."""
     if not question.strip():
         raise UserError("--question is empty, needed some words")
+    if marker := placeholder_in(processor, question):
+        raise UserError(f"--question has {marker!r}, which stands for a picture; leave it out")
     if getattr(processor, "chat_template", None):
+        from jinja2 import TemplateError
+
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        turns = [{"role": "user", "content": content}]
+        try:
+            return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"--model: its chat template cannot be rendered: {_first_line(error)}") from error
     return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+
+
+def placeholder_in(processor: Any, words: str) -> str | None:
+    """The processor's placeholder of a picture in a user's words: it would be taken for a picture. None if none is."""
+    known = {getattr(processor, name, None) for name in ("image_token", "boi_token", "video_token")}
+    return next((token for token in sorted(filter(None, known)) if str(token) in words), None)
 
 
 def build_inputs(model: nn.Module, processor: Any, pictures: Sequence[Any], questions: Sequence[str]) -> Any:

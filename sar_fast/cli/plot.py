@@ -25,8 +25,12 @@ def plot(
 
     * `sar-fast plot results/mini_sft results/mini_control --out results/mini_figures`
     """
-    from sar_fast.training.plots import plot_figure_3, plot_figure_4, read_log
+    from sar_fast.training.plots import log_path, plot_figure_3, plot_figure_4, read_log
 
+    files = [log_path(run).resolve() for run in runs]
+    for number, run in enumerate(runs):
+        if files[number] in files[:number]:
+            raise UserError(f"RUNS: {run} is given twice; needed different runs")
     names = [run.name if run.is_dir() else run.parent.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
@@ -34,7 +38,10 @@ def plot(
         logs = {name: read_log(run) for name, run in zip(names, runs)}
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
-    out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("figure_3.png", plot_figure_3), ("figure_4.png", plot_figure_4)):
-        draw(logs, out / name)
-        typer.echo(str(out / name))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, draw in (("figure_3.png", plot_figure_3), ("figure_4.png", plot_figure_4)):
+            draw(logs, out / name)
+            typer.echo(str(out / name))
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} is no folder to write into: {error.strerror or error}") from error

@@ -23,8 +23,10 @@ def sweep(context: typer.Context) -> None:
     """
     from sar_fast.evaluation import sweep as sweeping
 
-    if not context.args:
+    if not context.args or {"--help", "-h"} & set(context.args):
         typer.echo(context.get_help())
+        for name, text in sweeping.flags():
+            typer.echo(f"  --{name:<28} {text}")
         raise typer.Exit
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     try:

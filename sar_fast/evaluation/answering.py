@@ -12,6 +12,8 @@ from sar_fast.cli.loading import build_prompt, tokenizer_of
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
+GRID = "image_grid_thw"  # what processors call a picture's patches, if they report them
+
 
 def encode(processor: Any, pictures: Sequence[Any], prompts: Sequence[str]) -> Any:
     """Model inputs on the CPU, left-padded: question i about picture i, in the model's chat template."""
@@ -37,7 +39,7 @@ def marks_beginning(processor: Any, texts: Sequence[str]) -> bool:
 
 def frames(inputs: Any, processor: Any, count: int) -> list[list[int] | None]:
     """(width, height) in pixels of every picture as the model saw it, where a family's boxes are written in those."""
-    grid = inputs.get("image_grid_thw")
+    grid = inputs.get(GRID)
     if grid is None:
         return [None] * count
     patch = processor.image_processor.patch_size

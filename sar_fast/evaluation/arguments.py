@@ -8,11 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
-from sar_fast.experiment_arguments import need, parse_groups
+from sar_fast.experiment_arguments import need, parse_groups, refuse
 
 SCORINGS = ("generate", "first_token")
 CHOICE_FORMATS = ("letters", "cloze")
+SAM_MODEL_TYPES = ("vit_b", "vit_l", "vit_h")
+ORIGINAL_CHECKPOINTS = (".pth", ".pt")  # of Grounding DINO and SAM, before transformers had them
+BENCHMARK_FLAGS = (
+    "data_dir",
+    "split",
+    "scoring",
+    "max_new_tokens",
+    "dataloader_num_workers",
+    "box_format",
+    "choice_format",
+    "prompt_suffix",
+)
 
 
 def _flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -107,18 +120,21 @@ class EvaluationArguments:
         need(self, "do_layerwise_probe", True, [n for n in vars(self) if n.startswith(("probe_", "layerwise_"))])
         if self.task and self.dataset:
             raise ValueError("--dataset is for --do_sfs_fi_eval and --do_layerwise_probe; --task takes --data_dir")
-        if not self.task:
-            names = ("data_dir", "split", "scoring", "max_new_tokens", "box_format", "choice_format", "prompt_suffix")
-            defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            for name in names:
-                if getattr(self, name) != defaults[name]:
-                    raise ValueError(f"--{name} has no effect without --task; add it")
+        if self.task:
+            refuse(self, ("dataset_dir", "media_dir"), "on --task, which takes --data_dir; leave it out")
+        else:
+            refuse(self, BENCHMARK_FLAGS, "without --task; add it")
             if not self.dataset:
                 raise ValueError(f"--{wanted[0]} needs --dataset")
+        self._check_grounding()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one")
         if self.predict_with_generate and self.scoring == "first_token":
             raise ValueError("--predict_with_generate and --scoring first_token exclude each other; give one")
+        if self.scoring == "first_token":
+            refuse(self, ("max_new_tokens",), "on --scoring first_token, which decodes nothing; leave it out")
+        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
+            raise ValueError(f"dataloader_num_workers must be at least 0; got {self.dataloader_num_workers}")
         counts = ("per_device_eval_batch_size", "max_new_tokens", "max_samples")
         for name in (*counts, "probe_epochs", "probe_batch_size", "probe_seeds"):
             value = getattr(self, name)
@@ -126,6 +142,24 @@ class EvaluationArguments:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.use_sar:
             self.sar_config()
+        if self.template is not None:
+            read_template(self.template)
+
+    def _check_grounding(self) -> None:
+        """``ValueError`` for flags of grounding models that are not asked for, or that theirs do not use."""
+        names = [n for n in vars(self) if n.startswith(("gd_", "sam_")) and not n.endswith("_checkpoint_path")]
+        if self.gd_checkpoint_path is None and self.sam_checkpoint_path is None:
+            refuse(self, names, "without --gd_checkpoint_path and --sam_checkpoint_path; add them")
+        elif self.gd_checkpoint_path is None or self.sam_checkpoint_path is None:
+            missing = "--gd_checkpoint_path" if self.gd_checkpoint_path is None else "--sam_checkpoint_path"
+            raise ValueError(f"masks by grounding need a detector and a segmenter: {missing} is missing")
+        else:
+            if not self.gd_checkpoint_path.endswith(ORIGINAL_CHECKPOINTS):
+                refuse(self, ("gd_config_path", "gd_text_encoder"), "on a --gd_checkpoint_path that is no .pth")
+            if not self.sam_checkpoint_path.endswith(ORIGINAL_CHECKPOINTS):
+                refuse(self, ("sam_model_type",), "on a --sam_checkpoint_path that is no .pth")
+            if self.sam_model_type not in SAM_MODEL_TYPES:
+                raise ValueError(f"sam_model_type must be {', '.join(SAM_MODEL_TYPES)}; got {self.sam_model_type!r}")
 
     def sar_config(self) -> SARConfig:
         """The options of SAR; ``ValueError`` for a bad one."""

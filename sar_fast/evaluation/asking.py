@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from sar_fast.cli.loading import placeholder_in
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import frames, generate, option_log_probabilities
 from sar_fast.evaluation.arguments import EvaluationArguments
@@ -75,7 +76,7 @@ class Batches(Dataset):
             except RecordError as error:
                 unreadable.append({**fact, "skipped": f"row {sample.row}: {error}"})
                 continue
-            objection = self.task.objection(sample, picture.size)
+            objection = self.task.objection(sample, picture.size) or self._marker(sample)
             if objection is not None:
                 unreadable.append({**fact, "skipped": f"row {sample.row}: {objection}"})
                 continue
@@ -94,6 +95,10 @@ class Batches(Dataset):
         for fact, frame in zip(facts, [frame for frame, row in zip(seen, questions) for _ in row]):
             fact["frame"] = frame
         return asked, facts, groups, unreadable
+
+    def _marker(self, sample: Sample) -> str | None:
+        marker = placeholder_in(self.form.processor, sample.prompt)
+        return marker and f"the prompt has {marker!r}, which stands for a picture"
 
 
 class Asker:

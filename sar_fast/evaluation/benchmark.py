@@ -8,11 +8,17 @@ from typing import Any
 
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.asking import Asker, ask_all, cut_batches, pending
-from sar_fast.evaluation.models import load, model_type_of
-from sar_fast.evaluation.results import RESULTS, ResultFolder
+from sar_fast.evaluation.boxes import NEED_FRAMES
+from sar_fast.evaluation.models import load, model_type_of, reports_frames
+from sar_fast.evaluation.results import RESULTS, SAMPLES, ResultFolder
 from sar_fast.evaluation.session import Session, model_settings
 from sar_fast.evaluation.tables import Table, open_table
 from sar_fast.evaluation.tasks import Record, Sample, Skip, Task, TaskOptions, find_task
+
+UNREAD = (  # counts in the results that a score alone does not show
+    ("unparsed", f"replies were not understood and count as wrong; they have no prediction in {SAMPLES}"),
+    ("unclear", f"replies do not say what POPE's rule takes them for, which is yes; they are unclear in {SAMPLES}"),
+)
 
 
 def run(arguments: EvaluationArguments) -> dict[str, Any]:
@@ -62,6 +68,11 @@ def make_task(arguments: EvaluationArguments) -> Task:
     for name in ("choice_format", "box_format"):
         if getattr(arguments, name) is not None and name not in task.accepts:
             raise ValueError(f"--{name} has no effect on --task {task.name}; leave it out")
+    if arguments.box_format in NEED_FRAMES and not reports_frames(arguments.model_name_or_path):
+        raise ValueError(
+            f"--box_format {arguments.box_format} needs a model whose processor reports the resized picture's grid; "
+            f"that of {arguments.model_name_or_path} does not"
+        )
     return task(
         TaskOptions(
             prompt_suffix=arguments.prompt_suffix,
@@ -136,6 +147,10 @@ def report(task: Task, results: Mapping[str, Any], folder: ResultFolder) -> None
         shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
         print(f"{name:>28}  {shown}")
     print(f"{results['num_samples_evaluated']} samples; {folder.path / RESULTS}")
+    for count, what in UNREAD:
+        if results.get(count):
+            total = results["num_samples_evaluated"]
+            sys.stderr.write(f"warning: {results[count]} of {total} {what}\n")
     if results["num_samples_skipped"]:
         first = results["skipped"][0]
         sys.stderr.write(

@@ -89,6 +89,7 @@ FORMATS = {
         "Give the box of the {}.", re.compile(r"^\s*" + r"\s+".join([r"(\d+)"] * 4)), _per(BOX_BINS), offset=0.5
     ),
 }
+NEED_FRAMES = ("resized_pixels",)
 BY_MODEL_TYPE = {
     "qwen2_vl": "thousandths",
     "qwen2_5_vl": "resized_pixels",

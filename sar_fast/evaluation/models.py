@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import nn
 
+from sar_fast.chat_template import read_template
 from sar_fast.cli.errors import UserError
-from sar_fast.cli.loading import MINIATURE, load_model, tokenizer_of
+from sar_fast.cli.loading import MINIATURE, build_prompt, load_model, tokenizer_of
+from sar_fast.evaluation.answering import GRID, encode_texts
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
@@ -30,6 +32,17 @@ def model_type_of(name: str) -> str:
         return AutoConfig.from_pretrained(MINIATURE_PATH if name == MINIATURE else name).model_type
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def reports_frames(name: str) -> bool:
+    """Whether a model's processor says how large the model sees each picture."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(MINIATURE_PATH if name == MINIATURE else name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+    return GRID in processor.model_input_names
 
 
 def start_processes(device: str) -> PartialState:
@@ -58,12 +71,20 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
 def prepare_processor(processor: Any, template: str | None = None) -> None:
     """Pad on the left, with a chat template: the model's own, or the Jinja file ``template``."""
     if template is not None:
-        if not Path(template).is_file():
-            raise ValueError(f"template is {template!r}, needed a Jinja file")
-        processor.chat_template = Path(template).read_text(encoding="utf-8")
+        processor.chat_template = read_template(template)
     if not getattr(processor, "chat_template", None):
         raise ValueError("the model has no chat template, give one with --template")
+    try:
+        prompt = build_prompt(processor, "What is this?")
+    except UserError as error:
+        reason = str(error).replace("--model", "--model_name_or_path")
+        raise ValueError(f"{reason}; give one with --template") from error
     tokenizer = tokenizer_of(processor)
     tokenizer.padding_side = "left"  # new tokens continue every row of a batch
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if template is not None:
+        try:
+            encode_texts(processor, [Image.new("RGB", (64, 64))], [prompt])
+        except ValueError as error:  # of processors that count placeholders; others are found out by their tokens
+            raise ValueError(f"template {template} does not fit the model's processor: {error}") from error

@@ -39,9 +39,12 @@ _DEFAULTS = {
     for f in dataclasses.fields(EvaluationArguments)
 }
 
+_DEFAULT_BETA = 0.5
+_VARIED = ("use_sar", "sar_activation_layer_k", "sar_beta")  # what --k and --beta stand for
 SUMMARY = "sweep.json"
 COST = ("layer_passes", "seconds_per_batch", "speed_up", "compared_batches")
 FIGURE = "figure6.png"
+PANELS_IN_A_ROW = 4
 
 
 @dataclasses.dataclass
@@ -51,7 +54,7 @@ class SweepArguments(EvaluationArguments):
     k: list[int] = dataclasses.field(
         default_factory=lambda: [0, 5, 10, 15], metadata={"help": "Values of K; 0 is the model without SAR."}
     )
-    beta: list[float] = dataclasses.field(default_factory=lambda: [0.5], metadata={"help": "Values of beta."})
+    beta: list[float] = dataclasses.field(default_factory=lambda: [_DEFAULT_BETA], metadata={"help": "Values of beta."})
     compare_batches: int = dataclasses.field(
         default=0, metadata={"help": "Also answer so many batches setting by setting, and print how long both take."}
     )
@@ -59,13 +62,15 @@ class SweepArguments(EvaluationArguments):
     def __post_init__(self) -> None:
         if not self.task:
             raise ValueError("a sweep needs --task")
-        for name in ("use_sar", "sar_activation_layer_k", "sar_beta"):
+        for name in _VARIED:
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(f"--{name} is what a sweep varies; give --k and --beta")
         for name in ("k", "beta"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"--{name} must be one or more different values; got {values}")
+        if not any(self.k) and self.beta != [_DEFAULT_BETA]:
+            raise ValueError("--beta has no effect on --k 0, which is the model without SAR; leave it out")
         if self.compare_batches < 0:
             raise ValueError(f"compare_batches must be at least 0; got {self.compare_batches}")
         self.use_sar, self.sar_activation_layer_k = True, max(self.k)
@@ -99,6 +104,14 @@ class SweepArguments(EvaluationArguments):
 def _shortest(value: float) -> str:
     """The fewest digits that tell a number from all others: 0.5, 1, 0.50000001."""
     return repr(float(value)).removesuffix(".0")
+
+
+def flags() -> list[tuple[str, str]]:
+    """(name, what it does) of every flag that a sweep takes, its own first."""
+    unfit = (*_VARIED, "dataset", "dataset_dir", "media_dir")
+    fields = sorted(dataclasses.fields(SweepArguments), key=lambda field: field.name in _DEFAULTS)
+    other = ("do_", "gd_", "sam_", "focus_", "layerwise_", "probe_")  # of the analyses
+    return [(f.name, f.metadata["help"]) for f in fields if f.name not in unfit and not f.name.startswith(other)]
 
 
 def parse(argv: Sequence[str]) -> SweepArguments:
@@ -218,11 +231,15 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     if not names:
         logger.warning("%s: no score is known under every setting; nothing is drawn", path.name)
         return
+    columns = min(PANELS_IN_A_ROW, len(names))
+    count = -(-len(names) // columns)
     figure, panels = plt.subplots(
-        1, len(names), figsize=(3.4 * len(names), 3), layout="constrained", squeeze=False, sharex=True
+        count, columns, figsize=(3.4 * columns, 3 * count), layout="constrained", squeeze=False, sharex=True
     )
+    for axes in panels.flat[len(names) :]:
+        axes.remove()
     base = next((row for row in rows if row["k"] == 0), None)
-    for axes, name in zip(panels[0], names):
+    for axes, name in zip(panels.flat, names):
         for beta in sorted({row["beta"] for row in rows if row["beta"] is not None}):
             line = [row for row in rows if row["beta"] == beta]
             line = ([base] if base else []) + line
@@ -232,6 +249,7 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
         if base:
             axes.axhline(base["scores"][name], color="grey", linewidth=0.8, linestyle="--", label="without SAR")
         axes.set(title=name, xlabel="K, re-weighted layers")
+        axes.tick_params(labelbottom=True)  # the panel below may be an empty place
     panels[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -10,6 +10,7 @@ import pyarrow
 from datasets import Dataset, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import compute
+from pyarrow.parquet import read_metadata
 
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, files_stamp, stamp
 from sar_fast.evaluation.tasks.base import Task
@@ -107,7 +108,10 @@ def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:
         return Table(dataset, task, task.hub_id, Path(), {"data": task.hub_id, "revision": revision, "split": split})
     files = find_files(Path(data_dir), split, task.folder)
     stamps = {f.name: file_stamp(f) for f in files}
-    try:  # the name, since datasets' own cache of these files goes by their paths and times alone
+    try:
+        if not any(read_metadata(f).num_rows for f in files):
+            raise ValueError(f"{task.name}: {data_dir} has no rows")  # datasets would say "BatchSize must be greater"
+        # the name, since datasets' own cache of these files goes by their paths and times alone
         dataset = load_dataset("parquet", name=stamp(stamps), data_files={"rows": [*map(str, files)]}, split="rows")
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         reason = " ".join(str(error.__cause__ or error).split())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sar_fast.chat_template import read_template
 from sar_fast.integrations.hf.apply import apply_sar, find_decoder_layers
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from sar_fast.training.arguments import Arguments, ModelArguments
@@ -32,9 +33,7 @@ def load_processor(arguments: Arguments) -> Any:
         source_of(model.model_name_or_path), trust_remote_code=model.trust_remote_code
     )
     if template is not None:
-        if not Path(template).is_file():
-            raise ValueError(f"template is {template!r}, needed a Jinja file; the model's own is used without the flag")
-        processor.chat_template = Path(template).read_text(encoding="utf-8")
+        processor.chat_template = read_template(template)
     return processor
 
 

@@ -7,8 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sar_fast.training.gradients import AGGREGATE, L1, PER_LAYER
+from sar_fast.training.gradients import AGGREGATE, FILE_NAME, L1, PER_LAYER
 
+DASHES = (  # of runs that may lie on each other: the first is wide and shows between the dashes of the others
+    {"linestyle": "-", "linewidth": 3.5, "alpha": 0.5},
+    {"linestyle": "--", "linewidth": 1.5},
+    {"linestyle": ":", "linewidth": 1.5},
+    {"linestyle": "-.", "linewidth": 1.5},
+)
 DEPTHS = ("shallow", "middle", "deep")
 
 
@@ -21,11 +27,11 @@ def _pyplot() -> Any:
     return plt
 
 
-def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Every loss in a Trainer's ``log_history`` against the step; ``ValueError`` if there is none."""
+def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> bool:
+    """Every loss in a Trainer's ``log_history`` against the step; False, and no file, if there is none."""
     names = [n for n in ("loss", "loss_text_gen", "loss_contrastive", "eval_loss") if any(n in h for h in history)]
     if not names:
-        raise ValueError("log_history has no loss; train for at least logging_steps steps")
+        return False
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in names:
@@ -35,17 +41,33 @@ def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a gradient_sparsity.jsonl (or the run's folder); ``ValueError`` if there is none."""
-    path = path / "gradient_sparsity.jsonl" if path.is_dir() else path
+    """Lines of a gradient_sparsity.jsonl (or the run's folder); ``ValueError`` if it holds no measurement."""
+    path = log_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a run with --gradient_analysis writes it")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    if not lines:
-        raise ValueError(f"{path} is empty")
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            lines.append(json.loads(line.decode("utf-8")))
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(lines[-1], dict) or "step" not in lines[-1]:
+            raise ValueError(f"{path}, line {number} has no step; needed a line that --gradient_analysis writes")
+    wanted = [*(L1.format(kind) for kind in ("visual", "text")), AGGREGATE.format("total", "q")]
+    if not any(line.get(key) is not None for line in lines for key in wanted):
+        raise ValueError(f"{path} holds no gradient measurement ({', '.join(wanted)}) in {len(lines)} lines")
     return lines
+
+
+def log_path(path: Path) -> Path:
+    """The gradient_sparsity.jsonl of a run's folder, or the file itself."""
+    return path / FILE_NAME if path.is_dir() else path
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -79,11 +101,12 @@ def plot_figure_4(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     for depth in DEPTHS:
         left.plot(*series(lines, AGGREGATE.format(depth, "q")), label=depth)
     left.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q", title=f"{name}: by depth")
-    for label, rows in runs.items():
-        for kind, style in (("q", "o-"), ("k", "s--")):
+    for number, (label, rows) in enumerate(runs.items()):
+        line = DASHES[number % len(DASHES)]
+        for kind, marker in (("q", "o"), ("k", "s")):
             layers, means = _means_by_layer(rows, kind)
-            middle.plot(layers, means, style, label=f"{label}, {kind}", markersize=3)
-        right.plot(*series(rows, AGGREGATE.format("total", "q")), label=label)
+            middle.plot(layers, means, label=f"{label}, {kind}", marker=marker, markersize=3, **line)
+        right.plot(*series(rows, AGGREGATE.format("total", "q")), label=label, **line)
     middle.set(xlabel="layer", ylabel="Gini, mean over the run", title="by layer")
     middle.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q, all layers", title="runs compared")

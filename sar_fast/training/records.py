@@ -80,11 +80,20 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     ``ValueError`` names the file, and the line where one is not JSON. Only .jsonl and .parquet are read piece by piece.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, needed a file: {', '.join(SUFFIXES)}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is a {path.suffix or 'nameless'} file, needed one of {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
         yield from enumerate(_parquet_rows(path))
         return
+    try:
+        yield from _json_rows(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8") as file:
         if path.suffix == ".jsonl":
             lines = ((n, line) for n, line in enumerate(file, start=1) if line.strip())

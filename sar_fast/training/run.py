@@ -21,7 +21,7 @@ from sar_fast.integrations.hf.apply import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
 from sar_fast.threads import one_thread_for
-from sar_fast.training.arguments import Arguments, main_arguments
+from sar_fast.training.arguments import Arguments, SFTArguments, main_arguments
 from sar_fast.training.checkpoints import checkpoints, last_complete
 from sar_fast.training.data import Collator, encode_dataset, load_records
 from sar_fast.training.distributed import asks_for_deepspeed, prepare_deepspeed
@@ -66,6 +66,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     training, data = arguments.training, arguments.data
     hf_logging.enable_propagation()
     hf_logging.disable_default_handler()
+    check_trackers(training)
     checkpoint = find_checkpoint(arguments)
     set_seed(training.seed)
     processor = load_processor(arguments)
@@ -113,11 +114,44 @@ def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         if training.plot_loss and trainer.is_world_process_zero():
-            plot_loss(trainer.state.log_history, output / "training_loss.png")
+            draw_loss(trainer, output / "training_loss.png")
     if training.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+
+
+def draw_loss(trainer: Trainer, path: Path) -> None:
+    """``training_loss.png``; a run that logged no loss has none, and the log says so."""
+    if not plot_loss(trainer.state.log_history, path):
+        path.unlink(missing_ok=True)  # an earlier run's would pass for this one's
+        logger.warning(
+            "--plot_loss: no loss to plot: %d steps, and one is logged every --logging_steps %g",
+            trainer.state.global_step,
+            trainer.args.logging_steps,
+        )
+
+
+def check_trackers(training: SFTArguments) -> None:
+    """``ValueError`` if ``--report_to wandb`` is asked for and Weights & Biases would fail at the first step."""
+    if "wandb" not in training.report_to or training.process_index != 0:
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--report_to wandb needs the package wandb: pip install wandb, or --report_to none") from error
+    reason = ""
+    try:
+        known = wandb.setup().settings.mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
+    except TypeError:  # an older wandb, which cannot look without asking
+        return
+    except wandb.Error as error:
+        known, reason = False, f" ({' '.join(str(error).split())})"
+    if not known:
+        raise ValueError(
+            f"--report_to wandb has no key{reason}: set WANDB_API_KEY or run `wandb login`; WANDB_MODE=offline keeps "
+            "the log on this machine, --report_to none keeps none"
+        )
 
 
 def check_packing(model: nn.Module, zero3: bool) -> None:

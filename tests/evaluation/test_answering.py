@@ -99,7 +99,7 @@ def test_a_processor_without_a_chat_template_is_an_error(asked, tmp_path):
             prepare_processor(processor)
         with pytest.raises(ValueError, match="template is 'nowhere', needed a Jinja file"):
             prepare_processor(processor, "nowhere")
-        (tmp_path / "t.jinja").write_text("detect {{ messages[0]['content'][1]['text'] }}")
+        (tmp_path / "t.jinja").write_text("detect <image> {{ messages[0]['content'][1]['text'] }}")
         prepare_processor(processor, str(tmp_path / "t.jinja"))
         assert processor.chat_template.startswith("detect")
     finally:

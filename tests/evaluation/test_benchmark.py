@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, Image
 
 from sar_fast.evaluation import benchmark
-from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.asking import Asker
 from sar_fast.evaluation.results import METADATA, PARTS, RESULTS, SAMPLES
 from sar_fast.evaluation.run import main
 from sar_fast.evaluation.tables import find_files
+from tests.evaluation.benchmarks import DATA, ROOT, arguments, lines, mme_rows, write_table
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "experiments" / "data" / "benchmarks"
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _caches(tmp_path_factory):
-    """Arrow copies of the tables go to a folder of their own."""
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
-def arguments(out, **change):
-    given = {"model_name_or_path": "miniature", "output_dir": str(out), "task": "mme", "data_dir": str(DATA / "mme")}
-    return EvaluationArguments(**{**given, "max_samples": 16, **change})
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
 
 
 def same_files(a, b):
@@ -276,37 +250,6 @@ def test_bad_input_ends_every_process_with_the_reason(tmp_path):
 # --- bad input
 
 
-def write_table(folder, rows, name="test-00000-of-00001.parquet"):
-    folder.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_list(rows)
-    if "image" in rows[0] and isinstance(rows[0]["image"], dict):
-        table = table.cast_column("image", Image())
-    pq.write_table(table.data.table, folder / name)
-    return str(folder)
-
-
-def picture_bytes(colour="red"):
-    from PIL import Image as Pictures
-
-    buffer = io.BytesIO()
-    Pictures.new("RGB", (24, 16), colour).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def mme_rows(pictures, broken=()):
-    return [
-        {
-            "question_id": f"{n}.png",
-            "image": {"bytes": b"no picture" if n in broken else picture_bytes(), "path": None},
-            "question": f"Is there a {word}? Please answer yes or no.",
-            "answer": answer,
-            "category": "existence",
-        }
-        for n in range(pictures)
-        for word, answer in (("red circle", "Yes"), ("blue circle", "No"))
-    ]
-
-
 def test_unreadable_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     data = write_table(tmp_path / "data", mme_rows(3, broken=[1]))
     results = benchmark.run(arguments(tmp_path / "out", data_dir=data, per_device_eval_batch_size=3))
@@ -412,6 +355,14 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
             ["--task", "mme", "--per_device_eval_batch_size", "0"],
             "per_device_eval_batch_size must be at least 1; got 0",
         ),
+        (
+            ["--task", "mme", "--scoring", "first_token", "--max_new_tokens", "5"],
+            "error: --max_new_tokens has no effect on --scoring first_token",
+        ),
+        (["--task", "mme", "--media_dir", "x"], "error: --media_dir has no effect on --task"),
+        (["--task", "mme", "--dataset_dir", "x"], "error: --dataset_dir has no effect on --task"),
+        (["--task", "mme", "--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0; got -1"),
+        (["--task", "mme", "--scoring", "last"], "error: argument --scoring: invalid choice: 'last'"),
         (["--task", "mme", "--data_dir", "nowhere"], "error: data_dir nowhere is no folder"),
         (["--task", "mme", "--data_dir", str(DATA / "mme"), "--model_name_or_path", "./none"], "--model_name_or_path"),
         (
@@ -443,19 +394,6 @@ def test_the_research_codes_command_runs(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results/eval_sars/mme" / RESULTS).read_text())
     assert set(results["overall"]) == {"accuracy", "score", "correct", "total"}
     assert "existence" in capsys.readouterr().out
-
-
-def test_a_box_outside_of_its_picture_is_skipped_and_listed(tmp_path):
-    rows = [
-        {"question_id": str(n), "image": {"bytes": picture_bytes(), "path": None}, "answer": ["red"], "bbox": box}
-        for n, box in enumerate([[2.0, 2.0, 8.0, 8.0], [20.0, 2.0, 8.0, 8.0]])  # the picture is 24 x 16
-    ]
-    data = write_table(tmp_path / "data", rows, "val-00000-of-00001.parquet")
-    results = benchmark.run(arguments(tmp_path / "out", task="refcoco", data_dir=data, box_format="miniature"))
-    assert results["num_samples_evaluated"] == 1
-    ((key, reason),) = [(s["key"], s["reason"]) for s in results["skipped"]]
-    assert key == "1/0"
-    assert "lies outside of the picture's 24 x 16 pixels" in reason
 
 
 def test_a_model_without_pictures_is_named(tmp_path):

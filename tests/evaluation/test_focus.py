@@ -196,7 +196,16 @@ class TestPrompts:
 
     def test_templates_need_one_place_for_the_object(self):
         assert check_templates(["the {}"]) == ("the {}",)
-        for bad in (["the object"], ["{} and {}"], [], "the {}"):
+        for bad in (
+            ["the object"],
+            ["{} and {}"],
+            [],
+            "the {}",
+            ["the {} in {scene}"],
+            ["the {0} {}"],
+            ["a { {}"],
+            ["the {:>9}"],
+        ):
             with pytest.raises(ValueError, match="templates"):
                 check_templates(bad)
 

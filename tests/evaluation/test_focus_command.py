@@ -113,8 +113,33 @@ class TestFocusCommand:
     def test_half_a_grounding_pair_is_an_error(self, tmp_path):
         with pytest.raises(ValueError, match="--sam_checkpoint_path is missing"):
             focus.run(arguments(FOCUS, tmp_path, "--gd_checkpoint_path", "x"))
-        with pytest.raises(ValueError, match="--gd_config_path has no effect"):
-            focus.run(arguments(FOCUS, tmp_path, "--gd_config_path", "x.py"))
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--gd_config_path x.py", "--gd_config_path has no effect without --gd_checkpoint_path and --sam_check"),
+            ("--sam_model_type vit_x", "--sam_model_type has no effect without"),
+            ("--gd_box_threshold 0.5", "--gd_box_threshold has no effect without"),
+            ("--sam_mask_cache x", "--sam_mask_cache has no effect without"),
+            ("--gd_checkpoint_path a/b --sam_checkpoint_path c.pth --sam_model_type vit_x", "vit_h; got 'vit_x'"),
+            ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --sam_model_type vit_b", "--sam_model_type has no ef"),
+            ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --gd_config_path x", "--gd_config_path has no effect"),
+            ("--gd_checkpoint_path /nope --sam_checkpoint_path c/d", "gd_checkpoint_path '/nope' is no folder"),
+            (
+                "--gd_checkpoint_path {pth} --sam_checkpoint_path c/d --gd_config_path x",
+                "gd_config_path x does not exis",
+            ),
+            (
+                "--gd_checkpoint_path {pth} --sam_checkpoint_path c/d --gd_config_path {pth} --gd_text_encoder /nope",
+                "gd_text_encoder '/nope' is no folder on this machine",
+            ),
+        ],
+    )
+    def test_flags_of_grounding_models(self, tmp_path, flags, message):
+        (tmp_path / "x.pth").touch()
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            focus.run(arguments(FOCUS, tmp_path / "out", *flags.format(pth=tmp_path / "x.pth").split()))
+        assert not (tmp_path / "out").exists()
 
 
 class TestProbeCommand:
@@ -234,3 +259,39 @@ class TestDataset:
         record = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
         assert record["detail"] == "unreadable image: its format is unknown"  # the same in every run
         assert found["num_samples_evaluated"] == 1
+
+    def test_bad_masks_words_and_truncated_pictures_are_listed_skips(self, tmp_path):
+        path = self.write(tmp_path)
+        (good,) = pq.read_table(path).to_pylist()
+        truncated = good["image"]["bytes"][: len(good["image"]["bytes"]) // 2]
+        other = io.BytesIO()
+        Image.new("L", (3, 5), 255).save(other, format="PNG")
+        changes = (
+            {"mask": b"no picture"},
+            {"mask": other.getvalue()},
+            {"query": "an <image> of it"},
+            {"object_prompt": "<image>"},
+            {"image": {"bytes": truncated, "path": None}},
+        )
+        rows = [{**good, "id": str(n), "mask": None, **change} for n, change in enumerate(({}, *changes))]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        found = focus.run(arguments(["--do_sfs_fi_eval", "--dataset", str(path)], tmp_path / "out"))
+        assert found["skipped"] == {
+            "unreadable mask": ["1"],
+            "mask of another shape than its picture": ["2"],
+            "words with the placeholder of a picture": ["3", "4"],
+            "unreadable image": ["5"],
+        }
+        more = pq.read_table(DATA / "shapes_grounding.parquet").to_pylist()[:20]
+        more = [{**row, "mask": None, "id": f"more {number}"} for number, row in enumerate(more)]
+        columns = [{k: row.get(k) for k in rows[0]} for row in (*rows, *more)]
+        pq.write_table(pa.Table.from_pylist(columns), path)
+        flags = ["--do_layerwise_probe", "--dataset", str(path), "--probe_seeds", "1"]
+        probe.run(arguments(flags, tmp_path / "probe"))
+        details = json.loads((tmp_path / "probe" / "layerwise_probe_details.json").read_text())
+        assert details["skipped"] == {"words with the placeholder of a picture": ["3"], "unreadable image": ["5"]}
+        assert details["num_samples_skipped"] == 2
+
+    def test_a_missing_mask_file_names_its_row(self, tmp_path):
+        with pytest.raises(ValueError, match=r"row 0: mask file .*gone\.png cannot be read"):
+            load_grounding_samples(str(self.write(tmp_path, mask="gone.png")), DATA)

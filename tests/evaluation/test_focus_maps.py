@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.grids import TokenGrid, token_grids
 from sar_fast.evaluation.focus.maps import attention_map, focus_instability, semantic_focus, structural_similarities
-from sar_fast.evaluation.focus.samples import SampleSkipped, box_mask, check_mask, picture_hash
+from sar_fast.evaluation.focus.samples import SampleSkipped, box_mask, check_mask, decode_mask, picture_hash
 from sar_fast.integrations.hf.families import find_family
 from tests.hf.tiny import CASES
 
@@ -162,8 +162,11 @@ class TestMasks:
             box_mask((1, 2, 3, float("nan")), SIZE)
         with pytest.raises(SampleSkipped, match="empty mask"):
             check_mask(np.zeros((40, 96)), SIZE)
-        with pytest.raises(ValueError, match="as its picture"):
+        with pytest.raises(SampleSkipped, match="as its picture"):
             check_mask(np.ones((96, 40)), SIZE)
+        for bad in (b"no picture", [1, 2, 3, 4], [[1, 2, 3, 4, 5, "x"]]):
+            with pytest.raises(SampleSkipped, match="unreadable mask"):
+                decode_mask(bad, SIZE)
 
     def test_hash_is_of_pixels_and_shape(self):
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 4, 3), dtype=np.uint8))

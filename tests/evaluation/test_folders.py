@@ -22,16 +22,9 @@ from sar_fast.evaluation.stamps import BLOCK, sampled_stamp
 from sar_fast.evaluation.tables import open_table
 from sar_fast.evaluation.tasks import TaskOptions, find_task
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
-from tests.evaluation.test_benchmark import (  # noqa: F401  (a fixture)
-    DATA,
-    _caches,
-    arguments,
-    mme_rows,
-    picture_bytes,
-    write_table,
-)
+from tests.evaluation.benchmarks import DATA, arguments, mme_rows, picture_bytes, write_table
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
 
 
 def keep_time(path, content):

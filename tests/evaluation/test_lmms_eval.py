@@ -13,7 +13,7 @@ import pytest
 
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.integrations.lmms_eval.options import cut, generation_options
+from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +36,13 @@ def test_a_tasks_options_as_generate_takes_them(options, expected):
 def test_an_unknown_option_is_an_error():
     with pytest.raises(ValueError, match="generation_kwargs typical_p: known are do_sample"):
         generation_options({"typical_p": 0.2, "do_sample": True})
+
+
+def test_an_unknown_model_argument_is_an_error():
+    known = ("pretrained", "sar_beta", "unknown")
+    refuse_unknown({}, known)
+    with pytest.raises(ValueError, match=r"--model_args: sar_betta is unknown; did you mean sar_beta\? known: pretr"):
+        refuse_unknown({"sar_betta": 1}, known)
 
 
 def test_stop_words_cut_the_reply():

@@ -203,8 +203,8 @@ def test_pope_has_no_precision_where_nothing_is_said_to_be_there():
         ("There is not", "no", True),
         ("", "yes", False),  # everything without a negation is a yes: counted as unclear
         ("Nein", "yes", False),
-        ("NO", "yes", True),  # the rule knows No, no and not
-        ("no\nyes", "yes", True),  # words are split at spaces alone
+        ("NO", "yes", False),  # the rule knows No, no and not
+        ("No\nthere is none", "yes", False),  # words are split at spaces alone
     ],
 )
 def test_pope_reads_negations_of_the_first_sentence(reply, prediction, clear):
@@ -319,6 +319,12 @@ def test_mmbench_names_a_bad_row(row, message):
         make("mmbench").samples([row])
 
 
+@pytest.mark.parametrize("index", ["abc", None, 1.5, "", -1, float("nan")])
+def test_mmbench_names_a_row_without_an_index(index):
+    with pytest.raises(ValueError, match=r"row 1: index is .*, needed a whole number"):
+        make("mmbench").samples([mmbench_row(3), {**mmbench_row(4), "index": index}])
+
+
 def test_mmbench_names_a_duplicate():
     with pytest.raises(ValueError, match="row 1: index 3 is in row 0 already"):
         make("mmbench").samples([mmbench_row(3), mmbench_row(3)])
@@ -328,18 +334,27 @@ def test_mmbench_names_a_duplicate():
     ("reply", "expected"),
     [
         ("B", 1),
-        ("b", 1),
+        ("b", None),
+        ("B.", None),
         ("B. because", 1),
+        ("C.cat", None),
         ("B because", None),
+        ("B\nbecause", None),
         ("The answer is B.", 1),
-        ("The answer is A. The answer is B.", 0),
-        ("B\nbecause", 1),
+        ("So: The answer is B, clearly", 1),  # the rule's point is any character
+        ("The answer is B", None),
+        ("The answer is B\n", None),
+        ("The answer is A. The answer is B.", None),
+        ("The answer is A. The answer is A.", None),
+        ("The answer is D.", None),
+        ("E. The answer is A.", None),
+        ("F. The answer is A.", 0),  # of questions with five choices at most
         ("D", None),
         ("", None),
         ("Б", None),
     ],
 )
-def test_scienceqa_reads_a_letter(reply, expected):
+def test_scienceqa_reads_replies_as_llavas_script_does(reply, expected):
     assert parse_scienceqa(reply, 3) == expected
 
 
@@ -354,7 +369,17 @@ def test_scienceqa_scores_subjects():
     assert scores["unparsed"] == 1
 
 
-@pytest.mark.parametrize("change", [{"choices": ["x"]}, {"choices": None}, {"answer": 2}, {"answer": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"choices": ["x"]},
+        {"choices": None},
+        {"choices": [None, "x"]},
+        {"choices": ["x", " "]},
+        {"answer": 2},
+        {"answer": None},
+    ],
+)
 def test_scienceqa_names_a_bad_row(change):
     row = {"question": "Which?", "choices": ["x", "y"], "answer": 1} | change
     with pytest.raises(ValueError, match=f"row 0: {next(iter(change))} is"):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sar_fast.evaluation import arguments as arguments_module
 from sar_fast.evaluation import benchmark, sweep
@@ -46,6 +47,12 @@ def test_every_setting_equals_a_separate_run(swept, tmp_path, name):
     alone = benchmark.run(arguments_module.parse(words(tmp_path / "alone", "mme", *sar)))
     assert records(folder / name) == records(tmp_path / "alone")
     assert json.loads((folder / name / "all_results.json").read_text()) == json.loads(json.dumps(alone))
+
+
+def test_beta_without_a_re_weighted_setting_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--beta has no effect on --k 0"):
+        sweep.parse(words(tmp_path, "mme", "--k", "0", "--beta", "0.3", "0.4"))
+    sweep.parse(words(tmp_path, "mme", "--k", "0"))
 
 
 def test_summary_names_settings_cost_and_speed(swept):
@@ -110,3 +117,10 @@ def test_close_values_of_beta_have_folders_of_their_own(tmp_path):
 def test_bad_input(tmp_path, more, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         sweep.run(sweep.parse(words(tmp_path / "out", "mme", *more)))
+
+
+def test_the_panels_of_many_scores_are_wrapped_into_rows(tmp_path):
+    rows = [{"k": k, "beta": 0.5 if k else None, "scores": {f"s{n}": k + n for n in range(6)}} for k in (0, 5)]
+    sweep.plot({"settings": rows}, tmp_path / "figure6.png")
+    width, height = Image.open(tmp_path / "figure6.png").size
+    assert (width, height) == (4 * 510, 2 * 450)

@@ -135,7 +135,7 @@ def test_models_split_over_ranks_are_refused(deepspeed, parallelism, message):
 
 def test_splits_are_refused_wherever_they_are_asked_for(tmp_path, monkeypatch):
     refuse_split_models({"tensor_parallel": {"autotp_size": 1}, "zero_optimization": {"stage": 2}}, ParallelismConfig())
-    with pytest.raises(SystemExit):  # no value of this flag can be written down
+    with pytest.raises(ValueError, match="parallelism_config"):  # no value of this flag can be written down
         parse([*flags(tmp_path), "--parallelism_config", '{"cp_size": 2}'])
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # what `accelerate launch` sets
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
@@ -203,6 +203,28 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     trained = dict(trainer.model.named_parameters())
     assert all(torch.equal(p, trained[n]) for n, p in model.named_parameters())
+
+
+def test_a_run_shorter_than_logging_steps_has_no_loss_to_plot(tmp_path, caplog):
+    (tmp_path / "training_loss.png").write_bytes(b"of an earlier run")
+    train(tmp_path, max_steps=1, logging_steps=10, plot_loss=True)
+    assert "no loss to plot: 1 steps, and one is logged every --logging_steps 10" in caplog.text
+    assert not (tmp_path / "training_loss.png").exists()
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_wandb_without_a_key_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    wandb.teardown()
+    try:
+        with pytest.raises(ValueError, match=r"--report_to wandb has no key: set WANDB_API_KEY.*WANDB_MODE=offline"):
+            build(parse(flags(tmp_path / "out", report_to="wandb")))
+    finally:
+        wandb.teardown()
+    assert not (tmp_path / "out").exists()
 
 
 def test_counted_flops_are_those_of_the_shapes(tmp_path):
@@ -302,39 +324,3 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: unknown flag --learning_rat; did you mean --learning_rate?"
     assert "Traceback" not in done.stderr
-
-
-def test_figures_are_drawn(tmp_path):
-    from typer.testing import CliRunner
-
-    from sar_fast.cli import app
-
-    for name in ("sft", "control"):
-        train(tmp_path / name, max_steps=2, custom_trainer="control_sft" if name == "control" else None)
-    done = CliRunner().invoke(
-        app, ["plot", *(str(tmp_path / n) for n in ("sft", "control")), "--out", str(tmp_path / "f")]
-    )
-    assert done.exit_code == 0, done.output
-    for name in ("figure_3.png", "figure_4.png"):
-        assert Image.open(tmp_path / "f" / name).size[0] > 500
-    missing = CliRunner().invoke(app, ["plot", str(tmp_path / "nowhere")])
-    assert missing.exit_code == 2
-    assert "does not exist" in missing.output
-
-
-def test_data_check_names_bad_records(tmp_path):
-    from typer.testing import CliRunner
-
-    from sar_fast.cli import app
-
-    shipped = REPOSITORY / "experiments" / "data" / "shapes_llava.json"
-    good = CliRunner().invoke(app, ["data", "check", str(shipped), "--model", "miniature", "--json"])
-    assert good.exit_code == 0, good.output
-    found = json.loads(good.stdout)
-    assert (found["records"], found["images"], found["answers"], found["bad"]) == (32, 32, 96, [])
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"id": "x", "conversations": []}, {"messages": 3}])
-    bad = CliRunner().invoke(app, ["data", "check", str(path)])
-    assert bad.exit_code == 1
-    assert "record 0 (id x): column 'conversations'" in bad.output
-    assert "record 1: " in bad.output
-    assert "2 records, 0 images, 0 answers; 2 bad" in bad.output

@@ -122,6 +122,11 @@ def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = Non
         raise ValueError(f"{config}: backbone {name!r} is none of {', '.join(SWINS)}")
     width, depths, heads, window = SWINS[name]
     text_encoder = text_encoder or settings["text_encoder_type"]
+    try:
+        text_config, tokenizer = AutoConfig.from_pretrained(text_encoder), AutoTokenizer.from_pretrained(text_encoder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"gd_text_encoder {text_encoder!r} (BERT) cannot be loaded: {reason}") from error
     model = GroundingDinoForObjectDetection(
         GroundingDinoConfig(
             backbone_config=SwinConfig(
@@ -132,7 +137,7 @@ def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = Non
                 image_size=int(name.split("_")[2]),
                 out_features=[f"stage{i + 1}" for i in settings["return_interm_indices"]],
             ),
-            text_config=AutoConfig.from_pretrained(text_encoder),
+            text_config=text_config,
             d_model=settings["hidden_dim"],
             encoder_layers=settings["enc_layers"],
             decoder_layers=settings["dec_layers"],
@@ -155,7 +160,7 @@ def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = Non
     state = {k: v for k, v in read_state(checkpoint).items() if not _DINO_UNUSED.search(k)}
     state = split_projections(renamed(state, _DINO_RULES))
     fill(model, state, checkpoint, absent=re.compile(r"\.swin\.layernorm\."))
-    processor = GroundingDinoProcessor(GroundingDinoImageProcessor(), AutoTokenizer.from_pretrained(text_encoder))
+    processor = GroundingDinoProcessor(GroundingDinoImageProcessor(), tokenizer)
     return model.eval(), processor
 
 

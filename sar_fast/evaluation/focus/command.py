@@ -92,13 +92,8 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
 def mask_source(arguments: EvaluationArguments, device: str) -> MaskSource:
     """Grounding models where their checkpoints are given, else the dataset's masks and boxes."""
     detector, segmenter = arguments.gd_checkpoint_path, arguments.sam_checkpoint_path
-    if detector is None and segmenter is None:
-        if arguments.gd_config_path is not None:
-            raise ValueError("--gd_config_path has no effect without --gd_checkpoint_path; add it")
+    if detector is None:
         return DatasetMasks()
-    if detector is None or segmenter is None:
-        missing = "--gd_checkpoint_path" if detector is None else "--sam_checkpoint_path"
-        raise ValueError(f"masks by grounding need a detector and a segmenter: {missing} is missing")
     from sar_fast.evaluation.focus.grounding import GroundedMasks
 
     return GroundedMasks(

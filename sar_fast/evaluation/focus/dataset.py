@@ -38,18 +38,23 @@ def load_grounding_samples(
         if limit is not None and number >= limit:
             break
         place = f"{path}, row {number}"
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{place} is a {type(row).__name__}, needed an object")
-        missing = [c for c in NEEDED if row.get(columns.get(c, c)) is None]
-        if missing:
-            raise ValueError(f"{place}: no {', '.join(missing)}; it has {', '.join(row)}")
-        sample = _sample({c: row.get(columns.get(c, c)) for c in (*NEEDED, *OPTIONAL)}, str(number), place, media)
+        sample = to_sample(row, number, place, columns, media)
         if sample.id in samples:
             raise ValueError(f"{place}: id {sample.id!r} occurs twice")
         samples[sample.id] = sample
     if not samples:
         raise ValueError(f"dataset {name!r}: {path} has no rows")
     return list(samples.values())
+
+
+def to_sample(row: Any, number: int, place: str, columns: Mapping[str, str], media: Path) -> GroundingSample:
+    """One row as a sample; ``ValueError`` begins with ``place`` and says what is wrong. Pictures are not decoded."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{place} is a {type(row).__name__}, needed an object")
+    missing = [c for c in NEEDED if row.get(columns.get(c, c)) is None]
+    if missing:
+        raise ValueError(f"{place}: no {', '.join(missing)}; it has {', '.join(row)}")
+    return _sample({c: row.get(columns.get(c, c)) for c in (*NEEDED, *OPTIONAL)}, str(number), place, media)
 
 
 def dataset_settings(name: str, samples: Sequence[GroundingSample]) -> dict[str, Any]:
@@ -105,7 +110,10 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
         mask = _file(mask, media)
         if mask is None:
             raise ValueError(f"{place}: mask is a {type(row['mask']).__name__}, needed an encoded picture or polygons")
-        mask = mask.read_bytes() if isinstance(mask, Path) else mask
+        try:
+            mask = mask.read_bytes() if isinstance(mask, Path) else mask
+        except OSError as error:
+            raise ValueError(f"{place}: mask file {mask} cannot be read: {error.strerror}") from error
     return GroundingSample(
         id=number if row["id"] is None else str(row["id"]),
         picture=picture,

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from sar_fast.cli.loading import is_missing_folder
+from sar_fast.evaluation.arguments import ORIGINAL_CHECKPOINTS as ORIGINAL
 from sar_fast.evaluation.focus.samples import (
     NOTHING_GROUNDED,
     GroundingSample,
@@ -22,8 +24,6 @@ from sar_fast.evaluation.focus.samples import (
     picture_hash,
 )
 from sar_fast.evaluation.stamps import file_stamp, model_stamp, sampled_stamp
-
-ORIGINAL = (".pth", ".pt")
 
 
 class GroundedMasks:
@@ -60,6 +60,13 @@ class GroundedMasks:
         for path in (detector, segmenter):
             if Path(path).suffix in ORIGINAL and not Path(path).is_file():
                 raise FileNotFoundError(f"checkpoint {path} does not exist")
+        if detector_config is not None and not Path(detector_config).is_file():
+            raise FileNotFoundError(f"gd_config_path {detector_config} does not exist")
+        for name, value in (
+            ("gd_checkpoint_path", detector), ("sam_checkpoint_path", segmenter), ("gd_text_encoder", text_encoder)
+        ):  # fmt: skip
+            if value is not None and Path(value).suffix not in ORIGINAL and is_missing_folder(value):
+                raise ValueError(f"{name} {value!r} is no folder on this machine")
         self.detector, self.segmenter = detector, segmenter
         self.detector_config, self.text_encoder, self.segmenter_type = detector_config, text_encoder, segmenter_type
         self.box_threshold, self.text_threshold = box_threshold, text_threshold

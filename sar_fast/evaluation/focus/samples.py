@@ -20,6 +20,9 @@ EMPTY_MASK = "empty mask"
 NO_BOX_AREA = "box has no area"
 BOX_OUTSIDE = "box outside the image"
 UNREADABLE = "unreadable image"
+PLACEHOLDER = "words with the placeholder of a picture"
+BAD_MASK = "unreadable mask"
+MASK_SHAPE = "mask of another shape than its picture"
 
 
 class SampleSkipped(Exception):
@@ -106,25 +109,36 @@ class DatasetMasks:
 
 
 def decode_mask(mask: np.ndarray | bytes | list, size: tuple[int, int]) -> np.ndarray:
-    """A mask in any of the forms of :class:`GroundingSample`, as an array; ``size`` is the picture's, for polygons."""
+    """A mask in any of the forms of :class:`GroundingSample`, as an array; ``size`` is the picture's, for polygons.
+
+    Raises :class:`SampleSkipped` for bytes that are no picture, and for polygons of less than three corners.
+    """
     if isinstance(mask, bytes):
-        with Image.open(io.BytesIO(mask)) as opened:
-            return np.asarray(opened.convert("L"))
+        try:
+            with Image.open(io.BytesIO(mask)) as opened:
+                return np.asarray(opened.convert("L"))
+        except PICTURE_ERRORS as error:
+            raise SampleSkipped(BAD_MASK, picture_problem(error)) from error
     if isinstance(mask, list):
         drawn = Image.new("1", size)
         for polygon in mask if mask and isinstance(mask[0], (list, tuple)) else [mask]:
             if len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError(f"mask: a polygon needs x, y of at least three corners; got {len(polygon)} numbers")
-            ImageDraw.Draw(drawn).polygon([float(v) for v in polygon], fill=1)
+                raise SampleSkipped(
+                    BAD_MASK, f"a polygon needs x, y of three corners or more; got {len(polygon)} numbers"
+                )
+            try:
+                ImageDraw.Draw(drawn).polygon([float(v) for v in polygon], fill=1)
+            except (TypeError, ValueError) as error:
+                raise SampleSkipped(BAD_MASK, f"a polygon holds what is no number: {error}") from error
         return np.asarray(drawn)
     return mask
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask as bool. ``ValueError`` for another shape than the picture's, :class:`SampleSkipped` if it is empty."""
+    """The mask as bool; :class:`SampleSkipped` for another shape than the picture's, and if it is empty."""
     mask = np.asarray(mask)
     if mask.shape != size[::-1]:
-        raise ValueError(f"mask must be (height, width) = {size[::-1]} as its picture; got {mask.shape}")
+        raise SampleSkipped(MASK_SHAPE, f"needed (height, width) = {size[::-1]} as its picture; got {mask.shape}")
     mask = mask.astype(bool)
     if not mask.any():
         raise SampleSkipped(EMPTY_MASK)

@@ -20,6 +20,7 @@ from sar_fast.cli.loading import build_prompt
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import encode_texts
 from sar_fast.evaluation.focus.bootstrap import interval_of_mean
+from sar_fast.evaluation.focus.prompts import check_words
 from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA, GroundingSample, SampleSkipped
 from sar_fast.evaluation.probe.features import FeatureStore, layer_features
 from sar_fast.evaluation.probe.heads import HeadTraining, box_iou, predict, scaled, train_heads
@@ -90,11 +91,16 @@ class LayerwiseProbe:
     def usable(self, samples: Sequence[GroundingSample]) -> tuple[list[GroundingSample], dict[str, list[str]]]:
         """The samples that have a target, and the others' ids by reason. ``ValueError`` if a column is missing."""
         kept, skipped = [], {}
+        readable: set[str] = set()  # pictures that decode: a header alone does not tell a truncated one
         for sample in samples:
             try:
+                check_words(self.processor, [sample.query])
                 reason = _box_problem(sample) if self.task == "grounding" else _label_problem(sample)
-            except SampleSkipped as unreadable:
-                reason = unreadable.reason
+                if reason is None and sample.picture_key not in readable:
+                    sample.image  # noqa: B018  raises if the picture cannot be decoded
+                    readable.add(sample.picture_key)
+            except SampleSkipped as problem:
+                reason = problem.reason
             if reason is None:
                 kept.append(sample)
             else:
@@ -234,7 +240,6 @@ def _box_problem(sample: GroundingSample) -> str | None:
 
 
 def _label_problem(sample: GroundingSample) -> str | None:
-    sample.size  # noqa: B018  raises if the picture cannot be read
     return None if sample.label else "no label"
 
 

@@ -31,11 +31,12 @@ class MMBench(Task):
     source = "circular evaluation of open-compass/MMBench; replies matched as its tool does, without a judge model"
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Sample], list[Skip]]:
-        published = any(int(row["index"]) >= ROTATION for row in rows)
+        indices = [_index(row["index"], number) for number, row in enumerate(rows)]
+        published = any(index >= ROTATION for index in indices)
         groups: dict[int, dict[int, Sample]] = defaultdict(dict)
         sizes: dict[int, int] = {}
         for number, row in enumerate(rows):
-            turn, base = divmod(int(row["index"]), ROTATION)
+            turn, base = divmod(indices[number], ROTATION)
             choices, answer = _choices(row, number)
             if turn == 0:
                 sizes[base] = len(choices)
@@ -123,6 +124,13 @@ class MMBench(Task):
             ("accuracy, circular", overall["accuracy"]),
             ("accuracy, unrotated", overall["accuracy_without_rotations"]),
         ]
+
+
+def _index(value: Any, number: int) -> int:
+    digits = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if not digits.isdecimal():
+        raise ValueError(f"row {number}: index is {value!r}, needed a whole number")
+    return int(digits)
 
 
 def _choices(row: Mapping[str, Any], number: int) -> tuple[list[str], int]:

@@ -20,9 +20,10 @@ def parse_pope(reply: str) -> str:
 
 
 def is_clear(reply: str) -> bool:
-    """Whether the reply says yes or no at all; POPE's rule takes everything else for a yes."""
+    """Whether the reply says what POPE's rule takes it for: everything without a No, no or not is a yes, NO as well."""
     words = reply.lower().replace(".", " ").replace(",", " ").split()
-    return "yes" in words or any(word in ("no", "not") for word in words)
+    said = next((word for word in words if word in ("yes", "no", "not")), None)
+    return parse_pope(reply) == "no" or said == "yes"
 
 
 class POPE(Task):

@@ -57,6 +57,8 @@ class RefCOCO(Task):
             if width <= 0 or height <= 0:
                 skips.append(Skip(f"row {number}", f"bbox {box} has no area"))
                 continue
+            if not expressions:
+                skips.append(Skip(f"row {number}", "answer has no expression"))
             for turn, expression in enumerate(expressions):
                 if not expression.strip():
                     skips.append(Skip(f"row {number}", f"expression {turn} is empty"))

@@ -5,21 +5,25 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from string import ascii_uppercase
 from typing import Any
 
 from sar_fast.evaluation.tasks.base import Record, Sample, Skip, Task, share, text_of
 from sar_fast.evaluation.tasks.choices import SUFFIX, build_question, option_wordings, parse_text
 
+OPTIONS = ("A", "B", "C", "D", "E")
+SAID = re.compile(r"The answer is ([A-Z]).")  # the last point is any character, as in the original
+
 
 def parse_scienceqa(reply: str, count: int) -> int | None:
-    """The choice of a reply that is a letter, starts with a letter and a period, or says ``The answer is X``."""
-    reply = reply.strip().replace("\n", ". ")
-    start = re.fullmatch(r"([A-Za-z])|([A-Z])\..*", reply, re.DOTALL)
-    said = re.search(r"The answer is ([A-Z])", reply)
-    letter = (start[1] or start[2]).upper() if start else said[1] if said else ""
-    index = ascii_uppercase.find(letter) if letter else -1
-    return index if 0 <= index < count else None
+    """The choice of a reply that is a letter, starts with ``X. ``, or says ``The answer is X.`` once; else None."""
+    if reply in OPTIONS:
+        letter = reply
+    elif reply[:1] in OPTIONS and reply[1:3] == ". ":
+        letter = reply[0]
+    else:
+        said = SAID.findall(reply)
+        letter = said[0] if len(said) == 1 else ""
+    return OPTIONS.index(letter) if letter in OPTIONS[:count] else None
 
 
 class ScienceQA(Task):
@@ -33,7 +37,7 @@ class ScienceQA(Task):
     optional = ("hint", "subject")
     suffix = SUFFIX
     accepts = ("choice_format",)
-    source = "eval_science_qa.py of haotian-liu/LLaVA; a small letter counts too, as in lmms-eval"
+    source = "eval_science_qa.py of haotian-liu/LLaVA"
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Sample], list[Skip]]:
         letters = self.options.choice_format == "letters"
@@ -42,6 +46,8 @@ class ScienceQA(Task):
             choices, answer = row["choices"], row["answer"]
             if not isinstance(choices, list) or len(choices) < 2:
                 raise ValueError(f"row {number}: choices is {choices!r}, needed a list of two or more")
+            if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+                raise ValueError(f"row {number}: choices is {choices!r}, needed words in each")
             if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
                 raise ValueError(f"row {number}: answer is {answer!r}, needed 0 to {len(choices) - 1}")
             question, hint = text_of(row, "question", number), (row.get("hint") or "").strip()

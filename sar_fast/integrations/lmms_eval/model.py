@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import encode_texts, generate
 from sar_fast.evaluation.models import prepare_processor, start_processes
 from sar_fast.integrations.hf import apply_sar
-from sar_fast.integrations.lmms_eval.options import cut, generation_options
+from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
 
 
 class SARHuggingFace(lmms):
@@ -50,8 +51,10 @@ class SARHuggingFace(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(unknown, inspect.signature(SARHuggingFace).parameters)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a number, 1 or more; got {batch_size!r}")
         self.batch_size = int(batch_size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
@@ -30,3 +31,12 @@ def cut(reply: str, until: Sequence[str] | str | None) -> str:
         if stop:
             reply = reply.split(stop)[0]
     return reply.strip()
+
+
+def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+    """``ValueError`` for the first of ``--model_args`` that the model does not have; it names the nearest."""
+    names = [name for name in known if name != "unknown"]
+    for name in unknown:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"--model_args: {name} is unknown; {hint}known: {', '.join(names)}")

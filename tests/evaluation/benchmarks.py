@@ -1,0 +1,55 @@
+"""Small benchmark runs and tables, for the tests of ``evaluate.py --task``."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from datasets import Dataset, Image
+from PIL import Image as Pictures
+
+from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.results import SAMPLES
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "experiments" / "data" / "benchmarks"
+
+
+def arguments(out, **change):
+    given = {"model_name_or_path": "miniature", "output_dir": str(out), "task": "mme", "data_dir": str(DATA / "mme")}
+    return EvaluationArguments(**{**given, "max_samples": 16, **change})
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
+
+
+def write_table(folder, rows, name="test-00000-of-00001.parquet"):
+    folder.mkdir(parents=True, exist_ok=True)
+    table = Dataset.from_list(rows)
+    if "image" in rows[0] and isinstance(rows[0]["image"], dict):
+        table = table.cast_column("image", Image())
+    pq.write_table(table.data.table, folder / name)
+    return str(folder)
+
+
+def picture_bytes(colour="red"):
+    buffer = io.BytesIO()
+    Pictures.new("RGB", (24, 16), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def mme_rows(pictures, broken=()):
+    return [
+        {
+            "question_id": f"{n}.png",
+            "image": {"bytes": b"no picture" if n in broken else picture_bytes(), "path": None},
+            "question": f"Is there a {word}? Please answer yes or no.",
+            "answer": answer,
+            "category": "existence",
+        }
+        for n in range(pictures)
+        for word, answer in (("red circle", "Yes"), ("blue circle", "No"))
+    ]

@@ -1,0 +1,113 @@
+"""``evaluate.py --task`` on input that is wrong: an error that names it, or a skip that is counted and listed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+
+from sar_fast.evaluation import benchmark
+from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from tests.evaluation.benchmarks import DATA, arguments, lines, mme_rows, picture_bytes, write_table
+
+pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", r"template .*t\.jinja, line 1 cannot be rendered: "),
+        ("{{ messages[7].content.x }}", r"t\.jinja cannot be rendered: list object has no element 7"),
+        ("{{ raise_exception('no system turn') }}", "cannot be rendered: no system turn"),
+        ("USER: <image> ASSISTANT:", "leaves out the user's words"),
+    ],
+)
+def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, message):
+    (tmp_path / "t.jinja").write_text(template)
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path / "out", template=str(tmp_path / "t.jinja"))
+    with pytest.raises(ValueError, match=r"template is '.*gone\.jinja', needed a Jinja file"):
+        arguments(tmp_path / "out", template=str(tmp_path / "gone.jinja"))
+
+
+def test_a_template_without_the_picture_is_named(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content[1].text }} ASSISTANT:")
+    with pytest.raises(ValueError, match=r"template .*t\.jinja does not fit the model's processor: .*0 <image> tokens"):
+        benchmark.run(arguments(tmp_path / "out", template=str(tmp_path / "t.jinja")))
+
+
+def test_a_models_own_template_that_fails_is_named(tmp_path):
+    shutil.copytree(MINIATURE_PATH, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[7].content.x }}")
+    with pytest.raises(ValueError, match=r"--model_name_or_path: its chat template cannot be .*; give one with --tem"):
+        benchmark.run(arguments(tmp_path / "out", model_name_or_path=str(tmp_path / "model")))
+
+
+def test_the_models_own_template_as_a_file_changes_nothing(tmp_path):
+    (tmp_path / "t.jinja").write_text((MINIATURE_PATH / "chat_template.jinja").read_text())
+    benchmark.run(arguments(tmp_path / "own"))
+    benchmark.run(arguments(tmp_path / "file", template=str(tmp_path / "t.jinja")))
+    assert lines(tmp_path / "own") == lines(tmp_path / "file")
+
+
+def test_a_placeholder_in_a_question_is_a_listed_skip(tmp_path):
+    rows = mme_rows(2)
+    rows[2]["question"] = "Is an <image> in it?"
+    data = write_table(tmp_path / "data", rows)
+    results = benchmark.run(arguments(tmp_path / "out", data_dir=data))
+    assert results["num_samples_evaluated"] == 2
+    assert results["skipped"][0] == {
+        "key": "2",
+        "reason": "row 2: the prompt has '<image>', which stands for a picture",
+    }
+
+
+def test_a_box_outside_of_its_picture_is_skipped_and_listed(tmp_path):
+    rows = [
+        {"question_id": str(n), "image": {"bytes": picture_bytes(), "path": None}, "answer": ["red"], "bbox": box}
+        for n, box in enumerate([[2.0, 2.0, 8.0, 8.0], [20.0, 2.0, 8.0, 8.0]])  # the picture is 24 x 16
+    ]
+    data = write_table(tmp_path / "data", rows, "val-00000-of-00001.parquet")
+    results = benchmark.run(arguments(tmp_path / "out", task="refcoco", data_dir=data, box_format="miniature"))
+    assert results["num_samples_evaluated"] == 1
+    ((key, reason),) = [(s["key"], s["reason"]) for s in results["skipped"]]
+    assert key == "1/0"
+    assert "lies outside of the picture's 24 x 16 pixels" in reason
+
+
+def test_replies_that_were_not_understood_are_said_on_the_console(tmp_path, capsys):
+    given = {"task": "scienceqa", "data_dir": str(DATA / "scienceqa"), "max_samples": 4, "max_new_tokens": 3}
+    results = benchmark.run(arguments(tmp_path / "out", **given))
+    assert results["unparsed"] == 4
+    assert "warning: 4 of 4 replies were not understood and count as wrong" in capsys.readouterr().err
+    results = benchmark.run(arguments(tmp_path / "cloze", choice_format="cloze", **given))
+    assert results["unparsed"] == 0
+    assert "not understood" not in capsys.readouterr().err
+
+
+def test_a_box_format_that_needs_the_resized_size_is_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"--box_format resized_pixels needs a model whose processor .*miniature does"):
+        benchmark.run(
+            arguments(tmp_path / "out", task="refcoco", data_dir=str(DATA / "refcoco"), box_format="resized_pixels")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_object_without_expressions_is_a_listed_skip(tmp_path):
+    image = {"bytes": picture_bytes(), "path": None}
+    rows = [
+        {"question_id": str(n), "image": image, "answer": answer, "bbox": [2.0, 2.0, 8.0, 8.0]}
+        for n, answer in enumerate((["red"], []))
+    ]
+    data = write_table(tmp_path / "data", rows, "val-00000-of-00001.parquet")
+    results = benchmark.run(arguments(tmp_path / "out", task="refcoco", data_dir=data, box_format="miniature"))
+    assert results["skipped"] == [{"key": "row 1", "reason": "answer has no expression"}]
+
+
+def test_a_table_without_rows_is_named(tmp_path):
+    write_table(tmp_path / "data", mme_rows(1))
+    file = tmp_path / "data" / "test-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(ValueError, match=r"mme: .*data has no rows"):
+        benchmark.run(arguments(tmp_path / "out", data_dir=str(tmp_path / "data")))
