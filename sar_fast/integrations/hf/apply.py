@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +14,19 @@ from sar_fast.distributed import Shards
 from sar_fast.integrations.hf import attention
 from sar_fast.integrations.hf.context import SARContext, roles_of_pass, this_thread
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
+from sar_fast.integrations.hf.features import (
+    HANDLE_MARK,
+    norms_of,
+    norms_on,
+    parameters_of,
+    unwatch_features,
+    watch_features,
+)
 from sar_fast.integrations.hf.packing import find_packing
 from sar_fast.integrations.hf.speculation import announce_drafts, forget_drafts, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
 from sar_fast.roles import TokenRoles
 from sar_fast.types import AttentionOptions, SARStats
-
-HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
 
 
 class SARHandle:
@@ -58,7 +61,7 @@ class SARHandle:
         if not self.placeholder_ids:
             fields = ", ".join(self.family.placeholder_ids.values())
             raise UnsupportedModelError(f"model: its config has no visual placeholder id ({fields})")
-        self._forward_parameters = _parameters(type(self.base_model).forward)
+        self._forward_parameters = parameters_of(type(self.base_model).forward)
         self._hooks: list[Any] = []
         self._previous_implementation: str | None = None
         self.stats: dict[int, SARStats] = {}
@@ -105,8 +108,7 @@ class SARHandle:
         self._set_implementation(attention.ATTENTION_NAME)
         self._mark_layers()
         self.base_model.__dict__[HANDLE_MARK] = self
-        for modality in self.placeholder_ids:
-            _watch_features(type(self.base_model), modality)
+        self._watch_features()
         announce_drafts(self.model)
         decoder_layers = find_decoder_layers(self.model)
         self._hooks = [
@@ -117,14 +119,28 @@ class SARHandle:
         ]
         return self
 
+    def _watch_features(self) -> None:
+        for modality in self.placeholder_ids:
+            watch_features(type(self.base_model), modality, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, of a model with SAR on, needs its class's feature methods as the original does."""
+        self.__dict__.update(state)
+        if self._hooks:
+            self._watch_features()
+
     def remove(self) -> None:
-        """Restore the model exactly; a second call does nothing."""
+        """Restore the model exactly; a second call does nothing.
+
+        Its class too, once no other model of that class has SAR; what others patched or set meanwhile stays.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self.base_model.__dict__.get(HANDLE_MARK) is not self:
             return
         del self.base_model.__dict__[HANDLE_MARK]
+        unwatch_features(self)
         forget_drafts(self.model)
         for module in self.attention_modules:
             module.__dict__.pop(attention.LAYER_MARK, None)
@@ -231,7 +247,7 @@ class SARHandle:
         )
         for modality in placeholders:
             if encoded.get(modality) is not None:
-                context.add_norms(modality, _norms_on(encoded[modality], modality))
+                context.add_norms(modality, norms_on(encoded[modality], modality))
         if placeholders:
             self.roles, self.prior = roles, context.prior
         this_thread.context = context
@@ -255,7 +271,7 @@ class SARHandle:
         collected = getattr(this_thread, "patch_norms", None)
         if collected is not None and self.config.prior_source == "vision_layer":
             hidden = output[0] if isinstance(output, tuple) else output
-            collected.append(_norms(hidden))
+            collected.append(norms_of(hidden))
 
     def token_norms(self, modality: str, output: Any, patch_norms: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         """(n,) fp32 norms of a modality's visual tokens in placeholder order."""
@@ -267,7 +283,7 @@ class SARHandle:
             if self.family.projector is not None:
                 with torch.no_grad():
                     features = self.base_model.get_submodule(self.family.projector)(features)
-            return _norms(features.flatten(0, -2))
+            return norms_of(features.flatten(0, -2))
         if len(patch_norms) != 1:
             raise RuntimeError(
                 f"SAR: vision block {self.prior_block} ran {len(patch_norms)} times in get_{modality}_features, not "
@@ -285,71 +301,6 @@ class SARHandle:
                 f"{expected}"
             )
         return norms
-
-
-def _watch_features(cls: type, modality: str) -> None:
-    """Let ``cls.get_<modality>_features`` put the prior's norms on its output, for instances that SAR is applied to.
-
-    Once per class: other instances, and this one after ``remove``, pass straight through.
-    """
-    name = f"get_{modality}_features"
-    original = getattr(cls, name, None)
-    if original is None or getattr(original, "_sar_watches", False):
-        return
-    parameters = _parameters(original)
-
-    @functools.wraps(original)
-    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = self.__dict__.get(HANDLE_MARK)
-        inside = getattr(this_thread, "patch_norms", None) is not None  # a video call that runs the image method
-        if handle is None or inside:
-            return original(self, *args, **kwargs)
-        this_thread.patch_norms = []
-        try:
-            output = original(self, *args, **kwargs)
-            arguments = {**dict(zip(parameters, args)), **kwargs}
-            norms = handle.token_norms(modality, output, this_thread.patch_norms, arguments)
-        finally:
-            this_thread.patch_norms = None
-        output[_norms_key(modality)] = norms
-        give_features(modality, output)
-        return output
-
-    watched._sar_watches = True
-    setattr(cls, name, watched)
-
-
-def give_features(modality: str, output: Any) -> None:
-    """Tell the forward pass on this thread's stack, if one runs, the norms that ``output`` carries."""
-    context = getattr(this_thread, "context", None)
-    if context is not None and modality in context.placeholders:
-        context.add_norms(modality, _norms_on(output, modality))
-
-
-def _norms_key(modality: str) -> str:
-    return f"sar_{modality}_norms"
-
-
-def _norms_on(output: Any, modality: str) -> Tensor:
-    """The norms that a watched feature call left on its output."""
-    if _norms_key(modality) not in output:
-        raise ValueError(
-            f"mm_encoder_outputs[{modality!r}] must come whole from the model's own get_{modality}_features, called "
-            "after apply_sar; this one lacks the norms that it leaves there. prefill_chunk_size cuts them off: SAR's "
-            "weights need the whole prompt, so leave it None"
-        )
-    return output[_norms_key(modality)]
-
-
-def _norms(x: Tensor) -> Tensor:
-    """fp32 L2 norms over the last dimension, constants to autograd; fp64 input is not narrowed before."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).to(torch.float32)
-
-
-def _parameters(method: Callable) -> tuple[str, ...]:
-    """Names of a method's parameters after self; found once, as ``inspect`` does not belong in a traced graph."""
-    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def _placeholder_mask(base_model: nn.Module, ids: Tensor | None, embeds: Tensor | None, token: int) -> Tensor:
