@@ -26,6 +26,66 @@ def logits(model, batch):
         return model(**batch).logits
 
 
+# set_attn_implementation
+
+
+@pytest.mark.parametrize("request_", ["sdpa", "eager", {"text_config": "sdpa"}])
+def test_another_attention_under_sar_is_an_error(family, request_):
+    model, batch_of = family
+    handle = apply_sar(model, SAR)
+    model.set_attn_implementation(request_)
+    for call in (lambda: logits(model, batch_of([1])), lambda: model.generate(**batch_of([1]), max_new_tokens=2)):
+        with pytest.raises(RuntimeError, match=r"'(sdpa|eager)'.*set_attn_implementation.*remove.*apply_sar"):
+            call()
+    handle.remove()
+
+
+def implementations(model):
+    return [
+        model.config._attn_implementation,
+        *(getattr(model.config, name)._attn_implementation for name in ("text_config", "vision_config")),
+    ]
+
+
+def test_removal_keeps_what_the_user_set_meanwhile(family):
+    model, batch_of = family
+    batch = batch_of([1, 0])
+    real = batch["attention_mask"].bool()
+    plain = logits(model, batch)[real]
+    handle = apply_sar(model, SAR)
+    model.set_attn_implementation("eager")
+    handle.remove()
+    assert implementations(model) == ["eager"] * 3
+    torch.testing.assert_close(logits(model, batch)[real], plain, rtol=1e-4, atol=1e-4)
+    with apply_sar(model, SAR):
+        assert not torch.allclose(logits(model, batch)[real], plain, atol=1e-2)
+    assert implementations(model) == ["eager"] * 3
+
+
+def test_removal_restores_the_text_model_alone(family):
+    model, batch_of = family
+    batch = batch_of([1, 0])
+    plain = logits(model, batch)
+    handle = apply_sar(model, SAR)
+    want = logits(model, batch)
+    model.set_attn_implementation({"vision_config": "eager"})
+    torch.testing.assert_close(logits(model, batch), want, rtol=1e-4, atol=1e-4)  # SAR is still on
+    handle.remove()
+    assert implementations(model) == ["sdpa", "sdpa", "eager"]
+    torch.testing.assert_close(logits(model, batch), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_sar_goes_on_when_its_name_is_set_again(family):
+    model, batch_of = family
+    batch = batch_of([1, 0])
+    with apply_sar(model, SAR):
+        want = logits(model, batch)
+        model.set_attn_implementation({"text_config": "sdpa"})
+        model.set_attn_implementation({"text_config": "sar"})
+        assert torch.equal(logits(model, batch), want)
+    assert implementations(model) == ["sdpa"] * 3
+
+
 # the class that every model of a type shares
 
 

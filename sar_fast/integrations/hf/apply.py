@@ -103,8 +103,7 @@ class SARHandle:
     def install(self) -> SARHandle:
         """Put SAR on the model; ``apply_sar`` calls it."""
         attention.register()
-        text_config = self.model.config.get_text_config()
-        self._previous_implementation = text_config._attn_implementation
+        self._previous_implementation = self._implementation()
         self._set_implementation(attention.ATTENTION_NAME)
         self._mark_layers()
         self.base_model.__dict__[HANDLE_MARK] = self
@@ -144,7 +143,8 @@ class SARHandle:
         forget_drafts(self.model)
         for module in self.attention_modules:
             module.__dict__.pop(attention.LAYER_MARK, None)
-        self._set_implementation(self._previous_implementation)
+        if self._implementation() == attention.ATTENTION_NAME:  # not what the user set meanwhile
+            self._set_implementation(self._previous_implementation)
 
     def __enter__(self) -> SARHandle:
         return self
@@ -194,6 +194,19 @@ class SARHandle:
 
     # hooks; bound methods, so that a deep copy of the model gets hooks of its own handle
 
+    def _implementation(self) -> str | None:
+        """Name of the attention function that the text model's layers call."""
+        return self.attention_modules[-1].config._attn_implementation
+
+    def _check_implementation(self) -> None:
+        name = self._implementation()
+        if name != attention.ATTENTION_NAME:
+            raise RuntimeError(
+                f"SAR: the text model's attention is {name!r}, not {attention.ATTENTION_NAME!r}; nothing would be "
+                "re-weighted. set_attn_implementation was called while SAR is applied: handle.remove() (or "
+                "remove_sar(model)) keeps that choice, and apply_sar(model, config) after it puts SAR on again"
+            )
+
     def _set_implementation(self, name: str | None) -> None:
         text_config = self.model.config.get_text_config()
         if text_config is self.model.config:
@@ -204,6 +217,7 @@ class SARHandle:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Build the pass's context and send it down with the other keyword arguments."""
+        self._check_implementation()
         refuse_unnamed_splits(self.shards)
         if self.config.record or self.config.record_rows != "none":
             self.stats, self.rows = {}, {}  # of this pass alone, also if it re-weights nothing
