@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from sar_fast import SARConfig, apply_sar, remove_sar
+from sar_fast import SARConfig, apply_sar, patch_model_for_sar, remove_sar
 from tests.hf.tiny import CASES, MODELS, llava, llava_batch, qwen2_5_vl
 
 SAR = SARConfig(activation_layer_k=3, beta=0.02)
@@ -84,6 +84,26 @@ def test_sar_goes_on_when_its_name_is_set_again(family):
         model.set_attn_implementation({"text_config": "sar"})
         assert torch.equal(logits(model, batch), want)
     assert implementations(model) == ["sdpa"] * 3
+
+
+# patch_model_for_sar
+
+
+@pytest.mark.parametrize("use_sar", ["False", "True", None, 1])
+def test_use_sar_must_be_a_bool(use_sar):
+    with pytest.raises(TypeError, match=rf"use_sar must be a bool; got {type(use_sar).__name__}"):
+        patch_model_for_sar(llava(), use_sar=use_sar)
+
+
+def test_use_sar_false_means_without_sar():
+    model, batch = llava(), llava_batch([1])
+    plain = logits(model, batch)
+    assert patch_model_for_sar(model, use_sar=False) is None  # nothing to remove
+    patch_model_for_sar(model, sar_activation_layer_k=2, sar_beta=0.02)
+    assert patch_model_for_sar(model, use_sar=False) is None
+    assert torch.equal(logits(model, batch), plain)
+    with pytest.raises(ValueError, match="not applied"):
+        remove_sar(model)
 
 
 # the class that every model of a type shares

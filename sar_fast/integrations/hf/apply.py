@@ -408,10 +408,16 @@ def patch_model_for_sar(
     sar_beta: float = 0.5,
     **options: Any,
 ) -> SARHandle | None:
-    """The research code's name for :func:`apply_sar`; ``use_sar=False`` leaves the model alone and returns None.
+    """The research code's name for :func:`apply_sar`; ``use_sar=False`` is the model without SAR, which is taken off
+    where it is applied, and returns None.
 
     ``options`` are further fields of :class:`~sar_fast.SARConfig`.
     """
+    if not isinstance(use_sar, bool):
+        raise TypeError(f"use_sar must be a bool; got {type(use_sar).__name__} {use_sar!r}")
     if not use_sar:
+        handle = unwrap(model).base_model.__dict__.get(HANDLE_MARK)
+        if handle is not None:
+            handle.remove()
         return None
     return apply_sar(model, SARConfig(activation_layer_k=sar_activation_layer_k, beta=sar_beta, **options))
