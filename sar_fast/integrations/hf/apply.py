@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.backends.select import choose_backend
-from sar_fast.cache_state import state_of
+from sar_fast.cache_state import attach, state_of
 from sar_fast.config import SARConfig
 from sar_fast.distributed import Shards
 from sar_fast.integrations.hf import attention
@@ -23,6 +23,7 @@ from sar_fast.integrations.hf.features import (
     watch_features,
 )
 from sar_fast.integrations.hf.packing import find_packing
+from sar_fast.integrations.hf.refusals import refuse_unseen_cache
 from sar_fast.integrations.hf.speculation import announce_drafts, forget_drafts, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
 from sar_fast.roles import TokenRoles
@@ -42,7 +43,8 @@ class SARHandle:
 
     def __init__(self, model: nn.Module, config: SARConfig, shards: Shards | None = None) -> None:
         self.config = config
-        self.model = unwrap(model)
+        *wrappers, self.model = _unwrapping(model)
+        self.peft_configs = next((w.peft_config for w in wrappers if hasattr(w, "peft_config")), {})
         self.shards = _tensor_parallel_shards(self.model) if shards is None else shards
         self.family: Family = find_family(self.model.config)
         self.base_model = self.model.base_model
@@ -239,6 +241,9 @@ class SARHandle:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = (ids if ids is not None else embeds).shape[:2]
         device = (ids if ids is not None else embeds).device
+        drafts = take_drafts(self.model)
+        if self.config.activation_layer_k:
+            refuse_unseen_cache(cache, past, past_length, shape[1], self.peft_configs)
         placeholders = {
             m: _placeholder_mask(module, ids, embeds, token) for m, token in self.placeholder_ids.items() if comes[m]
         }
@@ -256,9 +261,7 @@ class SARHandle:
             roles = packing.roles(visual, self.config.text_queries)
         else:
             roles = roles_of_pass(visual, attention_mask, past, self.config)
-        context = SARContext(
-            self.config, roles, past_length, placeholders, past, self, packing, self.shards, take_drafts(self.model)
-        )
+        context = SARContext(self.config, roles, past_length, placeholders, past, self, packing, self.shards, drafts)
         for modality in placeholders:
             if encoded.get(modality) is not None:
                 context.add_norms(modality, norms_on(encoded[modality], modality))
@@ -276,10 +279,15 @@ class SARHandle:
         this_thread.context = None
 
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Decoder layers see the cache that the text model made itself."""
-        context = kwargs.get("sar_context")
-        if context is not None and context.cache is None:
-            context.cache = kwargs.get("past_key_values")
+        """Decoder layers see the cache that the text model made itself; its state knows of text-only passes too."""
+        context, cache = kwargs.get("sar_context"), kwargs.get("past_key_values")
+        if context is None or cache is None or context.cache is not None:
+            return
+        context.cache = cache
+        if context.config.activation_layer_k:
+            state = attach(cache, rows=not torch.compiler.is_compiling())
+            if not cache.is_compileable:  # a number that changes each step would compile a graph again
+                state.length = context.past_length + context.roles.text_mask.shape[1]
 
     def _after_vision_block(self, module: nn.Module, args: tuple, output: Any) -> None:
         collected = getattr(this_thread, "patch_norms", None)
@@ -327,19 +335,25 @@ def _placeholder_mask(base_model: nn.Module, ids: Tensor | None, embeds: Tensor 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT, DDP and compile wrappers."""
+    return _unwrapping(model)[-1]
+
+
+def _unwrapping(model: nn.Module) -> list[nn.Module]:
+    """The wrappers from outside in, then the transformers model."""
     from transformers import PreTrainedModel
 
-    seen = model
-    while not isinstance(seen, PreTrainedModel):
-        if hasattr(seen, "get_base_model"):
-            inner = seen.get_base_model()
+    seen = [model]
+    while not isinstance(seen[-1], PreTrainedModel):
+        outer = seen[-1]
+        if hasattr(outer, "get_base_model"):
+            inner = outer.get_base_model()
         else:
-            inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
-        if inner is None or inner is seen:
+            inner = getattr(outer, "module", None) or getattr(outer, "_orig_mod", None)
+        if inner is None or inner is outer:
             raise TypeError(
                 f"model must be a transformers PreTrainedModel or a wrapper of one; got {type(model).__name__}"
             )
-        seen = inner
+        seen.append(inner)
     return seen
 
 
@@ -387,10 +401,9 @@ def apply_sar(model: nn.Module, config: SARConfig | None = None, *, shards: Shar
     config = SARConfig() if config is None else config
     if not isinstance(config, SARConfig):
         raise TypeError(f"config must be a SARConfig; got {type(config).__name__}")
-    inner = unwrap(model)
-    if HANDLE_MARK in inner.base_model.__dict__:
+    if HANDLE_MARK in unwrap(model).base_model.__dict__:
         raise ValueError("model: SAR is applied to it already; call remove_sar(model) or handle.remove() first")
-    return SARHandle(inner, config, shards).install()
+    return SARHandle(model, config, shards).install()
 
 
 def remove_sar(model: nn.Module) -> None:

@@ -1,0 +1,41 @@
+"""Passes in which SAR cannot know where the pictures are: an error before plain attention passes for SAR's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sar_fast.cache_state import CacheState
+
+PLAIN = "plain attention is remove_sar(model) or activation_layer_k=0"
+
+
+def refuse_unseen_cache(
+    cache: Any, past: CacheState | None, past_length: int | Tensor, new: int, peft_configs: Mapping[str, Any]
+) -> None:
+    """``ValueError`` if the cache holds positions that no pass under SAR filled: V and the prior are unknown there.
+
+    Args:
+        past: the cache's state; None = no pass under SAR filled it.
+        past_length: cached positions; a static cache's counter is read once, until the cache has a state.
+        new: positions of this pass.
+        peft_configs: those of the PEFT wrapper by adapter; the prefix that one learned is a cache without pictures.
+    """
+    if past is not None and (cache.is_compileable or past_length <= past.length):
+        return
+    tracing = isinstance(past_length, Tensor) and torch.compiler.is_compiling()
+    if new > 1 if tracing else not past_length:  # a counter cannot be read in a graph; decode steps have a past
+        return
+    learned = {c.num_virtual_tokens for c in peft_configs.values() if getattr(c, "is_prompt_learning", False)}
+    if past is None and not tracing and past_length in learned:
+        return
+    raise ValueError(
+        f"past_key_values: holds {'some' if tracing else int(past_length)} positions, but passes under SAR filled "
+        f"{0 if past is None else past.length} of them, so SAR does not know its pictures and their prior: it was "
+        "filled without SAR, or rebuilt without the state that rides on the cache object. Needed: a new cache (or "
+        f"cache.reset()) and the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, "
+        "apply SAR to the PEFT model"
+    )
