@@ -23,8 +23,13 @@ from sar_fast.integrations.hf.features import (
     watch_features,
 )
 from sar_fast.integrations.hf.packing import find_packing
-from sar_fast.integrations.hf.refusals import refuse_unseen_cache
-from sar_fast.integrations.hf.speculation import announce_drafts, forget_drafts, take_drafts
+from sar_fast.integrations.hf.refusals import (
+    PIXELS,
+    refuse_merged_embeddings,
+    refuse_unfilled,
+    refuse_unseen_cache,
+)
+from sar_fast.integrations.hf.speculation import announce_drafts, drafting, forget_drafts, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
 from sar_fast.roles import TokenRoles
 from sar_fast.types import AttentionOptions, SARStats
@@ -234,18 +239,16 @@ class SARHandle:
             raise ValueError(
                 f"mm_encoder_outputs: {type(module).__name__} of this transformers version would ignore it; pass pixels"
             )
-        comes = {
-            "image": encoded.get("image") is not None or given.get("pixel_values") is not None,
-            "video": encoded.get("video") is not None or given.get("pixel_values_videos") is not None,
-        }
+        comes = {m for m, pixels in PIXELS.items() if encoded.get(m) is not None or given.get(pixels) is not None}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = (ids if ids is not None else embeds).shape[:2]
         device = (ids if ids is not None else embeds).device
         drafts = take_drafts(self.model)
         if self.config.activation_layer_k:
             refuse_unseen_cache(cache, past, past_length, shape[1], self.peft_configs)
+            self._check_pictures(module, given, comes, past_length, drafts)
         placeholders = {
-            m: _placeholder_mask(module, ids, embeds, token) for m, token in self.placeholder_ids.items() if comes[m]
+            m: _placeholder_mask(module, ids, embeds, token) for m, token in self.placeholder_ids.items() if m in comes
         }
         visual = torch.zeros(shape, dtype=torch.bool, device=device)
         for mask in placeholders.values():
@@ -271,6 +274,22 @@ class SARHandle:
         if self.family.computes_last_queries_only:
             kwargs["logits_to_keep"] = None
         return args, {**kwargs, "sar_context": context}
+
+    def _check_pictures(
+        self, module: nn.Module, given: dict[str, Any], comes: set[str], past_length: int | Tensor, drafts: int
+    ) -> None:
+        """Placeholders and embeddings of this pass must say where pictures are. Generated tokens are none."""
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        new = (ids if ids is not None else embeds).shape[1]
+        if ids is None and not comes:
+            refuse_merged_embeddings(given, new, self.peft_configs)
+        if new == 1 or (drafts and past_length) or drafting() or torch.compiler.is_compiling():
+            return
+        filled = {self.placeholder_ids.get(m) for m in comes}  # clips may use the pictures' placeholder
+        for modality, token in self.placeholder_ids.items():
+            if token not in filled:
+                mask = _placeholder_mask(module, ids, embeds, token)[:, : new - drafts]
+                refuse_unfilled("inputs_embeds" if ids is None else "input_ids", modality, mask)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         context = getattr(this_thread, "context", None)

@@ -139,9 +139,10 @@ def _per_placeholder(norms: Tensor, mask: Tensor) -> Tensor:
     total = int(per_row.sum())
     if norms.numel() == total:
         return norms
-    if norms.numel() == 0 or total % norms.numel():
+    if norms.numel() == 0 or total == 0 or total % norms.numel():
         raise ValueError(
-            f"input_ids: {total} visual placeholder tokens, but the vision encoder gave {norms.numel()} features"
+            f"input_ids (or inputs_embeds): {total} visual placeholder tokens, but the vision encoder gave "
+            f"{norms.numel()} features"
         )
     repeats = total // norms.numel()
     samples = norms.split(per_row[::repeats].tolist())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sar_fast.cache_state import CacheState
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # modality -> the argument that brings it
 PLAIN = "plain attention is remove_sar(model) or activation_layer_k=0"
 
 
@@ -39,3 +40,32 @@ def refuse_unseen_cache(
         f"cache.reset()) and the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, "
         "apply SAR to the PEFT model"
     )
+
+
+def refuse_merged_embeddings(given: Mapping[str, Any], new: int, peft_configs: Mapping[str, Any]) -> None:
+    """``ValueError`` for embeddings without ids and pixels that may hold pictures already.
+
+    Not where ``mm_token_type_ids`` say that all is text, nor under PEFT's prompt learning, which embeds ids itself.
+    """
+    types = given.get("mm_token_type_ids")
+    if new == 1 or any(getattr(c, "is_prompt_learning", False) for c in peft_configs.values()):
+        return
+    if types is not None and not bool(types.any()):
+        return
+    raise ValueError(
+        f"inputs_embeds: came without input_ids and without {' or '.join(PIXELS.values())}; embeddings that hold "
+        "pictures already look like any others, so SAR does not know where pictures are. Needed: input_ids and "
+        "pixel_values, or pixel_values and embeddings whose placeholders are still those of the embedding table; for "
+        f"text alone, mm_token_type_ids of zeros; {PLAIN}"
+    )
+
+
+def refuse_unfilled(name: str, modality: str, mask: Tensor) -> None:
+    """``ValueError`` if the argument ``name`` holds placeholders, True in ``mask`` (B, S), that no features fill."""
+    count = int(mask.sum())
+    if count:
+        raise ValueError(
+            f"{name}: holds {count} placeholders of {modality}s, but neither {PIXELS[modality]} nor "
+            f"mm_encoder_outputs[{modality!r}] came to fill them. Needed: the {modality}s, or a prompt without their "
+            f"placeholders; {PLAIN}"
+        )
