@@ -153,3 +153,19 @@ def test_learned_prompts_before_text_are_plain(kind):
         plain = wrapped(**row).logits
         with apply_sar(wrapped, config_of("running")):
             torch.testing.assert_close(wrapped(**row).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+# pixels that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_name_their_sample(family, value):
+    model, batch_of = family
+    batch = batch_of([1, 2, 0])
+    row = -1 if "image_grid_thw" in batch else 2  # the last picture, of sample 1
+    batch["pixel_values"][row] = value
+    error = pytest.raises(ValueError, match=r"pixel_values: .*not finite.*sample\(s\) 1 of the batch")
+    with apply_sar(model, config_of("running")), torch.no_grad(), error:
+        model(**batch)
+    with apply_sar(model, SARConfig(activation_layer_k=0)), torch.no_grad():
+        assert model(**batch).logits[2].isfinite().all()

@@ -37,6 +37,10 @@ class Packing:
         positions = torch.arange(total, dtype=torch.int32, device=self.cu_seqlens.device)
         return torch.searchsorted(self.cu_seqlens[1:].contiguous(), positions, right=True)
 
+    def samples(self, shape: torch.Size) -> Tensor:
+        """(B, S) int64: :meth:`sequence_of` every position."""
+        return self.sequence_of(shape.numel()).view(shape)
+
     def totals(self, values: Tensor) -> Tensor:
         """(B, S) -> (B, S): at each position, the sum of ``values`` over its sequence."""
         sequence = self.sequence_of(values.numel())

@@ -69,3 +69,20 @@ def refuse_unfilled(name: str, modality: str, mask: Tensor) -> None:
             f"mm_encoder_outputs[{modality!r}] came to fill them. Needed: the {modality}s, or a prompt without their "
             f"placeholders; {PLAIN}"
         )
+
+
+def refuse_features_not_finite(modality: str, norms: Tensor, samples: Tensor | None) -> None:
+    """``ValueError`` that names the samples whose vision features are NaN or infinite.
+
+    Args:
+        norms: (B, S) their norms, 0 where there are none. samples: (B, S) packed sequence of each; None = its row.
+    """
+    bad = ~norms.isfinite()
+    if torch.compiler.is_compiling() or not bool(bad.any()):  # in a graph the operator itself looks at the prior
+        return
+    numbers = (bad.nonzero()[:, 0] if samples is None else samples[bad]).unique().tolist()
+    raise ValueError(
+        f"{PIXELS[modality]}: vision features are not finite (NaN or infinite) in sample(s) "
+        f"{', '.join(map(str, numbers))} of the batch, counted from 0; the prior is made of their norms. Needed: "
+        "finite pixels and a vision encoder whose dtype holds its values"
+    )
