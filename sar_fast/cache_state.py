@@ -26,6 +26,7 @@ class CacheState:
         layers: layer index -> state.
         snapshots: per layer, (cache length, state) after every call, so that cropping to a call's end is exact.
         packed: the cache was filled by packed sequences, and cannot be continued.
+        length: positions that passes under SAR filled, with pictures or without; not counted on static caches.
     """
 
     visual_mask: Tensor | None = None
@@ -33,6 +34,7 @@ class CacheState:
     layers: dict[int, SARState] = dataclasses.field(default_factory=dict)
     snapshots: dict[int, list[tuple[int, SARState]]] = dataclasses.field(default_factory=dict)
     packed: bool = False
+    length: int = 0
 
     def clear(self) -> None:
         """Forget everything, as a reset cache has."""
@@ -71,6 +73,7 @@ class CacheState:
         if length == 0:
             self.clear()
             return
+        self.length = min(self.length, length)
         for layer, log in self.snapshots.items():
             kept = [entry for entry in log if entry[0] <= length]
             if not kept or kept[-1][0] != length:
@@ -89,6 +92,10 @@ class _SARCacheMixin:
     """Cache methods that move batch rows or positions, extended to the SAR state. Mixed in before the cache's class."""
 
     sar_state: CacheState
+
+    def __reduce__(self) -> tuple:
+        """Classes made at run time cannot be found by name: a pickle has the cache's own, and takes the state along."""
+        return _restore, (type(self).__mro__[2],), self.__dict__
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -122,14 +129,26 @@ def _with_state(cls: type) -> type:
     return type(f"SAR{cls.__name__}", (_SARCacheMixin, cls), {"__module__": cls.__module__})
 
 
-def attach(cache: Any) -> CacheState:
-    """The cache's SAR state; a cache that has none yet gets an empty one."""
-    if not isinstance(cache, _SARCacheMixin):
-        cache.__class__ = _with_state(type(cache))
+def _restore(cls: type) -> Any:
+    """An empty cache of class ``cls`` that carries SAR state, for ``pickle`` and ``copy`` to fill."""
+    carrying = _with_state(cls)
+    return carrying.__new__(carrying)
+
+
+def attach(cache: Any, *, rows: bool = True) -> CacheState:
+    """The cache's SAR state; a cache that has none yet gets an empty one.
+
+    Args:
+        rows: the state is to follow the cache's rows and positions. False while it says of no row that it has pictures,
+            in a graph that is being traced, which cannot change the cache's class.
+    """
+    if state_of(cache) is None:
         cache.sar_state = CacheState()
+    if rows and not isinstance(cache, _SARCacheMixin):
+        cache.__class__ = _with_state(type(cache))
     return cache.sar_state
 
 
 def state_of(cache: Any) -> CacheState | None:
     """The cache's SAR state if it carries one."""
-    return cache.sar_state if isinstance(cache, _SARCacheMixin) else None
+    return getattr(cache, "sar_state", None)

@@ -23,11 +23,9 @@ def with_config(options: AttentionOptions, config: SARConfig) -> AttentionOption
     )
 
 
-def recorded(av: Tensor, sa: Tensor, c: Tensor, count: Tensor, backend: str) -> SARStats:
-    """Statistics as users read them: detached, fp32, without a log-sum-exp."""
-    narrow = lambda t: t.detach().to(torch.float32)
-    lse = torch.empty(0, device=av.device)
-    return SARStats(lse, narrow(av), narrow(sa), narrow(av * sa), narrow(c), narrow(count), backend)
+def recorded(lse: Tensor, av: Tensor, sa: Tensor, c: Tensor, count: Tensor, backend: str) -> SARStats:
+    """Statistics as users read them: detached, fp32."""
+    return SARStats(*(t.detach().to(torch.float32) for t in (lse, av, sa, av * sa, c, count)), backend)
 
 
 def attend_with_state(
@@ -61,7 +59,7 @@ def attend_with_state(
         keep_stats: whether anybody reads the statistics.
 
     Returns:
-        (out, statistics with an empty lse or None, the state after this call).
+        (out, statistics or None, the state after this call).
     """
     options = with_config(options, config)
     q, k, v = autocast_inputs(q, k, v)
@@ -80,9 +78,10 @@ def attend_with_state(
         "options": options,
         "backend": backend,
         "shards": shards,
+        "need_lse": keep_stats,
     }
     if frozen:
-        out = ops.attention(q, k, v, None, None, None, **call)[0]
+        out, lse, *_ = ops.attention(q, k, v, None, None, None, **call)
         out = (out * past.head_weights[:, None, :, None]).to(out.dtype)
         total = past.count.clamp_min(1)[:, None]
         av, sa, c, count = past.av_sum / total, past.sa_sum / total, past.head_weights, past.count
@@ -92,8 +91,8 @@ def attend_with_state(
         if past is not None and config.decode != "step":
             keep = torch.ones_like(past.count) if carried_rows is None else carried_rows
             carried = (past.av_sum * keep[:, None], past.sa_sum * keep[:, None], past.count * keep)
-        out, _, av, sa, c, count = ops.attention(
+        out, lse, av, sa, c, count = ops.attention(
             q, k, v, visual_mask, text_mask, prior, carried=carried, sav_grad=config.sav_grad, **call
         )
         state = SARState.from_means(av, sa, c, count)
-    return out, recorded(av, sa, c, count, backend) if keep_stats else None, state
+    return out, recorded(lse, av, sa, c, count, backend) if keep_stats else None, state

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.decoding import recorded, with_config
+from sar_fast.decoding import with_config
 from sar_fast.integrations.hf import attention
 from sar_fast.miniature.checkpoint import load_miniature
 from sar_fast.miniature.questions import build_prompt, draw_questions
@@ -99,8 +99,7 @@ def reference(monkeypatch):
             sav_grad=config.sav_grad,
             return_stats=True,
         )
-        values = stats.alignment_variance, stats.semantic_alignment, stats.head_weights, stats.query_count
-        return out, recorded(*values, "reference"), SARState.from_means(*values)
+        return out, stats, SARState.from_stats(stats)
 
     def switch(on: bool) -> None:
         if on:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from sar_fast import SARConfig, apply_sar, decoding
 from sar_fast.integrations.hf import attention
 from tests.hf.test_batching import pack, row_of
+from tests.hf.test_caches import sliding_llava
 from tests.hf.tiny import MODELS, llava, llava_batch
 
 BETA = 0.02
@@ -152,3 +157,106 @@ def test_packed_rows_have_one_row_of_statistics_per_sequence():
                 for name in (*NAMES, "query_count"):
                     got, want = getattr(packed[layer], name)[b], getattr(alone, name)[0]
                     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-7)
+
+
+# the log-sum-exp
+
+
+class Scores:
+    """Eager attention that keeps the (B, H, Sq) log-sum-exp of every layer."""
+
+    def __init__(self):
+        self.lse = {}
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        s = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + attention_mask
+        self.lse[module.layer_idx] = torch.logsumexp(s.double(), -1)
+        return (s.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def eager_scores(model):
+    scores, before = Scores(), model.config.text_config._attn_implementation
+    AttentionInterface.register("sar_test_scores", scores)
+    AttentionMaskInterface.register("sar_test_scores", eager_mask)
+    model.set_attn_implementation({"text_config": "sar_test_scores"})
+    try:
+        yield scores.lse
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+@pytest.mark.parametrize("backend", ["torch", "composed"])
+def test_log_sum_exp_of_every_query(family, backend):
+    """(B, H, Sq) fp32, in a pass with and without gradients, against all scores; SAR weighs all heads alike here."""
+    model, batch_of = family
+    row = row_of(batch_of, [2], 0)
+    with eager_scores(model) as want:
+        run(model, row)
+    with apply_sar(model, NEUTRAL.replace(backend=backend)) as handle:
+        for enabled in (False, True):
+            with torch.set_grad_enabled(enabled):
+                model(**row, use_cache=False)
+            for layer, stats in handle.stats.items():
+                assert (stats.lse.dtype, stats.lse.requires_grad) == (torch.float32, False)
+                torch.testing.assert_close(stats.lse.double(), want[layer], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_log_sum_exp_of_padded_rows(family, side):
+    model, batch_of = family
+    batch = batch_of(IMAGES, side)
+    real = batch["attention_mask"].bool()[:, None].expand(-1, 4, -1)
+    with eager_scores(model) as want:
+        run(model, batch)
+    with apply_sar(model, NEUTRAL) as handle:
+        run(model, batch)
+        for layer, stats in handle.stats.items():
+            assert stats.lse.shape == real.shape
+            torch.testing.assert_close(stats.lse[real].double(), want[layer][real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["running", "step", "prompt"])
+def test_log_sum_exp_of_a_decode_step(mode):
+    model, batch = llava(), llava_batch([1, 2])
+    length = batch["input_ids"].shape[1]
+    with apply_sar(model, NEUTRAL.replace(decode=mode)) as handle:
+        tokens = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        got = {layer: stats.lse for layer, stats in handle.stats.items()}
+    whole = batch | {"input_ids": tokens[:, :-1]}
+    whole["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 2, dtype=torch.long)], 1)
+    with eager_scores(model) as want:
+        run(model, whole)
+    for layer, lse in got.items():
+        torch.testing.assert_close(lse[..., 0].double(), want[layer][..., length + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["running", "prompt"])
+def test_log_sum_exp_of_a_draft_has_all_its_tokens(mode, monkeypatch):
+    model, row = llava(), row_of(llava_batch, [1], 0)
+    row["input_ids"] = torch.cat([row["input_ids"], torch.tensor([[30, 31, 30, 31, 30, 31, 30]])], 1)
+    passed, recorded = [], []
+    with apply_sar(model, NEUTRAL.replace(decode=mode)) as handle:
+        monkeypatch.setattr(handle, "record", lambda layer, stats: recorded.append(stats.lse.shape))
+        model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: passed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        model.generate(**row, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+    assert recorded == [(1, 4, n) for n in passed for _ in range(4)]
+    assert any(1 < n < row["input_ids"].shape[1] for n in passed)
+
+
+@pytest.mark.parametrize("how", ["plain", "window"])
+def test_log_sum_exp_of_packed_rows(how):
+    """(H, total queries), the sequences one after the other."""
+    model = llava() if how == "plain" else sliding_llava()
+    rows = [row_of(llava_batch, IMAGES, b) for b in range(3)]
+    packed, lengths = pack(rows)
+    with apply_sar(model, SARConfig(activation_layer_k=1, beta=BETA, record=True)) as handle:
+        run(model, packed)
+        parts = handle.stats[3].lse.split(lengths, -1)
+    for part, row in zip(parts, rows):
+        with eager_scores(model) as want:
+            run(model, row)
+        torch.testing.assert_close(part.double(), want[3][0], rtol=1e-4, atol=1e-4)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sar_fast.backends.select import choose_backend
-from sar_fast.cache_state import state_of
+from sar_fast.cache_state import attach, state_of
 from sar_fast.config import SARConfig
 from sar_fast.distributed import Shards
 from sar_fast.integrations.hf import attention
 from sar_fast.integrations.hf.context import SARContext, roles_of_pass, this_thread
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
+from sar_fast.integrations.hf.features import (
+    HANDLE_MARK,
+    norms_of,
+    norms_on,
+    parameters_of,
+    unwatch_features,
+    watch_features,
+)
 from sar_fast.integrations.hf.packing import find_packing
-from sar_fast.integrations.hf.speculation import announce_drafts, forget_drafts, take_drafts
+from sar_fast.integrations.hf.refusals import (
+    PIXELS,
+    refuse_merged_embeddings,
+    refuse_unfilled,
+    refuse_unseen_cache,
+)
+from sar_fast.integrations.hf.speculation import announce_drafts, drafting, forget_drafts, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
 from sar_fast.roles import TokenRoles
 from sar_fast.types import AttentionOptions, SARStats
-
-HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
 
 
 class SARHandle:
@@ -39,7 +48,8 @@ class SARHandle:
 
     def __init__(self, model: nn.Module, config: SARConfig, shards: Shards | None = None) -> None:
         self.config = config
-        self.model = unwrap(model)
+        *wrappers, self.model = _unwrapping(model)
+        self.peft_configs = next((w.peft_config for w in wrappers if hasattr(w, "peft_config")), {})
         self.shards = _tensor_parallel_shards(self.model) if shards is None else shards
         self.family: Family = find_family(self.model.config)
         self.base_model = self.model.base_model
@@ -58,7 +68,7 @@ class SARHandle:
         if not self.placeholder_ids:
             fields = ", ".join(self.family.placeholder_ids.values())
             raise UnsupportedModelError(f"model: its config has no visual placeholder id ({fields})")
-        self._forward_parameters = _parameters(type(self.base_model).forward)
+        self._forward_parameters = parameters_of(type(self.base_model).forward)
         self._hooks: list[Any] = []
         self._previous_implementation: str | None = None
         self.stats: dict[int, SARStats] = {}
@@ -100,13 +110,11 @@ class SARHandle:
     def install(self) -> SARHandle:
         """Put SAR on the model; ``apply_sar`` calls it."""
         attention.register()
-        text_config = self.model.config.get_text_config()
-        self._previous_implementation = text_config._attn_implementation
+        self._previous_implementation = self._implementation()
         self._set_implementation(attention.ATTENTION_NAME)
         self._mark_layers()
         self.base_model.__dict__[HANDLE_MARK] = self
-        for modality in self.placeholder_ids:
-            _watch_features(type(self.base_model), modality)
+        self._watch_features()
         announce_drafts(self.model)
         decoder_layers = find_decoder_layers(self.model)
         self._hooks = [
@@ -117,18 +125,33 @@ class SARHandle:
         ]
         return self
 
+    def _watch_features(self) -> None:
+        for modality in self.placeholder_ids:
+            watch_features(type(self.base_model), modality, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, of a model with SAR on, needs its class's feature methods as the original does."""
+        self.__dict__.update(state)
+        if self._hooks:
+            self._watch_features()
+
     def remove(self) -> None:
-        """Restore the model exactly; a second call does nothing."""
+        """Restore the model exactly; a second call does nothing.
+
+        Its class too, once no other model of that class has SAR; what others patched or set meanwhile stays.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self.base_model.__dict__.get(HANDLE_MARK) is not self:
             return
         del self.base_model.__dict__[HANDLE_MARK]
+        unwatch_features(self)
         forget_drafts(self.model)
         for module in self.attention_modules:
             module.__dict__.pop(attention.LAYER_MARK, None)
-        self._set_implementation(self._previous_implementation)
+        if self._implementation() == attention.ATTENTION_NAME:  # not what the user set meanwhile
+            self._set_implementation(self._previous_implementation)
 
     def __enter__(self) -> SARHandle:
         return self
@@ -178,6 +201,19 @@ class SARHandle:
 
     # hooks; bound methods, so that a deep copy of the model gets hooks of its own handle
 
+    def _implementation(self) -> str | None:
+        """Name of the attention function that the text model's layers call."""
+        return self.attention_modules[-1].config._attn_implementation
+
+    def _check_implementation(self) -> None:
+        name = self._implementation()
+        if name != attention.ATTENTION_NAME:
+            raise RuntimeError(
+                f"SAR: the text model's attention is {name!r}, not {attention.ATTENTION_NAME!r}; nothing would be "
+                "re-weighted. set_attn_implementation was called while SAR is applied: handle.remove() (or "
+                "remove_sar(model)) keeps that choice, and apply_sar(model, config) after it puts SAR on again"
+            )
+
     def _set_implementation(self, name: str | None) -> None:
         text_config = self.model.config.get_text_config()
         if text_config is self.model.config:
@@ -188,6 +224,7 @@ class SARHandle:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Build the pass's context and send it down with the other keyword arguments."""
+        self._check_implementation()
         refuse_unnamed_splits(self.shards)
         if self.config.record or self.config.record_rows != "none":
             self.stats, self.rows = {}, {}  # of this pass alone, also if it re-weights nothing
@@ -202,15 +239,16 @@ class SARHandle:
             raise ValueError(
                 f"mm_encoder_outputs: {type(module).__name__} of this transformers version would ignore it; pass pixels"
             )
-        comes = {
-            "image": encoded.get("image") is not None or given.get("pixel_values") is not None,
-            "video": encoded.get("video") is not None or given.get("pixel_values_videos") is not None,
-        }
+        comes = {m for m, pixels in PIXELS.items() if encoded.get(m) is not None or given.get(pixels) is not None}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = (ids if ids is not None else embeds).shape[:2]
         device = (ids if ids is not None else embeds).device
+        drafts = take_drafts(self.model)
+        if self.config.activation_layer_k:
+            refuse_unseen_cache(cache, past, past_length, shape[1], self.peft_configs)
+            self._check_pictures(module, given, comes, past_length, drafts)
         placeholders = {
-            m: _placeholder_mask(module, ids, embeds, token) for m, token in self.placeholder_ids.items() if comes[m]
+            m: _placeholder_mask(module, ids, embeds, token) for m, token in self.placeholder_ids.items() if m in comes
         }
         visual = torch.zeros(shape, dtype=torch.bool, device=device)
         for mask in placeholders.values():
@@ -226,18 +264,32 @@ class SARHandle:
             roles = packing.roles(visual, self.config.text_queries)
         else:
             roles = roles_of_pass(visual, attention_mask, past, self.config)
-        context = SARContext(
-            self.config, roles, past_length, placeholders, past, self, packing, self.shards, take_drafts(self.model)
-        )
+        context = SARContext(self.config, roles, past_length, placeholders, past, self, packing, self.shards, drafts)
         for modality in placeholders:
             if encoded.get(modality) is not None:
-                context.add_norms(modality, _norms_on(encoded[modality], modality))
+                context.add_norms(modality, norms_on(encoded[modality], modality))
         if placeholders:
             self.roles, self.prior = roles, context.prior
         this_thread.context = context
         if self.family.computes_last_queries_only:
             kwargs["logits_to_keep"] = None
         return args, {**kwargs, "sar_context": context}
+
+    def _check_pictures(
+        self, module: nn.Module, given: dict[str, Any], comes: set[str], past_length: int | Tensor, drafts: int
+    ) -> None:
+        """Placeholders and embeddings of this pass must say where pictures are. Generated tokens are none."""
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        new = (ids if ids is not None else embeds).shape[1]
+        if ids is None and not comes:
+            refuse_merged_embeddings(given, new, self.peft_configs)
+        if new == 1 or (drafts and past_length) or drafting() or torch.compiler.is_compiling():
+            return
+        filled = {self.placeholder_ids.get(m) for m in comes}  # clips may use the pictures' placeholder
+        for modality, token in self.placeholder_ids.items():
+            if token not in filled:
+                mask = _placeholder_mask(module, ids, embeds, token)[:, : new - drafts]
+                refuse_unfilled("inputs_embeds" if ids is None else "input_ids", modality, mask)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         context = getattr(this_thread, "context", None)
@@ -246,16 +298,21 @@ class SARHandle:
         this_thread.context = None
 
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Decoder layers see the cache that the text model made itself."""
-        context = kwargs.get("sar_context")
-        if context is not None and context.cache is None:
-            context.cache = kwargs.get("past_key_values")
+        """Decoder layers see the cache that the text model made itself; its state knows of text-only passes too."""
+        context, cache = kwargs.get("sar_context"), kwargs.get("past_key_values")
+        if context is None or cache is None or context.cache is not None:
+            return
+        context.cache = cache
+        if context.config.activation_layer_k:
+            state = attach(cache, rows=not torch.compiler.is_compiling())
+            if not cache.is_compileable:  # a number that changes each step would compile a graph again
+                state.length = context.past_length + context.roles.text_mask.shape[1]
 
     def _after_vision_block(self, module: nn.Module, args: tuple, output: Any) -> None:
         collected = getattr(this_thread, "patch_norms", None)
         if collected is not None and self.config.prior_source == "vision_layer":
             hidden = output[0] if isinstance(output, tuple) else output
-            collected.append(_norms(hidden))
+            collected.append(norms_of(hidden))
 
     def token_norms(self, modality: str, output: Any, patch_norms: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         """(n,) fp32 norms of a modality's visual tokens in placeholder order."""
@@ -267,7 +324,7 @@ class SARHandle:
             if self.family.projector is not None:
                 with torch.no_grad():
                     features = self.base_model.get_submodule(self.family.projector)(features)
-            return _norms(features.flatten(0, -2))
+            return norms_of(features.flatten(0, -2))
         if len(patch_norms) != 1:
             raise RuntimeError(
                 f"SAR: vision block {self.prior_block} ran {len(patch_norms)} times in get_{modality}_features, not "
@@ -287,71 +344,6 @@ class SARHandle:
         return norms
 
 
-def _watch_features(cls: type, modality: str) -> None:
-    """Let ``cls.get_<modality>_features`` put the prior's norms on its output, for instances that SAR is applied to.
-
-    Once per class: other instances, and this one after ``remove``, pass straight through.
-    """
-    name = f"get_{modality}_features"
-    original = getattr(cls, name, None)
-    if original is None or getattr(original, "_sar_watches", False):
-        return
-    parameters = _parameters(original)
-
-    @functools.wraps(original)
-    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = self.__dict__.get(HANDLE_MARK)
-        inside = getattr(this_thread, "patch_norms", None) is not None  # a video call that runs the image method
-        if handle is None or inside:
-            return original(self, *args, **kwargs)
-        this_thread.patch_norms = []
-        try:
-            output = original(self, *args, **kwargs)
-            arguments = {**dict(zip(parameters, args)), **kwargs}
-            norms = handle.token_norms(modality, output, this_thread.patch_norms, arguments)
-        finally:
-            this_thread.patch_norms = None
-        output[_norms_key(modality)] = norms
-        give_features(modality, output)
-        return output
-
-    watched._sar_watches = True
-    setattr(cls, name, watched)
-
-
-def give_features(modality: str, output: Any) -> None:
-    """Tell the forward pass on this thread's stack, if one runs, the norms that ``output`` carries."""
-    context = getattr(this_thread, "context", None)
-    if context is not None and modality in context.placeholders:
-        context.add_norms(modality, _norms_on(output, modality))
-
-
-def _norms_key(modality: str) -> str:
-    return f"sar_{modality}_norms"
-
-
-def _norms_on(output: Any, modality: str) -> Tensor:
-    """The norms that a watched feature call left on its output."""
-    if _norms_key(modality) not in output:
-        raise ValueError(
-            f"mm_encoder_outputs[{modality!r}] must come whole from the model's own get_{modality}_features, called "
-            "after apply_sar; this one lacks the norms that it leaves there. prefill_chunk_size cuts them off: SAR's "
-            "weights need the whole prompt, so leave it None"
-        )
-    return output[_norms_key(modality)]
-
-
-def _norms(x: Tensor) -> Tensor:
-    """fp32 L2 norms over the last dimension, constants to autograd; fp64 input is not narrowed before."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).to(torch.float32)
-
-
-def _parameters(method: Callable) -> tuple[str, ...]:
-    """Names of a method's parameters after self; found once, as ``inspect`` does not belong in a traced graph."""
-    return tuple(inspect.signature(method).parameters)[1:]
-
-
 def _placeholder_mask(base_model: nn.Module, ids: Tensor | None, embeds: Tensor | None, token: int) -> Tensor:
     """(B, S) bool: where the ids, or the embeddings when only they are given, are placeholder ``token``."""
     if ids is not None:
@@ -362,19 +354,25 @@ def _placeholder_mask(base_model: nn.Module, ids: Tensor | None, embeds: Tensor 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT, DDP and compile wrappers."""
+    return _unwrapping(model)[-1]
+
+
+def _unwrapping(model: nn.Module) -> list[nn.Module]:
+    """The wrappers from outside in, then the transformers model."""
     from transformers import PreTrainedModel
 
-    seen = model
-    while not isinstance(seen, PreTrainedModel):
-        if hasattr(seen, "get_base_model"):
-            inner = seen.get_base_model()
+    seen = [model]
+    while not isinstance(seen[-1], PreTrainedModel):
+        outer = seen[-1]
+        if hasattr(outer, "get_base_model"):
+            inner = outer.get_base_model()
         else:
-            inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
-        if inner is None or inner is seen:
+            inner = getattr(outer, "module", None) or getattr(outer, "_orig_mod", None)
+        if inner is None or inner is outer:
             raise TypeError(
                 f"model must be a transformers PreTrainedModel or a wrapper of one; got {type(model).__name__}"
             )
-        seen = inner
+        seen.append(inner)
     return seen
 
 
@@ -422,10 +420,9 @@ def apply_sar(model: nn.Module, config: SARConfig | None = None, *, shards: Shar
     config = SARConfig() if config is None else config
     if not isinstance(config, SARConfig):
         raise TypeError(f"config must be a SARConfig; got {type(config).__name__}")
-    inner = unwrap(model)
-    if HANDLE_MARK in inner.base_model.__dict__:
+    if HANDLE_MARK in unwrap(model).base_model.__dict__:
         raise ValueError("model: SAR is applied to it already; call remove_sar(model) or handle.remove() first")
-    return SARHandle(inner, config, shards).install()
+    return SARHandle(model, config, shards).install()
 
 
 def remove_sar(model: nn.Module) -> None:
@@ -443,10 +440,16 @@ def patch_model_for_sar(
     sar_beta: float = 0.5,
     **options: Any,
 ) -> SARHandle | None:
-    """The research code's name for :func:`apply_sar`; ``use_sar=False`` leaves the model alone and returns None.
+    """The research code's name for :func:`apply_sar`; ``use_sar=False`` is the model without SAR, which is taken off
+    where it is applied, and returns None.
 
     ``options`` are further fields of :class:`~sar_fast.SARConfig`.
     """
+    if not isinstance(use_sar, bool):
+        raise TypeError(f"use_sar must be a bool; got {type(use_sar).__name__} {use_sar!r}")
     if not use_sar:
+        handle = unwrap(model).base_model.__dict__.get(HANDLE_MARK)
+        if handle is not None:
+            handle.remove()
         return None
     return apply_sar(model, SARConfig(activation_layer_k=sar_activation_layer_k, beta=sar_beta, **options))

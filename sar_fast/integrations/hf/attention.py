@@ -6,6 +6,7 @@ True = real key; 4D bool = everything else. Plain causal patterns never become a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ def _reweighted(
     text = context.roles.text_mask[:, -Sq:]  # a model may keep only its last queries
     length = context.past_length + context.roles.text_mask.shape[1]
     state = context.past.layers.get(layer) if context.past is not None else None
-    outs = []
+    outs, lses = [], []
     for start, stop in context.pieces(Sq):
         keys = k.shape[1] - (Sq - stop)
         frozen = config.decode == "prompt" and state is not None and (start > 0 or not context.placeholders)
@@ -203,14 +204,16 @@ def _reweighted(
             shards=context.shards,
         )
         outs.append(out)
+        if config.record:
+            lses.append(stats.lse)
         if context.cache is not None and not frozen:
             on_cache = attach(context.cache)
             if context.placeholders:
                 on_cache.visual_mask, on_cache.norms = context.visual_mask, context.norms
             snapshots = config.decode == "running" and not context.cache.is_compileable  # static caches cannot crop
             on_cache.store(layer, state, length - (Sq - stop), keep_snapshots=snapshots)
-    if config.record:
-        context.recorder.record(layer, stats)
+    if config.record:  # the last piece's, but of all queries
+        context.recorder.record(layer, dataclasses.replace(stats, lse=torch.cat(lses, -1)) if len(lses) > 1 else stats)
     if config.record_rows == "last_text":
         rows = visual_attention_rows(q.detach(), k.detach(), text, visual, key_padding, dense, options)
         context.recorder.record_rows(layer, rows)

@@ -20,7 +20,8 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sar_fast.config import SARConfig
-from sar_fast.integrations.hf.apply import SARHandle, find_decoder_layers, give_features
+from sar_fast.integrations.hf.apply import SARHandle, find_decoder_layers
+from sar_fast.integrations.hf.features import give_features
 from sar_fast.integrations.hf.shared_prefix import SharedPrefix
 
 Result = TypeVar("Result")

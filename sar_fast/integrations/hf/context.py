@@ -15,6 +15,7 @@ from sar_fast.cache_state import CacheState
 from sar_fast.config import SARConfig
 from sar_fast.distributed import Shards
 from sar_fast.integrations.hf.packing import Packing
+from sar_fast.integrations.hf.refusals import refuse_features_not_finite
 from sar_fast.roles import TokenRoles, roles_from_visual
 
 this_thread = threading.local()  # the forward pass and the vision call on this thread's stack, nothing longer-lived
@@ -78,6 +79,8 @@ class SARContext:
             new = torch.zeros(self.roles.text_mask.shape, dtype=torch.float32, device=norms.device)
             for name, mask in self.placeholders.items():
                 new = new.masked_scatter(mask, _per_placeholder(self._received[name].to(new), mask))
+                if self.config.activation_layer_k:
+                    refuse_features_not_finite(name, new, self.packing and self.packing.samples(new.shape))
             self._set(*self._after_cached(self.roles.visual_mask, new))
 
     def _after_cached(self, new_visual: Tensor, new_norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +142,10 @@ def _per_placeholder(norms: Tensor, mask: Tensor) -> Tensor:
     total = int(per_row.sum())
     if norms.numel() == total:
         return norms
-    if norms.numel() == 0 or total % norms.numel():
+    if norms.numel() == 0 or total == 0 or total % norms.numel():
         raise ValueError(
-            f"input_ids: {total} visual placeholder tokens, but the vision encoder gave {norms.numel()} features"
+            f"input_ids (or inputs_embeds): {total} visual placeholder tokens, but the vision encoder gave "
+            f"{norms.numel()} features"
         )
     repeats = total // norms.numel()
     samples = norms.split(per_row[::repeats].tolist())

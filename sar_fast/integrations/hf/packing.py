@@ -37,6 +37,10 @@ class Packing:
         positions = torch.arange(total, dtype=torch.int32, device=self.cu_seqlens.device)
         return torch.searchsorted(self.cu_seqlens[1:].contiguous(), positions, right=True)
 
+    def samples(self, shape: torch.Size) -> Tensor:
+        """(B, S) int64: :meth:`sequence_of` every position."""
+        return self.sequence_of(shape.numel()).view(shape)
+
     def totals(self, values: Tensor) -> Tensor:
         """(B, S) -> (B, S): at each position, the sum of ``values`` over its sequence."""
         sequence = self.sequence_of(values.numel())
@@ -156,15 +160,15 @@ def packed_attention(
             are then attended to one by one.
 
     Returns:
-        (out (B, S, H, Dv), statistics with one row per sequence, or None unless ``keep_stats``).
+        (out (B, S, H, Dv), statistics with one row per sequence and lse (H, B * S), or None unless ``keep_stats``).
     """
     B, S = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in autocast_inputs(q, k, v))
     backend = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=attn_mask is not None)
     flat = (q, k, v, *([None] * 3 if roles is None else [x.flatten() for x in roles]))
-    call = {"options": options, "backend": backend, "sav_grad": sav_grad, "shards": shards}
+    call = {"options": options, "backend": backend, "sav_grad": sav_grad, "shards": shards, "need_lse": keep_stats}
     if attn_mask is None:
-        out, _, *stats = ops.attention(
+        out, *stats = ops.attention(
             *flat,
             cu_seqlens_q=packing.cu_seqlens,
             cu_seqlens_k=packing.cu_seqlens,
@@ -172,16 +176,17 @@ def packed_attention(
             **call,
         )
         return out.view(B, S, *out.shape[1:]), recorded(*stats, backend) if keep_stats else None
-    outs, stats = [], []
+    outs, lses, stats = [], [], []
     ends = packing.cu_seqlens.tolist()
     for start, stop in itertools.pairwise(ends):
         row, inside = start // S, slice(start % S, start % S + stop - start)
         mask = attn_mask[row if attn_mask.shape[0] > 1 else 0, None, :, inside, inside]
-        out, _, *part = ops.attention(
+        out, lse, *part = ops.attention(
             *(None if x is None else x[None, start:stop] for x in flat), attn_mask=mask, **call
         )
         outs.append(out[0])
+        lses.append(lse[0] if keep_stats else lse)
         stats.append(part)
     out = torch.cat(outs)
-    whole = recorded(*(torch.cat(parts) for parts in zip(*stats)), backend) if keep_stats else None
-    return out.view(B, S, *out.shape[1:]), whole
+    whole = [torch.cat(lses, -1), *(torch.cat(parts) for parts in zip(*stats))] if keep_stats else None
+    return out.view(B, S, *out.shape[1:]), recorded(*whole, backend) if keep_stats else None

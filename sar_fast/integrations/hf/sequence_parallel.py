@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sar_fast.integrations.hf.apply import HANDLE_MARK, find_decoder_layers, unwrap
+from sar_fast.integrations.hf.apply import find_decoder_layers, unwrap
+from sar_fast.integrations.hf.features import HANDLE_MARK
 
 IGNORED = -100  # label of positions without a loss, as in PyTorch's cross-entropy
 

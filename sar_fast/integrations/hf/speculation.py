@@ -35,6 +35,11 @@ def take_drafts(model: nn.Module) -> int:
     return announced[1]
 
 
+def drafting() -> bool:
+    """Whether this thread's pass is an assistant's: what it drafts is checked, so it may do without pictures."""
+    return getattr(this_thread, "drafting", False)
+
+
 class CandidateGenerators:
     """Stands for the model's method that makes candidate generators; copies with the model."""
 
@@ -46,7 +51,11 @@ class CandidateGenerators:
         original = generator.get_candidates
 
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            candidates = original(input_ids, *args, **kwargs)
+            before, this_thread.drafting = drafting(), True
+            try:
+                candidates = original(input_ids, *args, **kwargs)
+            finally:
+                this_thread.drafting = before
             this_thread.drafts = (self.model, candidates[0].shape[1] - input_ids.shape[1])
             return candidates
 

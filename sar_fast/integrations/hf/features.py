@@ -1,0 +1,116 @@
+"""The prior's way into a pass: norms that ride on the output of the model's own feature methods.
+
+``generate`` reads pictures before and outside the forward pass, so the methods are wrapped. They are wrapped on the
+class, as a replica of a model (DataParallel) has the model's attributes, and must run on itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sar_fast.integrations.hf.context import this_thread
+
+HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
+
+_lock = threading.RLock()
+_watchers: dict[Callable, weakref.WeakSet] = {}  # wrapped method -> the handles that need it
+
+
+def watch_features(cls: type, modality: str, handle: Any) -> None:
+    """Let ``cls.get_<modality>_features`` put the prior's norms on its output, for instances that SAR is applied to.
+
+    Once per class: other instances pass straight through. A class that inherits a wrapped method shares it.
+    """
+    with _lock:
+        method = getattr(cls, _method_name(modality), None)
+        if method is None:
+            return
+        if method not in _watchers:
+            method = _watched(method, modality)
+            method._sar_watches = cls, _method_name(modality), cls.__dict__.get(_method_name(modality))
+            _watchers[method] = weakref.WeakSet()
+            setattr(cls, _method_name(modality), method)
+        _watchers[method].add(handle)
+
+
+def unwatch_features(handle: Any) -> None:
+    """Undo :func:`watch_features`: the last handle on a class leaves its methods as they were."""
+    with _lock:
+        for method in [m for m, handles in _watchers.items() if handle in handles]:
+            _watchers[method].discard(handle)
+            cls, name, before = method._sar_watches
+            if _watchers[method] or cls.__dict__.get(name) is not method:  # somebody else wrapped ours: it stays
+                continue
+            del _watchers[method]
+            if before is None:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, before)
+
+
+def _method_name(modality: str) -> str:
+    return f"get_{modality}_features"
+
+
+def _watched(original: Callable, modality: str) -> Callable:
+    parameters = parameters_of(original)
+
+    @functools.wraps(original)
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = self.__dict__.get(HANDLE_MARK)
+        inside = getattr(this_thread, "patch_norms", None) is not None  # a video call that runs the image method
+        if handle is None or inside:
+            return original(self, *args, **kwargs)
+        this_thread.patch_norms = []
+        try:
+            output = original(self, *args, **kwargs)
+            arguments = {**dict(zip(parameters, args)), **kwargs}
+            norms = handle.token_norms(modality, output, this_thread.patch_norms, arguments)
+        finally:
+            this_thread.patch_norms = None
+        output[_norms_key(modality)] = norms
+        give_features(modality, output)
+        return output
+
+    return watched
+
+
+def give_features(modality: str, output: Any) -> None:
+    """Tell the forward pass on this thread's stack, if one runs, the norms that ``output`` carries."""
+    context = getattr(this_thread, "context", None)
+    if context is not None and modality in context.placeholders:
+        context.add_norms(modality, norms_on(output, modality))
+
+
+def _norms_key(modality: str) -> str:
+    return f"sar_{modality}_norms"
+
+
+def norms_on(output: Any, modality: str) -> Tensor:
+    """The norms that a watched feature call left on its output."""
+    if _norms_key(modality) not in output:
+        raise ValueError(
+            f"mm_encoder_outputs[{modality!r}] must come whole from the model's own get_{modality}_features, called "
+            "after apply_sar; this one lacks the norms that it leaves there. prefill_chunk_size cuts them off: SAR's "
+            "weights need the whole prompt, so leave it None"
+        )
+    return output[_norms_key(modality)]
+
+
+def norms_of(x: Tensor) -> Tensor:
+    """fp32 L2 norms over the last dimension, constants to autograd; fp64 input is not narrowed before."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).to(torch.float32)
+
+
+def parameters_of(method: Callable) -> tuple[str, ...]:
+    """Names of a method's parameters after self; found once, as ``inspect`` does not belong in a traced graph."""
+    return tuple(inspect.signature(method).parameters)[1:]

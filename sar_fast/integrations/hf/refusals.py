@@ -1,0 +1,88 @@
+"""Passes in which SAR cannot know where the pictures are: an error before plain attention passes for SAR's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sar_fast.cache_state import CacheState
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # modality -> the argument that brings it
+PLAIN = "plain attention is remove_sar(model) or activation_layer_k=0"
+
+
+def refuse_unseen_cache(
+    cache: Any, past: CacheState | None, past_length: int | Tensor, new: int, peft_configs: Mapping[str, Any]
+) -> None:
+    """``ValueError`` if the cache holds positions that no pass under SAR filled: V and the prior are unknown there.
+
+    Args:
+        past: the cache's state; None = no pass under SAR filled it.
+        past_length: cached positions; a static cache's counter is read once, until the cache has a state.
+        new: positions of this pass.
+        peft_configs: those of the PEFT wrapper by adapter; the prefix that one learned is a cache without pictures.
+    """
+    if past is not None and (cache.is_compileable or past_length <= past.length):
+        return
+    tracing = isinstance(past_length, Tensor) and torch.compiler.is_compiling()
+    if new > 1 if tracing else not past_length:  # a counter cannot be read in a graph; decode steps have a past
+        return
+    learned = {c.num_virtual_tokens for c in peft_configs.values() if getattr(c, "is_prompt_learning", False)}
+    if past is None and not tracing and past_length in learned:
+        return
+    raise ValueError(
+        f"past_key_values: holds {'some' if tracing else int(past_length)} positions, but passes under SAR filled "
+        f"{0 if past is None else past.length} of them, so SAR does not know its pictures and their prior: it was "
+        "filled without SAR, or rebuilt without the state that rides on the cache object. Needed: a new cache (or "
+        f"cache.reset()) and the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, "
+        "apply SAR to the PEFT model"
+    )
+
+
+def refuse_merged_embeddings(given: Mapping[str, Any], new: int, peft_configs: Mapping[str, Any]) -> None:
+    """``ValueError`` for embeddings without ids and pixels that may hold pictures already.
+
+    Not where ``mm_token_type_ids`` say that all is text, nor under PEFT's prompt learning, which embeds ids itself.
+    """
+    types = given.get("mm_token_type_ids")
+    if new == 1 or any(getattr(c, "is_prompt_learning", False) for c in peft_configs.values()):
+        return
+    if types is not None and not bool(types.any()):
+        return
+    raise ValueError(
+        f"inputs_embeds: came without input_ids and without {' or '.join(PIXELS.values())}; embeddings that hold "
+        "pictures already look like any others, so SAR does not know where pictures are. Needed: input_ids and "
+        "pixel_values, or pixel_values and embeddings whose placeholders are still those of the embedding table; for "
+        f"text alone, mm_token_type_ids of zeros; {PLAIN}"
+    )
+
+
+def refuse_unfilled(name: str, modality: str, mask: Tensor) -> None:
+    """``ValueError`` if the argument ``name`` holds placeholders, True in ``mask`` (B, S), that no features fill."""
+    count = int(mask.sum())
+    if count:
+        raise ValueError(
+            f"{name}: holds {count} placeholders of {modality}s, but neither {PIXELS[modality]} nor "
+            f"mm_encoder_outputs[{modality!r}] came to fill them. Needed: the {modality}s, or a prompt without their "
+            f"placeholders; {PLAIN}"
+        )
+
+
+def refuse_features_not_finite(modality: str, norms: Tensor, samples: Tensor | None) -> None:
+    """``ValueError`` that names the samples whose vision features are NaN or infinite.
+
+    Args:
+        norms: (B, S) their norms, 0 where there are none. samples: (B, S) packed sequence of each; None = its row.
+    """
+    bad = ~norms.isfinite()
+    if torch.compiler.is_compiling() or not bool(bad.any()):  # in a graph the operator itself looks at the prior
+        return
+    numbers = (bad.nonzero()[:, 0] if samples is None else samples[bad]).unique().tolist()
+    raise ValueError(
+        f"{PIXELS[modality]}: vision features are not finite (NaN or infinite) in sample(s) "
+        f"{', '.join(map(str, numbers))} of the batch, counted from 0; the prior is made of their norms. Needed: "
+        "finite pixels and a vision encoder whose dtype holds its values"
+    )
