@@ -183,7 +183,14 @@ class Call:
         head_dim = padded_head_dim(max(self.head_dim, self.head_dim_v))
         causal = self.options.window[1] >= 0
         return choose(
-            kernel, self.arch, head_dim, self.q.dtype, causal=causal, sav=sav, length=length_class(self.max_q)
+            kernel,
+            self.arch,
+            head_dim,
+            self.q.dtype,
+            causal=causal,
+            sav=sav,
+            length=length_class(self.max_q),
+            padded_and_capped=self.padding is not None and self.options.softcap > 0,
         )
 
     def grid(self, block_m: int) -> tuple[int, int, int]:

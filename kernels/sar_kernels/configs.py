@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -86,14 +86,26 @@ def config_key(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, causal
 
 @functools.cache
 def choose(
-    kernel: str, arch: str, head_dim: int, dtype: torch.dtype, *, causal: bool, sav: bool, length: str
+    kernel: str,
+    arch: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    sav: bool,
+    length: str,
+    padded_and_capped: bool = False,
 ) -> KernelConfig:
     """The configuration of one kernel, one of KERNELS; second_moments has dims for rows.
 
     head_dim is the padded one (the larger of D and DV); sav says whether the kernel carries the statistics (forward)
     or their gradient (dq, dkdv). The forward kernel's choice must not depend on it: a sample without text queries has
-    to give plain attention's bits, and so needs plain attention's tiles.
+    to give plain attention's bits, and so needs plain attention's tiles. padded_and_capped lifts the limit on registers:
+    with padding, a soft cap and statistics it spills 160 bytes, and a resident block is the lesser loss.
     """
+    if padded_and_capped:
+        config = choose(kernel, arch, head_dim, dtype, causal=causal, sav=sav, length=length)
+        return replace(config, max_registers=None)
     if kernel == "forward":
         sav = False
     measured = tuned().get(config_key(kernel, arch, head_dim, dtype, causal, sav, length))

@@ -84,6 +84,17 @@ def test_registers_are_limited_on_nvidia_alone():
         assert combine_config(arch).max_registers is None
 
 
+def test_padding_and_a_soft_cap_lift_the_limit_on_registers():
+    """In plain attention too: both must use the same tiles."""
+    for sav in (False, True):
+        limited, lifted = (
+            choose("forward", "sm_90", 64, BF16, causal=True, sav=sav, length="long", padded_and_capped=both)
+            for both in (False, True)
+        )
+        assert limited.max_registers == 168
+        assert lifted == replace(limited, max_registers=None)
+
+
 def test_small_pages_are_those_that_no_tile_fits_into():
     assert [cache_layout(page) for page in (0, 16, 48, 64, 96, 256)] == [
         *("dense", "small-pages", "small-pages", "paged", "small-pages", "paged")
