@@ -45,6 +45,7 @@ def attend_with_state(
     attn_mask: Tensor | None = None,
     shards: Shards | None = None,
     keep_stats: bool = True,
+    check_prior: bool = True,
 ) -> tuple[Tensor, SARStats | None, SARState]:
     """Re-weighted attention of new queries over all keys, continuing from ``past``.
 
@@ -55,8 +56,8 @@ def attend_with_state(
         frozen: use ``past.head_weights`` as they are (``decode="prompt"`` and no new visual tokens).
         carried_rows: (B,) fp32, 0 for rows whose sums start afresh; None = all go on.
         shards: this rank holds some of the heads; state and statistics are those of its heads.
-
         keep_stats: whether anybody reads the statistics.
+        check_prior: as in ``ops.attention``.
 
     Returns:
         (out, statistics or None, the state after this call).
@@ -92,7 +93,16 @@ def attend_with_state(
             keep = torch.ones_like(past.count) if carried_rows is None else carried_rows
             carried = (past.av_sum * keep[:, None], past.sa_sum * keep[:, None], past.count * keep)
         out, lse, av, sa, c, count = ops.attention(
-            q, k, v, visual_mask, text_mask, prior, carried=carried, sav_grad=config.sav_grad, **call
+            q,
+            k,
+            v,
+            visual_mask,
+            text_mask,
+            prior,
+            carried=carried,
+            sav_grad=config.sav_grad,
+            check_prior=check_prior,
+            **call,
         )
         state = SARState.from_means(av, sa, c, count)
     return out, recorded(lse, av, sa, c, count, backend) if keep_stats else None, state

@@ -29,7 +29,7 @@ _PACKED = "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 _library = torch.library.Library("sar_fast", "DEF")
 _library.define(
     f"attention_forward({_TENSORS}, Tensor? av_sum, Tensor? sa_sum, Tensor? count, {_OPTIONS}, bool need_lse, "
-    f"{_PACKED})"
+    f"{_PACKED}, bool check_prior=True)"
     " -> (Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, Tensor count_out)"
 )
 _library.define(
@@ -57,9 +57,9 @@ def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
 def _forward_impl(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
-    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0,
+    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
-    if prior is not None:
+    if prior is not None and check_prior:
         validation.check_prior_values(prior)
     carried = None if av_sum is None else (av_sum, sa_sum, count)
     call = run.Call(
@@ -85,7 +85,7 @@ def _forward_impl(
 def _forward_fake(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
-    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0,
+    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
     acc, packed, sar = _accumulate_dtype(q), cu_seqlens_q is not None, visual_mask is not None
     batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
@@ -144,11 +144,24 @@ class SARAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, prior, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-        sav_grad, flat_options, max_seqlens,
+        sav_grad, flat_options, max_seqlens, check_prior,
     ):  # fmt: skip
         masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
         out, lse, av, sa, c, count = torch.ops.sar_fast.attention_forward(
-            q, k, v, visual_mask, text_mask, prior, *masks, None, None, None, *flat_options, True, *max_seqlens
+            q,
+            k,
+            v,
+            visual_mask,
+            text_mask,
+            prior,
+            *masks,
+            None,
+            None,
+            None,
+            *flat_options,
+            True,
+            *max_seqlens,
+            check_prior,
         )
         ctx.save_for_backward(q, k, v, visual_mask, text_mask, prior, *masks, out, lse, av, sa, c, count)
         ctx.flat_options, ctx.max_seqlens = flat_options, max_seqlens
@@ -169,7 +182,7 @@ class SARAttentionFunction(torch.autograd.Function):
         )
         prior = saved[5]
         dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[3] else None
-        return (dq, dk, dv, dprior) + (None,) * 9
+        return (dq, dk, dv, dprior) + (None,) * 10
 
 
 def _flatten(options: AttentionOptions, backend: str) -> tuple:
@@ -205,17 +218,20 @@ def attention(
     sav_grad: bool = False,
     need_lse: bool = False,
     shards: Shards | None = None,
+    check_prior: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention on validated arguments with a chosen backend: (out, lse, av, sa, c, count).
 
     ``visual`` None means plain attention (statistics come back empty). ``carried`` (decode) is for inference only.
     ``shards``: this rank holds some of the heads or queries; statistics come back for its heads, over all queries.
+    ``check_prior`` False: the caller knows its values to be finite and non-negative, so that no GPU is waited for.
     """
     if shards is not None and visual is not None:
         if carried is not None and shards.queries is not None:
             raise ValueError("shards.queries must be None with a state: running sums are not split over ranks")
         split = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlens": max_seqlens}
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "carried": carried, "need_lse": need_lse}
+        masks["check_prior"] = check_prior
         neutral = {"options": without_weights(options), "backend": backend, "sav_grad": sav_grad}
         out, lse, av, sa, _, count = attention(q, k, v, visual, text, prior, **split, **masks, **neutral)
         av, sa, c, count = shards.weights(av, sa, count, options)
@@ -232,8 +248,10 @@ def attention(
     if differentiates:
         if carried is not None:
             raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
-        return SARAttentionFunction.apply(q, k, v, prior, visual, text, *masks, sav_grad, flat, max_seqlens)
+        return SARAttentionFunction.apply(
+            q, k, v, prior, visual, text, *masks, sav_grad, flat, max_seqlens, check_prior
+        )
     carried = carried or (None, None, None)
     return torch.ops.sar_fast.attention_forward(
-        q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse, *max_seqlens
+        q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse, *max_seqlens, check_prior
     )

@@ -100,8 +100,8 @@ def choose(
 
     head_dim is the padded one (the larger of D and DV); sav says whether the kernel carries the statistics (forward)
     or their gradient (dq, dkdv). The forward kernel's choice must not depend on it: a sample without text queries has
-    to give plain attention's bits, and so needs plain attention's tiles. padded_and_capped lifts the limit on registers:
-    with padding, a soft cap and statistics it spills 160 bytes, and a resident block is the lesser loss.
+    to give plain attention's bits, and so needs plain attention's tiles. padded_and_capped lifts the limit on
+    registers: with padding, a soft cap and statistics it spills 160 bytes, and a resident block is the lesser loss.
     """
     if padded_and_capped:
         config = choose(kernel, arch, head_dim, dtype, causal=causal, sav=sav, length=length)

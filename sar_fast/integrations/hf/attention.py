@@ -202,6 +202,7 @@ def _reweighted(
             attn_mask=dense[..., start:stop, :keys] if dense is not None else None,
             keep_stats=config.record,
             shards=context.shards,
+            check_prior=_unchecked(),
         )
         outs.append(out)
         if config.record:
@@ -241,14 +242,23 @@ def _packed(
             "backend": config.backend,
             "sav_grad": config.sav_grad,
             "keep_stats": config.record,
+            "shards": context.shards,
+            "check_prior": _unchecked(),
         }
-        sar["shards"] = context.shards
     out, stats = packed_attention(context.packing, q, k, v, options=options, attn_mask=dense, **sar)
     if context.cache is not None:
         attach(context.cache).packed = True
     if stats is not None:
         context.recorder.record(layer, stats)
     return out
+
+
+def _unchecked() -> bool:
+    """Whether the prior's values are still to be read: its features were, once per prompt, unless a graph was traced.
+
+    To read them again in every layer and step would let a GPU wait each time.
+    """
+    return torch.compiler.is_compiling()
 
 
 def _check_heads(module: nn.Module, heads: int, shards: Shards | None) -> None:

@@ -151,6 +151,7 @@ def packed_attention(
     sav_grad: bool = False,
     shards: Shards | None = None,
     keep_stats: bool = False,
+    check_prior: bool = True,
 ) -> tuple[Tensor, SARStats | None]:
     """Attention in which every sequence sees only itself, re-weighted with ``roles``, plain without.
 
@@ -158,6 +159,8 @@ def packed_attention(
         q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv). roles: (visual_mask, text_mask, prior), each (B, S).
         attn_mask: (B or 1, 1, S, S) bool, patterns inside the sequences that ``options`` do not say; the sequences
             are then attended to one by one.
+
+        check_prior: as in ``ops.attention``.
 
     Returns:
         (out (B, S, H, Dv), statistics with one row per sequence and lse (H, B * S), or None unless ``keep_stats``).
@@ -167,6 +170,7 @@ def packed_attention(
     backend = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=attn_mask is not None)
     flat = (q, k, v, *([None] * 3 if roles is None else [x.flatten() for x in roles]))
     call = {"options": options, "backend": backend, "sav_grad": sav_grad, "shards": shards, "need_lse": keep_stats}
+    call["check_prior"] = check_prior
     if attn_mask is None:
         out, *stats = ops.attention(
             *flat,
