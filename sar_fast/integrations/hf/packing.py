@@ -159,7 +159,6 @@ def packed_attention(
         q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv). roles: (visual_mask, text_mask, prior), each (B, S).
         attn_mask: (B or 1, 1, S, S) bool, patterns inside the sequences that ``options`` do not say; the sequences
             are then attended to one by one.
-
         check_prior: as in ``ops.attention``.
 
     Returns:
