@@ -18,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def _without_the_interpreter(monkeypatch):
     """As users run it: on a CPU the Triton kernels are not an option."""
+    import sar_kernels.attention  # noqa: F401  (for the tests that come after, in the interpreter that they run in)
+
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
