@@ -144,7 +144,7 @@ def second_moments_kernel(
                 HAS_LEFT,
                 HAS_RIGHT,
             )
-            taken = text & collects
+            taken = (text & collects) != 0  # Triton 3.9 in its interpreter takes no other mask
             tile_ptr = q_ptr + first_row * tl.cast(stride_qs, tl.int64)
             members = tl.arange(0, BLOCK_M)
             tile = _load_rows(tile_ptr, members, stride_qs, taken, 0, BLOCK_D, HEAD_DIM)  # [BM, D]
