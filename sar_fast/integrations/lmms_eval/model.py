@@ -19,6 +19,7 @@ from sar_fast.evaluation.answering import encode_texts, generate
 from sar_fast.evaluation.models import prepare_processor, start_processes
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
+from sar_fast.validation import check_flag
 
 
 class SARHuggingFace(lmms):
@@ -55,6 +56,7 @@ class SARHuggingFace(lmms):
     ) -> None:
         super().__init__()
         refuse_unknown(unknown, inspect.signature(SARHuggingFace).parameters)
+        check_flag("--model_args: use_sar", use_sar)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a number, 1 or more; got {batch_size!r}")
         self.batch_size = int(batch_size)
