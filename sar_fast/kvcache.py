@@ -211,7 +211,7 @@ def sar_attn_with_kvcache(
     )
     chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
     if chosen != triton_backend.name or q.device.type == "cpu":
-        validation.check_prior_values(prior)  # not only in the operator: it runs when the cache is already written
+        validation.check_prior_values(prior)  # before the cache is written
     with torch.no_grad():
         if chosen == triton_backend.name:
             lengths = device_lengths(cache_seqlens, block_table, q, k_cache, capacity, new)
@@ -246,6 +246,7 @@ def sar_attn_with_kvcache(
                 options=options,
                 backend=chosen,
                 need_lse=return_stats,
+                check_prior=torch.compiler.is_compiling(),  # looked at above, but in a graph
             )
             if decode == "running":
                 state.av_sum[row] = (av * count[:, None]).to(torch.float32)

@@ -16,7 +16,7 @@ def one_thread_for(model: str) -> Iterator[None]:
     """Within, this process and those it starts take one thread if the model is the miniature; the environment wins.
 
     Tensors of a few kilobytes gain little from a second thread, and on busy cores threads spin while they wait for one
-    another: a training of the miniature took 11 times as long.
+    another.
     """
     if model != "miniature" or any(name in os.environ for name in VARIABLES):
         yield

@@ -122,6 +122,8 @@ class SARHuggingFace(lmms):
         replies = generate(self.model, self.processor, inputs, length, **generation_options(options))
         return [cut(reply, options.get("until")) for reply in replies]
 
+    # The harness's base class demands these two of every model, and stops a task that needs them with their error.
+
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("sar_hf generates; a task with output_type loglikelihood needs another model")
 
