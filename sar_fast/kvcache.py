@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sar_fast import ops, validation
+from sar_fast import ops, prior_check, validation
 from sar_fast.backends import triton_backend
 from sar_fast.backends.select import choose_backend
 from sar_fast.config import check_choice
@@ -91,13 +91,16 @@ def check_pages(block_table: Tensor | None, lengths: list[int], new: int, k_cach
 def device_lengths(
     cache_seqlens: int | Tensor | None, block_table: Tensor | None, q: Tensor, k_cache: Tensor, capacity: int, new: int
 ) -> Tensor:
-    """(B,) int32 lengths after the call, without reading a GPU's values: the kernels stop at the capacity."""
-    if q.device.type == "cpu" or not isinstance(cache_seqlens, Tensor):
-        lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
-        if q.device.type == "cpu":
-            check_pages(block_table, lengths, new, k_cache)
-        return torch.tensor(lengths, dtype=torch.int32, device=q.device) + new
-    return (cache_seqlens + new).to(torch.int32)
+    """(B,) int32 lengths after the call, without waiting for a GPU: the kernels stop at the capacity."""
+    on_cpu = q.device.type == "cpu"
+    if isinstance(cache_seqlens, Tensor) and not on_cpu:
+        return (cache_seqlens + new).to(torch.int32)
+    lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
+    if on_cpu:
+        check_pages(block_table, lengths, new, k_cache)
+        return torch.tensor(lengths, dtype=torch.int32) + new
+    length = lengths[0] + new if lengths else 0  # one number for all; a list would be copied, and that waits
+    return torch.full((len(lengths),), length, dtype=torch.int32, device=q.device)
 
 
 def write_cache(
@@ -210,8 +213,9 @@ def sar_attn_with_kvcache(
         normalize=normalize,
     )
     chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
+    prior_check.raise_arrived()
     if chosen != triton_backend.name or q.device.type == "cpu":
-        validation.check_prior_values(prior)  # before the cache is written
+        prior_check.check_prior_values(prior)  # before the cache is written
     with torch.no_grad():
         if chosen == triton_backend.name:
             lengths = device_lengths(cache_seqlens, block_table, q, k_cache, capacity, new)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sar_fast import validation
+from sar_fast import prior_check
 from sar_fast.backends import run
 from sar_fast.distributed import Shards, without_weights
 from sar_fast.types import AttentionOptions
@@ -60,7 +60,7 @@ def _forward_impl(
     normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
     if prior is not None and check_prior:
-        validation.check_prior_values(prior)
+        prior_check.check_prior_values(prior, wait=backend != "triton")  # the others wait in any case
     carried = None if av_sum is None else (av_sum, sa_sum, count)
     call = run.Call(
         q,
@@ -117,6 +117,7 @@ def _backward_impl(
         None,
         (max_seqlen_q, max_seqlen_k),
     )
+    prior_check.raise_arrived()
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
     with _no_autocast(q):

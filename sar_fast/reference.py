@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sar_fast import validation
+from sar_fast.prior_check import check_prior_values
 from sar_fast.types import SARStats
 
 
@@ -42,7 +43,7 @@ def sar_attention_reference(
     validation.check_qkv(q, k, v)
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     if not prior.requires_grad:  # finite differences step below zero
-        validation.check_prior_values(prior)
+        check_prior_values(prior)
     validation.make_options(
         q,
         softmax_scale=softmax_scale,

@@ -1,7 +1,7 @@
 """Argument checks of the public functions: every error names the argument, what came and what is needed.
 
-Most look at shapes, dtypes, devices and Python values only, so that they trace under ``torch.compile``; those that read
-tensors' values (a negative prior, lengths) say so.
+They look at shapes, dtypes, devices and Python values only, so that they trace under ``torch.compile``; at a prior's
+values looks :mod:`sar_fast.prior_check`.
 """
 
 from __future__ import annotations
@@ -123,20 +123,6 @@ def check_roles(
         check_mask("key_padding_mask", key_padding_mask, keys, q.device)
     if attn_mask is not None:
         check_attn_mask(attn_mask, q, k)
-
-
-def check_prior_values(prior: Tensor) -> None:
-    """Raise unless ``prior`` is finite and non-negative; reads values, so a GPU is waited for.
-
-    Not while a CUDA graph is captured, nor where there are no values to read (``torch.compile``): the operator sees
-    them later.
-    """
-    if torch.compiler.is_compiling() or (prior.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return
-    if not bool((prior >= 0).all() & prior.isfinite().all()):
-        raise ValueError(
-            f"prior must be finite and non-negative; got values from {prior.min().item()} to {prior.max().item()}"
-        )
 
 
 def check_ends(side: str, ends: list[int], total: int, max_seqlen: int) -> None:
