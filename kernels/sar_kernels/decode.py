@@ -161,7 +161,8 @@ def decode_split_kernel(
     heads_in_group = rows % group
     head_dims = tl.arange(0, BLOCK_D)[None, :]
     q_ptr += batch64 * stride_qb + tl.cast(kv_head * group, tl.int64) * stride_qh
-    q_ptrs = q_ptr + (queries * stride_qs + heads_in_group * stride_qh)[:, None] + head_dims
+    # 64-bit: queries are not counted within a tile, and the stride from head to head has no limit
+    q_ptrs = q_ptr + (queries.to(tl.int64) * stride_qs + heads_in_group.to(tl.int64) * stride_qh)[:, None] + head_dims
     q = tl.load(q_ptrs, mask=in_range[:, None] & (head_dims < HEAD_DIM), other=0.0)  # [BM, D]
     k_ptr += tl.cast(kv_head, tl.int64) * stride_kh
     v_ptr += tl.cast(kv_head, tl.int64) * stride_vh

@@ -78,9 +78,10 @@ def prepare_kernel(
         dims = tl.arange(0, BLOCK_D)
         total = tl.zeros([ROWS, BLOCK_D], ACC)
         for first in range(0, tl.minimum(CHUNK, num_keys - first_key), ROWS):
-            rows = first + tl.arange(0, ROWS)
-            visual = _visible_visual(visual_ptr, padding_ptr, first_key + rows, num_keys)  # [ROWS]
-            ptrs = keys_ptr + rows[:, None] * stride_ks + dims[None, :]
+            rows = tl.arange(0, ROWS)
+            visual = _visible_visual(visual_ptr, padding_ptr, first_key + first + rows, num_keys)  # [ROWS]
+            tile_ptr = keys_ptr + first * tl.cast(stride_ks, tl.int64)  # CHUNK rows do not fit 32-bit offsets
+            ptrs = tile_ptr + rows[:, None] * stride_ks + dims[None, :]
             total += tl.load(ptrs, mask=visual[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(ACC)
         index = (tl.cast(batch, tl.int64) * (tl.num_programs(1) - 1) + head) * num_chunks + chunk
         tl.store(sums_ptr + index * BLOCK_D + dims, tl.sum(total, 0))

@@ -17,7 +17,7 @@ from sar_kernels.attention import (
     sar_forward,
 )
 from sar_kernels.call import AttentionOptions, WeightOptions
-from sar_kernels.decode_call import append_kv, sar_decode_forward
+from sar_kernels.decode_call import append_kv, decode_forward, sar_decode_forward
 
 FAR = 2**31
 MAP_NORESERVE = 0x4000  # Linux's, which not every Python names
@@ -131,3 +131,27 @@ def test_caches(page):
 
     memory = reserve(len(k) * FAR, torch.float32)
     equal(run(*(spread(t, memory, i * 2**13) for i, t in enumerate((k, v)))), run(k, v))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_tokens_of_one_chunk(shift):
+    """2^31 elements lie between visual keys that are summed by one program: the variance's pivot is their mean."""
+    inputs = make(CASE.but(seqlen_q=20, seqlen_k=256, images=(((0, 250),),), heads=1, kv_heads=1))
+    call = lambda k: sar_forward(inputs.q, k, inputs.v, *inputs.sav, **inputs.kwargs())
+    expected = call(inputs.k)
+    stride = 9_000_000 + shift  # 255 of them do not fit 32 bits
+    memory = reserve(FAR + 256 * stride, torch.float32)[FAR:]  # an offset that wraps is still in it
+    far = memory.as_strided(inputs.k.shape, (1, stride, 16, 1), FAR).copy_(inputs.k)
+    equal(call(far), expected)
+
+
+@pytest.mark.parametrize(("queries", "heads"), [(140, 1), (2, 4)])
+def test_queries_and_heads_of_one_decode_step(queries, heads):
+    """Queries, or heads of one group, whose strides fit 32 bits and of which a multiple does not."""
+    normal = lambda *shape: torch.randn(*shape)
+    q, k, v = normal(1, queries, heads, 16), normal(1, 150, 1, 16), normal(1, 150, 1, 16)
+    lengths = torch.tensor([150], dtype=torch.int32)
+    call = lambda q: [t.clone() for t in decode_forward(q, k, v, lengths, options=AttentionOptions(True, 0.25))]
+    strides = (1, 2**24 - 1, 16, 1) if heads == 1 else (1, 16, FAR // 2, 1)
+    memory = reserve(FAR + 2 * FAR, torch.float32)[FAR:]  # an offset that wraps is still in it
+    equal(call(memory.as_strided(q.shape, strides, FAR).copy_(q)), call(q))
