@@ -17,9 +17,15 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): setup.py requirements.txt
+# Beside the environment, for the register budget of a common older compiler (tests/kernels/test_aot.py).
+OLD_TRITON := 3.6.0
+
+$(STAMP): setup.py requirements.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@test -e $(VENV)/triton-$(OLD_TRITON)/triton/__init__.py || $(BIN)/python -m pip install \
+	  --disable-pip-version-check --quiet --no-deps --target $(VENV)/triton-$(OLD_TRITON) \
+	  "triton==$(OLD_TRITON); platform_system == 'Linux'"
 	@touch $(STAMP)
 
 demo: $(STAMP)

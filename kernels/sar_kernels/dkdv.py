@@ -264,12 +264,13 @@ def dkdv_kernel(
             start, end = collect_lo, collect_hi
         else:
             start, end = collect_hi, hi
+        # The guard keeps a skipped loop from letting every wgmma wait for the one before it; see forward.py.
         if (
             (segment == 0 and (HAS_RIGHT or ANYWHERE) and not ONE_LOOP)
             or (segment == 1 and (STATISTICS and not ANYWHERE))
             or (segment == 2 and STATISTICS)
             or segment == 3
-        ):
+        ) and start < end:
             dk, dv, dprior = _dkdv_segment(
                 dk,
                 dv,

@@ -7,16 +7,38 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import triton
 
 from sar_kernels.configs import SHARED_MEMORY_LIMIT
 
 BUDGETED = ("sm_80", "sm_90")  # the others must compile and fit their shared memory
 
 
-def compiled(*arguments: str) -> list[dict]:
+VERSIONS = ("3.6.0", "3.7.1")  # of Triton: a common one of GPU machines, and the environment's
+
+
+def environment_of(version: str) -> dict[str, str]:
+    """The environment of a process that compiles with this Triton: the installed one, or one unpacked beside it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if version == triton.__version__:
+        return environment
+    folder = Path(sys.prefix) / f"triton-{version}"
+    if not (folder / "triton" / "__init__.py").exists():
+        reason = f"Triton {version} is neither installed nor unpacked in {folder}, which `make install` does for 3.6.0"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    path = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    seen = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert seen.stdout.strip() == version, seen.stdout + seen.stderr
+    return environment
+
+
+def compiled(*arguments: str, version: str = triton.__version__) -> list[dict]:
+    environment = environment_of(version)
     command = [sys.executable, "-m", "sar_kernels.aot", "--json", *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -27,22 +49,33 @@ def compiled(*arguments: str) -> list[dict]:
 
 MATRIX = ("forward", "statistics", "dq", "dkdv", "second_moments")
 NEVER_SPILL = ("forward", "statistics", "second_moments", "closed_variance", "decode_split", "decode_combine")
+BUDGETED_KERNELS = (*NEVER_SPILL, "dq", "dkdv")
 
 
-def check_budget(rows: list[dict]) -> None:
+# Bytes that an older compiler may spill beyond the budget, where no tile was found that keeps to it on all versions.
+ALLOWANCES = {
+    # four to eight stages spill the same or more; more registers than 128 would cost a resident block
+    ("3.6.0", "sm_90", "decode_split", 64): 8,
+}
+
+
+def allowed_spill(row: dict, version: str) -> int:
+    strict = row["head_dim"] <= 128 and not {"window", "softcap", "padding", "packed"} & set(row["options"])
+    if row["kernel"] in NEVER_SPILL and strict:
+        return ALLOWANCES.get((version, row["arch"], row["kernel"], row["head_dim"]), 0)
+    return 64
+
+
+def check_budget(rows: list[dict], version: str = triton.__version__) -> None:
     for row in rows:
         assert row["shared_bytes"] <= SHARED_MEMORY_LIMIT[row["arch"]], row
-        if row["arch"] not in BUDGETED:
-            continue
-        if row["kernel"] in NEVER_SPILL:
-            strict = row["head_dim"] <= 128 and not {"window", "softcap", "padding", "packed"} & set(row["options"])
-            assert row["spill_bytes"] <= (0 if strict else 64), row
-        if row["kernel"] in ("dq", "dkdv"):
-            assert row["spill_bytes"] <= 64, row
-        if row["arch"] == "sm_90" and row["kernel"] in MATRIX and row["head_dim"] <= 128:
-            assert row["wgmma"], row
-        if row["kernel"] in MATRIX and row["head_dim"] <= 128:
-            assert not row["wgmma_serialized"], row
+    rows = [row for row in rows if row["arch"] in BUDGETED]
+    spilling = [row for row in rows if row["kernel"] in BUDGETED_KERNELS]
+    spilling = [row for row in spilling if row["spill_bytes"] > allowed_spill(row, version)]
+    assert not spilling, spilling
+    products = [row for row in rows if row["kernel"] in MATRIX and row["head_dim"] <= 128]
+    serialized = [row for row in products if row["wgmma_serialized"] or row["wgmma"] != (row["arch"] == "sm_90")]
+    assert not serialized, serialized
 
 
 def check_residency(rows: list[dict], kernel: str, plain: str) -> None:
@@ -56,29 +89,34 @@ def check_residency(rows: list[dict], kernel: str, plain: str) -> None:
         assert row["blocks_per_sm"] >= off["blocks_per_sm"] > 0, (row, off)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_forward_budget(arch):
-    rows = compiled("--arch", arch, "--head-dim", "64", "128", "--kernel", "forward")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_budget(version):
+    """Every kernel that takes time, on each Triton: a tile that is clean on one can spill or serialize on another."""
+    kernels = ("forward", "dq", "dkdv", "statistics", "decode_split", "decode_combine")
+    rows = compiled("--arch", "sm_90", "--head-dim", "64", "128", "--kernel", *kernels, version=version)
+    assert {r["kernel"] for r in rows} == set(kernels)
+    check_budget(rows, version)
+    check_residency(rows, "forward", "attention")
+    check_residency(rows, "decode_split", "plain")
+
+
+def test_forward_budget_on_ampere():
+    rows = compiled("--arch", "sm_80", "--head-dim", "64", "128", "--kernel", "forward")
     check_budget(rows)
     check_residency(rows, "forward", "attention")
 
 
-def test_closed_form_budget():
-    rows = compiled("--arch", "sm_80", "sm_90", "--purpose", "sar", "--kernel", "second_moments", "closed_variance")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_closed_form_budget(version):
+    kernels = ("second_moments", "closed_variance")
+    rows = compiled("--arch", "sm_80", "sm_90", "--purpose", "sar", "--kernel", *kernels, version=version)
     assert {r["head_dim"] for r in rows} == {64, 128, 256}
-    check_budget(rows)
+    check_budget(rows, version)
 
 
 def test_backward_budget_at_the_largest_head_dim():
     rows = compiled("--arch", "sm_90", "--head-dim", "256", "--kernel", "dkdv")
     check_budget(rows)
-
-
-def test_decode_budget():
-    kernels = ("--kernel", "decode_split", "decode_combine", "--purpose", "plain", "running")
-    rows = compiled("--arch", "sm_90", "--head-dim", "128", *kernels)
-    check_budget(rows)
-    check_residency(rows, "decode_split", "plain")
 
 
 ONE_COMPILATION_FOR_ALL_LENGTHS = """
