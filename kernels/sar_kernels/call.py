@@ -119,8 +119,7 @@ class Call:
                 f"and all at most {MAX_HEAD_DIM}"
             )
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if tensor.shape[-3] > 1 and tensor.stride(-3) >= MAX_TOKEN_STRIDE:
-                raise ValueError(f"{name}: got token stride {tensor.stride(-3)}, need less than {MAX_TOKEN_STRIDE}")
+            self._check_token_stride(name, tensor)
         if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
             raise ValueError(f"heads: got {q.shape[-2]} query heads, need a multiple of the {k.shape[-2]} kv heads")
         if not self.varlen:
@@ -130,6 +129,11 @@ class Call:
         for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
             if cu.dtype != torch.int32 or cu.shape != cu_q.shape or not cu.is_contiguous():
                 raise ValueError(f"{name}: got {cu.dtype} {tuple(cu.shape)}, need contiguous int32 (num_seqs + 1,)")
+
+    @staticmethod
+    def _check_token_stride(name: str, tensor: torch.Tensor) -> None:
+        if tensor.shape[-3] > 1 and tensor.stride(-3) >= MAX_TOKEN_STRIDE:
+            raise ValueError(f"{name}: got token stride {tensor.stride(-3)}, need less than {MAX_TOKEN_STRIDE}")
 
     def token_mask(self, name: str, mask: torch.Tensor, *, keys: bool) -> torch.Tensor:
         """A boolean per-token mask, checked and contiguous."""
@@ -151,6 +155,35 @@ class Call:
             )
         return prior.to(self.acc).contiguous()
 
+    def row_array(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A caller's array with one entry per head and query (see `per_row`), checked and contiguous."""
+        return self._given(name, tensor, self._row_shape(), self.acc).contiguous()
+
+    def head_array(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The same for a per-head array (B, H)."""
+        return self._given(name, tensor, (self.batch, self.heads), self.acc).contiguous()
+
+    def sample_array(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The same for a per-sample array (B,)."""
+        return self._given(name, tensor, (self.batch,), self.acc).contiguous()
+
+    def output_array(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """An array of the output's shape and dtype that a caller gave, checked and with a dense last dimension."""
+        tensor = dense_last(self._given(name, tensor, (*self.q.shape[:-1], self.head_dim_v), self.q.dtype))
+        self._check_token_stride(name, tensor)
+        return tensor
+
+    def _given(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != self.q.device:
+            raise ValueError(
+                f"{name}: got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                f"need {dtype} {tuple(shape)} on {self.q.device}"
+            )
+        return tensor
+
+    def _row_shape(self) -> tuple[int, ...]:
+        return (self.heads, self.q.shape[0]) if self.varlen else (self.batch, self.heads, self.max_q)
+
     @property
     def triton_acc(self) -> tl.dtype:
         """Triton's name of the accumulators' dtype."""
@@ -158,8 +191,7 @@ class Call:
 
     def per_row(self) -> torch.Tensor:
         """A new fp32 array with one entry per head and query: (B, H, Sq) or (H, T)."""
-        shape = (self.heads, self.q.shape[0]) if self.varlen else (self.batch, self.heads, self.max_q)
-        return torch.empty(shape, dtype=self.acc, device=self.q.device)
+        return torch.empty(self._row_shape(), dtype=self.acc, device=self.q.device)
 
     def per_head(self) -> torch.Tensor:
         """A new fp32 array (B, H)."""

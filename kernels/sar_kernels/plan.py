@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import triton
 
-from sar_kernels.call import Call, WeightOptions, dense_last
-from sar_kernels.configs import KernelConfig, padded_head_dim
+from sar_kernels.call import Call, WeightOptions
+from sar_kernels.configs import KernelConfig, closed_variance_config, padded_head_dim
 from sar_kernels.dkdv import dkdv_kernel
 from sar_kernels.dq import delta_kernel, dq_kernel
 from sar_kernels.forward import forward_kernel
@@ -206,7 +206,8 @@ def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) 
         "LIMIT": CANCELLATION,
         "PANEL": 16,
     }
-    return closed, [second_moments, Launch(closed_variance_kernel, (call.heads, call.batch), arguments, SMALL)]
+    config = closed_variance_config(call.arch)
+    return closed, [second_moments, Launch(closed_variance_kernel, (call.heads, call.batch), arguments, config)]
 
 
 def _partials(call: Call, num_blocks: int) -> torch.Tensor:
@@ -320,22 +321,23 @@ def _plan_delta(
     return delta, lse if c is None else scaled_lse, sums, Launch(delta_kernel, grid, arguments, SMALL)
 
 
-def _plan_weights_backward(call: Call, weights: WeightOptions, sums, av, sa, count, dav, dsa, dc, block_m):
+def _plan_weights_backward(call: Call, through: Through, sums: torch.Tensor, block_m: int):
     """Gradients of each counting query's variance and semantic alignment, (B, H) both, and the launch."""
     gains = call.per_head(), call.per_head()
-    incoming = (None if g is None else g.to(call.acc).contiguous() for g in (dav, dsa, dc))
+    incoming = {"dav": through.dav, "dsa": through.dsa, "dc": through.dc}
+    incoming = [None if g is None else call.head_array(name, g.to(call.acc)) for name, g in incoming.items()]
     arguments = {
         "sums_ptr": sums,
-        "variance_ptr": av,
-        "alignment_ptr": sa,
-        "count_ptr": count,
+        "variance_ptr": call.head_array("av", through.av),
+        "alignment_ptr": call.head_array("sa", through.sa),
+        "count_ptr": call.sample_array("count", through.count),
         **dict(zip(("dvariance_ptr", "dalignment_ptr", "dc_ptr"), incoming)),
         "variance_gain_ptr": gains[0],
         "alignment_gain_ptr": gains[1],
         "cu_seqlens_q_ptr": call.cu_q,
         "max_seqlen_q": call.max_q,
         "VARLEN": call.varlen,
-        **_weight_constants(call, weights, sums.shape[2], block_m),
+        **_weight_constants(call, through.weights, sums.shape[2], block_m),
     }
     return gains, Launch(head_weights_backward_kernel, (call.batch,), arguments, SMALL)
 
@@ -359,6 +361,7 @@ def _plan_statistics(call: Call, sav: Sav, lse: torch.Tensor, **outputs: torch.T
 
 def plan_attention_statistics(call: Call, lse, visual_mask, text_mask, prior, weights: WeightOptions):
     """(av, sa, c, count) from an lse that is already there, and the three launches that fill them."""
+    lse = call.row_array("lse", lse)
     sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
     block_m = call.config("statistics", sav=True).block_m
     partials = _partials(call, call.grid(block_m)[0])
@@ -376,9 +379,9 @@ def plan_backward(
     through: Through | None = None,
 ):
     """(dq, dk, dv, dprior or None) and their launches; `through` carries the gradient through the statistics."""
-    if dout.shape != out.shape or dout.dtype != call.q.dtype:
-        raise ValueError(f"dout: got {dout.dtype} {tuple(dout.shape)}, need {call.q.dtype} {tuple(out.shape)}")
-    dout = dense_last(dout)
+    dout, lse = call.output_array("dout", dout), call.row_array("lse", lse)
+    out = call.output_array("out" if c is None else "out_scaled", out)
+    c = None if c is None else call.head_array("c", c)
     delta, scaled_lse, sums, launch = _plan_delta(call, dout, out, lse, c, with_sums=through is not None)
     launches = [launch]
     rows = dict.fromkeys(("row_mean_ptr", "row_slope_ptr", "row_gain_ptr"))
@@ -387,14 +390,8 @@ def plan_backward(
         sav, ranges = _plan_ranges(call, through.visual_mask, through.text_mask, through.prior)
         gains, weights_backward = _plan_weights_backward(
             call,
-            through.weights,
+            through,
             sums,
-            through.av,
-            through.sa,
-            through.count,
-            through.dav,
-            through.dsa,
-            through.dc,
             launch.arguments["BLOCK_M"],
         )
         rows = {name: call.per_row() for name in rows}

@@ -82,6 +82,54 @@ def test_gradient_of_statistics_needs_sav_grad():
         sar_backward(*args, **inputs.kwargs(), sav_grad=False, dc=saved[2])
 
 
+def backward_arguments() -> dict[str, torch.Tensor]:
+    """Every tensor that `sar_backward` takes, by name."""
+    inputs = make(BASE)
+    out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    names = ("dout", "q", "k", "v", "out_scaled", "lse", "visual_mask", "text_mask", "prior", "av", "sa", "c", "count")
+    tensors = torch.randn_like(out), inputs.q, inputs.k, inputs.v, out, lse, *inputs.sav, *saved
+    return dict(zip((*names, "dav", "dsa", "dc"), (*tensors, *torch.randn(3, 2, 4)), strict=True)) | inputs.kwargs()
+
+
+def padded_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, strided, with NaN between them."""
+    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    wider[..., : tensor.shape[-1]] = tensor
+    return wider[..., : tensor.shape[-1]]
+
+
+GIVEN = ("lse", "out_scaled", "av", "sa", "c", "count", "dav", "dsa", "dc")
+
+
+@pytest.mark.parametrize("name", [n for n in GIVEN if n != "count"])
+def test_strided_arguments(name):
+    arguments = backward_arguments()
+    expected = sar_backward(**arguments, sav_grad=True)
+    arguments[name] = padded_view(arguments[name])
+    assert all(torch.equal(a, b) for a, b in zip(sar_backward(**arguments, sav_grad=True), expected))
+
+
+@pytest.mark.parametrize("name", ["dout", *GIVEN])
+def test_wrong_shapes_name_the_argument(name):
+    arguments = backward_arguments()
+    arguments[name] = arguments[name][:1]
+    with pytest.raises(ValueError, match=rf"^{name}: got torch\.float32 \(1.*need torch\.float32 \(2"):
+        sar_backward(**arguments, sav_grad=True)
+
+
+def test_plain_backward_checks_out_and_lse():
+    inputs = make(BASE)
+    out, lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    run = lambda out, lse: attention_backward(
+        out, inputs.q, inputs.k, inputs.v, out, lse, **inputs.kwargs(weights=False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(run(out, padded_view(lse)), run(out, lse)))
+    with pytest.raises(ValueError, match=r"lse: got torch\.float64"):
+        run(out, lse.double())
+    with pytest.raises(ValueError, match=r"dout: got .*\(2, 96, 4, 16\)"):
+        run(out[:, :96], lse)
+
+
 class _Attention(torch.autograd.Function):
     """The kernels under autograd, for gradcheck."""
 

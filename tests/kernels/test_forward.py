@@ -193,6 +193,34 @@ def test_statistics_from_lse_equal_the_forward_pass(case):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def padded_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, strided, with NaN between them."""
+    wider = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    wider[..., : tensor.shape[-1]] = tensor
+    return wider[..., : tensor.shape[-1]]
+
+
+def test_statistics_from_a_strided_lse():
+    inputs = make(BASE.but(head_dim=16))
+    lse = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())[1]
+    run = lambda lse: attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())
+    assert all(torch.equal(a, b) for a, b in zip(run(padded_view(lse)), run(lse)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda lse: lse[:1], r"lse: got torch\.float32 \(1, 4, 97\)"),
+        (lambda lse: lse[:, :, :96], r"lse: got torch\.float32 \(2, 4, 96\)"),
+        (lambda lse: lse.half(), r"lse: got torch\.float16"),
+    ],
+)
+def test_statistics_check_lse(spoil, message):
+    inputs = make(BASE.but(head_dim=16))
+    with pytest.raises(ValueError, match=message):
+        attention_statistics(inputs.q, inputs.k, spoil(torch.zeros(2, 4, 97)), *inputs.sav, **inputs.kwargs())
+
+
 def test_nan_inputs_show_in_the_output():
     inputs = make(BASE.but(head_dim=16))
     inputs.q[0, 60] = float("nan")
