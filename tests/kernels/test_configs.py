@@ -9,7 +9,7 @@ import torch
 from sar_kernels import configs
 from sar_kernels.configs import KernelConfig, choose, config_key
 from sar_kernels.decode_configs import LAYOUTS, cache_layout, choose_decode, decode_config_key
-from sar_kernels.tune import TUNABLE, candidates, decode_candidates, main, searches
+from sar_kernels.shortlist import TUNABLE, candidates, choices, decode_candidates
 
 BF16 = torch.bfloat16
 
@@ -50,7 +50,7 @@ def test_measured_tiles_come_first(tuned):
 
 
 def test_every_key_that_the_tuner_writes_is_read(tuned):
-    keys = [key for key, _, _ in searches(TUNABLE, "sm_90", [64], [BF16], [512, 4096])]
+    keys = [choice.key("sm_90") for choice in choices(TUNABLE, [64], ["bfloat16"], [512, 4096])]
     assert len(keys) == len(set(keys))
     found = {key: KernelConfig(16 * i, 16, 4, 1) for i, key in enumerate(keys)}
     tuned(found)
@@ -101,18 +101,3 @@ def test_small_pages_are_those_that_no_tile_fits_into():
     ]
     tiles = [choose_decode("sm_90", d, BF16, rows, "paged").block_n for d in (64, 128, 256) for rows in (4, 32)]
     assert all(64 % block_n == 0 for block_n in tiles)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--head-dim", "64", "300"], "--head-dim: got [64, 300], need 1 to 256"),
-        (["--seqlen", "600", "700"], "--seqlen: got [600, 700], need one up to 512, one above, or both"),
-        (["--seqlen", "0"], "--seqlen: got [0], need"),
-        (["--kernel", "scale"], "invalid choice: 'scale'"),
-    ],
-)
-def test_the_tuner_refuses_by_name(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert message in capsys.readouterr().err
