@@ -137,7 +137,8 @@ class Loop:
     kept: int  # 16-bit tensors of that side in shared memory
     streamed: int  # of the other side
     rows_move: bool = False  # else the keys do
-    bytes_per_cycle: float = 24  # that reach one multiprocessor: from the second-level cache
+    bytes_per_cycle: float = 24  # that reach one multiprocessor: from the second-level cache, decode's from memory
+    latency: int = 800  # cycles until they arrive; of decode's, whose loads queue, twice as many
 
 
 LOOPS = {
@@ -146,11 +147,10 @@ LOOPS = {
     "dq": Loop(products=3, instructions=6.5, waits=400, scores=2, outputs=1, kept=2, streamed=2),
     "dkdv": Loop(products=4, instructions=15, waits=500, scores=2, outputs=2, kept=2, streamed=2, rows_move=True),
     "second_moments": Loop(products=2, instructions=40, waits=1000, scores=0, outputs=1, kept=0, streamed=1),
-    "decode": Loop(products=2, instructions=90, waits=600, scores=1, outputs=1, kept=0, streamed=2, bytes_per_cycle=14),
+    "decode": Loop(2, 90, waits=600, scores=1, outputs=1, kept=0, streamed=2, bytes_per_cycle=14, latency=1600),
 }
 OVERHEAD = 80  # instructions of a thread per step: addresses, loads, barriers
 LEAST_REGISTERS = 40  # beside the accumulators
-LATENCY = 800  # cycles until a load arrives
 ISSUED = 128  # instructions of threads that a multiprocessor issues in a cycle
 WGMMA = ("sm_90",)
 
@@ -185,17 +185,17 @@ def resident(arch: str, registers: int, shared: int, num_warps: int) -> int:
 def rank(choice: Choice, arch: str, config: KernelConfig, blocks: int) -> float:
     """Entries of the tile of scores per cycle and multiprocessor, with so many blocks resident.
 
-    The narrowest of five limits: tensor cores, issue slots, bytes from memory, a block's chain of dependent work shared
-    by the resident blocks, and the latency of memory shared by the steps under way.
+    Five limits: tensor cores, issue slots, bytes from memory, a block's chain of dependent work shared by the resident
+    blocks, and the latency of memory shared by the steps under way. The narrowest counts most, a near one adds to it.
     """
     loop, d = LOOPS[choice.kernel], padded_head_dim(choice.head_dim)
     entries, moves = config.block_m * config.block_n, config.block_m if loop.rows_move else config.block_n
     tensor = 2 * loop.products * entries * d / (4096 if arch in WGMMA else 2048)
     issue = (loop.instructions * entries + OVERHEAD * 32 * config.num_warps) / ISSUED
     memory = 2 * loop.streamed * moves * d / loop.bytes_per_cycle
-    chain = tensor + issue + loop.waits + (0 if ahead(choice, config) else LATENCY)
-    late = LATENCY / max(1, ahead(choice, config))
-    cycles = max(tensor, issue, memory, max(chain, late) / max(1, blocks))
+    chain = (tensor + issue + loop.waits + (0 if ahead(choice, config) else loop.latency)) / max(1, blocks)
+    late = loop.latency / max(1, blocks * ahead(choice, config))
+    cycles = sum(limit**3 for limit in (tensor, issue, memory, chain, late)) ** (1 / 3)
     return float(f"{entries / cycles:.4g}")
 
 
