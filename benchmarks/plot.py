@@ -1,4 +1,4 @@
-"""Draw the GPU figures from benchmarks/results/gpu.jsonl: speed and memory of attention against the prompt's length.
+"""Draw the GPU figures from benchmarks/results/gpu/records.jsonl: speed and memory of attention by the prompt's length.
 
 python benchmarks/plot.py [--results FILE] [--out DIR]
 """
@@ -15,17 +15,19 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from gpu_suite.records import identity
 
 HERE = Path(__file__).parent
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of the GPU and commit that were measured last."""
+    """The last records of the GPU and the code that were measured last."""
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: python benchmarks/gpu.py writes it")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     last = records[-1]
-    return [r for r in records if (r["gpu"], r["commit"]) == (last["gpu"], last["commit"])]
+    latest = {identity(r): r for r in records if (r["gpu"], r["key"]) == (last["gpu"], last["key"])}
+    return list(latest.values())
 
 
 def curves(records: list[dict[str, Any]], mode: str, value: str, **at: Any) -> dict[str, list[tuple[int, float]]]:
@@ -56,12 +58,12 @@ def draw(panels: list[tuple[str, str, dict[str, list[tuple[int, float]]]]], titl
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "gpu.jsonl")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "gpu" / "records.jsonl")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images")
     arguments = parser.parse_args(argv)
     records = read(arguments.results)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = f"{records[-1]['gpu']}, commit {str(records[-1]['commit'])[:7]}"
+    about = f"{records[-1]['gpu']}, code {records[-1]['key']}"
     attention = [r for r in records if r["kernel"] == "attention"]
     dims = sorted({r["shape"]["D"] for r in attention}, reverse=True)
     speed = [

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sar_fast import flash_attn_func, sar_attn_func
 from sar_fast.analysis.eager import eager_sar_attention
 from sar_fast.analysis.timing import SYSTEM_TOKENS, attention_inputs
+from sar_fast.backends.triton_backend import interpreting
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -35,8 +36,7 @@ def make_inputs(
     """q, k, v, masks and prior of prompts: system text, an image, and a question of a ``text`` share of the length."""
     visual = length - SYSTEM_TOKENS - max(1, round(length * text))
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    prompts = [attention_inputs(length, visual, dtype, seed=b, device=device, **shape) for b in range(batch)]
-    return tuple(torch.cat(parts) for parts in zip(*prompts))
+    return attention_inputs(length, visual, dtype, batch=batch, device=device, **shape)
 
 
 def _sdpa(backend: SDPBackend) -> Provider:
@@ -51,7 +51,9 @@ def _sdpa(backend: SDPBackend) -> Provider:
 def _flex(q, k, v, *_):
     compiled, mask = _flex_for(q.shape[1], q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    # eagerly, as dynamo goes on by default after 8 shapes, it would hold all N x N scores
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 @functools.cache
@@ -94,7 +96,7 @@ PROVIDERS: dict[str, Provider] = {
 
 def unavailable(name: str, device: str) -> str | None:
     """Why a provider cannot run on ``device``, or None."""
-    if device == "cpu" and name in ("sar-triton", "plain-triton"):
+    if device == "cpu" and name in ("sar-triton", "plain-triton") and not interpreting():
         return "the Triton kernels need a GPU"
     if device == "cpu" and name in ("sdpa-cudnn", "flex", "flash-attn"):
         return f"{name} has no CPU kernel for this"

@@ -11,6 +11,10 @@ import json
 import re
 from pathlib import Path
 
+from gpu_suite.goals import goals
+from gpu_suite.records import identity
+from gpu_suite.records import read as records_read
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,7 +73,25 @@ def model_overhead() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"cpu_attention": cpu_attention, "model_overhead": model_overhead, "eval_speed": eval_speed}
+def gpu() -> str:
+    """The goals' ratios of benchmarks/results/gpu/records.jsonl, or that there are none yet."""
+    records = records_read(RESULTS / "gpu" / "records.jsonl")
+    ratios = list(goals({identity(r): r for r in records if r["key"] == records[-1]["key"]}.values()))
+    if not ratios:
+        return "No GPU has measured anything yet."
+    lines = ["| ratio | D | shapes | least .. largest | goal |", "|---|---|---|---|---|"]
+    groups: dict[tuple, list] = {}
+    for r in ratios:
+        groups.setdefault((r.work, r.shape.get("D", "-"), r.goal, r.at_least), []).append(r.value)
+    for (work, head_dim, goal, at_least), values in groups.items():
+        cells = [work, str(head_dim), str(len(values)), f"{min(values):.2f} .. {max(values):.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {'>=' if at_least else '<='} {goal:g} |")
+    last = records[-1]
+    about = f"{last['gpu']}, driver {last['driver']}, torch {last['versions']['torch']}, code {last['key']}"
+    return "\n".join([*lines, "", f"{about}."])
+
+
+BLOCKS = {"gpu": gpu, "cpu_attention": cpu_attention, "model_overhead": model_overhead, "eval_speed": eval_speed}
 
 
 def fill(text: str) -> str:

@@ -1,63 +1,53 @@
-"""Decode steps over a KV cache, as CUDA graphs, beside the bandwidth that a copy reaches."""
+"""Decode steps over a KV cache as CUDA graphs, beside the bandwidth that a copy reaches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from providers import make_inputs
 
-from gpu_suite.attention import Bench
-from gpu_suite.measure import as_graph, samples
+from gpu_suite.bench import Bench
+from gpu_suite.device import Call
+from gpu_suite.inputs import Shape, decode_inputs, decode_shapes
 from sar_fast import SARState, flash_attn_with_kvcache, sar_attn_with_kvcache
+
+PROVIDERS = ("sar running", "sar step", "sar prompt", "plain", "sdpa")
 
 
 def decode(bench: Bench) -> None:
     """One new token per sequence; keys and values read once are the bytes that bandwidth is counted in."""
-    for shape in _shapes(bench):
-        names = ["sar running", "sar step", "sar prompt", "plain", "sdpa"]
-        if not bench.records.missing("decode", "graph", shape, names):
+    for shape in decode_shapes(bench.tiny):
+        if not bench.missing("decode", "decode", shape, PROVIDERS):
             continue
-        calls = _calls(bench, shape)
+        bench.check_time()
+        inputs = decode_inputs(shape, bench.dtype, bench.device.name)
         moved = 2 * shape["B"] * shape["KV"] * shape["Hkv"] * shape["D"] * bench.dtype.itemsize
-        graphs = {name: as_graph(call, bench.device) for name, call in calls.items()}
-        for name, times in samples(graphs, bench.device).items():
-            rate = moved / sorted(times)[len(times) // 2] * 1e-9
-            bench.records.add("decode", name, "graph", "ms", shape, times, terabytes_per_second=rate)
+        bench.measure(
+            "decode",
+            "decode",
+            shape,
+            {name: partial(_graph, bench, name, inputs) for name in PROVIDERS},
+            seconds=0.03,
+            rates=lambda t, moved=moved: {"terabytes_per_second": moved / t * 1e-9},
+            timed="graph",
+        )
 
 
-def _shapes(bench: Bench) -> list[dict[str, Any]]:
-    if bench.tiny:
-        return [{"B": 2, "KV": 96, "H": 4, "Hkv": 2, "D": 32}]
-    return [
-        {"B": batch, "KV": length, "H": 32, "Hkv": 32 // group, "D": 128}
-        for group in (4, 8)
-        for length in (1024, 8192, 32768)
-        for batch in (1, 8, 64)
-    ]
+def _graph(bench: Bench, name: str, inputs: tuple) -> Call:
+    return bench.device.graph(decode_call(name, inputs))
 
 
-def _calls(bench: Bench, shape: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    sizes = [shape[n] for n in ("B", "KV", "H", "Hkv", "D")]
-    q, k, v, visual, _, prior = make_inputs(*sizes, dtype=bench.dtype, device=bench.device)
-    backend = "triton" if bench.device == "cuda" else "torch"
-    step = q[:, -1:].contiguous()
-    lengths = torch.full((shape["B"],), shape["KV"], dtype=torch.int32, device=bench.device)
-    roles = {"visual_mask": visual, "prior": prior}
-
-    def sar(mode: str) -> Callable[[], object]:
-        state = SARState.empty(shape["B"], shape["H"], bench.device)
-        common = {**roles, "state": state, "decode": mode, "backend": backend}
-        return lambda: sar_attn_with_kvcache(step, k, v, cache_seqlens=lengths, **common)
-
-    at = [x.transpose(1, 2) for x in (step, k, v)]
-    return {
-        **{f"sar {mode}": sar(mode) for mode in ("running", "step", "prompt")},
-        "plain": lambda: flash_attn_with_kvcache(step, k, v, cache_seqlens=lengths, causal=True, backend=backend),
-        "sdpa": lambda: F.scaled_dot_product_attention(*at, enable_gqa=True),
-    }
-
-
-PARTS = {"decode": decode}
+def decode_call(name: str, inputs: tuple) -> Call:
+    """One provider's step."""
+    q, k, v, visual, prior = inputs
+    shape: Shape = {"B": q.shape[0], "H": q.shape[2], "KV": k.shape[1]}
+    lengths = torch.full((shape["B"],), shape["KV"], dtype=torch.int32, device=q.device)
+    if name == "sdpa":
+        at = [x.transpose(1, 2) for x in (q, k, v)]
+        return lambda: F.scaled_dot_product_attention(*at, enable_gqa=True)
+    if name == "plain":
+        return lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True, backend="triton")
+    state = SARState.empty(shape["B"], shape["H"], q.device)
+    call = {"visual_mask": visual, "prior": prior, "state": state, "decode": name.removeprefix("sar ")}
+    return lambda: sar_attn_with_kvcache(q, k, v, cache_seqlens=lengths, backend="triton", **call)

@@ -1,4 +1,7 @@
-"""Whole models in published shapes with random weights: prefill, decode and a training step, SAR off and on."""
+"""Whole models in published shapes with random weights: prefill, decode and a training step, SAR off and on.
+
+transformers is imported when a model is built, not before: it takes longer than some slices.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    Qwen2_5_VLConfig,
-)
 
-from gpu_suite.attention import Bench
-from gpu_suite.measure import peak_extra_bytes, samples
+from gpu_suite.bench import Bench
+from gpu_suite.inputs import Shape
 from sar_fast import SARConfig, apply_sar
 from sar_fast.analysis.eager import EagerSAR, eager_attention
 
 QUESTION = 48  # text tokens after the picture
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 def llava(tiny: bool, layers: int) -> tuple[Any, dict[str, Any]]:
     """LLaVA-1.5-7B's shape, and one prompt: 576 visual tokens (tiny: 16)."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
     vision = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     vision |= {"num_attention_heads": 2}
     text = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 200}
@@ -47,6 +45,8 @@ def llava(tiny: bool, layers: int) -> tuple[Any, dict[str, Any]]:
 
 def qwen2_5_vl(tiny: bool, layers: int) -> tuple[Any, dict[str, Any]]:
     """Qwen2.5-VL-7B's shape, and one prompt: 1,024 visual tokens (tiny: 24)."""
+    from transformers import Qwen2_5_VLConfig
+
     vision = {
         "depth": 3,
         "hidden_size": 32,
@@ -90,12 +90,14 @@ SHAPES = {"LLaVA-1.5-7B": llava, "Qwen2.5-VL-7B": qwen2_5_vl}
 
 
 def _build(bench: Bench, name: str, layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import AutoModelForImageTextToText
+
     config, inputs = SHAPES[name](bench.tiny, layers)
     torch.manual_seed(0)
-    with torch.device(bench.device):
+    with torch.device(bench.device.name):
         model = AutoModelForImageTextToText.from_config(config, dtype=bench.dtype).eval()
     model.generation_config.eos_token_id = None  # every run makes the same number of tokens
-    cast = lambda x: x.to(bench.device, bench.dtype if x.is_floating_point() else x.dtype)
+    cast = lambda x: x.to(bench.device.name, bench.dtype if x.is_floating_point() else x.dtype)
     return model, {n: cast(x) for n, x in inputs.items()}
 
 
@@ -116,32 +118,27 @@ def _provider(model: nn.Module, name: str, k: int, inputs: dict[str, torch.Tenso
 
 
 def whole_model(bench: Bench) -> None:
-    """Prefill and the time of a decoded token, 32 layers, K = 10; peak memory of both."""
+    """Prefill and a generation, 32 layers, K = 10; peak memory of both."""
     layers, k = (3, 2) if bench.tiny else (32, 10)
+    providers = ("sdpa", "sar", "eager, research")
     for name in SHAPES:
         shape = {"model": name, "layers": layers, "K": k}
-        providers = ["sdpa", "sar", "eager, research"]
-        if not bench.records.missing("model", "prefill", shape, providers):
+        modes = {"prefill": (_prefill, providers), "decode": (_decode, providers[:2])}
+        if not any(bench.missing("model", mode, shape, wanted) for mode, (_, wanted) in modes.items()):
             continue
+        bench.check_time()
         model, inputs = _build(bench, name, layers)
-        for mode, wanted in (("prefill", providers), ("decode", providers[:2])):
-            times: dict[str, list[float]] = {p: [] for p in wanted}
-            memory: dict[str, int | None] = {}
-            for _ in range(3):  # providers take turns
-                for provider in wanted:
-                    with _provider(model, provider, k, inputs) as more, torch.inference_mode():
-                        call = _prefill(model, inputs, more) if mode == "prefill" else _decode(model, inputs)
-                        times[provider] += samples({provider: call}, bench.device, rounds=1, budget=1.0)[provider]
-                        memory[provider] = peak_extra_bytes(call, bench.device)
-            for provider, values in times.items():
-                bench.records.add("model", provider, mode, "ms", shape, values, peak_extra_bytes=memory[provider])
+        for mode, (make, wanted) in modes.items():
+            _measure(bench, mode, shape, model, inputs, k, wanted, make, seconds=0.5)
+        del model
+        bench.device.release()
 
 
 def _prefill(model: nn.Module, inputs: dict[str, Any], more: dict[str, Any]) -> Callable[[], object]:
     return lambda: model(**inputs, **more, logits_to_keep=1)
 
 
-def _decode(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], object]:
+def _decode(model: nn.Module, inputs: dict[str, Any], more: dict[str, Any]) -> Callable[[], object]:
     """A whole generation; its prefill is the same for all providers up to what prefill shows."""
     return lambda: model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
 
@@ -149,28 +146,69 @@ def _decode(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], object]:
 def training_step(bench: Bench) -> None:
     """Forward, backward and AdamW of the same shapes with 4 layers, all of them re-weighted."""
     layers = 2 if bench.tiny else 4
+    providers = ("sdpa", "sar", "sar, through")
     for name in SHAPES:
         shape = {"model": name, "layers": layers, "K": layers}
-        providers = ["sdpa", "sar", "sar, through"]
-        if not bench.records.missing("model", "training step", shape, providers):
+        if not bench.missing("model", "training step", shape, providers):
             continue
+        bench.check_time()
         model, inputs = _build(bench, name, layers)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=bench.device == "cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=bench.device.name == "cuda")
         visual = inputs["input_ids"] == model.config.image_token_id
-        labels = inputs["input_ids"].masked_fill(visual, -100)
+        inputs["labels"] = inputs["input_ids"].masked_fill(visual, -100)
 
-        def step() -> None:
-            model(**inputs, labels=labels).loss.backward()  # noqa: B023
-            optimizer.step()  # noqa: B023
-            optimizer.zero_grad()  # noqa: B023
+        def make(model: nn.Module, inputs: dict, more: dict, optimizer: Any = optimizer) -> Callable[[], object]:
+            def step() -> None:
+                model(**inputs).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
-        times: dict[str, list[float]] = {p: [] for p in providers}
-        for _ in range(3):
-            for provider in providers:
-                with _provider(model, provider, layers, inputs):
-                    times[provider] += samples({provider: step}, bench.device, rounds=1, budget=0.5)[provider]
-        for provider, values in times.items():
-            bench.records.add("model", provider, "training step", "ms", shape, values)
+            return step
+
+        _measure(bench, "training step", shape, model, inputs, layers, providers, make, seconds=0.3)
+        del model, optimizer, make
+        bench.device.release()
 
 
-PARTS = {"model": whole_model, "step": training_step}
+def _measure(
+    bench: Bench,
+    mode: str,
+    shape: Shape,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    k: int,
+    providers: tuple[str, ...],
+    make: Callable[[nn.Module, dict, dict], Callable[[], object]],
+    seconds: float,
+) -> None:
+    """Providers in turns, each with the model put under it and taken away again."""
+    wanted = bench.missing("model", mode, shape, providers)
+    if not wanted:
+        return
+    bench.check_time()
+    bench.trying("model", mode, shape, wanted)
+    times: dict[str, list[float]] = {p: [] for p in wanted}
+    memory: dict[str, int | None] = {}
+    for provider in wanted:
+        reason = bench.withheld(provider, mode, shape)
+        if reason is not None:
+            bench.records.fail("model", provider, mode, shape, reason, withheld=True)
+            del times[provider]
+    grad = torch.enable_grad() if mode == "training step" else torch.inference_mode()
+    for turn in range(1 if bench.tiny else 3):
+        for provider in list(times):
+
+            def run(provider: str = provider, turn: int = turn) -> list[float]:
+                with _provider(model, provider, k, inputs) as more, grad:
+                    call = make(model, inputs, more)
+                    if turn == 0:
+                        memory[provider] = bench.device.peak_extra_bytes(call)
+                    return bench.device.times(call, seconds)
+
+            found = bench.attempt("model", provider, mode, shape, run)
+            if found is None:
+                del times[provider]
+            else:
+                times[provider] += found
+    for provider, values in times.items():
+        bench.records.add("model", provider, mode, "ms", shape, values, peak_extra_bytes=memory[provider])

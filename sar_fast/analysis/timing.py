@@ -35,22 +35,23 @@ def attention_inputs(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    batch: int = 1,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Random (q, k, v, visual_mask, text_mask, prior) of one prompt: system text, ``visual`` image tokens, a question.
+    """Random (q, k, v, visual_mask, text_mask, prior) of prompts: system text, ``visual`` image tokens, a question.
 
-    q is (1, length, heads, head_dim), k and v (1, length, kv_heads, head_dim), the others (1, length).
+    q is (batch, length, heads, head_dim), k and v (batch, length, kv_heads, head_dim), the others (batch, length). They
+    are drawn on ``device``: a GPU's numbers are not a CPU's.
     """
     if not 0 < visual <= length - SYSTEM_TOKENS:
         raise ValueError(f"visual must be 1 to length - {SYSTEM_TOKENS} = {length - SYSTEM_TOKENS}; got {visual}")
-    generator = torch.Generator().manual_seed(seed)
-    rand = lambda n: torch.randn(1, length, n, head_dim, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = {"generator": generator, "device": device}
+    rand = lambda n: torch.randn(batch, length, n, head_dim, **drawn).to(dtype)
     q, k, v = rand(heads), rand(kv_heads), rand(kv_heads)
-    visual_mask = torch.zeros(1, length, dtype=torch.bool)
-    visual_mask[:, SYSTEM_TOKENS : SYSTEM_TOKENS + visual] = True
-    text_mask = torch.zeros_like(visual_mask)
-    text_mask[:, SYSTEM_TOKENS + visual :] = True
-    prior = torch.rand(1, length, generator=generator) * visual_mask
-    prior = prior / prior.sum(-1, keepdim=True)
-    return q, k, v, visual_mask.to(device), text_mask.to(device), prior.to(device)
+    token = torch.arange(length, device=device).expand(batch, length)
+    visual_mask = (token >= SYSTEM_TOKENS) & (token < SYSTEM_TOKENS + visual)
+    text_mask = token >= SYSTEM_TOKENS + visual
+    prior = torch.rand(batch, length, **drawn) * visual_mask
+    return q, k, v, visual_mask, text_mask, prior / prior.sum(-1, keepdim=True)

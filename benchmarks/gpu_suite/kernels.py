@@ -1,0 +1,153 @@
+"""The launches of every slice, planned on tensors without memory: what must be compiled before the slice begins.
+
+A test holds them against what the slices really launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from gpu_suite.inputs import (
+    MODEL_HEADS,
+    MODEL_TOKENS,
+    Shape,
+    attention_shapes,
+    decode_shapes,
+    gate_decode_shapes,
+    gate_shapes,
+    other_shapes,
+    scaling_shapes,
+    short_shapes,
+)
+from sar_kernels.call import AttentionOptions, Call, WeightOptions
+from sar_kernels.decode_plan import DecodeCall
+from sar_kernels.launch import Launch
+from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
+
+MULTIPROCESSORS = 132  # an H100's or H200's; they choose the number of splits, which compiles nothing anew
+DECODE_MODES = ("running", "step", "prompt", "plain")
+
+
+class Planner:
+    """Plans calls for one architecture and dtype."""
+
+    def __init__(self, arch: str, dtype: torch.dtype) -> None:
+        self.arch, self.dtype = arch, dtype
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def prefill(self, shape: Shape, *, sar: bool, backward: str | None = None) -> list[Launch]:
+        """A forward call and, "constant" or "through", its backward."""
+        batch, length, heads, kv_heads, head_dim = (shape[n] for n in ("B", "N", "H", "Hkv", "D"))
+        q, dout = (self.empty(batch, length, heads, head_dim) for _ in range(2))
+        k, v = (self.empty(batch, length, kv_heads, head_dim) for _ in range(2))
+        call = Call(q, k, v, AttentionOptions(True, head_dim**-0.5), arch=self.arch)
+        if not sar:
+            (out, lse), work = plan_attention_forward(call)
+            return work + (plan_backward(call, dout, out, lse)[1] if backward else [])
+        roles = *(self.empty(batch, length, dtype=torch.bool) for _ in range(2)), self._floats(batch, length)
+        weights = WeightOptions(0.5)
+        (out, lse, av, sa, c, count), work = plan_sar_forward(call, *roles, weights)
+        if backward is None:
+            return work
+        # autograd hands the statistics' gradients along, zeros where nothing came
+        kept = Through(*roles, weights, av, sa, count, av, sa, c) if backward == "through" else None
+        return work + plan_backward(call, dout, out, lse, c, kept)[1]
+
+    def decode(self, shape: Shape, mode: str) -> list[Launch]:
+        """One step with one new token per sequence."""
+        batch, length, heads, kv_heads, head_dim = (shape[n] for n in ("B", "KV", "H", "Hkv", "D"))
+        q, k = self.empty(batch, 1, heads, head_dim), self.empty(batch, length, kv_heads, head_dim)
+        lengths = self.empty(batch, dtype=torch.int32)
+        options = AttentionOptions(True, head_dim**-0.5)
+        call = DecodeCall(q, k, k, lengths, options, arch=self.arch, sm_count=MULTIPROCESSORS)
+        if mode != "plain":
+            per_head = lambda: self._floats(batch, heads)
+            call.set_state(per_head(), per_head(), self._floats(batch), per_head())
+        if mode in ("running", "step"):
+            masks = self.empty(batch, length, dtype=torch.bool), self.empty(batch, 1, dtype=torch.bool)
+            call.set_roles(*masks, self._floats(batch, length))
+        return call.plan(mode, None if mode == "plain" else WeightOptions(0.5))
+
+    def _floats(self, *shape: int) -> torch.Tensor:
+        return self.empty(*shape, dtype=torch.float32)
+
+
+def _gate(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    for shape in gate_shapes(tiny):
+        for backward in ("constant", "through"):
+            yield from plan.prefill(shape, sar=True, backward=backward)
+        yield from plan.prefill(shape, sar=False, backward="constant")
+    for shape in gate_decode_shapes(tiny):
+        for mode in DECODE_MODES:
+            yield from plan.decode(shape, mode)
+
+
+def _forward(plan: Planner, tiny: bool, shapes: Callable = attention_shapes) -> Iterator[Launch]:
+    for shape in shapes(tiny):
+        for sar in (True, False):
+            yield from plan.prefill(shape, sar=sar)
+
+
+def _backward(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    for shape in attention_shapes(tiny):
+        for backward in ("constant", "through"):
+            yield from plan.prefill(shape, sar=True, backward=backward)
+        yield from plan.prefill(shape, sar=False, backward="constant")
+
+
+def _short(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    return _forward(plan, tiny, short_shapes)
+
+
+def _scaling(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    return _forward(plan, tiny, lambda tiny: [shape for _, shape in scaling_shapes(tiny)])
+
+
+def _decode(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    for shape in decode_shapes(tiny):
+        for mode in DECODE_MODES:
+            yield from plan.decode(shape, mode)
+
+
+def _model_shapes(tiny: bool) -> Iterator[Shape]:
+    for name, (heads, kv_heads, head_dim) in MODEL_HEADS.items():
+        yield {"B": 1, "N": MODEL_TOKENS[name], "H": heads, "Hkv": kv_heads, "D": head_dim}
+
+
+def _step(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    for shape in _model_shapes(tiny):
+        for backward in ("constant", "through"):
+            yield from plan.prefill(shape, sar=True, backward=backward)
+
+
+def _model(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    for shape in _model_shapes(tiny):
+        yield from plan.prefill(shape, sar=True)
+        yield from plan.decode({**shape, "KV": shape["N"]}, "running")
+
+
+def _others(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    for shape in other_shapes(tiny):
+        yield from plan.prefill(shape, sar=True)
+
+
+_OF = {
+    "gate": _gate,
+    "forward": _forward,
+    "backward": _backward,
+    "short": _short,
+    "decode": _decode,
+    "scaling": _scaling,
+    "step": _step,
+    "others": _others,
+    "model": _model,
+}
+
+
+def launches_of(name: str, *, arch: str = "sm_90", dtype: torch.dtype = torch.bfloat16, tiny: bool = False):
+    """Every launch of a slice, in any order; none for slices that launch nothing of ours in their own process."""
+    return _OF[name](Planner(arch, dtype), tiny) if name in _OF else iter(())

@@ -1,0 +1,143 @@
+"""Compiles the kernels of slices into Triton's cache, in parallel, without a GPU; packs and unpacks that cache.
+
+python -m gpu_suite.precompile forward decode --jobs 15
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+LARGEST_PACK = 16 << 20  # bytes
+
+
+def pack_name() -> str:
+    """A cache serves one Triton and one Python: its launchers are extension modules."""
+    from importlib.metadata import version
+
+    python = "".join(platform.python_version_tuple()[:2])
+    return f"triton-{version('triton')}-cp{python}-{platform.machine()}.tar.xz"
+
+
+def pack(cache: Path, folder: Path) -> Path:
+    """The cache as one file in ``folder``. Only what the JIT reads: no intermediate representations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / pack_name()
+    partial = target.with_suffix(".partial")
+    keep = lambda item: item if item.isdir() or item.name.endswith((".json", ".cubin", ".so")) else None
+    with tarfile.open(partial, "w:xz", preset=9) as archive:
+        archive.add(cache, arcname=".", filter=keep)
+    size = partial.stat().st_size
+    if size > LARGEST_PACK:
+        raise SystemExit(f"{partial} has {size} bytes, more than {LARGEST_PACK}: leave out slices")
+    partial.replace(target)
+    return target
+
+
+def unpack(folder: Path, cache: Path) -> str:
+    """Fill the cache from a pack of this Triton and Python, if there is one; says what happened."""
+    try:
+        found = folder / pack_name()
+    except ImportError as error:
+        return f"no cache unpacked: {error}"
+    if not found.is_file():
+        others = sorted(p.name for p in folder.glob("*.tar.xz")) if folder.is_dir() else []
+        return f"no cache to unpack: {found} is not there{', only ' + ', '.join(others) if others else ''}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(found) as archive:
+        archive.extractall(cache, filter="data")
+    return f"cache unpacked from {found}"
+
+
+def distinct(slices: Sequence[str], arch: str) -> list[tuple[str, int]]:
+    """(slice, index among its launches) of every kernel that must be compiled, each once."""
+    from gpu_suite.kernels import launches_of
+    from sar_kernels.aot_measure import compile_key
+
+    found: dict[tuple, tuple[str, int]] = {}
+    for name in slices:
+        for index, launch in enumerate(launches_of(name, arch=arch)):
+            found.setdefault(compile_key(launch, arch), (name, index))
+    return list(found.values())
+
+
+_launches: dict[str, list] = {}  # of this process
+
+
+def _begin(arch: str) -> None:
+    from gpu_suite.pretend import pretend
+
+    pretend(arch)
+
+
+def compile_one(name: str, index: int, arch: str) -> tuple[str, bool, float, str | None]:
+    """(kernel, whether the cache had it, seconds, error or None) of one launch of a slice."""
+    import triton
+
+    from gpu_suite.kernels import launches_of
+
+    if name not in _launches:
+        _launches[name] = list(launches_of(name, arch=arch))
+    launch, hits, began = _launches[name][index], [], time.time()
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    kernel = launch.kernel.__name__.removesuffix("_kernel")
+    try:
+        launch.run()
+    except Exception as error:  # a kernel that does not compile must not keep the others from it
+        return kernel, False, time.time() - began, f"{type(error).__name__}: {error}"[:500]
+    return kernel, all(hits), time.time() - began, None
+
+
+def compile_all(slices: Sequence[str], arch: str, jobs: int) -> int:
+    """Compile what misses, the slowest kernels first; prints a line a miss; returns how many failed."""
+    order = {"dkdv": 0, "dq": 1, "forward": 2, "decode_split": 3, "second_moments": 4}
+    began, work, compiled, failed = time.time(), distinct(slices, arch), 0, 0
+    from gpu_suite.kernels import launches_of
+
+    names = {s: [x.kernel.__name__.removesuffix("_kernel") for x in launches_of(s, arch=arch)] for s in slices}
+    work.sort(key=lambda item: order.get(names[item[0]][item[1]], 9))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        max(1, min(jobs, len(work))), mp_context=context, initializer=_begin, initargs=(arch,)
+    ) as pool:
+        for kernel, hit, seconds, error in pool.map(compile_one, *zip(*work), [arch] * len(work)) if work else ():
+            failed += error is not None
+            compiled += not hit
+            if error is not None or not hit:
+                print(f"  {kernel}: {error or f'compiled in {seconds:.1f} s'}", flush=True)
+    print(
+        f"{len(work)} kernels of {', '.join(slices)} for {arch}: {len(work) - compiled} from the cache, "
+        f"{compiled - failed} compiled, {failed} failed, {time.time() - began:.1f} s",
+        flush=True,
+    )
+    return failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    from gpu_suite.slices import BY_NAME
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("slices", nargs="+", choices=sorted(BY_NAME), metavar="slice")
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--done", type=Path, help="file to make at the end")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
+    try:
+        return min(1, compile_all(arguments.slices, arguments.arch, arguments.jobs))
+    finally:
+        if arguments.done is not None:
+            arguments.done.touch()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
