@@ -34,9 +34,9 @@ def append_kernel(
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """Writes one token's entries of all kv heads into the cache. Grid (Snew, B); nothing outside the cache."""
-    token = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    """Writes one token's entries of all kv heads into the cache. Grid (B * Snew,); nothing outside the cache."""
+    token = tl.program_id(0) % num_new
+    batch = (tl.program_id(0) // num_new).to(tl.int64)
     position = tl.load(lengths_ptr + batch) - num_new + token
     if (position < 0) | (position >= capacity):
         return
@@ -101,7 +101,7 @@ def plan_append(k_cache, v_cache, k, v, cache_seqlens, block_table=None) -> list
             "BLOCK_D": padded_head_dim(cache.shape[3]),
             "PAGE": 0 if block_table is None else cache.shape[1],
         }
-        launches.append(Launch(append_kernel, (k.shape[1], k.shape[0]), arguments, SMALL))
+        launches.append(Launch(append_kernel, (k.shape[0] * k.shape[1],), arguments, SMALL))
     return launches
 
 

@@ -129,12 +129,13 @@ def decode_split_kernel(
 ):
     """One split of the keys for a tile of rows; a row is one query of one of the heads that share a kv head.
 
-    Grid (splits, B * Hkv, row tiles). A split without keys writes nothing: the combine kernel knows which those are.
+    Grid (B * Hkv, splits, row tiles): only the first axis has room for any batch. A split without keys writes nothing:
+    the combine kernel knows which those are.
     """
-    split = tl.program_id(0)
+    split = tl.program_id(1)
     kv_heads = num_heads // group
-    batch = tl.program_id(1) // kv_heads
-    kv_head = tl.program_id(1) % kv_heads
+    batch = tl.program_id(0) // kv_heads
+    kv_head = tl.program_id(0) % kv_heads
     batch64 = batch.to(tl.int64)
     if RUNNING:
         # The combine programs all read the old sums while one of them writes the new: they read this copy.
@@ -149,7 +150,7 @@ def decode_split_kernel(
             tl.store(copy_ptr + num_heads, tl.load(count_ptr + batch))
 
     num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
-    first_block, per_split, used = _split_layout(num_keys, seqlen_q, window_left, tl.num_programs(0), BLOCK_N, HAS_LEFT)
+    first_block, per_split, used = _split_layout(num_keys, seqlen_q, window_left, tl.num_programs(1), BLOCK_N, HAS_LEFT)
     if split >= used:
         return
     start = (first_block + split * per_split) * BLOCK_N
@@ -222,15 +223,15 @@ def decode_split_kernel(
         )
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
 
-    seen = row_sum > 0.0
-    row_sum = tl.where(seen, row_sum, 1.0)
+    unseen = row_sum == 0.0  # not a comparison that NaN fails: bad inputs must show in the output
+    row_sum = tl.where(unseen, 1.0, row_sum)
     head_rows = (batch64 * num_heads + kv_head * group + heads_in_group) * seqlen_q + queries
-    index = head_rows * tl.num_programs(0) + split  # [BM]
+    index = head_rows * tl.num_programs(1) + split  # [BM]
     columns = tl.arange(0, BLOCK_DV)[None, :]
     out_ptrs = partial_out_ptr + index[:, None] * HEAD_DIM_V + columns
     tl.store(out_ptrs, acc / row_sum[:, None], mask=in_range[:, None] & (columns < HEAD_DIM_V))
     ptrs = partials_ptr + index
-    tl.store(ptrs, tl.where(seen, row_max + tl.log2(row_sum), -float("inf")), mask=in_range)
+    tl.store(ptrs, tl.where(unseen, -float("inf"), row_max + tl.log2(row_sum)), mask=in_range)
     if STATISTICS:
         plane = tl.cast(plane, tl.int64)
         tl.store(ptrs + plane, count, mask=in_range)
@@ -281,7 +282,7 @@ def _query_statistics(
         mean = new_mean
     counts = count >= 2.0  # a variance needs two keys
     variance = tl.where(counts, m2 / tl.maximum(count - 1.0, 1.0), 0.0)
-    alignment = tl.where(counts, alignment / tl.where(total > 0.0, total, 1.0), 0.0)
+    alignment = tl.where(counts, alignment / tl.where(total == 0.0, 1.0, total), 0.0)
     return variance, alignment, counts.to(ACC)
 
 
@@ -324,12 +325,12 @@ def decode_combine_kernel(
     MODE: tl.constexpr,  # "plain", "step", "running" or "prompt"
     ACC: tl.constexpr,
 ):
-    """Merges the splits of one head: out and lse, scaled by the head's weight. Grid (H, B).
+    """Merges the splits of one head: out and lse, scaled by the head's weight. Grid (B, H).
 
     Every program computes the weights of all its sample's heads; head 0's writes them and the state.
     """
-    head = tl.program_id(0)
-    batch = tl.program_id(1)
+    batch = tl.program_id(0)
+    head = tl.program_id(1)
     batch64 = batch.to(tl.int64)
     num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
     _, _, used = _split_layout(num_keys, seqlen_q, window_left, num_splits, BLOCK_N, HAS_LEFT)
@@ -395,10 +396,10 @@ def decode_combine_kernel(
             partial = tl.load(partial_out_ptr + index[:, None] * HEAD_DIM_V + columns[None, :], mask=mask, other=0.0)
             weights, rescale, top, total = _softmax_step(lse, top, total, 0)
             acc = acc * rescale + tl.sum(weights[:, None] * partial, 0)
-        seen = total > 0.0
-        total = tl.where(seen, total, 1.0)
+        unseen = total == 0.0
+        total = tl.where(unseen, 1.0, total)
         out = acc / total * scale
         out_row = (batch64 * seqlen_q + query) * num_heads + head
         ptrs = out_ptr + out_row * HEAD_DIM_V + columns
         tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=columns < HEAD_DIM_V)
-        tl.store(lse_ptr + row, tl.where(seen, (top + tl.log2(total)) * LN_2, -float("inf")))
+        tl.store(lse_ptr + row, tl.where(unseen, -float("inf"), (top + tl.log2(total)) * LN_2))

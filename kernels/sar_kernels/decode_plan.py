@@ -282,7 +282,7 @@ class DecodeCall:
         }
         # One row tile even without a query: the first program also copies the state.
         tiles = max(1, triton.cdiv(self.group * self.seqlen_q, self.config.block_m))
-        grid = (self.workspace.num_splits, self.batch * self.kv_heads, tiles)
+        grid = (self.batch * self.kv_heads, self.workspace.num_splits, tiles)
         return Launch(decode_split_kernel, grid, arguments, self.config)
 
     def _plan_combine(self, mode: str, weights: WeightOptions | None) -> Launch:
@@ -304,4 +304,4 @@ class DecodeCall:
             "STANDARDIZE": weights is not None and weights.normalize == "standardize",
             "MODE": mode,
         }
-        return Launch(decode_combine_kernel, (self.heads, self.batch), arguments, combine_config(self.arch))
+        return Launch(decode_combine_kernel, (self.batch, self.heads), arguments, combine_config(self.arch))

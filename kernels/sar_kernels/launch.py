@@ -11,6 +11,8 @@ import torch
 
 from sar_kernels.configs import KernelConfig
 
+MAX_GRID = 65535  # programs on CUDA's second and third axis
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -28,11 +30,21 @@ class Launch:
             options["maxnreg"] = self.config.max_registers
         return options
 
+    def check_grid(self) -> None:
+        """CUDA takes 65,535 programs on the second and third axis, which are heads and the batch."""
+        if max(self.grid[1:], default=0) > MAX_GRID:
+            raise ValueError(
+                f"batch (or packed sequences) and heads: got a grid of {self.grid}, need at most {MAX_GRID} on its "
+                f"second and third axis on a CUDA device"
+            )
+
     def run(self) -> None:
         """Launches the kernel on its tensors' device; an empty grid is no launch."""
         if 0 in self.grid:
             return
         device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
+        if device.type == "cuda" and not torch.version.hip:
+            self.check_grid()
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.compiler_options())
 

@@ -185,7 +185,8 @@ def closed_variance_kernel(
     """scale^2 <C, M>: the variances of one head's text queries in row blocks that see all of V, summed. Grid (H, B).
 
     No C_ab M_ab is larger than sqrt(C_aa M_aa C_bb M_bb), so that (sum_a sqrt(C_aa M_aa))^2 bounds what the sum is made
-    of. A sum that is LIMIT times smaller than its bound is not trusted.
+    of. A sum that is LIMIT times smaller than its bound is not trusted, nor one that is not finite: of a visual key
+    that is not, no text query need see anything.
     """
     head = tl.program_id(0)
     batch = tl.program_id(1)
@@ -207,6 +208,6 @@ def closed_variance_kernel(
             deviation += tl.sqrt(tl.sum(tl.where(on_diagonal, products, 0.0), 1))
     scale = tl.cast(softmax_scale, ACC)
     total, bound = tl.sum(variance, 0), tl.sum(deviation, 0)
-    cancels = bound * bound > LIMIT * total
-    total = tl.where(cancels, -1.0, total * scale * scale / tl.maximum(num_visual - 1, 1))
+    trusted = (bound * bound <= LIMIT * total) & (total < float("inf"))
+    total = tl.where(trusted, total * scale * scale / tl.maximum(num_visual - 1, 1), -1.0)
     tl.store(closed_ptr + batch * tl.num_programs(0) + head, total)

@@ -9,13 +9,22 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, assert_close, assert_relative, skip_unless_supported
+from kernel_cases import (
+    INTERPRETED,
+    assert_close,
+    assert_relative,
+    assert_same,
+    assert_same_forward,
+    skip_unless_supported,
+)
 
 from sar_fast import SARState, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
+from sar_kernels.cache import plan_append
 from sar_kernels.call import AttentionOptions, WeightOptions
 from sar_kernels.decode_call import append_kv, decode_forward, decode_workspace, sar_decode_forward
 from sar_kernels.decode_configs import MAX_SPLITS, num_splits_for
+from sar_kernels.decode_plan import DecodeCall
 
 NAN = float("nan")
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -207,6 +216,32 @@ def test_empty_sample_gives_zeros():
     assert count.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_nan_inputs_show_in_the_output(num_splits):
+    inputs = Inputs(BASE.but(head_dim=16, queries=2))
+    inputs.q[0, 1, 2] = NAN
+    inputs.k[1, 70] = NAN
+    out, lse = decode_forward(*inputs.cache, options=inputs.options, num_splits=num_splits)
+    shows = torch.zeros(2, 2, 4, dtype=torch.bool)
+    shows[0, 1, 2] = shows[1] = True
+    assert torch.equal(out.isnan().all(-1), shows)
+    assert torch.equal(out.isnan().any(-1), shows)
+    assert torch.equal(lse.isnan(), shows.transpose(1, 2))
+
+
+def test_large_batches_lie_on_the_first_axis_of_the_grid():
+    """CUDA takes no more than 65,535 programs on the others."""
+    batch = 70_000
+    empty = lambda *shape, dtype=torch.float16: torch.empty(shape, dtype=dtype, device="meta")
+    k, lengths = empty(batch, 64, 2, 16), empty(batch, dtype=torch.int32)
+    call = DecodeCall(empty(batch, 1, 4, 16), k, k, lengths, AttentionOptions(True, 0.25), arch="sm_90", sm_count=132)
+    few = empty(1, 70_000, 2, 16)  # a long prompt that is written at once
+    new = empty(batch, 1, 2, 16)
+    launches = call.plan("plain") + plan_append(k, k, new, new, lengths)
+    for launch in launches + plan_append(few, few, few, few, lengths[:1]):
+        assert max(launch.grid[1:], default=1) <= 65_535, launch.kernel
+
+
 def test_length_beyond_the_cache_is_taken_for_its_capacity():
     inputs = Inputs(BASE.but(lengths=(160, 77), head_dim=16))
     expected = [t.clone() for t in inputs.run()]
@@ -259,10 +294,9 @@ def test_paged_equals_contiguous(page):
     inputs = Inputs(BASE.but(queries=3, head_dim=80, head_dim_v=16))
     expected = [t.clone() for t in inputs.run(num_splits=2)]
     (inputs.k, table), (inputs.v, _) = paged(inputs.k, page), paged(inputs.v, page)
-    got = inputs.run(num_splits=2, block_table=table)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert_same_forward(inputs.run(num_splits=2, block_table=table), expected)
     plain = decode_forward(*inputs.cache, options=inputs.options, num_splits=2, block_table=table)
-    assert torch.equal(plain[1], expected[1])
+    assert_same(plain[1], expected[1])
 
 
 def test_strided_inputs_are_read_in_place():
@@ -272,7 +306,7 @@ def test_strided_inputs_are_read_in_place():
     inputs.q, inputs.k, inputs.v = heads_first(inputs.q), heads_first(inputs.k), heads_first(inputs.v)
     longer = torch.nn.functional.pad(inputs.prior, (0, 40), value=NAN)
     inputs.prior, inputs.visual = longer[:, :160], torch.nn.functional.pad(inputs.visual, (0, 40))[:, :160]
-    assert all(torch.equal(a, b) for a, b in zip(inputs.run(), expected))
+    assert_same_forward(inputs.run(), expected)
 
 
 def test_prior_is_read_at_visual_keys_only():
