@@ -7,6 +7,7 @@ from sar_kernels.primitives import (
     LOG2_E,
     load_keys_mask,
     load_lse,
+    load_real_tile,
     load_tile,
     row_pointer,
     sequence_bounds,
@@ -222,11 +223,14 @@ def dkdv_kernel(
         hi = tl.maximum(tl.minimum(hi, last_key - diagonal + window_left + 1), 0)
     full = lo if ONE_LOOP else tl.minimum(tl.maximum(full, lo), hi)
 
-    k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
-    v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)  # [BN, DV]
     real = keys < num_keys
     if HAS_PADDING:
         real = load_keys_mask(padding_ptr + start_k, first_key, num_keys, BLOCK_N)  # [BN]
+        k = load_real_tile(k_ptr, first_key, real, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM)  # [BN, D]
+        v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
+    else:
+        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+        v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)  # [BN, DV]
     visual = real
     prior = tl.zeros([BLOCK_N], ACC)
     # The stretch of rows that carries gradients through the statistics, [collect_lo, collect_hi).

@@ -16,6 +16,7 @@ from sar_kernels.primitives import (
     key_block_range,
     load_keys_mask,
     load_lse,
+    load_real_tile,
     load_tile,
     row_pointer,
     sequence_bounds,
@@ -126,8 +127,13 @@ def _dq_segment(
 ):
     """Adds the keys [start, end) to dq; COLLECT (which needs MASKED) adds the gradient through the statistics."""
     for first_key in range(start, end, BLOCK_N):
-        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
-        v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+        if HAS_PADDING:
+            real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            k = load_real_tile(k_ptr, first_key, real, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM)  # [BN, D]
+            v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
+        else:
+            k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
+            v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
@@ -137,7 +143,7 @@ def _dq_segment(
                 rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             if HAS_PADDING:
-                visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+                visible = visible & real[None, :]
             scores = tl.where(visible, scores, -float("inf"))
         weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]

@@ -10,6 +10,7 @@ from sar_kernels.primitives import (
     key_block_range,
     load_columns,
     load_keys_mask,
+    load_real_tile,
     load_tile,
     mean_visual_key,
     online_softmax,
@@ -83,8 +84,8 @@ def _attend(
         if COLLECT and MASKED:  # where registers are short
             selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
         if COLLECT and MOMENTS:  # the moments first: their temporaries are dead before the softmax's are born
-            if HAS_PADDING:  # what padding hides need not be finite
-                deviation = tl.where(selected[None, :] > 0.0, scores - pivot[:, None], 0.0)  # [BM, BN]
+            if MASKED and (HAS_RIGHT or HAS_LEFT or HAS_PADDING):  # what no text query sees need not be finite
+                deviation = tl.where(selected[None, :] > 0.0, scores, pivot[:, None]) - pivot[:, None]  # [BM, BN]
             else:
                 deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
             if HAS_SOFTCAP:
@@ -96,7 +97,8 @@ def _attend(
                 rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             if HAS_PADDING:
-                visible = visible & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+                real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+                visible = visible & real[None, :]
             scores = tl.where(visible, scores, -float("inf"))
         weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
         if STATISTICS:
@@ -104,7 +106,10 @@ def _attend(
         if COLLECT:
             alignment += tl.sum(weights * prior[None, :], 1)
         acc = acc * rescale[:, None]
-        v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+        if HAS_PADDING:
+            v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
+        else:
+            v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
     return acc, row_max, row_sum, alignment, m1, m2
 

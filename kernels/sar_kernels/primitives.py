@@ -94,6 +94,21 @@ def load_keys_mask(ptr, first_key, num_keys, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def load_real_tile(ptr, first_row, real, stride_s, ROWS: tl.constexpr, COLS: tl.constexpr, NUM_COLS: tl.constexpr):
+    """As `load_tile`, with zeros for what padding hides too: it need not be finite, and 0 * NaN is NaN.  # [ROWS, COLS]
+
+    real: [ROWS], False beyond the last row.
+    """
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    ptrs = ptr + first_row * tl.cast(stride_s, tl.int64) + rows * stride_s + cols
+    mask = real[:, None]
+    if COLS != NUM_COLS:
+        mask = mask & (cols < NUM_COLS)
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_lse(lse_ptr, rows, num_rows):
     """lse in base-2 units; +inf for rows that saw nothing or do not exist, so that their weights are 0."""
     lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=float("inf")) * LOG2_E

@@ -142,6 +142,38 @@ def assert_relative(name: str, got, exact, rtol: float = 1e-3) -> None:
     assert error <= 0, f"{name}: {got} instead of {exact}"
 
 
+def assert_same(got, expected, *, kind: str = "output") -> None:
+    """Bit for bit where kernels are interpreted; for results of two calls that may be two compilations of one kernel.
+
+    Another specialization may contract other products. Each result may then err by what `check_forward` and
+    `check_gradients` allow, where eager PyTorch errs by no less than a rounding to the dtype; and the two by the sum.
+    kind: "output" (and lse), "gradient" or "statistic".
+    """
+    if INTERPRETED:
+        assert torch.equal(got, expected)
+        return
+    if kind == "statistic":
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=0)
+        return
+    finite = expected.double().abs()[expected.isfinite()]
+    largest = finite.max().item() if finite.numel() else 0.0
+    factor, atol = (2, 1e-5) if kind == "output" else (3, 1e-4 * max(1.0, largest))
+    allowed = 2 * (factor * torch.finfo(expected.dtype).eps / 2 * largest + atol)
+    torch.testing.assert_close(got, expected, rtol=0, atol=allowed)
+
+
+def assert_same_forward(got, expected) -> None:
+    """`assert_same` of (out, lse, and the statistics if there are any)."""
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_same(a, b, kind="output" if i < 2 else "statistic")
+
+
+def assert_same_gradients(got, expected) -> None:
+    """`assert_same` of gradients."""
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b, kind="gradient")
+
+
 def counting_queries(inputs: Inputs) -> torch.Tensor:
     """Per sample, the text queries that see two or more visual keys."""
     case = inputs.case

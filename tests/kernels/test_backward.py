@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import FP64, Case, both_gradients, check_gradients, make
+from kernel_cases import FP64, Case, assert_same_gradients, both_gradients, check_gradients, make
 
 from sar_kernels.attention import (
     AttentionOptions,
@@ -82,6 +82,23 @@ def test_gradient_of_statistics_needs_sav_grad():
         sar_backward(*args, **inputs.kwargs(), sav_grad=False, dc=saved[2])
 
 
+@pytest.mark.parametrize("sav_grad", [False, True], ids=["constant-c", "sav-grad"])
+def test_keys_that_padding_hides_need_not_be_finite(sav_grad):
+    inputs = make(BASE.but(padding=((11, 97), (0, 20))))
+    out, lse, *saved = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    dout = torch.randn_like(out)
+
+    def run() -> list[torch.Tensor]:
+        qkv = inputs.q, inputs.k, inputs.v
+        got = sar_backward(dout, *qkv, out, lse, *inputs.sav, *saved, **inputs.kwargs(), sav_grad=sav_grad)
+        return [g for g in got if g is not None]
+
+    expected = run()
+    for tensor in (inputs.k, inputs.v):
+        tensor[~inputs.padding] = float("nan")
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected))
+
+
 def backward_arguments() -> dict[str, torch.Tensor]:
     """Every tensor that `sar_backward` takes, by name."""
     inputs = make(BASE)
@@ -106,7 +123,7 @@ def test_strided_arguments(name):
     arguments = backward_arguments()
     expected = sar_backward(**arguments, sav_grad=True)
     arguments[name] = padded_view(arguments[name])
-    assert all(torch.equal(a, b) for a, b in zip(sar_backward(**arguments, sav_grad=True), expected))
+    assert_same_gradients(sar_backward(**arguments, sav_grad=True), expected)
 
 
 @pytest.mark.parametrize("name", ["dout", *GIVEN])
@@ -190,7 +207,7 @@ def test_expanded_and_strided_output_gradients():
     run = lambda dout: attention_backward(dout, inputs.q, inputs.k, inputs.v, out, lse, **inputs.kwargs(weights=False))
     expected = run(torch.ones_like(out))
     for dout in (torch.ones(()).expand_as(out), torch.ones(16).expand_as(out)):
-        assert all(torch.equal(a, b) for a, b in zip(run(dout), expected))
+        assert_same_gradients(run(dout), expected)
 
 
 def test_is_deterministic():
