@@ -184,6 +184,21 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture
+def _untuned(monkeypatch, tmp_path):
+    """The rules' tiles: measured ones may differ between short and long sequences."""
+    from sar_kernels import configs, decode_configs
+
+    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.json")
+    chosen = configs.choose, decode_configs.choose_decode
+    for choose in chosen:
+        choose.cache_clear()
+    yield
+    for choose in chosen:
+        choose.cache_clear()
+
+
+@pytest.mark.usefixtures("_untuned")
 def test_lengths_never_compile_another_kernel():
     """The launch cache of every kernel stays as it is when only lengths change."""
     from sar_kernels import cache, decode, dkdv, dq, forward, moments, prepare, statistics, weights

@@ -8,7 +8,7 @@ import mmap
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, Case, make
+from kernel_cases import INTERPRETED, Case, assert_same_forward, assert_same_gradients, make
 
 from sar_kernels.attention import (
     attention_forward,
@@ -49,10 +49,6 @@ def spread(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> torch.Ten
     return memory[offset:].as_strided(tensor.shape, strides).copy_(tensor)
 
 
-def equal(got, expected) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
 @pytest.mark.parametrize(("samples", "heads"), [(2, 4), (4, 2)])
 def test_samples_and_heads(samples, heads):
     inputs = make(CASE.but(images=CASE.images * (samples // 2), heads=heads, kv_heads=heads))
@@ -63,8 +59,8 @@ def test_samples_and_heads(samples, heads):
     back = lambda dout, *qkv: sar_backward(dout, *qkv, out, lse, *inputs.sav, *saved, **inputs.kwargs(), sav_grad=True)
     memory = reserve(4 * FAR, torch.float32)
     far = [spread(t, memory, i * 2**13) for i, t in enumerate((*near, dout))]
-    equal(call(*far[:3]), expected)
-    equal(back(far[3], *far[:3]), back(dout, *near))
+    assert_same_forward(call(*far[:3]), expected)
+    assert_same_gradients(back(far[3], *far[:3]), back(dout, *near))
 
 
 def test_tokens():
@@ -73,7 +69,7 @@ def test_tokens():
     expected = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
     memory = reserve(300 * 2**23, torch.float32)
     far = torch.as_strided(memory, inputs.k.shape, (1, 2**23, 16, 1)).copy_(inputs.k)
-    equal(attention_forward(inputs.q, far, inputs.v, **inputs.kwargs(weights=False)), expected)
+    assert_same_forward(attention_forward(inputs.q, far, inputs.v, **inputs.kwargs(weights=False)), expected)
 
 
 def test_packed_tokens(monkeypatch, poisoned_allocations):
@@ -92,17 +88,19 @@ def test_packed_tokens(monkeypatch, poisoned_allocations):
         gradients = sar_backward(dout, q, k, v, out, lse, visual, text, prior, *saved, **both, sav_grad=True)
         again = attention_statistics(q, k, lse, visual, text, prior, **both)
         per_token = [out[start:], lse[:, start:], *(g[start:] for g in gradients)]
-        return [t.clone() for t in per_token] + saved + list(again)
+        return [t.clone() for t in per_token], saved + list(again)
 
     roles = [t[0] for t in inputs.sav]
-    expected = run(0, *near, dout, *roles)
+    per_token, statistics = run(0, *near, dout, *roles)
     far = []
     for tensor in (*near, dout, *roles):
         shape = (start + length, *tensor.shape[1:])
         far.append(reserve(math.prod(shape), tensor.dtype).view(shape))
         far[-1][start:] = tensor
     monkeypatch.setattr(torch, "empty", poisoned_allocations)  # filling gigabytes would touch them
-    equal(run(start, *far), expected)
+    got = run(start, *far)
+    assert_same_forward(got[0][:2] + got[1], per_token[:2] + statistics)
+    assert_same_gradients(got[0][2:], per_token[2:])
 
 
 @pytest.mark.parametrize("page", [0, 8, 32])
@@ -127,10 +125,12 @@ def test_caches(page):
         out = sar_decode_forward(
             q, k, v, lengths, *roles, *state, options=options, weights=weights, mode="running", block_table=table
         )
-        return [t.clone() for t in (*out, k, v)]
+        return [t.clone() for t in out], [k.clone(), v.clone()]
 
     memory = reserve(len(k) * FAR, torch.float32)
-    equal(run(*(spread(t, memory, i * 2**13) for i, t in enumerate((k, v)))), run(k, v))
+    got, expected = run(*(spread(t, memory, i * 2**13) for i, t in enumerate((k, v)))), run(k, v)
+    assert_same_forward(got[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(got[1], expected[1]))
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -142,7 +142,7 @@ def test_tokens_of_one_chunk(shift):
     stride = 9_000_000 + shift  # 255 of them do not fit 32 bits
     memory = reserve(FAR + 256 * stride, torch.float32)[FAR:]  # an offset that wraps is still in it
     far = memory.as_strided(inputs.k.shape, (1, stride, 16, 1), FAR).copy_(inputs.k)
-    equal(call(far), expected)
+    assert_same_forward(call(far), expected)
 
 
 @pytest.mark.parametrize(("queries", "heads"), [(140, 1), (2, 4)])
@@ -154,4 +154,4 @@ def test_queries_and_heads_of_one_decode_step(queries, heads):
     call = lambda q: [t.clone() for t in decode_forward(q, k, v, lengths, options=AttentionOptions(True, 0.25))]
     strides = (1, 2**24 - 1, 16, 1) if heads == 1 else (1, 16, FAR // 2, 1)
     memory = reserve(FAR + 2 * FAR, torch.float32)[FAR:]  # an offset that wraps is still in it
-    equal(call(memory.as_strided(q.shape, strides, FAR).copy_(q)), call(q))
+    assert_same_forward(call(memory.as_strided(q.shape, strides, FAR).copy_(q)), call(q))

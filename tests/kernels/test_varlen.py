@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_cases import INTERPRETED, assert_same, assert_same_gradients
 
 from sar_kernels.attention import (
     AttentionOptions,
@@ -62,14 +63,18 @@ def test_packed_equals_one_by_one(packed, options):
     singles = list(one_by_one(q, k, v, dout, visual, text, prior, options))
     for i, dim in enumerate((0, 1, 0, 0, 0, 0)):  # out, lse (H, T), then per-sequence statistics
         pieces = [f[i][0] if i < 2 else f[i] for f, _ in singles]
-        torch.testing.assert_close(forward[i], torch.cat(pieces, dim), rtol=0, atol=0)
+        assert_same(forward[i], torch.cat(pieces, dim), kind="output" if i < 2 else "statistic")
     for i in range(4):
-        torch.testing.assert_close(gradients[i], torch.cat([g[i][0] for _, g in singles]), rtol=1e-6, atol=1e-6)
+        pieces = torch.cat([g[i][0] for _, g in singles])
+        if INTERPRETED:  # NumPy adds other numbers of rows in other orders
+            torch.testing.assert_close(gradients[i], pieces, rtol=1e-6, atol=1e-6)
+        else:
+            assert_same(gradients[i], pieces, kind="gradient")
     statistics = attention_statistics(
         q, k, forward[1], visual, text, prior, options=options, weights=WEIGHTS, **lengths
     )
     for got, expected in zip(statistics, forward[2:]):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got, expected, rtol=1e-5 if INTERPRETED else 2e-3, atol=1e-7)
 
 
 def test_plain_packed_attention(packed):
@@ -82,11 +87,11 @@ def test_plain_packed_attention(packed):
         queries, keys = slice(start_q, start_q + n), slice(start_k, start_k + m)
         one = q[queries][None], k[keys][None], v[keys][None]
         out1, lse1 = attention_forward(*one, options=options)
-        assert torch.equal(out[queries], out1[0])
-        assert torch.equal(lse[:, queries], lse1[0])
+        assert_same(out[queries], out1[0])
+        assert_same(lse[:, queries], lse1[0])
         grads1 = attention_backward(dout[queries][None], *one, out1, lse1, options=options)
-        for got, want, rows in zip(gradients, grads1, (queries, keys, keys)):
-            assert torch.equal(got[rows], want[0])
+        pieces = [gradient[rows] for gradient, rows in zip(gradients, (queries, keys, keys))]
+        assert_same_gradients(pieces, [gradient[0] for gradient in grads1])
         start_q, start_k = start_q + n, start_k + m
 
 
