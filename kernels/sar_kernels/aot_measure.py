@@ -17,7 +17,10 @@ from sar_kernels.configs import SHARED_MEMORY_LIMIT
 from sar_kernels.launch import Launch
 
 REGISTERS = 65536  # per NVIDIA multiprocessor
-MAX_THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+MAX_THREADS = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "sm_103"), 2048),
+    **dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), 1536),
+}
 
 
 @dataclass(frozen=True)

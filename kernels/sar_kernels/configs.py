@@ -23,13 +23,17 @@ KERNELS = ("forward", "statistics", "dq", "dkdv", "second_moments")
 SHARED_MEMORY_LIMIT = {  # bytes that one thread block can use
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
+    "sm_87": 163 * 1024,
     "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
+    "sm_103": 227 * 1024,
     "sm_120": 99 * 1024,
+    "sm_121": 99 * 1024,
     "gfx942": 64 * 1024,
     "gfx950": 160 * 1024,
 }
+LIKE_HOPPER = ("sm_90", "sm_100", "sm_103")  # these take its tiles
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def _family(arch: str) -> str:
     """The architecture whose tiles this one takes."""
     if arch.startswith("gfx"):
         return "gfx"
-    return "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"  # sm_86, sm_89, sm_120: 99 KiB, like sm_80
+    return "sm_90" if arch in LIKE_HOPPER else "sm_80"  # sm_86, sm_89, sm_120: 99 KiB, like sm_80
 
 
 def _table(rows: dict[tuple, KernelConfig]):
