@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all sanitize lint format install bench clean
+.PHONY: demo test test-all gpu-env gpu-rehearsal gpu-cache sanitize lint format install bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test      install, then run the everyday tests (CPU, under 30 minutes on 2 cores)"
 	@echo "make test-all  everything: slow suites, GPU marks where there is a GPU, Triton 3.4, 3.6 and 3.9"
 	@echo "make sanitize  small kernel tests under compute-sanitizer (a GPU and the CUDA toolkit)"
+	@echo "make gpu-cache compiles the GPU suite's kernels for another machine; also gpu-env, gpu-rehearsal"
 	@echo "make bench     CPU ratios of the attention backends (benchmarks/cpu_attention.py)"
 	@echo "make lint      ruff check and format check"
 
@@ -51,6 +52,30 @@ sanitize: $(STAMP)
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
 	    $(BIN)/python -m pytest tests/kernels -x -m "not slow and not gpu" -k "$(SMALL)" || exit 1; \
 	done
+
+# The software of a machine with a GPU, without one: benchmarks/README.md
+GPU_PYTHON       ?= python3.12
+GPU_VENV         ?= .venv-gpu
+GPU_TORCH        ?= 2.11.0
+GPU_TRITON       ?= 3.6.0
+GPU_TRANSFORMERS ?= 5.17.0
+GPU_NUMPY        ?= 2.5.2
+GPU_STAMP        := $(GPU_VENV)/.installed
+gpu-env: $(GPU_STAMP)
+$(GPU_STAMP): Makefile
+	@test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check -q torch==$(GPU_TORCH) triton==$(GPU_TRITON) \
+	  transformers==$(GPU_TRANSFORMERS) numpy==$(GPU_NUMPY) accelerate pillow pytest pytest-xdist hypothesis typer rich
+	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps --target $(GPU_VENV)/interpreter "numpy<2.4"
+	@touch $(GPU_STAMP)
+
+# Triton 3.6's interpreter, which stands in for the GPU here, breaks on NumPy 2.4; compiled kernels do not care.
+gpu-rehearsal: $(GPU_STAMP)
+	PYTHONPATH=$(CURDIR)/$(GPU_VENV)/interpreter $(GPU_VENV)/bin/python benchmarks/gpu.py --rehearse \
+	  --out results/gpu-rehearsal
+
+gpu-cache: $(GPU_STAMP)
+	$(GPU_VENV)/bin/python benchmarks/gpu.py --build-cache results/gpu-carry
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_attention.py

@@ -125,7 +125,8 @@ class Bench:
         for name, times in self._take_turns(calls, at, 1 if self.tiny else rounds, seconds).items():
             facts = rates(sorted(times)[len(times) // 2]) | more
             if memory:
-                facts["peak_extra_bytes"] = self.device.peak_extra_bytes(calls[name])
+                peak = functools.partial(self.device.peak_extra_bytes, calls[name])
+                facts["peak_extra_bytes"] = self.attempt(*at(name), peak)
             if self.gated and ours(name) and not self._gate_rows(name, mode, shape):
                 facts["gate"] = "missing"
             self.records.add(kernel, name, mode, "ms", shape, times, **facts)

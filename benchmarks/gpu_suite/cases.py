@@ -45,16 +45,28 @@ def run(name: str, tiny: bool) -> None:
 
 def small(where: dict, tiny: bool) -> None:
     """Forward and both backwards at odd sizes, options among them, and decode in every mode."""
-    dims = (16,) if tiny else (64, 128)
-    for head_dim, sav_grad in itertools.product(dims, (True,) if tiny else (False, True)):
-        shape = (2, 45 if tiny else 97, 4, 2, head_dim)
-        _attend(shape, where, backward=True, sav_grad=sav_grad)
+    for head_dim, sav_grad in itertools.product(small_dims(tiny), (True,) if tiny else (False, True)):
+        shape = (2, SMALL_LENGTH[tiny], 4, 2, head_dim)
         padding = torch.ones(shape[:2], dtype=torch.bool, device=where["device"])
         padding[1, -3:] = False
-        _attend(shape, where, backward=True, sav_grad=sav_grad, key_padding_mask=padding)
-        _attend(shape, where, backward=True, sav_grad=sav_grad, window_size=(30, -1), softcap=20.0)
-    for head_dim, mode in itertools.product(dims, ("sar running", "sar step", "sar prompt", "plain")):
-        _decode({"B": 2, "KV": 45 if tiny else 333, "H": 8, "Hkv": 2, "D": head_dim}, where, mode)
+        for options in ({}, {"key_padding_mask": padding}, WINDOW):
+            if not (tiny and not options):
+                _attend(shape, where, backward=True, sav_grad=sav_grad, **options)
+    for head_dim, mode in itertools.product(small_dims(tiny), SMALL_MODES[: 1 if tiny else None]):
+        _decode(small_decode(tiny, head_dim), where, mode)
+
+
+SMALL_LENGTH = {False: 97, True: 45}
+SMALL_MODES = ("sar running", "sar step", "sar prompt", "plain")
+WINDOW = {"window_size": (30, -1), "softcap": 20.0}
+
+
+def small_dims(tiny: bool) -> tuple[int, ...]:
+    return (16,) if tiny else (64, 128)
+
+
+def small_decode(tiny: bool, head_dim: int) -> dict[str, int]:
+    return {"B": 2, "KV": 45 if tiny else 333, "H": 8, "Hkv": 2, "D": head_dim}
 
 
 CASES = ("forward", "dkdv", "decode", "small")

@@ -113,8 +113,13 @@ def profile(bench: Bench) -> None:
         if status != 0:
             bench.records.fail("profile", case, "ncu", {}, f"exit status {status}: {output[-800:]}")
             continue
-        rows = dict(re.findall(r"^\s{2,}([A-Z][\w /%()-]+?)\s{2,}\S+\s+([\d.,]+)\s*$", output, flags=re.M))
-        bench.records.note("profile", case, "ncu", {}, measured={k.strip(): v for k, v in rows.items()})
+        bench.records.note("profile", case, "ncu", {}, measured=ncu_rows(output))
+
+
+def ncu_rows(page: str) -> dict[str, str]:
+    """{"Duration [us]": "123.4", ...} of ncu's details page: a name, perhaps a unit, and a number a line."""
+    rows = re.findall(r"^ {2,}([A-Z][^\n]*?) {2,}(?:(\S+) +)?([\d.,]+)\s*$", page, flags=re.M)
+    return {f"{name} [{unit}]" if unit else name: value for name, unit, value in rows}
 
 
 def sanitize(bench: Bench) -> None:

@@ -5,10 +5,12 @@ A test holds them against what the slices really launch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 
+from gpu_suite.cases import SMALL_LENGTH, SMALL_MODES, WINDOW, small_decode, small_dims
 from gpu_suite.inputs import (
     MODEL_HEADS,
     MODEL_TOKENS,
@@ -39,12 +41,23 @@ class Planner:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
-    def prefill(self, shape: Shape, *, sar: bool, backward: str | None = None) -> list[Launch]:
+    def prefill(
+        self,
+        shape: Shape,
+        *,
+        sar: bool,
+        backward: str | None = None,
+        padded: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+    ) -> list[Launch]:
         """A forward call and, "constant" or "through", its backward."""
         batch, length, heads, kv_heads, head_dim = (shape[n] for n in ("B", "N", "H", "Hkv", "D"))
         q, dout = (self.empty(batch, length, heads, head_dim) for _ in range(2))
         k, v = (self.empty(batch, length, kv_heads, head_dim) for _ in range(2))
-        call = Call(q, k, v, AttentionOptions(True, head_dim**-0.5), arch=self.arch)
+        padding = self.empty(batch, length, dtype=torch.bool) if padded else None
+        options = AttentionOptions(True, head_dim**-0.5, window_size, softcap)
+        call = Call(q, k, v, options, padding, arch=self.arch)
         if not sar:
             (out, lse), work = plan_attention_forward(call)
             return work + (plan_backward(call, dout, out, lse)[1] if backward else [])
@@ -135,12 +148,33 @@ def _others(plan: Planner, tiny: bool) -> Iterator[Launch]:
         yield from plan.prefill(shape, sar=True)
 
 
+def _profile(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    if tiny:
+        return
+    large = {"B": 4, "N": 4096, "H": 32, "Hkv": 8, "D": 128, "KV": 8192}
+    yield from plan.prefill(large, sar=True, backward="constant")
+    yield from plan.decode(large, "running")
+
+
+def _sanitize(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    backwards = ("through",) if tiny else ("constant", "through")
+    for head_dim, backward in itertools.product(small_dims(tiny), backwards):
+        shape = {"B": 2, "N": SMALL_LENGTH[tiny], "H": 4, "Hkv": 2, "D": head_dim}
+        for options in ({}, {"padded": True}, WINDOW):
+            if not (tiny and not options):
+                yield from plan.prefill(shape, sar=True, backward=backward, **options)
+    for head_dim, mode in itertools.product(small_dims(tiny), SMALL_MODES[: 1 if tiny else None]):
+        yield from plan.decode(small_decode(tiny, head_dim), mode.removeprefix("sar "))
+
+
 _OF = {
     "gate": _gate,
     "forward": _forward,
     "backward": _backward,
     "short": _short,
     "decode": _decode,
+    "profile": _profile,
+    "sanitize": _sanitize,
     "scaling": _scaling,
     "step": _step,
     "others": _others,

@@ -9,7 +9,7 @@ import gpu
 import pytest
 import readme
 import torch
-from gpu_suite import attention, decode, gate, inputs, kernels
+from gpu_suite import attention, cases, commands, decode, gate, inputs, kernels
 from gpu_suite.bench import OutOfTime
 from gpu_suite.goals import goals, print_table
 from gpu_suite.records import NAME, Records, merge
@@ -109,6 +109,7 @@ def test_deadlines_are_kept_between_shapes(bench):
 
 
 SLICES = {"gate": gate.gate, "forward": attention.forward, "backward": attention.backward, "short": attention.short}
+SLICES["sanitize"] = lambda bench: cases.small({"dtype": torch.float32, "device": "cpu"}, True)
 SLICES |= {"scaling": attention.scaling, "decode": decode.decode, "others": attention.others}
 
 
@@ -173,3 +174,27 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     path.write_text(f'{{"kernel": "co\n{good}\n')
     with pytest.raises(ValueError, match="line 1: not JSON"):
         merge([path], tmp_path / "other")
+
+
+NCU = """
+  forward_kernel (32, 32, 4)x(256, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Section: GPU Speed Of Light Throughput
+    ----------------------- ----------- ------------
+    Metric Name             Metric Unit Metric Value
+    ----------------------- ----------- ------------
+    DRAM Frequency                  Ghz         2.61
+    Elapsed Cycles                cycle      612,345
+    Memory Throughput                 %        31.02
+    ----------------------- ----------- ------------
+    Block Size                                                   256
+    OPT   This kernel's theoretical occupancy (12.5%) is limited by 1.
+"""
+
+
+def test_figures_of_ncu_are_read_off_its_page():
+    assert commands.ncu_rows(NCU) == {
+        "DRAM Frequency [Ghz]": "2.61",
+        "Elapsed Cycles [cycle]": "612,345",
+        "Memory Throughput [%]": "31.02",
+        "Block Size": "256",
+    }
