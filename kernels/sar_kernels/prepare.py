@@ -67,6 +67,7 @@ def prepare_kernel(
         keys = first_key + tl.arange(0, CHUNK)
         visual = _visible_visual(visual_ptr, padding_ptr, keys, num_keys)  # [CHUNK]
         prior = tl.load(prior_ptr + start_k + keys, mask=visual, other=0.0)
+        prior = tl.where(prior < 0.0, float("nan"), prior)  # whose values nobody may have waited for: it must show
         room = keys < tl.cdiv(num_keys, 128) * 128
         columns = columns_ptr + column_offset(start_k, batch) + keys // 128 * 256 + keys % 128
         tl.store(columns, visual.to(ACC), mask=room)

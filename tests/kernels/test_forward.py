@@ -339,3 +339,15 @@ def test_errors_name_the_argument(change, message):
 def test_options_are_checked(make_options):
     with pytest.raises(ValueError, match="need"):
         make_options()
+
+
+def test_a_negative_prior_shows_in_its_sample():
+    """Nobody waits for its values on a GPU: the result must not pass for a good one."""
+    inputs = make(Case(head_dim=16))
+    good = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    assert inputs.visual[0, 10]
+    inputs.prior[0, 10] = -1e-3
+    inputs.prior[1, 90] = -1.0  # no visual key: never read
+    bad = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    assert bad[0][0].isnan().all()
+    assert torch.equal(bad[0][1], good[0][1])
