@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 
 from gpu_suite.bench import Bench, OutOfTime
 from gpu_suite.keys import ROOT
+from gpu_suite.slices import SHORTLIST
 
-SHORTLIST = ROOT / "benchmarks" / "shortlist_sm_90.json"
 PROFILED = {"forward": "forward_kernel", "dkdv": "dkdv_kernel", "decode": "decode_split_kernel"}
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "ComputeWorkloadAnalysis")
 

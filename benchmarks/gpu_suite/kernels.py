@@ -23,10 +23,12 @@ from gpu_suite.inputs import (
     scaling_shapes,
     short_shapes,
 )
+from gpu_suite.slices import SHORTLIST
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
+from sar_kernels.tune import from_shortlist, launches
 
 MULTIPROCESSORS = 132  # an H100's or H200's; they choose the number of splits, which compiles nothing anew
 DECODE_MODES = ("running", "step", "prompt", "plain")
@@ -167,12 +169,21 @@ def _sanitize(plan: Planner, tiny: bool) -> Iterator[Launch]:
         yield from plan.decode(small_decode(tiny, head_dim), mode.removeprefix("sar "))
 
 
+def _tiles(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    if tiny:
+        return
+    for choice, configs in from_shortlist(SHORTLIST, plan.arch):
+        for config in dict.fromkeys((choice.present(plan.arch), *configs)):
+            yield from launches(choice, config, "meta", plan.arch)
+
+
 _OF = {
     "gate": _gate,
     "forward": _forward,
     "backward": _backward,
     "short": _short,
     "decode": _decode,
+    "tiles": _tiles,
     "profile": _profile,
     "sanitize": _sanitize,
     "scaling": _scaling,

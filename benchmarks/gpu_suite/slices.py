@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+SHORTLIST = Path(__file__).parents[1] / "shortlist_sm_90.json"  # made by sar_kernels.shortlist
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -348,18 +348,23 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name}: got {value}, need more than 0")
 
 
-def _from_shortlist(args: argparse.Namespace, arch: str) -> Iterator[tuple[Choice, list[KernelConfig]]]:
-    """The shortlist's choices in its order, those that the other arguments leave."""
-    made_for, keys = read_shortlist(args.shortlist)
+def from_shortlist(
+    path: Path, arch: str, kernels=TUNABLE, head_dims=HEAD_DIMS, dtypes=DTYPES, seqlens=SEQLENS
+) -> list[tuple[Choice, list[KernelConfig]]]:
+    """A shortlist's choices in its order, those that the other arguments leave.
+
+    Raises:
+        ValueError: the file is none of `sar_kernels.shortlist`, or made for another architecture.
+    """
+    made_for, keys = read_shortlist(path)
     if made_for != arch:
-        raise ValueError(f"got {args.shortlist}, made for {made_for}, need one for this GPU's {arch}")
+        raise ValueError(f"got {path}, made for {made_for}, need one for this GPU's {arch}")
     by_key = lambda *args: {choice.key(arch): choice for choice in choices(*args)}
-    head_dims = {padded_head_dim(d) for d in args.head_dim or HEAD_DIMS}
-    wanted = by_key(args.kernel or TUNABLE, head_dims, args.dtype or DTYPES, args.seqlen or SEQLENS)
+    wanted = by_key(kernels, {padded_head_dim(d) for d in head_dims}, dtypes, seqlens)
     unknown = keys.keys() - by_key(TUNABLE, HEAD_DIMS, DTYPES, SEQLENS).keys()
     if unknown:
-        raise ValueError(f"got {args.shortlist} with {', '.join(sorted(unknown))}, need keys of {', '.join(TUNABLE)}")
-    return ((wanted[key], configs) for key, configs in keys.items() if key in wanted)
+        raise ValueError(f"got {path} with {', '.join(sorted(unknown))}, need keys of {', '.join(TUNABLE)}")
+    return [(wanted[key], configs) for key, configs in keys.items() if key in wanted]
 
 
 def _earlier(path: Path, again: list[str]) -> dict:
@@ -386,7 +391,8 @@ def main(argv: list[str] | None = None, bench: Bench | None = None) -> int:
     deadline = bench.clock() + args.seconds
     if args.shortlist is not None:
         try:
-            work = list(_from_shortlist(args, bench.arch))
+            left = (args.kernel or TUNABLE, args.head_dim or HEAD_DIMS, args.dtype or DTYPES, args.seqlen or SEQLENS)
+            work = from_shortlist(args.shortlist, bench.arch, *left)
         except ValueError as error:
             parser.error(f"--shortlist: {error}")
     else:
