@@ -74,7 +74,9 @@ def sar_attn_func(
         bit for bit. Queries that see no key give 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is needed.
+        ValueError, TypeError: naming the argument, what came and what is needed. The Triton backend does not wait for a
+            GPU to look at a prior's values: a bad one raises in a later call, and a negative one makes its sample's
+            output NaN.
     """
     validation.check_qkv(q, k, v)
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)

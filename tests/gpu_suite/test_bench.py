@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import gpu
+import providers
 import pytest
 import readme
 import torch
@@ -198,3 +199,19 @@ def test_figures_of_ncu_are_read_off_its_page():
         "Memory Throughput [%]": "31.02",
         "Block Size": "256",
     }
+
+
+def test_flex_attention_is_compiled_for_every_length(monkeypatch):
+    """Beyond dynamo's limit of recompilations it would run eagerly, and hold all N x N scores."""
+    compiled = []
+
+    def count(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    stand_in = torch.compile(lambda q, k, v, block_mask, enable_gqa: q + 1, backend=count, dynamic=False)
+    monkeypatch.setattr(providers, "_flex_for", lambda length, device: (stand_in, None))
+    for length in range(2, 14):
+        q = torch.zeros(1, length, 1, 4)
+        PROVIDERS["flex"](q, q, q)
+    assert len(compiled) == 12
