@@ -57,6 +57,9 @@ def _prefill_rows(bench: Bench, provider: str, mode: str, shape: Shape, inputs: 
         return True
 
     if bench.attempt("gate", provider, mode, shape, check) is None:
+        error = bench.records.find("gate", mode, shape, provider)["error"]
+        for other in set(modes) - {mode}:  # the forward's row has the same run
+            bench.records.fail("gate", provider, other, shape, error)
         return
     for row_mode in modes:
         failures, worst = found["forward" if row_mode == "forward" else "gradients"]

@@ -24,6 +24,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ import triton
 
 from sar_kernels import aot_measure, decode_aot
 from sar_kernels.aot import plan_attention
-from sar_kernels.aot_measure import MAX_THREADS, REGISTERS, compile_key, measure
+from sar_kernels.aot_measure import MAX_THREADS, REGISTERS, compile_launch, measure, target_of
 from sar_kernels.call import MAX_HEAD_DIM
 from sar_kernels.configs import (
     CLOSED_FORM,
@@ -209,6 +210,7 @@ class Outcome:
     shared_bytes: int = 0
     blocks_per_sm: int = 0
     wgmma: bool = False
+    code: str = ""  # a digest of the variants' instructions, if it was asked for
 
 
 def purposes(choice: Choice) -> list[tuple[str, int]]:
@@ -237,25 +239,29 @@ def variants(choice: Choice, arch: str, config: KernelConfig) -> Iterator[tuple[
         yield purpose, next(launch for launch in work if launch.kernel.__name__ == f"{choice.kernel}_kernel")
 
 
+def instructions(launch: Launch, arch: str) -> str:
+    """What the compiler hands to the assembler, without the lines of source that it came from."""
+    ptx = compile_launch(launch, target_of(arch)).asm["ptx"].split(".section")[0]
+    return re.sub(r"//.*|^\s*\.(loc|file)\b.*|^\$L__(tmp|func_\w+?)\d+:|\s+$", "", ptx, flags=re.MULTILINE)
+
+
 def compiled(choice: Choice, arch: str, config: KernelConfig, wgmma: bool, thorough: bool = False) -> Outcome:
     """Compiles the variants up to the first that is not clean, or all of them; no error is let through."""
-    rows, problem = [], ""
+    rows, problem, code = [], "", hashlib.sha256()
     try:
         for purpose, launch in variants(choice, arch, config):
             row = aot_measure.describe(launch, arch, purpose, choice.head_dim, choice.dtype, choice.causal, ())
             rows.append(measure(row, launch))
             problem = problem or flaw(rows[-1], arch, wgmma)
-            if problem and not thorough:
+            if thorough:
+                code.update(instructions(launch, arch).encode())
+            elif problem:
                 break
     except Exception as error:
         problem = f"error: {type(error).__name__}"
-    worst = lambda name: max((getattr(row, name) for row in rows), default=0)
-    return Outcome(
-        problem,
-        *map(worst, ("registers", "spill_bytes", "shared_bytes")),
-        min((row.blocks_per_sm for row in rows), default=0),
-        bool(rows) and all(row.wgmma for row in rows),
-    )
+    worst = [max((getattr(row, n) for row in rows), default=0) for n in ("registers", "spill_bytes", "shared_bytes")]
+    blocks = min((row.blocks_per_sm for row in rows), default=0)
+    return Outcome(problem, *worst, blocks, bool(rows) and all(row.wgmma for row in rows), code.hexdigest()[:16])
 
 
 def flaw(row, arch: str, wgmma: bool) -> str:
@@ -367,11 +373,16 @@ class Shortlist:
                 return "dominated"
         return ""
 
+    def start(self) -> Outcome:
+        """Compiles the present choice, once."""
+        if self.present not in self.outcomes:
+            self.outcomes[self.present] = self.compile_all([(self.choice, self.arch, self.present, False, True)])[0]
+            self.report(self.present)
+        return self.outcomes[self.present]
+
     def run(self) -> list[dict]:
         """The rows for the file: the present choice, then the best others."""
-        self.outcomes[self.present] = self.compile_all([(self.choice, self.arch, self.present, False, True)])[0]
-        self.report(self.present)
-        wgmma = self.outcomes[self.present].wgmma
+        wgmma = self.start().wgmma
         order = lambda c: (-self.bound(c), -(c.max_registers or 256), describe(c))
         every = sorted(set(self.choice.candidates(self.arch)) - {self.present}, key=order)
         queue = [config for config in every if self.bound(config)]
@@ -392,12 +403,8 @@ class Shortlist:
 
     def row(self, config: KernelConfig) -> dict:
         """A configuration and its figures."""
-        outcome = self.outcomes[config]
-        return {
-            **asdict(config),
-            **asdict(outcome),
-            "rank": rank(self.choice, self.arch, config, outcome.blocks_per_sm),
-        }
+        outcome = {name: value for name, value in asdict(self.outcomes[config]).items() if name != "code"}
+        return {**asdict(config), **outcome, "rank": -self.place(config)[0]}
 
     def report(self, config: KernelConfig) -> None:
         outcome, key = self.outcomes[config], self.choice.key(self.arch)
@@ -410,15 +417,6 @@ def write_atomically(path: Path, content: dict) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)
-
-
-def origin(search: Shortlist) -> str:
-    """A digest of all that a key's rows follow from: other kernels, or another present choice, and they are stale."""
-    seen = [
-        (launch.kernel.cache_key, compile_key(launch, search.arch))
-        for _, launch in variants(search.choice, search.arch, search.present)
-    ]
-    return hashlib.sha256(repr((search.at_most, PER_TILE, LOOPS, seen)).encode()).hexdigest()[:16]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -469,7 +467,9 @@ def _earlier(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
 
 def _extend(found: dict, search: Shortlist, path: Path) -> str:
     """Adds one key to the file, unless it is there and still holds; a line about it."""
-    started, key, source = time.monotonic(), search.choice.key(search.arch), origin(search)
+    started, key = time.monotonic(), search.choice.key(search.arch)
+    asked = hashlib.sha256(repr((search.present, search.at_most, PER_TILE, LOOPS)).encode()).hexdigest()[:16]
+    source = f"{asked}-{search.start().code}"  # the same question, about the same kernels
     if key in found["keys"] and found["compiled"].get(key, {}).get("source") == source:
         return "kept from before"
     found["keys"][key] = rows = search.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import gpu
 import providers
@@ -215,3 +216,39 @@ def test_flex_attention_is_compiled_for_every_length(monkeypatch):
         q = torch.zeros(1, length, 1, 4)
         PROVIDERS["flex"](q, q, q)
     assert len(compiled) == 12
+
+
+def test_a_gate_that_cannot_run_withholds_too(bench, monkeypatch):
+    monkeypatch.setattr(gate, "sar_attn_func", waits)
+    gate.gate(bench)
+    rows = {r["mode"]: r for r in bench.records.all() if r["provider"] == "sar-triton"}
+    assert {m for m, r in rows.items() if "error" in r} == {"forward", "constant", "through"}
+    attention.short(bench)
+    assert bench.records.find("attention", "forward, graph", inputs.short_shapes(True)[0], "sar-triton")["withheld"]
+
+
+def test_red_tests_run_again_and_green_ones_do_not(bench, monkeypatch):
+    failures = iter([1, 0])
+
+    def pytest_stand_in(_bench, command, _log):
+        report = next(word for word in command if word.startswith("--junitxml=")).removeprefix("--junitxml=")
+        inner = "<failure message='off'/>" * next(failures)
+        Path(report).write_text(
+            f"<testsuites><testsuite><testcase classname='t' name='a'>{inner}</testcase></testsuite></testsuites>"
+        )
+        return 0, ""
+
+    monkeypatch.setattr(commands, "_run", pytest_stand_in)
+    for failed in (1, 0, 0):
+        commands.tests(bench)
+        record = bench.records.find("tests", "pytest", {}, "everyday")
+        assert (record["failed"], len(record["failures"])) == (failed, failed)
+
+
+def test_a_tool_that_is_not_there_is_a_record(bench, monkeypatch):
+    monkeypatch.setattr(bench.device, "command", lambda program, arguments: ["no-such-tool", *arguments])
+    bench.until = 10**12
+    commands.sanitize(bench)
+    assert {r["mode"]: r["error"][:15] for r in bench.records.all()} == dict.fromkeys(
+        ("memcheck", "racecheck"), "exit status 127"
+    )
