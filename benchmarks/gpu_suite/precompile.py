@@ -57,16 +57,22 @@ def unpack(folder: Path, cache: Path) -> str:
     return f"cache unpacked from {found}"
 
 
-def distinct(slices: Sequence[str], arch: str) -> list[tuple[str, int]]:
-    """(slice, index among its launches) of every kernel that must be compiled, each once."""
+Place = tuple[str, int]  # a slice, and which of its launches
+
+
+def distinct(slices: Sequence[str], arch: str) -> tuple[dict[tuple, Place], dict[str, set[tuple]]]:
+    """Every kernel that must be compiled, by what the compiler is told of it, and those of each slice."""
     from gpu_suite.kernels import launches_of
     from sar_kernels.aot_measure import compile_key
 
-    found: dict[tuple, tuple[str, int]] = {}
+    found: dict[tuple, Place] = {}
+    of_slice: dict[str, set[tuple]] = {}
     for name in slices:
-        for index, launch in enumerate(launches_of(name, arch=arch)):
-            found.setdefault(compile_key(launch, arch), (name, index))
-    return list(found.values())
+        keys = [compile_key(launch, arch) for launch in launches_of(name, arch=arch)]
+        of_slice[name] = set(keys)
+        for index, key in enumerate(keys):
+            found.setdefault(key, (name, index))
+    return found, {name: keys for name, keys in of_slice.items() if keys}
 
 
 _launches: dict[str, list] = {}  # of this process
@@ -97,25 +103,27 @@ def compile_one(name: str, index: int, arch: str) -> tuple[str, bool, float, str
 
 
 def compile_all(slices: Sequence[str], arch: str, jobs: int) -> int:
-    """Compile what misses, the slowest kernels first; prints a line a miss; returns how many failed."""
-    order = {"dkdv": 0, "dq": 1, "forward": 2, "decode_split": 3, "second_moments": 4}
-    began, work, compiled, failed = time.time(), distinct(slices, arch), 0, 0
-    from gpu_suite.kernels import launches_of
-
-    names = {s: [x.kernel.__name__.removesuffix("_kernel") for x in launches_of(s, arch=arch)] for s in slices}
-    work.sort(key=lambda item: order.get(names[item[0]][item[1]], 9))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        max(1, min(jobs, len(work))), mp_context=context, initializer=_begin, initargs=(arch,)
-    ) as pool:
-        for kernel, hit, seconds, error in pool.map(compile_one, *zip(*work), [arch] * len(work)) if work else ():
+    """Compile what misses, the slowest kernels first; prints a line a miss and one a slice; returns how many failed."""
+    order = ("dkdv_kernel", "dq_kernel", "forward_kernel", "decode_split_kernel", "second_moments_kernel")
+    rank = lambda key: order.index(key[1]) if key[1] in order else len(order)
+    began = time.time()
+    found, of_slice = distinct(slices, arch)
+    keys, hits, failed = sorted(found, key=rank), set(), 0
+    places = [found[key] for key in keys]
+    context, jobs = multiprocessing.get_context("spawn"), max(1, min(jobs, len(keys)))
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(arch,)) as pool:
+        outcomes = pool.map(compile_one, *zip(*places), [arch] * len(places)) if places else ()
+        for key, (kernel, hit, seconds, error) in zip(keys, outcomes):
             failed += error is not None
-            compiled += not hit
-            if error is not None or not hit:
+            if hit:
+                hits.add(key)
+            else:
                 print(f"  {kernel}: {error or f'compiled in {seconds:.1f} s'}", flush=True)
+    for name, wanted in of_slice.items():
+        print(f"{name}: {len(wanted)} kernels, {len(wanted & hits)} from the cache", flush=True)
     print(
-        f"{len(work)} kernels of {', '.join(slices)} for {arch}: {len(work) - compiled} from the cache, "
-        f"{compiled - failed} compiled, {failed} failed, {time.time() - began:.1f} s",
+        f"{len(keys)} kernels for {arch}: {len(hits)} from the cache, {len(keys) - len(hits) - failed} compiled, "
+        f"{failed} failed, {time.time() - began:.1f} s in {jobs} processes",
         flush=True,
     )
     return failed
