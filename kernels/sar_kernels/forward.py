@@ -63,7 +63,6 @@ def _attend(
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
-    SPLIT: tl.constexpr,
     STATISTICS: tl.constexpr,
     COLLECT: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -73,7 +72,7 @@ def _attend(
 
     Without MASKED every key must be in range and visible to every row. COLLECT marks the stretch with visual keys;
     outside it the statistics only follow the running maximum. They are those of rows that see all visual keys, so that
-    what selects an entry is its column alone. SPLIT: only their edge is MASKED. Without MOMENTS the alignment is collected and the variance is not.
+    what selects an entry is its column alone. Without MOMENTS the alignment is collected and the variance is not.
     """
     for first_key in range(start, end, BLOCK_N):
         if COLLECT and not MASKED:  # before the product, which hides the way from memory
@@ -85,14 +84,10 @@ def _attend(
         if COLLECT and MASKED:  # where registers are short
             selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
         if COLLECT and MOMENTS:  # the moments first: their temporaries are dead before the softmax's are born
-            # [BM, BN]. What no text query sees need not be finite: the form that spills nothing. The clamp makes NaN finite
-            # too, costs an instruction more, and still has the variance of a visual NaN overflow.
-            if MASKED and HAS_RIGHT and SPLIT:
-                deviation = tl.minimum(tl.maximum(scores - pivot[:, None], -1e30), 1e30) * selected[None, :]
-            elif MASKED and (HAS_RIGHT or HAS_LEFT or HAS_PADDING):
-                deviation = tl.where(selected[None, :] > 0.0, scores, pivot[:, None]) - pivot[:, None]
+            if MASKED and (HAS_RIGHT or HAS_LEFT or HAS_PADDING):  # what no text query sees need not be finite
+                deviation = tl.where(selected[None, :] > 0.0, scores, pivot[:, None]) - pivot[:, None]  # [BM, BN]
             else:
-                deviation = (scores - pivot[:, None]) * selected[None, :]
+                deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
             if HAS_SOFTCAP:
                 m1 += tl.sum(deviation, 1)
             m2 += tl.sum(deviation * deviation, 1)
@@ -349,7 +344,6 @@ def forward_kernel(
                 HAS_RIGHT,
                 HAS_SOFTCAP,
                 ANYWHERE or segment == 2 or segment == 4,  # MASKED
-                SPLIT,
                 STATISTICS,
                 segment == 1 or segment == 2,  # COLLECT
                 not CLOSED_FORM,  # MOMENTS
