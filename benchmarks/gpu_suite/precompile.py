@@ -6,6 +6,7 @@ python -m gpu_suite.precompile forward decode --jobs 15
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -54,6 +55,11 @@ def unpack(folder: Path, cache: Path) -> str:
     cache.mkdir(parents=True, exist_ok=True)
     with tarfile.open(found) as archive:
         archive.extractall(cache, filter="data")
+    for group in cache.glob("*/__grp__*.json"):  # Triton keeps absolute paths of a kernel's files in them
+        found_there = json.loads(group.read_text())
+        files = [group.parent / name for name in found_there["child_paths"]]
+        found_there["child_paths"] = {f.name: str(f.resolve()) for f in files if f.exists()}
+        group.write_text(json.dumps(found_there))
     return f"cache unpacked from {found}"
 
 
