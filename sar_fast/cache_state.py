@@ -8,12 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sar_fast.config import SARConfig
 from sar_fast.types import SARState
+
+SAME_CONFIG = (  # fields of the config that a cache's state depends on
+    "activation_layer_k", "beta", "protect_first_head", "normalize", "text_queries", "prior_source", "decode"
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Switch:
+    """Whether SAR is on where a cache's state came from; one for a model's every cache, and for their copies."""
+
+    on: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+        return self
 
 
 @dataclasses.dataclass
@@ -27,6 +43,8 @@ class CacheState:
         snapshots: per layer, (cache length, state) after every call, so that cropping to a call's end is exact.
         packed: the cache was filled by packed sequences, and cannot be continued.
         length: positions that passes under SAR filled, with pictures or without; not counted on static caches.
+        config: the options that it was filled under, once known.
+        switch: off once SAR was removed from the model that filled it.
     """
 
     visual_mask: Tensor | None = None
@@ -35,6 +53,53 @@ class CacheState:
     snapshots: dict[int, list[tuple[int, SARState]]] = dataclasses.field(default_factory=dict)
     packed: bool = False
     length: int = 0
+    config: SARConfig | None = None
+    switch: Switch = dataclasses.field(default_factory=Switch)
+
+    def belong_to(self, config: SARConfig, switch: Switch) -> None:
+        """The pass that starts runs under ``config``; ``ValueError`` if visual tokens came under another."""
+        self.switch = switch
+        if config is self.config:
+            return
+        if self.config is not None and self.visual_mask is not None:
+            other = {
+                name: (getattr(self.config, name), getattr(config, name))
+                for name in SAME_CONFIG
+                if getattr(self.config, name) != getattr(config, name)
+            }
+            if other:
+                filled, now = (", ".join(f"{n}={both[i]!r}" for n, both in other.items()) for i in (0, 1))
+                raise ValueError(
+                    f"past_key_values: was filled under SARConfig({filled}) and is continued under SARConfig({now}). "
+                    "Needed: the same options, or a new cache and the whole prompt"
+                )
+        self.config = config
+
+    def leave_inference_mode(self) -> None:
+        """What was made under ``torch.inference_mode`` may not be written, nor saved for backward, outside it."""
+        kept = [x for x in (self.visual_mask, self.norms) if x is not None]
+        kept += [x for log in self.snapshots.values() for _, s in log for x in s.tensors()]
+        kept += [x for s in self.layers.values() for x in s.tensors()]
+        if torch.is_inference_mode_enabled() or not any(x.is_inference() for x in kept):
+            return
+        fit = {id(x): x.clone() if x.is_inference() else x for x in kept}
+        self._replace(lambda x: fit[id(x)], every_snapshot=True)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows ``rows`` (int64), in that order; of the snapshots, only the last.
+
+        Beam search reorders after every token: selecting in all of them would make it quadratic.
+        """
+        self._replace(lambda x: x.index_select(0, rows.to(x.device)), every_snapshot=False)
+
+    def _replace(self, change: Callable[[Tensor], Tensor], *, every_snapshot: bool) -> None:
+        other = lambda state: SARState(*map(change, state.tensors()))
+        if self.visual_mask is not None:
+            self.visual_mask, self.norms = change(self.visual_mask), change(self.norms)
+        self.layers = {i: other(s) for i, s in self.layers.items()}
+        for i, log in self.snapshots.items():
+            before = [(n, other(s)) for n, s in log[:-1]] if every_snapshot else []
+            self.snapshots[i] = [*before, (log[-1][0], self.layers[i])]
 
     def clear(self) -> None:
         """Forget everything, as a reset cache has."""
@@ -58,32 +123,26 @@ class CacheState:
             log.pop()
         log.append((length, state))
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the batch rows ``rows`` (int64), in that order; of the snapshots, only the last.
-
-        Beam search reorders after every token: selecting in all of them would make it quadratic.
-        """
-        self.visual_mask = self.visual_mask.index_select(0, rows.to(self.visual_mask.device))
-        self.norms = self.norms.index_select(0, rows.to(self.norms.device))
-        self.layers = {i: s.index_select(rows) for i, s in self.layers.items()}
-        self.snapshots = {i: [(log[-1][0], self.layers[i])] for i, log in self.snapshots.items()}
+    def check_crop(self, length: int) -> None:
+        """``ValueError`` unless the sums are known where the cache holds ``length`` positions."""
+        for log in self.snapshots.values() if length else ():
+            ends = [n for n, _ in log]
+            if length not in ends:
+                raise ValueError(
+                    f"cache.crop: SAR's running sums are known at the ends of calls, {ends}, not at length {length}; "
+                    'crop to one of those, or use SARConfig(decode="prompt") or "step", which keep no sums'
+                )
 
     def crop(self, length: int) -> None:
         """Go back to the state when the cache held ``length`` positions."""
         if length == 0:
             self.clear()
             return
+        self.check_crop(length)
         self.length = min(self.length, length)
         for layer, log in self.snapshots.items():
-            kept = [entry for entry in log if entry[0] <= length]
-            if not kept or kept[-1][0] != length:
-                ends = [n for n, _ in log]
-                raise ValueError(
-                    f"cache.crop: SAR's running sums are known at the ends of calls, {ends}, not at length {length}; "
-                    'crop to one of those, or use SARConfig(decode="prompt") or "step", which keep no sums'
-                )
-            self.snapshots[layer] = kept
-            self.layers[layer] = kept[-1][1]
+            self.snapshots[layer] = [entry for entry in log if entry[0] <= length]
+            self.layers[layer] = self.snapshots[layer][-1][1]
         if self.visual_mask is not None and self.visual_mask.shape[1] > length:
             self.visual_mask, self.norms = self.visual_mask[:, :length], self.norms[:, :length]
 
@@ -98,29 +157,44 @@ class _SARCacheMixin:
         return _restore, (type(self).__mro__[2],), self.__dict__
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        rows = self._sar_rows(beam_idx)
         super().reorder_cache(beam_idx)
-        self._sar_select(beam_idx)
+        self._sar_select(rows)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
+        rows = self._sar_rows(indices)
         super().batch_select_indices(indices)
-        self._sar_select(indices)
+        self._sar_select(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.sar_state.visual_mask is not None:
-            rows = torch.arange(self.sar_state.visual_mask.shape[0], device=self.sar_state.visual_mask.device)
-            self._sar_select(rows.repeat_interleave(repeats))
+        rows = self._sar_rows(slice(None))
+        self._sar_select(None if rows is None else rows.repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
+        """As the cache's own: negative = how many to drop; positive = how many stay, where a version takes that."""
+        state, now = self.sar_state, int(self.get_seq_length())
+        if not state.switch.on:  # nobody will ask for the sums again
+            state.clear()
+        (tokens,) = (*args, *kwargs.values())
+        state.check_crop(min(now, tokens) if tokens > 0 else now + tokens)
         super().crop(*args, **kwargs)
-        self.sar_state.crop(self.get_seq_length())
+        state.crop(self.get_seq_length())
 
     def reset(self) -> None:
         super().reset()
         self.sar_state.clear()
 
-    def _sar_select(self, rows: Tensor) -> None:
-        if self.sar_state.visual_mask is not None:
+    def _sar_rows(self, indices: Any) -> Tensor | None:
+        """The rows that an index of the batch dimension takes, int64; None where the state says nothing of rows."""
+        mask = self.sar_state.visual_mask
+        if mask is None:
+            return None
+        indices = indices.to(mask.device) if isinstance(indices, Tensor) else indices
+        return torch.arange(mask.shape[0], device=mask.device)[indices]
+
+    def _sar_select(self, rows: Tensor | None) -> None:
+        if rows is not None:
             self.sar_state.select(rows)
 
 
@@ -150,5 +224,8 @@ def attach(cache: Any, *, rows: bool = True) -> CacheState:
 
 
 def state_of(cache: Any) -> CacheState | None:
-    """The cache's SAR state if it carries one."""
-    return getattr(cache, "sar_state", None)
+    """The cache's SAR state if it carries one, fit for the mode that PyTorch is in."""
+    state = getattr(cache, "sar_state", None)
+    if state is not None and not torch.compiler.is_compiling():
+        state.leave_inference_mode()
+    return state

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from sar_fast.integrations.hf.apply import unwrap
+from sar_fast.integrations.hf.structure import unwrap
 
 TEXT_POOLS = ("all", "prompt", "answer")
 HEAD_NAME = "visual_contrastive_head"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from sar_fast.integrations.hf.apply import unwrap
+from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.training.gini import LIMIT, gini
 from sar_fast.training.metrics_log import MetricsLog
 from sar_fast.training.projections import Share, query_and_key_shares

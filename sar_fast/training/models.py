@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sar_fast.chat_template import read_template
-from sar_fast.integrations.hf.apply import apply_sar, find_decoder_layers
+from sar_fast.integrations.hf.apply import apply_sar
+from sar_fast.integrations.hf.structure import find_decoder_layers
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from sar_fast.training.arguments import Arguments, ModelArguments
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sar_fast.integrations.hf.apply import find_attention_modules, unwrap
+from sar_fast.integrations.hf.structure import find_attention_modules, unwrap
 
 SEPARATE = {"q": ("q_proj", "q_b_proj", "query"), "k": ("k_proj", "kv_b_proj", "key")}
 FUSED = {  # name of a fused projection -> how its output rows are arranged

@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
 from sar_fast.experiment_arguments import expand
-from sar_fast.integrations.hf.apply import unwrap
+from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
 from sar_fast.threads import one_thread_for

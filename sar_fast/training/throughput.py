@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from sar_fast.integrations.hf.apply import find_attention_modules, unwrap
+from sar_fast.integrations.hf.structure import find_attention_modules, unwrap
 from sar_fast.training.metrics_log import MetricsLog
 
 FILE_NAME = "throughput.jsonl"

@@ -15,8 +15,8 @@ from sar_fast.evaluation.focus.prompts import check_templates
 from sar_fast.evaluation.focus.samples import box_mask
 from sar_fast.evaluation.prompts import PromptFormat
 from sar_fast.integrations.hf import shared_prefix
-from sar_fast.integrations.hf.apply import find_decoder_layers
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, Sharing
+from sar_fast.integrations.hf.structure import find_decoder_layers
 from sar_fast.miniature.checkpoint import load_miniature
 from sar_fast.miniature.drawing import draw_scene
 from tests.hf.tiny import CASES

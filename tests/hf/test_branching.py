@@ -10,10 +10,10 @@ from transformers import BatchFeature
 
 from sar_fast import SARConfig, apply_sar
 from sar_fast.integrations.hf import UnsupportedModelError
-from sar_fast.integrations.hf.apply import find_decoder_layers
 from sar_fast.integrations.hf.branching import layer_passes, run_branches
 from sar_fast.integrations.hf.families import Family
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
+from sar_fast.integrations.hf.structure import find_decoder_layers
 from tests.hf.tiny import CASES, MODELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

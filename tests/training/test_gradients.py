@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sar_fast.integrations.hf.apply import unwrap
+from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.training.arguments import parse
 from sar_fast.training.data import Collator
 from sar_fast.training.gradients import AGGREGATE, L1, PER_LAYER, GradientSparsityCallback

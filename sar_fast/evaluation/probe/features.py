@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sar_fast.integrations.hf.apply import find_decoder_layers
+from sar_fast.integrations.hf.structure import find_decoder_layers
 
 DONE = "features_done.bin"  # a byte per sample, 1 if its features are there
 STORED_AS = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}  # bf16 as its bits

@@ -25,7 +25,7 @@ from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA, Groundin
 from sar_fast.evaluation.probe.features import FeatureStore, layer_features
 from sar_fast.evaluation.probe.heads import HeadTraining, box_iou, predict, scaled, train_heads
 from sar_fast.integrations.hf import apply_sar
-from sar_fast.integrations.hf.apply import find_decoder_layers
+from sar_fast.integrations.hf.structure import find_decoder_layers
 
 TASKS = ("grounding", "classification")
 RIGHT_IOU = 0.5

@@ -20,14 +20,15 @@ from sar_fast.cache_state import attach
 from sar_fast.decoding import attend_with_state, with_config
 from sar_fast.distributed import Shards
 from sar_fast.functional import plain_attention
-from sar_fast.integrations.hf.context import SARContext, this_thread
+from sar_fast.integrations.hf.context import SARContext, running_pass
 from sar_fast.integrations.hf.packing import packed_attention
+from sar_fast.integrations.hf.refusals import refuse_slices
 from sar_fast.integrations.hf.split_queries import keys_of_all_ranks
 from sar_fast.rows import visual_attention_rows
 from sar_fast.types import AttentionOptions
 
 ATTENTION_NAME = "sar"
-LAYER_MARK = "_sar_layer"  # attribute of the attention modules that are re-weighted: their layer index
+LAYER_MARK = "_sar_layer"  # attribute of re-weighted attention modules and all inside them: their layer index
 
 
 def register() -> None:
@@ -60,7 +61,7 @@ def sar_mask(
         **kwargs,
     )
     tracing = torch.compiler.is_compiling()
-    context = None if tracing else getattr(this_thread, "context", None)  # closures cannot be traced
+    context = None if tracing else running_pass()  # closures cannot be traced
     if context is not None and context.packing is not None and _packs_causal(mask_function):
         return None  # every layer gets the context's packing
     if mask_function is not causal_mask_function or kwargs.get("use_vmap") or kv_offset != 0:
@@ -156,6 +157,9 @@ def sar_attention_forward(
     )
     if reweighted:
         _check_heads(module, q.shape[2], sar_context.shards)
+        rows, positions = sar_context.roles.text_mask.shape
+        refuse_slices(module, q.shape[:2], (rows, sar_context.queries or positions))
+        sar_context.reached.add(layer)
     if packing is not None:
         return _packed(layer if reweighted else None, q, k, v, dense, options, sar_context), None
     if not reweighted:
@@ -177,9 +181,10 @@ def _reweighted(
     """SAR attention of one marked layer, with the cache's state read and written."""
     config = context.config
     _check_prior(context)
-    visual, prior = context.over_keys(k.shape[1])
+    here = context.on(q.device)
+    visual, prior = here.over_keys(k.shape[1])
     Sq = q.shape[1]
-    text = context.roles.text_mask[:, -Sq:]  # a model may keep only its last queries
+    text = here.roles.text_mask[:, -Sq:]
     length = context.past_length + context.roles.text_mask.shape[1]
     state = context.past.layers.get(layer) if context.past is not None else None
     outs, lses = [], []
@@ -197,7 +202,7 @@ def _reweighted(
             options=options,
             past=state,
             frozen=frozen,
-            carried_rows=context.carried_rows() if start == 0 else None,
+            carried_rows=here.carried_rows() if start == 0 else None,
             key_padding_mask=key_padding[:, :keys] if key_padding is not None else None,
             attn_mask=dense[..., start:stop, :keys] if dense is not None else None,
             keep_stats=config.record,
@@ -231,21 +236,23 @@ def _packed(
     context: SARContext,
 ) -> Tensor:
     """Attention of one layer over packed sequences; ``layer`` None = plain. A cache of them cannot be continued."""
-    config, sar = context.config, {}
+    config, sar, here = context.config, {}, context.on(q.device)
+    if here.packing.causal:
+        dense = None
     if layer is not None:
         _check_prior(context)
         if config.record_rows != "none":
             raise ValueError(f"record_rows={config.record_rows!r}: rows of packed sequences are not kept; use 'none'")
         options = with_config(options, config)
         sar = {
-            "roles": (*context.roles, context.prior),
+            "roles": (*here.roles, here.prior),
             "backend": config.backend,
             "sav_grad": config.sav_grad,
             "keep_stats": config.record,
             "shards": context.shards,
             "check_prior": _unchecked(),
         }
-    out, stats = packed_attention(context.packing, q, k, v, options=options, attn_mask=dense, **sar)
+    out, stats = packed_attention(here.packing, q, k, v, options=options, attn_mask=dense, **sar)
     if context.cache is not None:
         attach(context.cache).packed = True
     if stats is not None:
@@ -279,4 +286,7 @@ def _check_heads(module: nn.Module, heads: int, shards: Shards | None) -> None:
 
 def _check_prior(context: SARContext) -> None:
     if context.prior is None:
-        raise RuntimeError("SAR: the vision features of this pass never came; was the vision encoder bypassed?")
+        raise RuntimeError(
+            f"SAR: the vision features of this pass never came whole, {context.missing()}: the vision encoder was "
+            "bypassed, or the model's feature methods ran for some of the pictures only"
+        )

@@ -20,9 +20,10 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sar_fast.config import SARConfig
-from sar_fast.integrations.hf.apply import SARHandle, find_decoder_layers
-from sar_fast.integrations.hf.features import give_features
+from sar_fast.integrations.hf.apply import SARHandle
+from sar_fast.integrations.hf.features import give_features, norms_on
 from sar_fast.integrations.hf.shared_prefix import SharedPrefix
+from sar_fast.integrations.hf.structure import attention_of, find_decoder_layers
 
 Result = TypeVar("Result")
 
@@ -47,7 +48,7 @@ class _Trunk:
 def branch_points(handle: SARHandle, configs: Sequence[SARConfig]) -> list[int]:
     """Per setting, the number of decoder layers it shares with plain attention (those below its first re-weighted)."""
     layers, modules = find_decoder_layers(handle.model), handle.attention_modules
-    owner = {id(layer.self_attn): i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")}
+    owner = {id(attention_of(layer)): i for i, layer in enumerate(layers)}
     return [
         owner[id(modules[-config.activation_layer_k])] if config.activation_layer_k else len(layers)
         for config in configs
@@ -175,7 +176,7 @@ def _shared_features(handle: SARHandle, features: dict[str, tuple[list[Tensor], 
                 raise ValueError(
                     f"call must run the model on the same inputs every time; it brought another {modality}"
                 )
-            give_features(modality, output)
+            give_features(modality, norms_on(output, modality, handle.config.prior_source))
             return copy.copy(output)
 
         return get_features
@@ -318,6 +319,7 @@ def _last_layer_answers(handle: SARHandle) -> Iterator[None]:
         kwargs.pop("hidden_states", None)
         with contextlib.suppress(_Enough):
             original(hidden, *args[1:], **kwargs)
+        kwargs["sar_context"] = context.last_queries(needed)
         output = original(hidden[:, -needed:], *args[1:], **_last_positions(kwargs, needed))
         answered = output[0] if isinstance(output, tuple) else output
         whole = torch.full_like(hidden, torch.nan)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +21,47 @@ from sar_fast.integrations.hf.packing import Packing
 from sar_fast.integrations.hf.refusals import refuse_features_not_finite
 from sar_fast.roles import TokenRoles, roles_from_visual
 
-this_thread = threading.local()  # the forward pass and the vision call on this thread's stack, nothing longer-lived
+
+class _ThisThread(threading.local):
+    """What runs on this thread's stack: forward passes, a vision call, an assistant."""
+
+    passes: tuple[tuple[SARContext, FrameType | None], ...] = ()  # the innermost last, each with its caller's frame
+    patch_norms: list[Tensor] | None = None
+    drafts: tuple[Any, Tensor, int] | None = None  # model, (1, S) ids, the draft's length
+    drafting: bool = False
+
+
+this_thread = _ThisThread()
+
+
+def enter_pass(context: SARContext) -> None:
+    """A pass starts in the caller's caller's frame."""
+    # a pass that KeyboardInterrupt ends tells nobody: what counts is whether its frame is on the stack
+    frame = None if torch.compiler.is_compiling() else sys._getframe(2)
+    outer = () if frame is None else [p for p in _on_stack() if p[1] is not None]
+    this_thread.passes = (*outer, (context, frame))
+
+
+def leave_pass(context: SARContext) -> None:
+    """The pass of ``context`` ends, and what ran inside it."""
+    before = itertools.takewhile(lambda entry: entry[0] is not context, this_thread.passes)
+    this_thread.passes = tuple(before)
+
+
+def running_pass() -> SARContext | None:
+    """The context of the innermost pass that runs on this thread's stack."""
+    if not torch.compiler.is_compiling() and this_thread.passes:
+        this_thread.passes = _on_stack()
+    return this_thread.passes[-1][0] if this_thread.passes else None
+
+
+def _on_stack() -> tuple[tuple[SARContext, FrameType | None], ...]:
+    """The passes whose frame is on the stack, and those that were traced, which have none."""
+    frame, alive = sys._getframe(1), set()
+    while frame is not None:
+        alive.add(id(frame))
+        frame = frame.f_back
+    return tuple(p for p in this_thread.passes if p[1] is None or id(p[1]) in alive)
 
 
 @dataclasses.dataclass
@@ -37,6 +80,8 @@ class SARContext:
         drafts: how many of the last tokens are a draft that this pass checks (assisted decoding); each of them counts
             as a decode step of its own, so that accepting or dropping it changes nothing else.
         cache: the cache that the decoder layers use in this pass, once they run.
+        queries: how many of the last positions the layers attend with; None = all.
+        reached: the re-weighted layers that have attended in this pass.
         visual_mask, norms, prior: (B, L) over the positions up to the newest visual tokens' pass; there once the
             features of all modalities are.
     """
@@ -51,16 +96,21 @@ class SARContext:
     shards: Shards | None = None
     drafts: int = 0
     cache: Any = None
+    queries: int | None = None
+    reached: set[int] = dataclasses.field(default_factory=set)
     visual_mask: Tensor | None = None
     norms: Tensor | None = None
     prior: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._received: dict[str, Tensor] = {}
+        self._received: dict[str, list[Tensor]] = {}
+        self._totals: dict[str, int] = {}
+        self._elsewhere: dict[torch.device, SARContext] = {}
         if isinstance(self.past_length, Tensor):  # the cache's own counter, which this pass advances
             self.past_length = self.past_length.clone()
         if self.past_visual and not self.placeholders:
-            self._set(self.past.visual_mask, self.past.norms)
+            home = self.roles.visual_mask.device
+            self._set(self.past.visual_mask.to(home), self.past.norms.to(home))
 
     @property
     def past_visual(self) -> bool:
@@ -72,16 +122,68 @@ class SARContext:
         """Whether any visual token is in sight."""
         return bool(self.placeholders) or self.past_visual
 
+    def on(self, device: torch.device) -> SARContext:
+        """This context for layers on ``device``; only a model spread over several has more than one."""
+        if device == self.roles.text_mask.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = other = copy.copy(self)
+            other.roles = TokenRoles(*(x.to(device) for x in self.roles))
+            for name in ("past_length", "visual_mask", "norms", "prior"):
+                value = getattr(self, name)
+                setattr(other, name, value.to(device) if isinstance(value, Tensor) else value)
+            if self.packing is not None:
+                other.packing = dataclasses.replace(self.packing, cu_seqlens=self.packing.cu_seqlens.to(device))
+        return self._elsewhere[device]
+
+    def last_queries(self, count: int) -> SARContext:
+        """This context for a layer that computes its last ``count`` positions alone."""
+        own = copy.copy(self)
+        own.queries, own._elsewhere = count, {}
+        return own
+
     def add_norms(self, modality: str, norms: Tensor) -> None:
-        """Bring the norms (n,) of a modality's visual tokens in placeholder order."""
-        self._received[modality] = norms
-        if set(self._received) >= set(self.placeholders):
-            new = torch.zeros(self.roles.text_mask.shape, dtype=torch.float32, device=norms.device)
-            for name, mask in self.placeholders.items():
-                new = new.masked_scatter(mask, _per_placeholder(self._received[name].to(new), mask))
-                if self.config.activation_layer_k:
-                    refuse_features_not_finite(name, new, self.packing and self.packing.samples(new.shape))
-            self._set(*self._after_cached(self.roles.visual_mask, new))
+        """Bring norms (n,) of a modality's visual tokens in placeholder order: of all of them, or of the next ones."""
+        parts = self._received.setdefault(modality, [])
+        if torch.compiler.is_compiling() or self._complete(modality):  # the features come again, all of them
+            parts.clear()
+        parts.append(norms)
+        if not torch.compiler.is_compiling() and sum(map(len, parts)) > self._total_of(modality):
+            _refuse_count(modality, self._total_of(modality), sum(map(len, parts)))
+        self._set_if_complete()
+
+    def add_encoded_norms(self, modality: str, norms: Tensor) -> None:
+        """As :meth:`add_norms`, of features encoded before: all at once, where ``generate`` may have repeated rows."""
+        self._received[modality] = [_per_placeholder(modality, norms, self.placeholders[modality])]
+        self._set_if_complete()
+
+    def missing(self) -> str:
+        """Which vision features have not come, for messages."""
+        came = {m: sum(map(len, self._received.get(m, []))) for m in self.placeholders}
+        return ", ".join(f"{n} of {self._total_of(m)} {m} tokens" for m, n in came.items())
+
+    def _total_of(self, modality: str) -> int:
+        if modality not in self._totals:
+            self._totals[modality] = int(self.placeholders[modality].sum())
+        return self._totals[modality]
+
+    def _complete(self, modality: str) -> bool:
+        parts = self._received.get(modality)
+        if not parts or torch.compiler.is_compiling():  # in a graph the model itself checks the count
+            return bool(parts)
+        return sum(map(len, parts)) == self._total_of(modality)
+
+    def _set_if_complete(self) -> None:
+        if not all(map(self._complete, self.placeholders)):
+            return
+        visual = self.roles.visual_mask
+        new = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
+        for name, mask in self.placeholders.items():
+            new = new.masked_scatter(mask, torch.cat([part.to(new) for part in self._received[name]]))
+            new = new.masked_fill(~visual, 0.0)  # a placeholder that the mask hides is no visual token
+            if self.config.activation_layer_k:
+                refuse_features_not_finite(name, new, self.packing and self.packing.samples(new.shape))
+        self._set(*self._after_cached(visual, new))
 
     def _after_cached(self, new_visual: Tensor, new_norms: Tensor) -> tuple[Tensor, Tensor]:
         """Mask and norms over the cached positions and the new ones."""
@@ -89,7 +191,8 @@ class SARContext:
         if not self.past_visual:
             return F.pad(new_visual, (past_length, 0)), F.pad(new_norms, (past_length, 0))
         missing = (0, max(0, past_length - self.past.visual_mask.shape[1]))
-        old_visual, old_norms = F.pad(self.past.visual_mask, missing), F.pad(self.past.norms, missing)
+        old = (x.to(new_visual.device) for x in (self.past.visual_mask, self.past.norms))
+        old_visual, old_norms = (F.pad(x, missing) for x in old)
         return torch.cat([old_visual, new_visual], dim=1), torch.cat([old_norms, new_norms], dim=1)
 
     def _set(self, visual_mask: Tensor, norms: Tensor) -> None:
@@ -131,7 +234,7 @@ class SARContext:
         return [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
 
 
-def _per_placeholder(norms: Tensor, mask: Tensor) -> Tensor:
+def _per_placeholder(modality: str, norms: Tensor, mask: Tensor) -> Tensor:
     """Norms in the order of ``mask``'s True positions, also where generate() repeated every sample E times.
 
     Repeated rows are neighbours (sample 0 E times, then sample 1); the norms are those of the samples once.
@@ -143,31 +246,32 @@ def _per_placeholder(norms: Tensor, mask: Tensor) -> Tensor:
     if norms.numel() == total:
         return norms
     if norms.numel() == 0 or total == 0 or total % norms.numel():
-        raise ValueError(
-            f"input_ids (or inputs_embeds): {total} visual placeholder tokens, but the vision encoder gave "
-            f"{norms.numel()} features"
-        )
+        _refuse_count(modality, total, norms.numel())
     repeats = total // norms.numel()
     samples = norms.split(per_row[::repeats].tolist())
     return torch.cat([part.repeat(repeats) for part in samples])
 
 
-def roles_of_pass(
-    visual: Tensor, attention_mask: Tensor | None, past: CacheState | None, config: SARConfig
-) -> TokenRoles:
+def _refuse_count(modality: str, placeholders: int, features: int) -> None:
+    raise ValueError(
+        f"input_ids (or inputs_embeds): {placeholders} visual placeholder tokens ({modality}), but the vision encoder "
+        f"gave {features} features"
+    )
+
+
+def roles_of_pass(visual: Tensor, real: Tensor | None, past: CacheState | None, config: SARConfig) -> TokenRoles:
     """Roles of the new positions.
 
     Args:
         visual: (B, S) bool, placeholders that this pass's features fill.
-        attention_mask: (B, past + S) or (B, S), non-zero = real token; None = no padding.
+        real: (B, S) bool, False = padding; None = no padding.
     """
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, -visual.shape[1] :]
-    roles = roles_from_visual(visual, attention_mask, text_queries=config.text_queries)
+    roles = roles_from_visual(visual, real, text_queries=config.text_queries)
     if past is None or past.visual_mask is None:
         return roles
     # text that follows cached visual tokens counts, unless newer visual tokens come after it
-    real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
-    restart = visual.any(-1, keepdim=True) if config.text_queries == "after_last_image" else False
-    follows = past.visual_mask.any(-1, keepdim=True) & real & ~visual & ~torch.as_tensor(restart, device=visual.device)
+    real = torch.ones_like(visual) if real is None else real
+    restart = roles.visual_mask.any(-1, keepdim=True) if config.text_queries == "after_last_image" else False
+    seen = past.visual_mask.to(visual.device).any(-1, keepdim=True)
+    follows = seen & real & ~visual & ~torch.as_tensor(restart, device=visual.device)
     return TokenRoles(roles.visual_mask, roles.text_mask | follows)

@@ -11,14 +11,21 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sar_fast.integrations.hf.context import this_thread
+from sar_fast.config import PriorSource
+from sar_fast.integrations.hf.context import running_pass, this_thread
 
 HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
+
+
+def handle_of(base_model: nn.Module) -> Any:
+    """The handle of SAR on a base model, or None."""
+    return base_model.__dict__.get(HANDLE_MARK)
+
 
 _lock = threading.RLock()
 _watchers: dict[Callable, weakref.WeakSet] = {}  # wrapped method -> the handles that need it
@@ -65,10 +72,11 @@ def _watched(original: Callable, modality: str) -> Callable:
 
     @functools.wraps(original)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = self.__dict__.get(HANDLE_MARK)
-        inside = getattr(this_thread, "patch_norms", None) is not None  # a video call that runs the image method
-        if handle is None or inside:
+        handle = handle_of(self)
+        if handle is None or this_thread.patch_norms is not None:  # a video call runs the image method
             return original(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            watch_block(handle.prior_block_of(self))
         this_thread.patch_norms = []
         try:
             output = original(self, *args, **kwargs)
@@ -76,33 +84,62 @@ def _watched(original: Callable, modality: str) -> Callable:
             norms = handle.token_norms(modality, output, this_thread.patch_norms, arguments)
         finally:
             this_thread.patch_norms = None
-        output[_norms_key(modality)] = norms
-        give_features(modality, output)
+        output[_norms_key(modality, handle.config.prior_source)] = norms
+        give_features(modality, norms)
         return output
 
     return watched
 
 
-def give_features(modality: str, output: Any) -> None:
-    """Tell the forward pass on this thread's stack, if one runs, the norms that ``output`` carries."""
-    context = getattr(this_thread, "context", None)
+def watch_block(block: nn.Module) -> None:
+    """Let a vision block tell the feature call that runs it its patches' norms; idempotent.
+
+    Asked at every call: PEFT keeps several copies of a module, of which one runs.
+    """
+    with _lock:
+        if all(hook is not keep_patch_norms for hook in block._forward_hooks.values()):
+            block.register_forward_hook(keep_patch_norms)
+
+
+def keep_patch_norms(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of vision blocks."""
+    if this_thread.patch_norms is not None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        this_thread.patch_norms.append(norms_of(hidden))
+
+
+def give_features(modality: str, norms: Tensor) -> None:
+    """Tell the forward pass on this thread's stack, if one runs, the norms of features that it is about to get."""
+    context = running_pass()
     if context is not None and modality in context.placeholders:
-        context.add_norms(modality, norms_on(output, modality))
+        context.add_norms(modality, norms)
 
 
-def _norms_key(modality: str) -> str:
-    return f"sar_{modality}_norms"
+def _norms_key(modality: str, source: str) -> str:
+    return f"sar_{modality}_norms_{source}"
 
 
-def norms_on(output: Any, modality: str) -> Tensor:
-    """The norms that a watched feature call left on its output."""
-    if _norms_key(modality) not in output:
-        raise ValueError(
-            f"mm_encoder_outputs[{modality!r}] must come whole from the model's own get_{modality}_features, called "
-            "after apply_sar; this one lacks the norms that it leaves there. prefill_chunk_size cuts them off: SAR's "
-            "weights need the whole prompt, so leave it None"
-        )
-    return output[_norms_key(modality)]
+def norms_on(output: Any, modality: str, source: str) -> Tensor:
+    """The norms that a watched feature call left on its output, ``SARConfig.prior_source`` being ``source``."""
+    key = _norms_key(modality, source)
+    if key in output:
+        return output[key]
+    for other in get_args(PriorSource):
+        if _norms_key(modality, other) in output:
+            raise ValueError(
+                f"mm_encoder_outputs[{modality!r}] was encoded under prior_source={other!r}, and SAR is on with "
+                f"prior_source={source!r}; call get_{modality}_features again"
+            )
+    raise ValueError(
+        f"mm_encoder_outputs[{modality!r}] must come whole from the model's own get_{modality}_features, called "
+        "after apply_sar; this one lacks the norms that it leaves there. prefill_chunk_size cuts them off: SAR's "
+        "weights need the whole prompt, so leave it None"
+    )
+
+
+def select_norms(output: Any, modality: str, source: str, choose: Callable[[Tensor], Tensor]) -> None:
+    """Replace the norms on ``output`` by those that ``choose`` makes of them, as its features were."""
+    output[_norms_key(modality, source)] = choose(norms_on(output, modality, source))
 
 
 def norms_of(x: Tensor) -> Tensor:

@@ -27,10 +27,12 @@ class Packing:
     Attributes:
         cu_seqlens: (sequences + 1,) int32, where each starts among all B * S positions; the last is B * S.
         max_seqlen: at least the longest length.
+        causal: the layers' dense mask, if they get one, says no more than causal inside each sequence.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
+    causal: bool = False
 
     def sequence_of(self, total: int) -> Tensor:
         """(total,) int64: which sequence each position belongs to."""

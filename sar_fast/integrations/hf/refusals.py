@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sar_fast.cache_state import CacheState
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # modality -> the argument that brings it
+CURE = (
+    "split in front of the text model instead: apply_sar(model, config, shards=Shards(queries=group)) and "
+    "sar_fast.integrations.hf.sequence_parallel.split_sequence(model, group)"
+)
 PLAIN = "plain attention is remove_sar(model) or activation_layer_k=0"
 
 
@@ -68,6 +72,28 @@ def refuse_unfilled(name: str, modality: str, mask: Tensor) -> None:
             f"{name}: holds {count} placeholders of {modality}s, but neither {PIXELS[modality]} nor "
             f"mm_encoder_outputs[{modality!r}] came to fill them. Needed: the {modality}s, or a prompt without their "
             f"placeholders; {PLAIN}"
+        )
+
+
+def refuse_unreached(marked: Sequence[int], reached: Set[int]) -> None:
+    """``RuntimeError`` if re-weighted layers of a pass that sees pictures never came to SAR's attention function."""
+    missing = [layer for layer in marked if layer not in reached]
+    if missing:
+        raise RuntimeError(
+            f"SAR: attention layers {missing} of the re-weighted {list(marked)} did not attend through SAR in this "
+            "pass, so their heads were not re-weighted: their forward was replaced (by a kernel library, a fine-tuning "
+            "framework), they are hidden in a wrapper, or they were skipped. Needed: attention modules that call "
+            "transformers' attention interface and pass their keyword arguments on"
+        )
+
+
+def refuse_slices(module: nn.Module, came: tuple[int, int], needed: tuple[int, int]) -> None:
+    """``RuntimeError`` if a layer attends with other (rows, positions) than its pass has."""
+    if came != needed:
+        raise RuntimeError(
+            f"SAR: {type(module).__name__} attends with {came[0]} x {came[1]} (rows x positions) of a pass that has "
+            f"{needed[0]} x {needed[1]}: something between the model and its layers hands on a slice, as sequence "
+            f"parallelism does, whose statistics would be wrong. {CURE}"
         )
 
 

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sar_fast.integrations.hf.apply import find_decoder_layers, unwrap
-from sar_fast.integrations.hf.features import HANDLE_MARK
+from sar_fast.integrations.hf.features import handle_of
+from sar_fast.integrations.hf.structure import find_decoder_layers, unwrap
 
 IGNORED = -100  # label of positions without a loss, as in PyTorch's cross-entropy
 
@@ -118,7 +118,7 @@ def _check_layers(model: nn.Module) -> None:
 
 def _check_shards(model: nn.Module, group: ProcessGroup) -> None:
     """SAR must know the ranks that share the sequence: it would take a slice for the whole."""
-    handle = model.base_model.__dict__.get(HANDLE_MARK)
+    handle = handle_of(model.base_model)
     if handle is not None and (handle.shards is None or group not in (handle.shards.queries, handle.shards.heads)):
         raise ValueError(
             "group: SAR on this model does not know it; apply_sar(model, config, shards=Shards(queries=group)), or "

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from sar_fast.integrations.hf.apply import SARHandle, unwrap
+from sar_fast.integrations.hf.apply import SARHandle
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
+from sar_fast.integrations.hf.features import select_norms
+from sar_fast.integrations.hf.structure import unwrap
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what processors give beside input_ids, of its shape; 0 is text
 
@@ -173,7 +175,7 @@ class SharedPrefix:
         given = {"input_ids": ids, "attention_mask": mask, **extras}
         if encoded is not None:
             index = [i for row in self.rows.tolist() for i in images[row]]
-            given["mm_encoder_outputs"] = {"image": _select_images(encoded, index)}
+            given["mm_encoder_outputs"] = {"image": _select_images(encoded, index, self.handle.config.prior_source)}
             for name, value in about.items():
                 of_images = len(value) == len(encoded.pooler_output)
                 given[name] = value[torch.tensor(index, device=value.device)] if of_images else value[self.rows]
@@ -263,7 +265,7 @@ class _PrefixLayer(DynamicLayer):
         return both
 
 
-def _select_images(encoded: Any, index: Sequence[int]) -> Any:
+def _select_images(encoded: Any, index: Sequence[int], source: str) -> Any:
     """``get_image_features``'s output for the images ``index``, in that order, SAR's norms included."""
     chosen, images = copy.copy(encoded), encoded.pooler_output
     pick = lambda values: (
@@ -272,8 +274,8 @@ def _select_images(encoded: Any, index: Sequence[int]) -> Any:
     chosen.pooler_output = pick(images)
     if getattr(encoded, "deepstack_features", None) is not None:
         chosen.deepstack_features = [pick(layer) for layer in encoded.deepstack_features]
-    norms = encoded["sar_image_norms"].split([len(image) for image in images])
-    chosen["sar_image_norms"] = torch.cat(pick(norms))
+    sizes = [len(image) for image in images]
+    select_norms(chosen, "image", source, lambda norms: torch.cat(pick(norms.split(sizes))))
     return chosen
 
 

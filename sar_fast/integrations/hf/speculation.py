@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sar_fast.integrations.hf.context import this_thread
@@ -26,18 +27,29 @@ def forget_drafts(model: nn.Module) -> None:
     this_thread.drafts = None
 
 
-def take_drafts(model: nn.Module) -> int:
-    """Length of the draft that ``model``'s pass, which starts now, checks; 0 in any other pass."""
-    announced = getattr(this_thread, "drafts", None)
+def take_drafts(model: nn.Module, ids: Tensor | None, past_length: int | Tensor) -> int:
+    """Length of the draft that ``model``'s pass, which starts now, checks; 0 in any other pass.
+
+    Args:
+        ids: (1, S) the pass's new tokens, if it has ids. A draft that an interrupted generation left behind is not
+            what they end with.
+        past_length: number of cached positions.
+    """
+    announced, this_thread.drafts = this_thread.drafts, None
     if announced is None or announced[0] is not model:
         return 0
-    this_thread.drafts = None
-    return announced[1]
+    _, candidates, length = announced
+    if ids is not None:
+        new, total = ids.shape[1], candidates.shape[1]
+        whole = new == total if past_length == 0 else new <= total
+        if not whole or not torch.equal(ids, candidates[:, total - new :]):
+            return 0
+    return length
 
 
 def drafting() -> bool:
     """Whether this thread's pass is an assistant's: what it drafts is checked, so it may do without pictures."""
-    return getattr(this_thread, "drafting", False)
+    return this_thread.drafting
 
 
 class CandidateGenerators:
@@ -56,7 +68,7 @@ class CandidateGenerators:
                 candidates = original(input_ids, *args, **kwargs)
             finally:
                 this_thread.drafting = before
-            this_thread.drafts = (self.model, candidates[0].shape[1] - input_ids.shape[1])
+            this_thread.drafts = (self.model, candidates[0], candidates[0].shape[1] - input_ids.shape[1])
             return candidates
 
         generator.get_candidates = get_candidates

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from sar_fast.distributed import Shards, gather
 from sar_fast.integrations.hf.context import SARContext
+from sar_fast.integrations.hf.refusals import CURE
 from sar_fast.roles import TokenRoles
 
 ULYSSES_GROUPS = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
-CURE = (
-    "split in front of the text model instead: apply_sar(model, config, shards=Shards(queries=group)) and "
-    "sar_fast.integrations.hf.sequence_parallel.split_sequence(model, group)"
-)
 
 
 def refuse_unnamed_splits(shards: Shards | None) -> None:
