@@ -226,8 +226,9 @@ def test_greedy_decoding_equals_one_dense_pass_over_prompt_and_answer(case, mode
         assert_close(got[b], want[n - 1 : -1])
 
 
-def test_static_cache_equals_dynamic(case):
-    model, batch = model_of(case.name), case.batch(ROWS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_static_cache_equals_dynamic(case, side):
+    model, batch = model_of(case.name), case.batch(ROWS, side)
     options = {"cache_implementation": "static", "disable_compile": True}
     if case.static_error is not None:
         with pytest.raises(case.static_error):

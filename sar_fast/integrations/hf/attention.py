@@ -131,6 +131,8 @@ def sar_attention_forward(
         key, value, sar_context = keys_of_all_ranks(query, key, value, attention_mask, sar_context)
     reweighted = layer is not None and sar_context.active and sar_context.config.activation_layer_k > 0
     packing = sar_context.packing if sar_context is not None else None
+    if packing is not None and packing.causal:
+        attention_mask = None
     # transformers' SDPA reads "no mask, fewer queries than keys" as an empty static cache; here it is a second turn
     square = query.shape[2] in (1, key.shape[2])
     for_sdpa = attention_mask.dim() == 4 if attention_mask is not None else square
@@ -237,8 +239,6 @@ def _packed(
 ) -> Tensor:
     """Attention of one layer over packed sequences; ``layer`` None = plain. A cache of them cannot be continued."""
     config, sar, here = context.config, {}, context.on(q.device)
-    if here.packing.causal:
-        dense = None
     if layer is not None:
         _check_prior(context)
         if config.record_rows != "none":
