@@ -12,6 +12,7 @@ from sar_fast import SARConfig, apply_sar
 from sar_fast.integrations.hf import UnsupportedModelError
 from sar_fast.integrations.hf.branching import layer_passes, run_branches
 from sar_fast.integrations.hf.families import Family
+from sar_fast.integrations.hf.features import HANDLE_MARK
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
 from sar_fast.integrations.hf.structure import find_decoder_layers
 from tests.hf.tiny import CASES, MODELS
@@ -35,7 +36,7 @@ def separately(model, handle, config, call):
     handle.remove()
     with apply_sar(model, config) as alone, torch.no_grad():
         result = call()
-    assert not alone._hooks
+    assert HANDLE_MARK not in alone.base_model.__dict__
     return result
 
 

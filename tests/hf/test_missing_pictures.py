@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.hf.test_caches import config_of, generate, moved_copy, row_of
 from tests.hf.test_wrappers import tuned
 from tests.hf.tiny import CASES, IMAGE, MODELS, VIDEO, llava, llava_batch, qwen2_5_vl
 
+SAR = config_of("running")
 TEXT = (5, 6, 7, 30, 31)
 
 
@@ -180,3 +182,70 @@ def test_no_layer_and_no_step_reads_the_prior_again(family, monkeypatch):
         model(**batch_of([1, 0]))
         generate(model, batch_of([1, 2]), 3)
     assert not read
+
+
+# features picture by picture
+
+
+def one_by_one(model, times=1):
+    """Give an instance a feature method of its own, which runs the class's once per picture."""
+    base = model.base_model
+    encode = functools.partial(type(base).get_image_features, base, return_dict=True)
+
+    def loop(pixel_values, return_dict=None, **kwargs):
+        for _ in range(times):
+            outputs = [encode(picture[None], **kwargs) for picture in pixel_values]
+        whole = copy.copy(outputs[0])
+        whole.pooler_output = [x for output in outputs for x in output.pooler_output]
+        return whole
+
+    base.get_image_features = loop
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("images", [[1, 1], [2], [1, 2, 0], [1]])
+def test_features_that_come_picture_by_picture(model, images, times):
+    batch = llava_batch(images)
+    with apply_sar(model, SAR), torch.no_grad():
+        want = model(**batch, use_cache=False).logits
+        one_by_one(model, times)
+        got = model(**batch, use_cache=False).logits
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_encoded_features_put_together_are_an_error(model):
+    """Norms ride on one call's output, and the first one's would pass for all."""
+    batch = llava_batch([1, 1])
+    with apply_sar(model, SAR):
+        want = generate(model, llava_batch([1]))
+        one_by_one(model)
+        with pytest.raises(ValueError, match="other features than those"):
+            generate(model, batch)
+        got = generate(model, llava_batch([1]))
+    assert torch.equal(got[0], want[0])
+
+
+def test_encoded_features_in_another_order_are_an_error(model):
+    batch = llava_batch([1, 1])
+    with apply_sar(model, SAR):
+        encoded = model.model.get_image_features(batch["pixel_values"], return_dict=True)
+        given = {k: v for k, v in batch.items() if k != "pixel_values"}
+        model(**given, mm_encoder_outputs={"image": encoded})
+        encoded.pooler_output = encoded.pooler_output[::-1]
+        with pytest.raises(ValueError, match="other features than those"):
+            model(**given, mm_encoder_outputs={"image": encoded})
+
+
+def test_features_of_some_pictures_only_are_an_error(model):
+    """A method that takes the other pictures' features from elsewhere."""
+    batch = llava_batch([1, 1])
+    known = model.model.get_image_features(batch["pixel_values"], return_dict=True)
+    base = model.base_model
+
+    def half(pixel_values, **kwargs):
+        type(base).get_image_features(base, pixel_values[:1], **{**kwargs, "return_dict": True})
+        return known
+
+    base.get_image_features = half
+    with apply_sar(model, SAR), pytest.raises(RuntimeError, match="16 of 32 image tokens"):
+        model(**batch, use_cache=False)

@@ -26,7 +26,7 @@ class _ThisThread(threading.local):
     """What runs on this thread's stack: forward passes, a vision call, an assistant."""
 
     passes: tuple[tuple[SARContext, FrameType | None], ...] = ()  # the innermost last, each with its caller's frame
-    patch_norms: list[Tensor] | None = None
+    collecting: tuple[Any, list[Tensor]] | None = None  # the base model whose vision call runs, its patches' norms
     drafts: tuple[Any, Tensor, int] | None = None  # model, (1, S) ids, the draft's length
     drafting: bool = False
 

@@ -73,18 +73,20 @@ def _watched(original: Callable, modality: str) -> Callable:
     @functools.wraps(original)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = handle_of(self)
-        if handle is None or this_thread.patch_norms is not None:  # a video call runs the image method
+        outer = this_thread.collecting
+        if handle is None or (outer is not None and outer[0] is self):  # a video call runs the image method
             return original(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
             watch_block(handle.prior_block_of(self))
-        this_thread.patch_norms = []
+        this_thread.collecting = self, (patch_norms := [])
         try:
             output = original(self, *args, **kwargs)
             arguments = {**dict(zip(parameters, args)), **kwargs}
-            norms = handle.token_norms(modality, output, this_thread.patch_norms, arguments)
+            norms = handle.token_norms(modality, output, patch_norms, arguments)
         finally:
-            this_thread.patch_norms = None
+            this_thread.collecting = outer
         output[_norms_key(modality, handle.config.prior_source)] = norms
+        output[_mark_key(modality)] = norms_of(flat_features(output, handle.family.features))
         give_features(modality, norms)
         return output
 
@@ -103,9 +105,9 @@ def watch_block(block: nn.Module) -> None:
 
 def keep_patch_norms(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of vision blocks."""
-    if this_thread.patch_norms is not None:
+    if this_thread.collecting is not None:
         hidden = output[0] if isinstance(output, tuple) else output
-        this_thread.patch_norms.append(norms_of(hidden))
+        this_thread.collecting[1].append(norms_of(hidden))
 
 
 def give_features(modality: str, norms: Tensor) -> None:
@@ -117,6 +119,38 @@ def give_features(modality: str, norms: Tensor) -> None:
 
 def _norms_key(modality: str, source: str) -> str:
     return f"sar_{modality}_norms_{source}"
+
+
+def _mark_key(modality: str) -> str:
+    return f"sar_{modality}_marks"
+
+
+def flat_features(output: Any, name: str) -> Tensor:
+    """(n, F) features of the visual tokens in a feature call's output, which holds them under ``name``."""
+    features = getattr(output, name)
+    parts = [features] if isinstance(features, Tensor) else features
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def encoded_norms(output: Any, modality: str, handle: Any) -> Tensor:
+    """The norms that a watched feature call left on its output; ``ValueError`` if they are not of its features.
+
+    ``generate`` may have repeated the features since, not the norms.
+    """
+    norms = norms_on(output, modality, handle.config.prior_source)
+    if torch.compiler.is_compiling():
+        return norms
+    marks, now = output[_mark_key(modality)], norms_of(flat_features(output, handle.family.features))
+    repeats = max(1, now.numel() // max(1, marks.numel()))
+    was = marks.to(now.device).repeat(repeats)
+    if repeats > 1:  # in the order of the rows
+        was, now = was.sort().values, now.sort().values
+    if was.shape != now.shape or not torch.allclose(was, now, rtol=1e-2):
+        raise ValueError(
+            f"mm_encoder_outputs[{modality!r}] holds other features than those that its norms were taken of: put "
+            f"together from several calls, reordered, or changed. Needed: the output of one get_{modality}_features"
+        )
+    return norms
 
 
 def norms_on(output: Any, modality: str, source: str) -> Tensor:
@@ -139,7 +173,9 @@ def norms_on(output: Any, modality: str, source: str) -> Tensor:
 
 def select_norms(output: Any, modality: str, source: str, choose: Callable[[Tensor], Tensor]) -> None:
     """Replace the norms on ``output`` by those that ``choose`` makes of them, as its features were."""
-    output[_norms_key(modality, source)] = choose(norms_on(output, modality, source))
+    norms = norms_on(output, modality, source)
+    output[_norms_key(modality, source)] = choose(norms)
+    output[_mark_key(modality)] = choose(output[_mark_key(modality)])
 
 
 def norms_of(x: Tensor) -> Tensor:

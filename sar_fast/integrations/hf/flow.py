@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sar_fast.cache_state import attach, state_of
 from sar_fast.integrations.hf.context import SARContext, enter_pass, leave_pass, roles_of_pass
-from sar_fast.integrations.hf.features import handle_of, norms_on
+from sar_fast.integrations.hf.features import encoded_norms, handle_of
 from sar_fast.integrations.hf.masks import read_mask
 from sar_fast.integrations.hf.packing import find_packing
 from sar_fast.integrations.hf.refusals import (
@@ -78,8 +78,7 @@ def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContex
     context = SARContext(config, roles, past_length, placeholders, past, handle, packing, handle.shards, drafts)
     for modality in placeholders:
         if encoded.get(modality) is not None:
-            norms = norms_on(encoded[modality], modality, config.prior_source)
-            context.add_encoded_norms(modality, norms)
+            context.add_encoded_norms(modality, encoded_norms(encoded[modality], modality, handle))
     return context
 
 
