@@ -17,7 +17,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SHARED = (*PROJECTIONS, "q_norm", "k_norm")
 FULL_ATTENTION = ("full_attention", "attention", "hybrid")  # what configs call layers that see all positions
 BATCH, LENGTH = 2, 17
-FAR = 32_768  # positions of the second comparison reach to here where a config names no limit
+FAR = 131_072  # the second comparison's positions reach at least this far: some models scale queries by position
 SCORE_STD = 8.0  # large enough that a soft-cap or a sink shows
 VALUE_STD = 100.0  # large enough that a clamp shows
 TOLERANCE = 1e-4  # of the largest output, in fp32
@@ -27,7 +27,7 @@ def check_structure(module: nn.Module) -> None:
     """Raise ``ValueError`` for what a module's attributes alone say against it."""
     name = type(module).__name__
     missing = [n for n in PROJECTIONS if n not in getattr(module, "_modules", {})]
-    missing += [n for n in ("head_dim", "layer_idx") if not hasattr(module, n)]
+    missing += [n for n in ("head_dim", "layer_idx") if getattr(module, n, None) is None]
     missing += [
         f"{n}.{size}"
         for n in PROJECTIONS
@@ -51,7 +51,7 @@ def check_structure(module: nn.Module) -> None:
     if total is not None and heads != total:
         raise ValueError(
             f"module must hold all heads of its layer, {total} by its config: SAR weighs them against each other; "
-            f"{name}.q_proj gives {heads}"
+            f"{name}.q_proj gives {heads} (a rank's share, or more than queries)"
         )
 
 
@@ -184,9 +184,9 @@ def _eager(config: Any) -> Any:
 
 
 def _far_positions(module: nn.Module) -> Tensor:
-    """(1, LENGTH) positions up to the model's limit: some models scale queries by their position."""
-    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None) or FAR
-    return torch.linspace(0, max(limit, LENGTH) - 1, LENGTH).round().long()[None]
+    """(1, LENGTH) positions from 0 to far beyond the model's limit."""
+    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None) or 0
+    return torch.linspace(0, max(4 * limit, FAR), LENGTH).round().long()[None]
 
 
 def _embeddings(rotary: ModelPositions, ids: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
