@@ -115,7 +115,7 @@ class SARAttention(nn.Module):
                 config=config,
             )
         for name in conversion.SHARED:
-            if hasattr(module, name):
+            if getattr(module, name, None) is not None:
                 setattr(new, name, getattr(module, name))
         new.scaling = getattr(module, "scaling", new.scaling)
         new.attention_dropout = getattr(module, "attention_dropout", 0.0)
@@ -167,7 +167,7 @@ class SARAttention(nn.Module):
         inputs.check_not_packed(position_ids, attention_mask)
         if self.training and self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0 in training: no dropout; got {self.attention_dropout}")
-        B, S, _ = hidden_states.shape
+        B, S = inputs.check_hidden(hidden_states)
         span = inputs.cache_span(past_key_values, self.layer_idx, S)
         padding, dense = inputs.split_mask(attention_mask, B, S, span, hidden_states.device)
         roles = None
@@ -220,7 +220,9 @@ class SARAttention(nn.Module):
         """(cos, sin) of a call that brings none; None where the module has no positions of its own."""
         if self.model_positions is None and self.rope_theta is None:
             return None
-        if position_ids is None:
+        if position_ids is not None:
+            inputs.check_position_ids(position_ids, like)
+        else:
             position_ids = (past + torch.arange(like.shape[1], device=like.device))[None]
         if self.model_positions is not None:
             return self.model_positions(like, position_ids)
@@ -263,6 +265,6 @@ class SARAttention(nn.Module):
         if not roles.frozen:
             if roles.given:
                 on_cache.visual_mask, on_cache.norms = roles.visual_mask, roles.prior.detach()
-            snapshots = self.sar_config.decode == "running" and not cache.is_compileable  # static caches cannot crop
+            snapshots = self.sar_config.decode == "running" and span.capacity is None  # static caches cannot crop
             on_cache.store(self.layer_idx, state, span.keys, keep_snapshots=snapshots)
         return out

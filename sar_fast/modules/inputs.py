@@ -39,7 +39,7 @@ REFUSED = {
     "softcap": "it is given at construction",
     "dropout": "no kernel has dropout",
 }
-SOFT = -1e4  # an additive mask's value below this leaves nothing of a score
+SOFT = -1e4  # an additive mask's value up to this leaves nothing of a score
 
 
 def check_keywords(keywords: dict[str, Any]) -> None:
@@ -54,6 +54,23 @@ def check_keywords(keywords: dict[str, Any]) -> None:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else "pass only what attention needs"
         raise TypeError(f"forward() got an unknown keyword {name!r}; {hint}")
+
+
+def check_hidden(hidden_states: Any) -> tuple[int, int]:
+    """(B, S) of the hidden states (B, S, hidden_size)."""
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states must be a tensor; got {type(hidden_states).__name__}")
+    if hidden_states.dim() != 3:
+        raise ValueError(f"hidden_states must be (batch, seqlen, hidden_size); got shape {tuple(hidden_states.shape)}")
+    return hidden_states.shape[0], hidden_states.shape[1]
+
+
+def check_position_ids(position_ids: Any, like: Tensor) -> None:
+    """Raise unless positions are integers (..., B or 1, S); ``like``: hidden states."""
+    B, S = like.shape[:2]
+    shape = tuple(getattr(position_ids, "shape", ()))
+    if not isinstance(position_ids, Tensor) or position_ids.is_floating_point() or shape[-2:] not in ((1, S), (B, S)):
+        raise ValueError(f"position_ids must be integers of shape ({B} or 1, {S}); got {shape or position_ids!r}")
 
 
 class Span(NamedTuple):
@@ -144,10 +161,10 @@ def _as_bool(mask: Tensor) -> Tensor:
         return mask
     if not mask.is_floating_point():
         raise TypeError(f"attention_mask with 4 dimensions must be bool or additive; got {mask.dtype}")
-    if look and bool(((mask != 0) & ~(mask < SOFT)).any()):
+    if look and bool(((mask != 0) & ~(mask <= SOFT)).any()):
         raise ValueError(
-            f"attention_mask with 4 dimensions must be bool, or 0 where a key may be seen and below {SOFT:g} where "
-            "not; got other values, and scores with a bias are not supported"
+            f"attention_mask with 4 dimensions must be bool, or 0 where a key may be seen and at most {SOFT:g} "
+            "where not; got other values, and scores with a bias are not supported"
         )
     return mask == 0
 
@@ -192,7 +209,7 @@ def roles_of_call(
     """Roles of a call's tokens, given or remembered by the cache; ``like``: hidden states (B, S, hidden_size)."""
     B, S = like.shape[:2]
     state = state_of(cache)
-    past = _past_of(state, cache, layer, span)
+    past = _past_of(state, layer, span)
     if visual_mask is None:
         if prior is not None:
             raise ValueError("visual_mask must be given together with prior; got None")
@@ -223,14 +240,14 @@ def roles_of_call(
     return Roles(visual_mask, text_mask, prior, past, frozen, (~pictures).to(torch.float32), given)
 
 
-def _past_of(state: CacheState | None, cache: Any, layer: int, span: Span) -> Any:
+def _past_of(state: CacheState | None, layer: int, span: Span) -> Any:
     """The layer's state after the cached positions, or None where there are none."""
     if not span.traced and span.past == 0:
         return None
     past = None if state is None else state.layers.get(layer)
-    # a static cache's positions are not counted: compiled steps cannot
-    unseen = past is None or not (span.traced or cache.is_compileable or state.length >= span.past)
-    if unseen or state.packed:
+    # a static cache's positions are not counted: compiled steps cannot. Earlier layers have counted the new ones
+    seen = past is not None and (span.capacity is not None or state.length in (span.past, span.keys))
+    if not seen or state.packed:
         raise ValueError(
             f"past_key_values: layer {layer} holds {span.past} positions that SAR did not see one after the other, so "
             "their text queries were never counted; reset the cache and start with the whole prompt"
