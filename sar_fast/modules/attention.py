@@ -102,6 +102,10 @@ class SARAttention(nn.Module):
             ValueError: SARAttention with these weights would not equal the module: says what is missing, what the
                 module has beside, or by how much the outputs differ.
         """
+        if isinstance(module, SARAttention):
+            raise ValueError(
+                "module must be a transformers attention; it is a SARAttention already: set its sar_config"
+            )
         conversion.check_structure(module)
         head_dim = module.head_dim
         with conversion.isolated(), torch.device("meta"):
@@ -117,6 +121,7 @@ class SARAttention(nn.Module):
         for name in conversion.SHARED:
             if getattr(module, name, None) is not None:
                 setattr(new, name, getattr(module, name))
+        new.is_causal = getattr(module, "is_causal", True)
         new.scaling = getattr(module, "scaling", new.scaling)
         new.attention_dropout = getattr(module, "attention_dropout", 0.0)
         new.rope_theta, new.model_positions = conversion.check_equal(new, module)
@@ -136,7 +141,7 @@ class SARAttention(nn.Module):
         position_ids: Tensor | None = None,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """Causal attention of (B, S, hidden_size).
+        """Attention of (B, S, hidden_size); causal, but for modules taken from one with ``is_causal=False``.
 
         Args:
             position_embeddings: (cos, sin), each (B or 1, S, R), R even and at most head_dim: the first R channels of
@@ -163,13 +168,13 @@ class SARAttention(nn.Module):
             ValueError: a mask or prior of another shape, dtype or device; a cache that SAR did not fill; dropout.
             TypeError: an unknown keyword, with the nearest known one.
         """
-        inputs.check_keywords(keywords)
+        inputs.check_keywords(keywords, causal=self.is_causal)
         inputs.check_not_packed(position_ids, attention_mask)
         if self.training and self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0 in training: no dropout; got {self.attention_dropout}")
         B, S = inputs.check_hidden(hidden_states)
         span = inputs.cache_span(past_key_values, self.layer_idx, S)
-        padding, dense = inputs.split_mask(attention_mask, B, S, span, hidden_states.device)
+        padding, dense = inputs.split_mask(attention_mask, B, S, span, hidden_states.device, causal=self.is_causal)
         roles = None
         if self.sar_config.activation_layer_k > 0:
             roles = inputs.roles_of_call(
@@ -193,7 +198,7 @@ class SARAttention(nn.Module):
             k, v = (x[:, :, : span.keys].transpose(1, 2) for x in (k, v))  # a static cache has unfilled slots
             if k.shape[1] != span.keys:
                 raise ValueError(f"past_key_values must keep all positions, {span.keys}; it gave {k.shape[1]}")
-        options = AttentionOptions(softmax_scale=self.scaling, causal=dense is None, softcap=self.softcap)
+        options = AttentionOptions(self.scaling, causal=self.is_causal and dense is None, softcap=self.softcap)
         if roles is None:
             out, _ = plain_attention(q, k, v, options=options, key_padding_mask=padding, attn_mask=dense)
         else:

@@ -44,8 +44,6 @@ def check_structure(module: nn.Module) -> None:
             f"module must hold the projections {', '.join(PROJECTIONS)} and at most q_norm and k_norm; {name} also has "
             f"{', '.join(extra)}"
         )
-    if not getattr(module, "is_causal", True):
-        raise ValueError(f"module must be causal; {name} has is_causal=False")
     _check_sees_everything(module)
     heads, total = module.q_proj.out_features // module.head_dim, _heads_of(module)
     if total is not None and heads != total:

@@ -35,20 +35,20 @@ REFUSED = {
     **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"), _PACKED),
     "output_attentions": "no attention matrix exists; statistics are in last_stats",
     "sliding_window": "the module attends to all positions; a 4D attention_mask can hide some",
-    "is_causal": "the module is causal; a 4D attention_mask can show more",
+    "is_causal": "the module's own is_causal holds; a 4D attention_mask can show other keys",
     "softcap": "it is given at construction",
     "dropout": "no kernel has dropout",
 }
 SOFT = -1e4  # an additive mask's value up to this leaves nothing of a score
 
 
-def check_keywords(keywords: dict[str, Any]) -> None:
+def check_keywords(keywords: dict[str, Any], *, causal: bool) -> None:
     """Raise for a keyword that would change the result (``ValueError``) or is not known (``TypeError``)."""
+    nothing = {**dict.fromkeys(REFUSED, False), "is_causal": causal}  # the values that, as None, ask for nothing
     for name, value in keywords.items():
-        known = name in WITHOUT_EFFECT or name in REFUSED
-        if value is None or (known and value is (name == "is_causal")) or name in WITHOUT_EFFECT:
-            continue  # None, and False, ask for nothing
-        if known:
+        if value is None or name in WITHOUT_EFFECT or value is nothing.get(name, ...):
+            continue
+        if name in REFUSED:
             got = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
             raise ValueError(f"{name} is not supported: {REFUSED[name]}; got {got}")
         near = difflib.get_close_matches(name, NAMES, n=1)
@@ -115,7 +115,9 @@ def cache_span(cache: Any, layer: int, length: int) -> Span:
     return Span(past, past + length, capacity)
 
 
-def split_mask(attention_mask: Any, batch: int, length: int, span: Span, device: torch.device) -> tuple:
+def split_mask(
+    attention_mask: Any, batch: int, length: int, span: Span, device: torch.device, *, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """(key padding (B, keys) bool or None, dense (B or 1, 1, S, keys) bool or None) of a call."""
     padding = dense = None
     if attention_mask is not None:
@@ -125,8 +127,10 @@ def split_mask(attention_mask: Any, batch: int, length: int, span: Span, device:
     if not span.traced or dense is not None:
         return padding, dense
     key = torch.arange(span.keys, device=device)
-    filled = key <= span.past + torch.arange(length, device=device)[:, None]  # [S, keys]
-    if length == 1:
+    filled = key < span.past + length  # [keys]
+    if length > 1 and causal:
+        filled = key <= span.past + torch.arange(length, device=device)[:, None]  # [S, keys]
+    if filled.dim() == 1:
         return filled.expand(batch, -1) if padding is None else filled & padding, None
     return None, filled[None, None] if padding is None else filled[None, None] & padding[:, None, None]
 

@@ -75,12 +75,12 @@ def model_positions(module: nn.Module) -> ModelPositions:
     for owner in type(module).__mro__:
         namespace = vars(sys.modules.get(owner.__module__, object))
         found = [c for n, c in namespace.items() if n.endswith("RotaryEmbedding") and isinstance(c, type)]
-        # a file with several has one per tower: that of the text's is named as its attention is
-        for cls in sorted(found, key=lambda c: SequenceMatcher(None, c.__name__, type(module).__name__).ratio())[::-1]:
+        if found:  # a file with several has one per tower: that of the text's is named as its attention is
+            cls = max(found, key=lambda c: SequenceMatcher(None, c.__name__, type(module).__name__).ratio())
             try:
                 rotary = cls(config)
             except (TypeError, AttributeError, KeyError, ValueError):
-                continue
+                break
             per_layer = "layer_type" in inspect.signature(cls.forward).parameters
             return ModelPositions(rotary, layer_type_of(module) if per_layer else None)
     return ModelPositions(None, None)

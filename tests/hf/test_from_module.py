@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from sar_fast import SARAttention, SARConfig
 from sar_fast.reference import sar_attention_reference
@@ -82,6 +82,42 @@ def test_a_model_with_its_attention_swapped_gives_the_same_logits(model_type, mo
     assert torch.equal(model.generate(**call, **greedy), tokens)
 
 
+@pytest.mark.parametrize("mode", ["running", "step", "prompt"])
+def test_a_swapped_model_decodes_alike_on_a_static_cache(mode, one_thread):
+    """Masks go down through the model, a second picture too; layers share the cache's record of the pictures."""
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn = SARAttention.from_module(layer.self_attn, SARConfig(beta=0.3, decode=mode))
+    ids = torch.randint(3, 99, (1, 30), generator=torch.Generator().manual_seed(0))
+    visual = torch.zeros(1, 30, dtype=torch.bool)
+    visual[:, 2:9] = visual[:, 18:24] = True
+    given = lambda start, end: {
+        "visual_mask": visual[:, :end],
+        "text_mask": ~visual[:, start:end],
+        "prior": visual[:, :end] / visual[:, :end].sum(),
+    }
+    turns = [(0, 14, given(0, 14)), (14, 15, {}), (15, 27, given(15, 27)), (27, 28, {}), (28, 30, {})]
+    outs = []
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=40)):
+        with torch.no_grad():
+            calls = [model(ids[:, a:b], past_key_values=cache, use_cache=True, **roles).logits for a, b, roles in turns]
+        outs.append(torch.cat(calls, dim=1))
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outs[0], model_off(model, ids), rtol=0.01, atol=0.1)
+
+
+def model_off(model, ids):
+    for layer in model.model.layers:
+        layer.self_attn.sar_config = PLAIN
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_a_sar_attention_is_refused(one_thread):
+    with pytest.raises(ValueError, match="it is a SARAttention already: set its sar_config"):
+        SARAttention.from_module(SARAttention(64, 4))
+
+
 DIFFERS = r"on random input {} differs by \d"
 REFUSED = [
     ("cohere", {}, DIFFERS.format("CohereAttention")),  # interleaved rotary
@@ -117,6 +153,19 @@ def test_attention_that_cannot_be_expressed_is_refused(model_type, more, message
     module = tiny(model_type, **more).model.layers[0].self_attn
     with pytest.raises(ValueError, match=message):
         SARAttention.from_module(module, PLAIN)
+
+
+def test_attention_that_is_not_causal_stays_so(one_thread):
+    """PaliGemma's text layers: without a mask, every query sees every key."""
+    model = tiny("gemma", use_bidirectional_attention=True)
+    module, x = model.model.layers[0].self_attn, torch.randn(2, 9, 64)
+    embeddings = model.model.rotary_emb(x, torch.arange(9)[None])
+    new = SARAttention.from_module(module, PLAIN)
+    for mask in (None, torch.zeros(2, 1, 9, 9)):
+        torch.testing.assert_close(new(x, embeddings, mask)[0], module(x, embeddings, mask)[0], rtol=1e-4, atol=1e-5)
+    new(x, embeddings, is_causal=False)
+    with pytest.raises(ValueError, match=r"is_causal is not supported: the module's own is_causal holds.*got True"):
+        new(x, embeddings, is_causal=True)
 
 
 def test_chunked_attention_is_refused(one_thread):
