@@ -263,6 +263,8 @@ def test_bad_arguments_name_themselves(named, error, message):
 def test_bad_options_of_the_constructor():
     with pytest.raises(ValueError, match=r"softcap must be a finite number >= 0 .*; got -1"):
         SARAttention(64, 4, softcap=-1)
+    with pytest.raises(ValueError, match="rope_theta must be a finite number > 0, or None; got 0"):
+        SARAttention(64, 4, rope_theta=0)
     with pytest.raises(TypeError, match="config must be a SARConfig or None; got dict"):
         SARAttention(64, 4, config={"beta": 0.5})
     with pytest.raises(TypeError, match="config must be a SARConfig or None; got dict"):

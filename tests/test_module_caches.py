@@ -65,7 +65,8 @@ def mask_of(form, real, end, width):
     wide[:, :end] = real[:, :end]
     if form == "2d":
         return wide
-    causal = torch.arange(width) <= torch.arange(end - new, end)[:, None]
+    column = torch.arange(width)
+    causal = (column <= torch.arange(end - new, end)[:, None]) | (column >= end)
     dense = causal & wide[:, None, None].bool()
     return dense if form == "bool" else torch.where(dense, 0.0, torch.finfo(torch.float32).min)
 

@@ -69,6 +69,8 @@ class SARAttention(nn.Module):
             raise ValueError(f"head_dim must be between 1 and {MAX_HEAD_DIM}; got {self.head_dim}")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 <= softcap < math.inf:
             raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r}")
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be a finite number > 0, or None; got {rope_theta!r}")
         if config is not None and not isinstance(config, SARConfig):
             raise TypeError(f"config must be a SARConfig or None; got {type(config).__name__}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -97,6 +99,8 @@ class SARAttention(nn.Module):
         Projections without and with biases, grouped queries, soft-capping, norms of q and k per head, and half-split
         rotary positions, also of some of the channels, can be taken over. Whether that is all the module does is found
         out by running both on random input, in fp32 on the CPU, whatever the weights are and wherever they lie.
+
+        Hooks on the module itself are not taken over.
 
         Raises:
             ValueError: SARAttention with these weights would not equal the module: says what is missing, what the
@@ -209,10 +213,11 @@ class SARAttention(nn.Module):
         """q (B, S, H, D), k and v (B, S, Hkv, D), normalised and rotated."""
         B, S, _ = hidden_states.shape
         q, k, v = (p(hidden_states).view(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if q.shape[2] != self.num_heads or k.shape[2] != self.num_kv_heads:
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if (q.shape[2], k.shape[2], v.shape[2]) != heads:
             raise ValueError(
-                f"q_proj and k_proj must give all heads, {self.num_heads} and {self.num_kv_heads}: SAR weighs "
-                f"a layer's heads against each other; got {q.shape[2]} and {k.shape[2]}"
+                f"q_proj, k_proj and v_proj must give all heads, {heads}: SAR weighs them against each other; "
+                f"got {q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
             )
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)

@@ -124,10 +124,12 @@ def split_mask(
         _check_shape(attention_mask, batch, length, span, device)
         visible = _as_bool(attention_mask)[..., : span.keys]
         padding, dense = (visible, None) if visible.dim() == 2 else (None, visible)
-    if not span.traced or dense is not None:
+    if not span.traced:
         return padding, dense
     key = torch.arange(span.keys, device=device)
     filled = key < span.past + length  # [keys]
+    if dense is not None:
+        return None, dense & filled
     if length > 1 and causal:
         filled = key <= span.past + torch.arange(length, device=device)[:, None]  # [S, keys]
     if filled.dim() == 1:
@@ -175,7 +177,9 @@ def _as_bool(mask: Tensor) -> Tensor:
 
 def check_not_packed(position_ids: Tensor | None, attention_mask: Any) -> None:
     """Positions that start anew without a mask are how packed rows reach FlashAttention: here they would be one."""
-    if attention_mask is not None or position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
+    if attention_mask is not None or not isinstance(position_ids, Tensor):
+        return
+    if position_ids.dim() != 2 or position_ids.shape[1] < 2:
         return
     if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) < 0).any()):
         raise ValueError(f"position_ids must not start anew inside a row: {_PACKED}")
