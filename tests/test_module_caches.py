@@ -105,8 +105,10 @@ def test_decoding_on_a_static_cache_ends_as_the_whole_sequence(mode):
     torch.testing.assert_close(decode(module, static(), real)[:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("side", "form"), [("none", "none"), ("left", "2d"), ("right", "bool")])
+@pytest.mark.parametrize(
+    ("mode", "side", "form"),
+    [*((mode, "none", "none") for mode in MODES), ("running", "left", "2d"), ("prompt", "right", "bool")],
+)
 def test_compiled_decode_step_on_a_static_cache(mode, side, form):
     torch._dynamo.reset()
     module, real = make(mode), real_tokens(side)
