@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from sar_fast import SARAttention, SARConfig
-from sar_fast.modules.attention import rotate
+from sar_fast.modules.positions import rotate
 from sar_fast.reference import sar_attention_reference
 
 SIZES = {
@@ -149,3 +152,141 @@ def test_bad_masks():
         module(x, attention_mask=torch.ones(1, 7), visual_mask=visual, text_mask=text, prior=prior)
     with pytest.raises(ValueError, match="text_mask and prior must be given together"):
         module(x, visual_mask=visual)
+
+
+def test_dropin_keywords_without_effect_are_ignored():
+    module, x = SARAttention(64, 4, config=PLAIN), torch.randn(1, 5, 64)
+    passed = {
+        "use_cache": True,
+        "cache_position": torch.arange(5),
+        "output_hidden_states": True,
+        "output_router_logits": True,
+        "num_items_in_batch": 3,
+        "output_attentions": False,
+        "is_causal": True,
+        "sliding_window": None,
+        "cu_seq_lens_q": None,
+        "whatever": None,
+        "position_ids": torch.arange(5)[None],
+    }
+    assert torch.equal(module(x, **passed)[0], module(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "message"),
+    [
+        (
+            "cu_seq_lens_q",
+            torch.tensor([0, 5]),
+            "cu_seq_lens_q is not supported: packed rows need .*varlen_func",
+        ),
+        ("cu_seq_lens_k", torch.tensor([0, 5]), "cu_seq_lens_k is not supported"),
+        ("max_length_q", 5, "max_length_q is not supported.*got 5"),
+        ("max_length_k", 5, "max_length_k is not supported"),
+        ("seq_idx", torch.zeros(1, 5), "seq_idx is not supported"),
+        ("output_attentions", True, "output_attentions is not supported: no attention matrix exists.*got True"),
+        ("sliding_window", 4, "sliding_window is not supported.*got 4"),
+        ("is_causal", False, "is_causal is not supported.*got False"),
+        ("softcap", 50.0, "softcap is not supported: it is given at construction; got 50.0"),
+        ("dropout", 0.1, "dropout is not supported"),
+        ("position_ids", torch.tensor([[0, 1, 2, 0, 1]]), "position_ids must not start anew inside a row"),
+    ],
+)
+def test_keywords_that_would_change_the_result_are_errors(keyword, value, message):
+    with pytest.raises(ValueError, match=message):
+        SARAttention(64, 4, config=PLAIN)(torch.randn(1, 5, 64), **{keyword: value})
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("visual_masks", "unknown keyword 'visual_masks'; did you mean visual_mask?"),
+        ("visualmask", "did you mean visual_mask?"),
+        ("txt_mask", "did you mean text_mask?"),
+        ("priors", "did you mean prior?"),
+        ("past_key_value", "did you mean past_key_values?"),
+        ("attn_mask", "did you mean attention_mask?"),
+        ("spam", "unknown keyword 'spam'; pass only what attention needs"),
+    ],
+)
+def test_unknown_keywords_are_errors_with_the_nearest_name(keyword, message):
+    """Also with SAR off, and False: a mask under a wrong name would leave SAR without its picture."""
+    for config in (PLAIN, SARConfig()):
+        for value in (torch.ones(1, 5, dtype=torch.bool), False):
+            with pytest.raises(TypeError, match=re.escape(message)):
+                SARAttention(64, 4, config=config)(torch.randn(1, 5, 64), **{keyword: value})
+
+
+META = torch.ones(2, 15, dtype=torch.bool, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        (
+            {"attention_mask": torch.ones(2, 16)},
+            ValueError,
+            r"attention_mask must cover .*, 15 positions; got \(2, 16\)",
+        ),
+        ({"attention_mask": torch.ones(1, 15)}, ValueError, r"attention_mask must be \(2, 15\) or .*; got \(1, 15\)"),
+        ({"attention_mask": torch.ones(3, 15)}, ValueError, r"got \(3, 15\)"),
+        ({"attention_mask": torch.ones(2, 1, 14, 15).bool()}, ValueError, r"got \(2, 1, 14, 15\)"),
+        ({"attention_mask": torch.ones(2, 4, 15, 15).bool()}, ValueError, r"got \(2, 4, 15, 15\)"),
+        ({"attention_mask": torch.ones(2, 15, 15)}, ValueError, r"2 or 4 dimensions; got shape \(2, 15, 15\)"),
+        ({"attention_mask": torch.ones(2, 1, 15, 15).long()}, TypeError, "4 dimensions must be bool or additive; got"),
+        ({"attention_mask": torch.ones(2, 1, 15, 15)}, ValueError, "scores with a bias are not supported"),
+        ({"attention_mask": torch.full((2, 1, 15, 15), -2.0)}, ValueError, "scores with a bias are not supported"),
+        ({"attention_mask": torch.full((2, 15), -torch.inf)}, ValueError, "got negative values"),
+        ({"attention_mask": META}, ValueError, "attention_mask must be on hidden_states' device cpu; got meta"),
+        ({"attention_mask": [1] * 15}, TypeError, "attention_mask must be a tensor or None; got list"),
+        ({"visual_mask": META}, ValueError, "visual_mask must be on hidden_states' device cpu; got meta"),
+        ({"text_mask": META}, ValueError, "text_mask must be on hidden_states' device cpu; got meta"),
+        ({"prior": META.float()}, ValueError, "prior must be on hidden_states' device cpu; got meta"),
+        ({"prior": META.long()}, ValueError, "prior must have shape .* and be floating point; got torch.int64"),
+        ({"visual_mask": [True]}, ValueError, "visual_mask must be bool of shape .*; got list"),
+        ({"visual_mask": None}, ValueError, "visual_mask must be given together with prior"),
+        ({"position_ids": torch.arange(14)[None]}, ValueError, r"position_ids must be integers .*; got \(1, 14\)"),
+        ({"position_ids": torch.arange(15.0)[None]}, ValueError, "position_ids must be integers"),
+        ({"position_embeddings": (torch.ones(1, 1, 16),) * 2}, ValueError, r"position_embeddings must .*\(1, 1, 16\)"),
+        ({"position_embeddings": (torch.ones(1, 15, 18),) * 2}, ValueError, "R even and at most head_dim, 16; got"),
+        ({"position_embeddings": torch.ones(2, 15, 16)}, ValueError, "position_embeddings must be .*; got Tensor"),
+        ({"hidden_states": torch.ones(15, 64)}, ValueError, r"hidden_states must be .*; got shape \(15, 64\)"),
+    ],
+)
+def test_bad_arguments_name_themselves(named, error, message):
+    visual, text, prior = roles(2, 15)
+    given = {"hidden_states": torch.randn(2, 15, 64), "visual_mask": visual, "text_mask": text, "prior": prior}
+    with pytest.raises(error, match=message):
+        SARAttention(64, 4)(**{**given, **named})
+
+
+def test_bad_options_of_the_constructor():
+    with pytest.raises(ValueError, match=r"softcap must be a finite number >= 0 .*; got -1"):
+        SARAttention(64, 4, softcap=-1)
+    with pytest.raises(ValueError, match="rope_theta must be a finite number > 0, or None; got 0"):
+        SARAttention(64, 4, rope_theta=0)
+    with pytest.raises(TypeError, match="config must be a SARConfig or None; got dict"):
+        SARAttention(64, 4, config={"beta": 0.5})
+    with pytest.raises(TypeError, match="config must be a SARConfig or None; got dict"):
+        SARAttention.from_module(hf_module("llama")[1], {"beta": 0.5})
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    module, x = SARAttention(64, 4, 2, config=SARConfig(beta=0.3, sav_grad=True)), torch.randn(1, 15, 64)
+    named = dict(zip(("visual_mask", "text_mask", "prior"), roles(1, 15)))
+    grads = []
+    for call in (module, lambda *a, **k: checkpoint(module, *a, use_reentrant=False, **k)):
+        module.zero_grad()
+        call(x, **named)[0].square().sum().backward()
+        grads.append([p.grad.clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_half_precision_beside_fp32_cosines():
+    """As under autocast, and with embeddings that a caller keeps in fp32."""
+    module, x = SARAttention(64, 4, 2, config=PLAIN).bfloat16(), torch.randn(1, 9, 64).bfloat16()
+    cos, sin = module._rotary(None, 0, x.float())
+    cache = DynamicCache()
+    out = module(x, (cos, sin), None, cache)[0]
+    assert out.dtype == cache.layers[0].keys.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), module.float()(x.float(), (cos, sin))[0], rtol=0.05, atol=0.02)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sar_fast.cache_state import attach, state_of
+from sar_fast.cache_state import attach
 from sar_fast.config import SARConfig
 from sar_fast.decoding import attend_with_state
 from sar_fast.functional import plain_attention
+from sar_fast.modules import conversion, inputs, positions
 from sar_fast.types import AttentionOptions, SARStats
 from sar_fast.validation import MAX_HEAD_DIM
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split convention: x (B, S, heads, D), cos and sin (B or 1, S, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
 
 
 class SARAttention(nn.Module):
@@ -34,9 +30,14 @@ class SARAttention(nn.Module):
         qkv_bias, o_bias: biases of the projections.
         qk_norm: RMS-normalise q and k per head before the rotary embedding (Qwen3).
         norm_eps: its epsilon.
-        rope_theta: base of the rotary frequencies, used when a call brings no ``position_embeddings``.
+        rope_theta: base of the rotary frequencies, used when a call brings no ``position_embeddings``; None: such a
+            call rotates nothing.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); 0 = off.
         layer_idx: this layer's place in a cache.
         config: SAR's options; ``activation_layer_k=0`` makes the module plain attention.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is needed.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class SARAttention(nn.Module):
         o_bias: bool = False,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
+        softcap: float = 0.0,
         layer_idx: int = 0,
         config: SARConfig | None = None,
     ) -> None:
@@ -65,10 +67,19 @@ class SARAttention(nn.Module):
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         if not 1 <= self.head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be between 1 and {MAX_HEAD_DIM}; got {self.head_dim}")
+        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 <= softcap < math.inf:
+            raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r}")
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be a finite number > 0, or None; got {rope_theta!r}")
+        if config is not None and not isinstance(config, SARConfig):
+            raise TypeError(f"config must be a SARConfig or None; got {type(config).__name__}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_key_value_groups = num_heads // num_kv_heads
         self.scaling = self.head_dim**-0.5
         self.rope_theta = rope_theta
+        self.model_positions: positions.ModelPositions | None = None
+        self.softcap = float(softcap)
+        self.attention_dropout = 0.0
         self.layer_idx = layer_idx
         self.is_causal = True
         self.sar_config = SARConfig() if config is None else config
@@ -85,35 +96,41 @@ class SARAttention(nn.Module):
     def from_module(cls, module: nn.Module, config: SARConfig | None = None) -> SARAttention:
         """Build from a transformers attention module; projections and norms are the same objects, not copies.
 
+        Projections without and with biases, grouped queries, soft-capping, norms of q and k per head, and half-split
+        rotary positions, also of some of the channels, can be taken over. Whether that is all the module does is found
+        out by running both on random input, in fp32 on the CPU, whatever the weights are and wherever they lie.
+
+        Hooks on the module itself are not taken over.
+
         Raises:
-            ValueError: the module is not a LLaMA/Qwen-style self-attention; says what is missing.
+            ValueError: SARAttention with these weights would not equal the module: says what is missing, what the
+                module has beside, or by how much the outputs differ.
         """
-        missing = [
-            n for n in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx") if not hasattr(module, n)
-        ]
-        if missing:
+        if isinstance(module, SARAttention):
             raise ValueError(
-                f"module must be a LLaMA/Qwen-style self-attention; {type(module).__name__} lacks {', '.join(missing)}"
+                "module must be a transformers attention; it is a SARAttention already: set its sar_config"
             )
-        if getattr(module, "sliding_window", None) is not None:
-            raise ValueError(f"module must attend to all positions; it has sliding_window={module.sliding_window}")
-        head_dim, width = module.head_dim, module.q_proj.in_features
-        with torch.device("meta"):
+        conversion.check_structure(module)
+        head_dim = module.head_dim
+        with conversion.isolated(), torch.device("meta"):
             new = cls(
-                width,
+                module.q_proj.in_features,
                 module.q_proj.out_features // head_dim,
                 module.k_proj.out_features // head_dim,
                 head_dim,
+                softcap=getattr(module, "attn_logit_softcapping", None) or 0.0,
                 layer_idx=module.layer_idx,
                 config=config,
             )
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
-            if hasattr(module, name):
+        for name in conversion.SHARED:
+            if getattr(module, name, None) is not None:
                 setattr(new, name, getattr(module, name))
+        new.is_causal = getattr(module, "is_causal", True)
         new.scaling = getattr(module, "scaling", new.scaling)
-        theta = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-        new.rope_theta = theta.get("rope_theta", new.rope_theta)
-        return new.train(module.training)
+        new.attention_dropout = getattr(module, "attention_dropout", 0.0)
+        new.rope_theta, new.model_positions = conversion.check_equal(new, module)
+        new.training = module.training
+        return new
 
     def forward(
         self,
@@ -126,119 +143,138 @@ class SARAttention(nn.Module):
         text_mask: Tensor | None = None,
         prior: Tensor | None = None,
         position_ids: Tensor | None = None,
-        **_: Any,
+        **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """Attention of (B, S, hidden_size).
+        """Attention of (B, S, hidden_size); causal, but for modules taken from one with ``is_causal=False``.
 
         Args:
-            position_embeddings: (cos, sin), each (B or 1, S, head_dim); default from ``position_ids`` (B, S), which
-                default to the positions after the cached ones.
-            attention_mask: (B, past + S) non-zero = real token, or (B, 1, S, past + S) bool or additive.
+            position_embeddings: (cos, sin), each (B or 1, S, R), R even and at most head_dim: the first R channels of
+                each head are rotated. Default: of ``position_ids`` (B, S), which default to the positions after the
+                cached ones; with the rotary embedding of its model where the module was taken from one.
+            attention_mask: (B, past + S) non-zero = real token, or (B or 1, 1, S, past + S) bool or additive with 0 =
+                visible; on a static cache also over all its columns.
             past_key_values: a transformers cache; it also carries this layer's decode state.
-            visual_mask: (B, past + S) bool; text_mask: (B, S) bool; prior: (B, past + S). Needed for a prompt; at
-                decode steps the cache remembers V and the prior, and every new query is text unless text_mask says so.
+            visual_mask: (B, past + S) bool; text_mask: (B, S) bool; prior: (B, past + S). All three are needed for a
+                prompt. At decode steps the cache remembers V and the prior, and every new query that no 2D
+                attention_mask hides is text unless text_mask says so. For a second picture give all three again: V and
+                the prior of all pictures so far, the earlier ones where they were, and the text after the new one; T
+                starts afresh in the rows with new visual tokens, and weights frozen by ``decode="prompt"`` are computed
+                anew. Without new visual tokens T goes on, and frozen weights stay.
+            keywords: what decoder layers pass down: those without effect on attention (``use_cache``,
+                ``cache_position``, ``output_hidden_states``, ``num_items_in_batch``, ...) and any that are None are
+                ignored; all others are errors, by name where they would change the result (``cu_seq_lens_q``,
+                ``output_attentions=True``, ``sliding_window``, ``is_causal=False``, ...).
 
         Returns:
             (output (B, S, hidden_size), None), as transformers' attention modules.
-        """
-        B, S, _ = hidden_states.shape
-        shape = (B, S, -1, self.head_dim)
-        q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-        if position_embeddings is None:
-            position_embeddings = self._rotary(position_ids, past_length, hidden_states)
-        cos, sin = position_embeddings
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = (x[:, :, : past_length + S].transpose(1, 2) for x in (k, v))  # a static cache has unfilled slots
 
-        padding, dense = _split_mask(attention_mask, k.shape[1])
-        options = AttentionOptions(softmax_scale=self.scaling, causal=dense is None)
-        if self.sar_config.activation_layer_k == 0:
+        Raises:
+            ValueError: a mask or prior of another shape, dtype or device; a cache that SAR did not fill; dropout.
+            TypeError: an unknown keyword, with the nearest known one.
+        """
+        inputs.check_keywords(keywords, causal=self.is_causal)
+        inputs.check_not_packed(position_ids, attention_mask)
+        if self.training and self.attention_dropout:
+            raise ValueError(f"attention_dropout must be 0 in training: no dropout; got {self.attention_dropout}")
+        B, S = inputs.check_hidden(hidden_states)
+        span = inputs.cache_span(past_key_values, self.layer_idx, S)
+        padding, dense = inputs.split_mask(attention_mask, B, S, span, hidden_states.device, causal=self.is_causal)
+        roles = None
+        if self.sar_config.activation_layer_k > 0:
+            roles = inputs.roles_of_call(
+                visual_mask,
+                text_mask,
+                prior,
+                like=hidden_states,
+                span=span,
+                padding=padding,
+                cache=past_key_values,
+                layer=self.layer_idx,
+                config=self.sar_config,
+            )
+        if position_embeddings is None:
+            position_embeddings = self._rotary(position_ids, span.past, hidden_states)
+        q, k, v = self._project(hidden_states, position_embeddings)
+        if roles is not None and roles.needs_no_grad(self.sar_config, q, k, v):
+            raise ValueError("past_key_values: running statistics have no backward; call it under torch.no_grad()")
+        if past_key_values is not None:  # the first write: everything was checked before
+            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = (x[:, :, : span.keys].transpose(1, 2) for x in (k, v))  # a static cache has unfilled slots
+            if k.shape[1] != span.keys:
+                raise ValueError(f"past_key_values must keep all positions, {span.keys}; it gave {k.shape[1]}")
+        options = AttentionOptions(self.scaling, causal=self.is_causal and dense is None, softcap=self.softcap)
+        if roles is None:
             out, _ = plain_attention(q, k, v, options=options, key_padding_mask=padding, attn_mask=dense)
         else:
-            out = self._reweighted(q, k, v, visual_mask, text_mask, prior, padding, dense, options, past_key_values)
+            out = self._reweighted(q, k, v, roles, padding, dense, options, span, past_key_values)
         return self.o_proj(out.reshape(B, S, -1)), None
 
-    def _rotary(self, position_ids: Tensor | None, past_length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        if position_ids is None:
-            position_ids = torch.arange(past_length, past_length + like.shape[1], device=like.device)[None]
-        exponent = torch.arange(0, self.head_dim, 2, device=like.device, dtype=torch.float32) / self.head_dim
-        angle = position_ids[..., None].float() * self.rope_theta**-exponent  # [B or 1, S, D / 2]
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    def _project(self, hidden_states: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """q (B, S, H, D), k and v (B, S, Hkv, D), normalised and rotated."""
+        B, S, _ = hidden_states.shape
+        q, k, v = (p(hidden_states).view(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if (q.shape[2], k.shape[2], v.shape[2]) != heads:
+            raise ValueError(
+                f"q_proj, k_proj and v_proj must give all heads, {heads}: SAR weighs them against each other; "
+                f"got {q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
+            )
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if embeddings is not None:
+            cos, sin = positions.check_embeddings(embeddings, B, S, self.head_dim)
+            q, k = positions.rotate(q, cos, sin), positions.rotate(k, cos, sin)
+        return q.to(v.dtype), k.to(v.dtype), v  # fp32 norms or cosines beside half-precision projections
+
+    def _rotary(self, position_ids: Tensor | None, past: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) of a call that brings none; None where the module has no positions of its own."""
+        if self.model_positions is None and self.rope_theta is None:
+            return None
+        if position_ids is not None:
+            inputs.check_position_ids(position_ids, like)
+        else:
+            position_ids = (past + torch.arange(like.shape[1], device=like.device))[None]
+        if self.model_positions is not None:
+            return self.model_positions(like, position_ids)
+        return positions.half_split(like, position_ids, self.head_dim, self.rope_theta)
 
     def _reweighted(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        visual_mask: Tensor | None,
-        text_mask: Tensor | None,
-        prior: Tensor | None,
+        roles: inputs.Roles,
         padding: Tensor | None,
         dense: Tensor | None,
         options: AttentionOptions,
+        span: inputs.Span,
         cache: Any,
     ) -> Tensor:
-        B, S, Sk = q.shape[0], q.shape[1], k.shape[1]
-        remembered = state_of(cache)
-        past = remembered.layers.get(self.layer_idx) if remembered is not None else None
-        if visual_mask is None and past is None:
-            raise ValueError(
-                "visual_mask, text_mask and prior must be given for a prompt (an all-False visual_mask for text only); "
-                "got visual_mask=None"
-            )
-        frozen = past is not None and visual_mask is None and self.sar_config.decode == "prompt"
-        if visual_mask is None:
-            missing = Sk - remembered.visual_mask.shape[1]
-            visual_mask = nn.functional.pad(remembered.visual_mask, (0, missing))
-            prior = nn.functional.pad(remembered.norms, (0, missing))
-            if text_mask is None:
-                text_mask = torch.ones(B, S, dtype=torch.bool, device=q.device)
-        elif text_mask is None or prior is None:
-            raise ValueError("text_mask and prior must be given together with visual_mask; got None")
-        for name, mask, want in (("visual_mask", visual_mask, (B, Sk)), ("text_mask", text_mask, (B, S))):
-            if mask.dtype != torch.bool or tuple(mask.shape) != want:
-                raise ValueError(f"{name} must be bool of shape {want}; got {mask.dtype} {tuple(mask.shape)}")
-        if tuple(prior.shape) != (B, Sk):
-            raise ValueError(f"prior must have shape {(B, Sk)}; got {tuple(prior.shape)}")
+        """SAR attention (B, S, H, D), with the cache's state read and written."""
         out, self.last_stats, state = attend_with_state(
             q,
             k,
             v,
-            visual_mask,
-            text_mask,
-            prior,
+            roles.visual_mask,
+            roles.text_mask,
+            roles.prior,
             config=self.sar_config,
             options=options,
-            past=past,
-            frozen=frozen,
+            past=roles.past,
+            frozen=roles.frozen,
+            carried_rows=roles.carried_rows,
             key_padding_mask=padding,
             attn_mask=dense,
+            check_prior=roles.given,
         )
-        if cache is not None and not frozen:
-            on_cache = attach(cache)
-            on_cache.visual_mask, on_cache.norms = visual_mask, prior
-            on_cache.store(self.layer_idx, state, Sk, keep_snapshots=self.sar_config.decode == "running")
+        if cache is None:
+            return out
+        on_cache = attach(cache)
+        if not span.traced:
+            on_cache.length = span.keys
+        if not roles.frozen:
+            if roles.given:
+                on_cache.visual_mask, on_cache.norms = roles.visual_mask, roles.prior.detach()
+            snapshots = self.sar_config.decode == "running" and span.capacity is None  # static caches cannot crop
+            on_cache.store(self.layer_idx, state, span.keys, keep_snapshots=snapshots)
         return out
-
-
-def _split_mask(attention_mask: Tensor | None, num_keys: int) -> tuple[Tensor | None, Tensor | None]:
-    """(key padding (B, keys) bool or None, dense (B or 1, 1, S, keys) bool or None)."""
-    if attention_mask is None:
-        return None, None
-    if attention_mask.dim() == 2:
-        if attention_mask.shape[1] != num_keys:
-            raise ValueError(
-                f"attention_mask must cover the cached and the new positions, {num_keys}; got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        return attention_mask != 0, None
-    if attention_mask.dim() == 4:
-        dense = attention_mask[..., :num_keys]
-        return None, dense if dense.dtype == torch.bool else dense == 0
-    raise ValueError(f"attention_mask must have 2 or 4 dimensions; got shape {tuple(attention_mask.shape)}")
