@@ -40,9 +40,10 @@ class CacheState:
         visual_mask: (B, L) bool, visual positions up to the last call that brought any.
         norms: (B, L) fp32, feature norms of those positions, 0 elsewhere; the prior is their share of the row's sum.
         layers: layer index -> state.
-        snapshots: per layer, (cache length, state) after every call, so that cropping to a call's end is exact.
+        snapshots: per layer, (cache length, state) after every call that changed it, for cropping.
         packed: the cache was filled by packed sequences, and cannot be continued.
         length: positions that passes under SAR filled, with pictures or without; not counted on static caches.
+        decode: ``SARConfig.decode`` of the layers' states.
         config: the options that it was filled under, once known.
         switch: off once SAR was removed from the model that filled it.
     """
@@ -53,6 +54,7 @@ class CacheState:
     snapshots: dict[int, list[tuple[int, SARState]]] = dataclasses.field(default_factory=dict)
     packed: bool = False
     length: int = 0
+    decode: str = "running"
     config: SARConfig | None = None
     switch: Switch = dataclasses.field(default_factory=Switch)
 
@@ -105,12 +107,14 @@ class CacheState:
         """Forget everything, as a reset cache has."""
         self.__init__()
 
-    def store(self, layer: int, state: SARState, length: int, *, keep_snapshots: bool) -> None:
-        """Set a layer's state after a call that brought the cache to ``length``.
+    def store(self, layer: int, state: SARState, length: int, decode: str, *, grows: bool) -> None:
+        """Set a layer's state after a call under ``decode`` that brought the cache to ``length``.
 
-        Without snapshots the tensors are updated in place, so that a compiled or captured decode step sees one state.
+        Where the cache does not grow, the tensors are updated in place, so that a compiled or captured decode step sees
+        one state; such caches cannot be cropped.
         """
-        old = self.layers.get(layer)
+        self.decode = decode
+        keep_snapshots, old = grows and decode != "step", self.layers.get(layer)
         if not keep_snapshots and old is not None and old.av_sum.shape == state.av_sum.shape:
             for kept, new in zip(old.tensors(), state.tensors()):
                 kept.copy_(new)
@@ -124,14 +128,29 @@ class CacheState:
         log.append((length, state))
 
     def check_crop(self, length: int) -> None:
-        """``ValueError`` unless the sums are known where the cache holds ``length`` positions."""
-        for log in self.snapshots.values() if length else ():
+        """``ValueError`` unless the layers' states are known where the cache holds ``length`` positions."""
+        if not length or not self._changes(length):
+            return
+        for log in self.snapshots.values():
             ends = [n for n, _ in log]
-            if length not in ends:
+            before = max((n for n in ends if n <= length), default=0)
+            if self.decode == "running" and length not in ends:
                 raise ValueError(
                     f"cache.crop: SAR's running sums are known at the ends of calls, {ends}, not at length {length}; "
                     'crop to one of those, or use SARConfig(decode="prompt") or "step", which keep no sums'
                 )
+            if self.decode == "prompt" and bool(self.visual_mask[:, before:length].any()):
+                raise ValueError(
+                    f"cache.crop: length {length} keeps some pictures of a call and cuts off others that its frozen "
+                    f"weights are of too; crop to {before} or less, or keep them all"
+                )
+
+    def _changes(self, length: int) -> bool:
+        """Whether cropping to ``length`` changes the layers' states: frozen weights go with their pictures alone."""
+        if self.decode == "running":
+            return True
+        cut = self.visual_mask is not None and self.visual_mask.shape[1] > length
+        return self.decode == "prompt" and cut and bool(self.visual_mask[:, length:].any())
 
     def crop(self, length: int) -> None:
         """Go back to the state when the cache held ``length`` positions."""
@@ -140,9 +159,10 @@ class CacheState:
             return
         self.check_crop(length)
         self.length = min(self.length, length)
-        for layer, log in self.snapshots.items():
-            self.snapshots[layer] = [entry for entry in log if entry[0] <= length]
-            self.layers[layer] = self.snapshots[layer][-1][1]
+        if self._changes(length):
+            self.snapshots = {i: [entry for entry in log if entry[0] <= length] for i, log in self.snapshots.items()}
+            self.layers = {i: log[-1][1] for i, log in self.snapshots.items() if log}
+            self.snapshots = {i: log for i, log in self.snapshots.items() if log}
         if self.visual_mask is not None and self.visual_mask.shape[1] > length:
             self.visual_mask, self.norms = self.visual_mask[:, :length], self.norms[:, :length]
 

@@ -275,6 +275,5 @@ class SARAttention(nn.Module):
         if not roles.frozen:
             if roles.given:
                 on_cache.visual_mask, on_cache.norms = roles.visual_mask, roles.prior.detach()
-            snapshots = self.sar_config.decode == "running" and span.capacity is None  # static caches cannot crop
-            on_cache.store(self.layer_idx, state, span.keys, keep_snapshots=snapshots)
+            on_cache.store(self.layer_idx, state, span.keys, self.sar_config.decode, grows=span.capacity is None)
         return out

@@ -35,18 +35,22 @@ class Devices(TorchFunctionMode):
         return self.places.get(tensor, CPU)
 
     def spread(self, model: nn.Module, second: list[nn.Module]) -> None:
-        """Put a model on the first device but for some of its modules, which get their inputs moved to the second."""
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.put(tensor, FIRST)
-        for module in second:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self.put(tensor, SECOND)
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs: self._on_second((args, kwargs)), with_kwargs=True
-            )
+        """Put a model on the first device but for some of its modules; inputs move to where weights are.
 
-    def _on_second(self, values: Any) -> Any:
-        return tree_map(lambda x: x.to(SECOND) if isinstance(x, Tensor) else x, values)
+        As accelerate's ``device_map`` does it: a hook on those modules, and on every module with weights of its own.
+        """
+        places = {module: SECOND for top in second for module in top.modules()}
+        for module in model.modules():
+            device = places.get(module, FIRST)
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            for tensor in own:
+                self.put(tensor, device)
+            if own or module in second:
+                module.register_forward_pre_hook(self._mover(device), with_kwargs=True)
+
+    def _mover(self, device: torch.device) -> Any:
+        move = lambda x: x.to(device) if isinstance(x, Tensor) else x
+        return lambda module, args, kwargs: tree_map(move, (args, kwargs))
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch on the first device."""
@@ -59,6 +63,8 @@ class Devices(TorchFunctionMode):
         leaves = tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         target = next((x for x in leaves if isinstance(x, torch.device)), None)
+        if name == "to" and len(tensors) == 2:
+            target = self.place(tensors[1])
         counted = tensors[:1] if name in INDEXING else [x for x in tensors if x.dim() or self.place(x) != CPU]
         places = {self.place(x) for x in counted}
         if len(places) > 1 and name not in MOVES:

@@ -12,7 +12,7 @@ from sar_fast import SARConfig, apply_sar
 from tests.hf.test_caches import MODES, assert_same, config_of, generate, row_of
 from tests.hf.test_foreign_caches import filled, step
 from tests.hf.test_wrappers import assert_close
-from tests.hf.tiny import llava, llava_batch, qwen2_5_vl, qwen_batch
+from tests.hf.tiny import IMAGE, llava, llava_batch, qwen2_5_vl, qwen_batch
 
 OTHERS = {
     "activation_layer_k": 2,
@@ -207,6 +207,36 @@ def test_a_crop_that_is_refused_cuts_nothing(model):
                 cache.crop(-2)
             assert cache.get_seq_length() == length
         assert step(model, cache).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_picture_that_is_cropped_away_is_forgotten(model, mode):
+    first, second = row_of(llava_batch, [1, 1], 0), row_of(llava_batch, [1, 1], 1)
+    with apply_sar(model, config_of(mode)), torch.no_grad():
+        cache = filled(model, first)
+        step(model, cache)
+        length = cache.get_seq_length()
+        want = step(model, copy.deepcopy(cache), [[21]])
+        added = model(**second, past_key_values=cache).logits.shape[1]
+        assert (step(model, cache, [[21]]) - want).abs().max() > 1e-2 * want.abs().max()
+        cache.crop(-1)
+        cache.crop(-added)
+        assert cache.get_seq_length() == length
+        assert_close(step(model, cache, [[21]]), want)
+
+
+def test_frozen_weights_stay_with_their_pictures(model):
+    row = row_of(llava_batch, [2], 0)
+    with apply_sar(model, config_of("prompt")), torch.no_grad():
+        cache = filled(model, row)
+        want = step(model, copy.deepcopy(cache))
+        step(model, cache)
+        cache.crop(-1)
+        assert_close(step(model, cache), want)
+        length, last = cache.get_seq_length(), int((row["input_ids"][0] == IMAGE).nonzero()[-1])
+        with pytest.raises(ValueError, match="keeps some pictures of a call"):
+            cache.crop(last - length)
+        assert cache.get_seq_length() == length
 
 
 # after SAR

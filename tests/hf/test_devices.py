@@ -18,9 +18,15 @@ def family(request):
 
 
 def spread(devices, model, split=2):
-    """Vision tower, embeddings and the first layers on one device; the rest, norm and head on the other."""
+    """The first ``split`` layers on one device with all before them; the rest, norm and head on the other.
+
+    ``"vision"``: only the vision encoder on the other.
+    """
     text = model.get_decoder()
-    devices.spread(model, [*text.layers[split:], text.norm, model.lm_head])
+    if split == "vision":
+        devices.spread(model, [getattr(model.model, "visual", None) or model.model.vision_tower])
+    else:
+        devices.spread(model, [*text.layers[split:], text.norm, model.lm_head])
 
 
 def test_the_pretence_sees_mixed_devices():
@@ -36,7 +42,7 @@ def test_the_pretence_sees_mixed_devices():
             x + torch.ones(3)
 
 
-@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("split", [1, 2, "vision"])
 def test_layers_on_another_device_than_the_vision_tower(family, split):
     model, batch = family
     config = SARConfig(activation_layer_k=3, beta=0.02, backend="torch", record=True, record_rows="last_text")
@@ -49,8 +55,7 @@ def test_layers_on_another_device_than_the_vision_tower(family, split):
             plain = model(**batch, use_cache=False).logits
             with apply_sar(model, config) as handle:
                 got = model(**batch, use_cache=False).logits
-                assert got.device == SECOND
-                assert handle.stats[3].sav.device == SECOND
+                assert got.device == handle.stats[3].sav.device == (FIRST if split == "vision" else SECOND)
     assert_close(got, want)
     assert (got - plain).abs().max() > 1e-2 * plain.abs().max()
 

@@ -218,8 +218,8 @@ def _reweighted(
             on_cache = attach(context.cache)
             if context.placeholders:
                 on_cache.visual_mask, on_cache.norms = context.visual_mask, context.norms
-            snapshots = config.decode == "running" and not context.cache.is_compileable  # static caches cannot crop
-            on_cache.store(layer, state, length - (Sq - stop), keep_snapshots=snapshots)
+            grows = not context.cache.is_compileable
+            on_cache.store(layer, state, length - (Sq - stop), config.decode, grows=grows)
     if config.record:  # the last piece's, but of all queries
         context.recorder.record(layer, dataclasses.replace(stats, lse=torch.cat(lses, -1)) if len(lses) > 1 else stats)
     if config.record_rows == "last_text":
