@@ -158,6 +158,15 @@ def test_masks_that_sar_cannot_read_are_errors(change, message):
         logits(model, {**batch, "attention_mask": change(batch["attention_mask"])})
 
 
+def test_a_mask_that_numbers_sequences_is_an_error():
+    model, batch = llava(), llava_batch([1])
+    numbers = batch["attention_mask"].clone()
+    numbers[:, 20:] = 2
+    logits(model, {**batch, "attention_mask": numbers})
+    with apply_sar(model, SARConfig(activation_layer_k=3)), pytest.raises(ValueError, match="number packed sequences"):
+        logits(model, {**batch, "attention_mask": numbers})
+
+
 # masks longer than past and new
 
 

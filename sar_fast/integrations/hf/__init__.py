@@ -2,7 +2,8 @@
 
 How a forward pass goes: a pre-hook on the base model builds a :class:`~.context.SARContext` (token roles) and passes it
 down as the keyword ``sar_context``; the vision encoder's output brings the patch norms that become the prior; the
-registered attention function reads both; decode state rides on the KV cache. Nothing is global.
+registered attention function reads both; decode state rides on the KV cache. Nothing is global. At the end of a pass
+every re-weighted layer must have attended (:mod:`.flow`).
 """
 
 import sar_fast.integrations.hf.versions  # noqa: F401 -- other versions fail later, without saying why

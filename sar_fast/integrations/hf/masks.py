@@ -53,6 +53,13 @@ def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor) -> Tens
     B, S = shape
     if mask.shape[0] != B:
         raise ValueError(f"attention_mask must have the batch's {B} rows; got shape {tuple(mask.shape)}")
+    look = S > 1 and mask.dtype != torch.bool and not torch.compiler.is_compiling()
+    if look and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            "attention_mask of 2 dimensions must be 1 at real tokens and 0 at padding; got other values, which would all "
+            "count as real. If they number packed sequences: a (batch, 1, queries, keys) mask, or cu_seq_lens_q and "
+            "cu_seq_lens_k"
+        )
     if isinstance(past_length, Tensor):
         columns = past_length.to(mask.device) + torch.arange(S, device=mask.device)
         return mask.index_select(1, columns.clamp_max(mask.shape[1] - 1)) != 0
