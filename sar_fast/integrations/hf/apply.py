@@ -60,6 +60,7 @@ class SARHandle:
         self.shards = tensor_parallel_shards(self.model) if shards is None else shards
         self.base_model = self.model.base_model
         self.total_layers = len(self.attention_modules)
+        self._attention_config = inner_attention(self.attention_modules[-1]).config
         if self.shards is not None:
             self.shards.check_heads(self.model.config.get_text_config().num_attention_heads)
         self.check_options(config)
@@ -243,7 +244,7 @@ class SARHandle:
 
     def _implementation(self) -> str | None:
         """Name of the attention function that the text model's layers call."""
-        return inner_attention(self.attention_modules[-1]).config._attn_implementation
+        return self._attention_config._attn_implementation
 
     def check_implementation(self) -> None:
         """``RuntimeError`` if the text model's layers call another attention function."""

@@ -66,7 +66,9 @@ def _on_stack() -> tuple[tuple[SARContext, FrameType | None], ...]:
 
 @dataclasses.dataclass
 class SARContext:
-    """Context of one forward pass of one model. Attention functions only read it, so recomputation is safe.
+    """Context of one forward pass of one model.
+
+    Attention functions read it and say that they were reached, no more, so recomputation is safe.
 
     Attributes:
         config: the options in force.

@@ -56,9 +56,9 @@ def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor) -> Tens
     look = S > 1 and mask.dtype != torch.bool and not torch.compiler.is_compiling()
     if look and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(
-            "attention_mask of 2 dimensions must be 1 at real tokens and 0 at padding; got other values, which would all "
-            "count as real. If they number packed sequences: a (batch, 1, queries, keys) mask, or cu_seq_lens_q and "
-            "cu_seq_lens_k"
+            "attention_mask of 2 dimensions must be 1 at real tokens and 0 at padding; got other values, which would "
+            "all count as real. If they number packed sequences: a (batch, 1, queries, keys) mask, or cu_seq_lens_q "
+            "and cu_seq_lens_k"
         )
     if isinstance(past_length, Tensor):
         columns = past_length.to(mask.device) + torch.arange(S, device=mask.device)

@@ -61,7 +61,10 @@ def find_attention_modules(model: nn.Module) -> list[nn.Module]:
 
 def inner_attention(module: nn.Module) -> nn.Module:
     """What a wrapper of a self-attention module stands for: the first module inside that knows its config."""
-    return next((m for m in module.modules() if has_config(m)), module)
+    for inner in module.modules():
+        if has_config(inner):
+            return inner
+    raise UnsupportedModelError(f"model: its attention, {type(module).__name__}, has no config that says how to attend")
 
 
 def configs_inside(modules: list[nn.Module]) -> Iterator[Any]:
