@@ -108,7 +108,7 @@ def test_a_draft_of_an_interrupted_generation_is_forgotten(after, where):
         with pytest.raises(KeyboardInterrupt):
             model.generate(**row, max_new_tokens=8, min_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
         assert torch.equal(logits(model, row), want)
-        assert this_thread.drafts is None
+        assert getattr(this_thread, "drafts", None) is None
 
 
 def test_a_pass_inside_another_one():

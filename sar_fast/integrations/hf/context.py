@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import os
 import sys
 import threading
 from types import FrameType
@@ -21,38 +22,44 @@ from sar_fast.integrations.hf.packing import Packing
 from sar_fast.integrations.hf.refusals import refuse_features_not_finite
 from sar_fast.roles import TokenRoles, roles_from_visual
 
-
-class _ThisThread(threading.local):
-    """What runs on this thread's stack: forward passes, a vision call, an assistant."""
-
-    passes: tuple[tuple[SARContext, FrameType | None], ...] = ()  # the innermost last, each with its caller's frame
-    collecting: tuple[Any, list[Tensor]] | None = None  # the base model whose vision call runs, its patches' norms
-    drafts: tuple[Any, Tensor, int] | None = None  # model, (1, S) ids, the draft's length
-    drafting: bool = False
+HERE = os.path.dirname(__file__)
 
 
-this_thread = _ThisThread()
+# What runs on this thread's stack, each attribute there once it was set (a graph loses writes over a class's default):
+#   passes: ((context, its caller's frame or None), ...), forward passes, the innermost last
+#   collecting: (base model whose vision call runs, norms of its patches) or None
+#   drafts: (model, (1, S) ids, the draft's length) or None
+#   drafting: whether an assistant runs
+this_thread = threading.local()
 
 
 def enter_pass(context: SARContext) -> None:
-    """A pass starts in the caller's caller's frame."""
-    # a pass that KeyboardInterrupt ends tells nobody: what counts is whether its frame is on the stack
-    frame = None if torch.compiler.is_compiling() else sys._getframe(2)
+    """A pass starts, in the frame that called this package.
+
+    A pass that ``KeyboardInterrupt`` ends tells nobody: it runs as long as that frame is on the stack. Where a graph
+    breaks inside this package, some of its frames end before the pass does.
+    """
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None and os.path.dirname(frame.f_code.co_filename) == HERE:
+        frame = frame.f_back
     outer = () if frame is None else [p for p in _on_stack() if p[1] is not None]
     this_thread.passes = (*outer, (context, frame))
 
 
 def leave_pass(context: SARContext) -> None:
     """The pass of ``context`` ends, and what ran inside it."""
-    before = itertools.takewhile(lambda entry: entry[0] is not context, this_thread.passes)
-    this_thread.passes = tuple(before)
+    this_thread.passes = tuple(itertools.takewhile(lambda entry: entry[0] is not context, _passes()))
 
 
 def running_pass() -> SARContext | None:
     """The context of the innermost pass that runs on this thread's stack."""
-    if not torch.compiler.is_compiling() and this_thread.passes:
+    if not torch.compiler.is_compiling() and _passes():
         this_thread.passes = _on_stack()
-    return this_thread.passes[-1][0] if this_thread.passes else None
+    return _passes()[-1][0] if _passes() else None
+
+
+def _passes() -> tuple[tuple[SARContext, FrameType | None], ...]:
+    return getattr(this_thread, "passes", ())
 
 
 def _on_stack() -> tuple[tuple[SARContext, FrameType | None], ...]:
@@ -61,7 +68,7 @@ def _on_stack() -> tuple[tuple[SARContext, FrameType | None], ...]:
     while frame is not None:
         alive.add(id(frame))
         frame = frame.f_back
-    return tuple(p for p in this_thread.passes if p[1] is None or id(p[1]) in alive)
+    return tuple(p for p in _passes() if p[1] is None or id(p[1]) in alive)
 
 
 @dataclasses.dataclass

@@ -73,7 +73,7 @@ def _watched(original: Callable, modality: str) -> Callable:
     @functools.wraps(original)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = handle_of(self)
-        outer = this_thread.collecting
+        outer = collecting()
         if handle is None or (outer is not None and outer[0] is self):  # a video call runs the image method
             return original(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -105,9 +105,14 @@ def watch_block(block: nn.Module) -> None:
 
 def keep_patch_norms(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of vision blocks."""
-    if this_thread.collecting is not None:
+    if collecting() is not None:
         hidden = output[0] if isinstance(output, tuple) else output
-        this_thread.collecting[1].append(norms_of(hidden))
+        collecting()[1].append(norms_of(hidden))
+
+
+def collecting() -> tuple[nn.Module, list[Tensor]] | None:
+    """The vision call on this thread's stack: the base model whose it is, and its patches' norms so far."""
+    return getattr(this_thread, "collecting", None)
 
 
 def give_features(modality: str, norms: Tensor) -> None:

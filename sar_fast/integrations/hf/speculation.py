@@ -35,8 +35,11 @@ def take_drafts(model: nn.Module, ids: Tensor | None, past_length: int | Tensor)
             what they end with.
         past_length: number of cached positions.
     """
-    announced, this_thread.drafts = this_thread.drafts, None
-    if announced is None or announced[0] is not model:
+    announced = getattr(this_thread, "drafts", None)
+    if announced is None:
+        return 0
+    this_thread.drafts = None
+    if announced[0] is not model:
         return 0
     _, candidates, length = announced
     if ids is not None:
@@ -49,7 +52,7 @@ def take_drafts(model: nn.Module, ids: Tensor | None, past_length: int | Tensor)
 
 def drafting() -> bool:
     """Whether this thread's pass is an assistant's: what it drafts is checked, so it may do without pictures."""
-    return this_thread.drafting
+    return getattr(this_thread, "drafting", False)
 
 
 class CandidateGenerators:
