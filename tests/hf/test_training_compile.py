@@ -100,12 +100,10 @@ def test_whole_model_compiles_in_one_graph(padded):
         torch.testing.assert_close(compiled(**batch, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("what", ["model", "base", "text model", "its forward"])
-@pytest.mark.parametrize("first", ["sar", "compile"])
-def test_models_compiled_with_graph_breaks(family, what, first):
+@pytest.mark.parametrize(("what", "first"), [("model", "compile"), ("base", "sar"), ("text model", "compile")])
+def test_models_compiled_with_graph_breaks(what, first):
     """No fullgraph: the hooks of a pass and what they see run in pieces, traced and not."""
-    model, batch_of = family
-    batch, config = batch_of([1, 2, 0]), SARConfig(activation_layer_k=3, beta=BETA)
+    model, batch, config = llava(), llava_batch([1, 2, 0]), SARConfig(activation_layer_k=3, beta=BETA)
     run = lambda: compiled(**batch, use_cache=False).logits
     torch._dynamo.reset()
     compiled = model
@@ -113,19 +111,16 @@ def test_models_compiled_with_graph_breaks(family, what, first):
         with apply_sar(model, config):
             want = run()
         handle = apply_sar(model, config) if first == "sar" else None
-        text = model.model.language_model
         if what == "model":
             compiled = torch.compile(model, backend="eager")
         elif what == "base":
             model.model.compile(backend="eager")
-        elif what == "text model":
-            model.model.language_model = torch.compile(text, backend="eager")
         else:
-            text.forward = torch.compile(text.forward, backend="eager")
+            model.model.language_model = torch.compile(model.model.language_model, backend="eager")
         handle = handle or apply_sar(compiled, config)
         for _ in range(2):
             torch.testing.assert_close(run(), want, rtol=1e-4, atol=1e-4)
-        assert handle.roles.visual_mask.any()
+        handle.remove()
 
 
 @pytest.mark.parametrize("mode", ["running", "step", "prompt"])
