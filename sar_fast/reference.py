@@ -44,7 +44,7 @@ def sar_attention_reference(
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     if not prior.requires_grad:  # finite differences step below zero
         check_prior_values(prior)
-    validation.make_options(
+    options = validation.make_options(
         q,
         softmax_scale=softmax_scale,
         causal=causal,
@@ -54,12 +54,13 @@ def sar_attention_reference(
         protect_first_head=protect_first_head,
         normalize=normalize,
     )
-    for name, flag in (("sav_grad", sav_grad), ("return_stats", return_stats)):
-        validation.check_flag(name, flag)
+    causal, (left, right), softcap, beta = options.causal, options.window_size, options.softcap, options.beta
+    protect_first_head = options.protect_first_head
+    sav_grad = validation.check_flag("sav_grad", sav_grad)
+    return_stats = validation.check_flag("return_stats", return_stats)
     B, Sq, H, D = q.shape
     Sk, Hkv = k.shape[1], k.shape[2]
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
-    dtype = q.dtype
+    scale, dtype = options.softmax_scale, q.dtype
 
     # head h reads kv head h // (H // Hkv)
     k_h = k.repeat_interleave(H // Hkv, dim=2)  # [B, Sk, H, D]
@@ -76,7 +77,6 @@ def sar_attention_reference(
     sees = torch.ones(B, 1, Sq, Sk, dtype=torch.bool, device=q.device)
     if causal:
         sees = sees & (j <= i)
-    left, right = window_size
     if left >= 0:
         sees = sees & (j >= i - left)
     if right >= 0:
