@@ -75,6 +75,25 @@ def _check_lengths(cache_seqlens: object, batch: int) -> int | Tensor | None:
     return cache_seqlens
 
 
+def check_state(state: SARState, batch: int, heads: int, device: torch.device, *, written: bool) -> None:
+    """Raise unless all of ``state`` is fp32, of that many rows and heads, and can be written if it will be."""
+    shapes = {"av_sum": (batch, heads), "sa_sum": (batch, heads), "count": (batch,), "head_weights": (batch, heads)}
+    for name, shape in shapes.items():
+        tensor = getattr(state, name)
+        validation.check_tensor(f"state.{name}", tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"state must be for batch {batch} and {heads} heads; got {tuple(tensor.shape)} in {name}")
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"state.{name} must be float32; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"state must be on q's device {device}; got {tensor.device}")
+        shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+        if written and shared and name != "head_weights":
+            raise ValueError(
+                f"state.{name} is written: its entries must not share memory; got strides {tensor.stride()}"
+            )
+
+
 def host_lengths(cache_seqlens: int | Tensor | None, batch: int, capacity: int, new: int) -> list[int]:
     """Every sample's length before the call, read on the host, with room for ``new`` keys."""
     if cache_seqlens is None:
@@ -212,10 +231,7 @@ def sar_attn_with_kvcache(
     if text_mask is None:
         text_mask = torch.ones(B, Sq, dtype=torch.bool, device=q.device)
     validation.check_mask("text_mask", text_mask, (B, Sq), q.device)
-    if tuple(state.av_sum.shape) != (B, H):
-        raise ValueError(f"state must be for batch {B} and {H} heads; got {tuple(state.av_sum.shape)}")
-    if state.av_sum.device != q.device:
-        raise ValueError(f"state must be on q's device {q.device}; got {state.av_sum.device}")
+    check_state(state, B, H, q.device, written=decode == "running")
     options = validation.make_options(
         q,
         softmax_scale=softmax_scale,

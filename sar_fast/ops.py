@@ -111,6 +111,24 @@ def _forward_fake(
     return out, lse, stats(), stats(), stats(), q.new_empty((batch if sar else 0,), dtype=acc)
 
 
+def _check_results(call: run.Call, grad_out: Tensor, out: Tensor, **statistics: Tensor) -> None:
+    """Raise unless a backward is given what the forward of the same call returned."""
+    q, batch, acc = call.q, call.batch_size, _accumulate_dtype(call.q)
+    heads, sar = q.shape[-2], call.visual is not None
+    rows, per_head = (*q.shape[:-1], call.v.shape[-1]), (batch, heads) if sar else (0, 0)
+    shapes = {"lse": (heads, q.shape[0]) if call.packed else (batch, heads, q.shape[1])}
+    shapes |= {"av": per_head, "sa": per_head, "c": per_head, "count": per_head[:1]}
+    expected = {"grad_out": (grad_out, rows, q.dtype), "out": (out, rows, q.dtype)}
+    expected |= {name: (statistics[name], shape, acc) for name, shape in shapes.items()}
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}; got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}; got {tensor.device}")
+
+
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _backward_impl(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
@@ -132,6 +150,7 @@ def _backward_impl(
         (_longest(max_seqlen_q, cu_seqlens_q, q.shape[0]), _longest(max_seqlen_k, cu_seqlens_k, k.shape[0])),
     )
     prior_check.raise_arrived()
+    _check_results(call, grad_out, out, lse=lse, av=av, sa=sa, c=c, count=count)
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
     with _no_autocast(q):

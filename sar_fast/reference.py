@@ -58,7 +58,7 @@ def sar_attention_reference(
     protect_first_head = options.protect_first_head
     sav_grad = validation.check_flag("sav_grad", sav_grad)
     return_stats = validation.check_flag("return_stats", return_stats)
-    B, Sq, H, D = q.shape
+    B, Sq, H, _ = q.shape
     Sk, Hkv = k.shape[1], k.shape[2]
     scale, dtype = options.softmax_scale, q.dtype
 

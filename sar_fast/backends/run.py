@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sar_fast.backends import triton_backend
 from sar_fast.backends.select import PYTORCH_BACKENDS
-from sar_fast.backends.sequence import Sequence, dense_sequences, packed_sequences
+from sar_fast.backends.sequence import Sequence, dense_last, dense_sequences, packed_sequences
 from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
 from sar_fast.backends.torch_backend import log_sum_exp
 from sar_fast.types import AttentionOptions
@@ -40,6 +40,9 @@ class Call:
     cu_seqlens_k: Tensor | None
     carried: tuple[Tensor, Tensor, Tensor] | None
     max_seqlens: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.q, self.k, self.v = (dense_last(x) for x in (self.q, self.k, self.v))
 
     @property
     def packed(self) -> bool:

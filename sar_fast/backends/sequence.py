@@ -15,6 +15,14 @@ from torch import Tensor
 from sar_fast.validation import check_ends
 
 
+def dense_last(x: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is dense, else a copy.
+
+    Kernels take that for granted, PyTorch's flash kernel on a CPU without looking.
+    """
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 @dataclasses.dataclass
 class Sequence:
     """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen."""
