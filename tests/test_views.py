@@ -96,7 +96,7 @@ def test_packed(view, backend):
         return [out, plain, *torch.autograd.grad((out + plain).square().sum(), leaves)]
 
     close(run(*(view(t) for t in (*tensors, ends, ends))), run(*tensors, ends, ends))
-    with pytest.raises(TypeError, match="cu_seqlens_k must be int32; got torch.int64"):
+    with pytest.raises(TypeError, match=r"cu_seqlens_k must be int32; got torch\.int64"):
         run(*tensors, ends, ends.long())
 
 

@@ -145,7 +145,10 @@ def backward(
     from sar_kernels import attention as kernels
 
     attention, weights = _kernel_options(options)
-    qkv = (call.q, call.k, call.v)
+    q = call.q
+    if call.key_padding_mask is not None:  # queries that see nothing need not be finite: dK takes 0 times them
+        q = q.masked_fill(lse.isneginf().all(1)[..., None, None], 0)
+    qkv = (q, call.k, call.v)
     empty = call.q.new_empty(0, dtype=lse.dtype)
     if call.visual is None:
         return (
