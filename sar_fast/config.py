@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any, Literal, get_args
 
+from sar_fast.scalars import is_integer, kind, number, plain
+
 Normalize = Literal["none", "standardize"]
 TextQueries = Literal["after_last_image", "after_first_image"]
 PriorSource = Literal["vision_layer", "projected"]
@@ -20,18 +22,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def check_beta(beta: float) -> None:
-    """Raise unless beta is a number in (0, inf]; ``inf`` gives every head the same weight."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a number; got {_kind(beta)}")
+def check_beta(beta: object) -> int | float:
+    """beta as a Python number in (0, inf], else an error; ``inf`` gives every head the same weight."""
+    beta = number("beta", beta)
     if not beta > 0 or (isinstance(beta, int) and beta.bit_length() > 1023):
         raise ValueError(f"beta must be > 0 (a softmax temperature) and within a float's range; got {beta!r:.50}")
-
-
-def _kind(value: object) -> str:
-    """A type's name, NumPy's with its module: its bool is called bool too."""
-    kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return beta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +64,16 @@ class SARConfig:
     record_rows: RecordRows = "none"
 
     def __post_init__(self) -> None:
-        k = self.activation_layer_k
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"activation_layer_k must be an int; got {_kind(k)}")
+        k = plain(self.activation_layer_k)
+        if not is_integer(k):
+            raise TypeError(f"activation_layer_k must be an int; got {kind(k)}")
         if k < 0:
             raise ValueError(f"activation_layer_k must be >= 0; got {k}")
-        check_beta(self.beta)
+        object.__setattr__(self, "activation_layer_k", k)  # Python's numbers, which JSON can hold
+        object.__setattr__(self, "beta", check_beta(self.beta))
         for name in ("protect_first_head", "sav_grad", "record"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool; got {_kind(getattr(self, name))}")
+                raise TypeError(f"{name} must be a bool; got {kind(getattr(self, name))}")
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("text_queries", self.text_queries, get_args(TextQueries))
         check_choice("prior_source", self.prior_source, get_args(PriorSource))
@@ -96,7 +93,7 @@ class SARConfig:
     def from_dict(cls, values: dict[str, Any]) -> SARConfig:
         """Build from ``to_dict``'s output; unknown keys are an error that lists the known ones."""
         if not isinstance(values, dict):
-            raise TypeError(f"values must be a dict of SARConfig fields; got {_kind(values)}")
+            raise TypeError(f"values must be a dict of SARConfig fields; got {kind(values)}")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -105,7 +102,8 @@ class SARConfig:
 
     def to_json(self) -> str:
         """One JSON object; ``from_json`` inverts it."""
-        return json.dumps(self.to_dict(), indent=2)
+        text = json.dumps(self.to_dict(), indent=2)
+        return text.replace("Infinity", "1e999")  # an infinite beta: JSON has no such name, and every reader overflows
 
     @classmethod
     def from_json(cls, text: str) -> SARConfig:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sar_fast import validation
 from sar_fast.backends import triton_backend
 from sar_fast.backends.select import choose_backend
-from sar_fast.functional import _check_packing, plain_attention
+from sar_fast.functional import check_packing, plain_attention
 from sar_fast.kvcache import cached_sequences, check_cache, check_pages, device_lengths, host_lengths, write_cache
 
 
@@ -20,11 +20,6 @@ def _reject(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{name} is not supported by these kernels: leave it None; got {type(value).__name__}")
-
-
-def _pair(window_size: object) -> object:
-    """FlashAttention takes anything that indexes, a tensor for one; ours are ints."""
-    return tuple(window_size.tolist()) if isinstance(window_size, Tensor) else window_size
 
 
 def flash_attn_func(
@@ -48,11 +43,11 @@ def flash_attn_func(
     (B, H, Sq) fp32; the probabilities themselves never exist.
     """
     validation.check_dropout(dropout_p)
-    validation.check_flag("return_attn_probs", return_attn_probs)
+    return_attn_probs = validation.check_flag("return_attn_probs", return_attn_probs)
     _reject(alibi_slopes=alibi_slopes)
     validation.check_qkv(q, k, v)
     options = validation.make_options(
-        q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
+        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
     out, lse = plain_attention(q, k, v, options=options, backend=backend, need_lse=return_attn_probs)
     return (out, lse.to(torch.float32), None) if return_attn_probs else out
@@ -80,12 +75,14 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """:func:`flash_attn_func` on packed sequences, q (total_q, H, D); lse is (H, total_q) fp32."""
     validation.check_dropout(dropout_p)
-    validation.check_flag("return_attn_probs", return_attn_probs)
+    return_attn_probs = validation.check_flag("return_attn_probs", return_attn_probs)
     _reject(alibi_slopes=alibi_slopes, block_table=block_table)
     validation.check_qkv(q, k, v, packed=True)
-    _check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.shape[0], k.shape[0], q.device)
+    max_seqlens = check_packing(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.shape[0], k.shape[0], q.device
+    )
     options = validation.make_options(
-        q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
+        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
     out, lse = plain_attention(
         q,
@@ -95,7 +92,7 @@ def flash_attn_varlen_func(
         backend=backend,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlens=(max_seqlen_q, max_seqlen_k),
+        max_seqlens=max_seqlens,
         need_lse=return_attn_probs,
     )
     return (out, lse.to(torch.float32), None) if return_attn_probs else out
@@ -135,7 +132,7 @@ def flash_attn_with_kvcache(
     Returns:
         out (B, Sq, H, Dv), or (out, lse (B, H, Sq) fp32). As FlashAttention's, it has no backward.
     """
-    validation.check_flag("return_softmax_lse", return_softmax_lse)
+    return_softmax_lse = validation.check_flag("return_softmax_lse", return_softmax_lse)
     _reject(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
@@ -143,10 +140,10 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         alibi_slopes=alibi_slopes,
     )
-    capacity = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    capacity, cache_seqlens = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     new = 0 if k is None else k.shape[1]
     options = validation.make_options(
-        q, softmax_scale=softmax_scale, causal=causal, window_size=_pair(window_size), softcap=softcap
+        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
     chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
     with torch.no_grad():

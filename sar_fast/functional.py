@@ -80,8 +80,8 @@ def sar_attn_func(
     """
     validation.check_qkv(q, k, v)
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
-    for name, flag in (("sav_grad", sav_grad), ("return_stats", return_stats)):
-        validation.check_flag(name, flag)
+    sav_grad = validation.check_flag("sav_grad", sav_grad)
+    return_stats = validation.check_flag("return_stats", return_stats)
     options = validation.make_options(
         q,
         softmax_scale=softmax_scale,
@@ -143,7 +143,7 @@ def sar_attn_varlen_func(
     Args:
         q: (total_q, H, D). k, v: (total_k, Hkv, D) and (total_k, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: (num_sequences + 1,) int32, where each sequence starts; the last is the total.
-        max_seqlen_q, max_seqlen_k: longest sequence.
+        max_seqlen_q, max_seqlen_k: longest sequence. A tensor on a GPU is waited for, as FlashAttention does.
         visual_mask, prior: (total_k,). text_mask: (total_q,).
 
     Returns:
@@ -154,8 +154,8 @@ def sar_attn_varlen_func(
     validation.check_mask("visual_mask", visual_mask, (total_k,), device)
     validation.check_mask("text_mask", text_mask, (total_q,), device)
     validation.check_prior(prior, (total_k,), device)
-    for name, flag in (("sav_grad", sav_grad), ("return_stats", return_stats)):
-        validation.check_flag(name, flag)
+    sav_grad = validation.check_flag("sav_grad", sav_grad)
+    return_stats = validation.check_flag("return_stats", return_stats)
     options = validation.make_options(
         q,
         softmax_scale=softmax_scale,
@@ -166,7 +166,7 @@ def sar_attn_varlen_func(
         protect_first_head=protect_first_head,
         normalize=normalize,
     )
-    _check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_q, total_k, device)
+    max_seqlens = check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_q, total_k, device)
     q, k, v = autocast_inputs(q, k, v)
     backend = choose_backend(backend, device, q.dtype, options, padded=False, masked=False)
     out, *stats = ops.attention(
@@ -178,7 +178,7 @@ def sar_attn_varlen_func(
         prior,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlens=(max_seqlen_q, max_seqlen_k),
+        max_seqlens=max_seqlens,
         options=options,
         backend=backend,
         sav_grad=sav_grad,
@@ -188,9 +188,10 @@ def sar_attn_varlen_func(
     return (out, _stats(*stats, backend)) if return_stats else out
 
 
-def _check_packing(
+def check_packing(
     cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, total_q: int, total_k: int, device: torch.device
-) -> None:
+) -> tuple[int, int]:
+    """Check a packed call's sequences; returns the two longest lengths as ints."""
     validation.check_cu_seqlens("cu_seqlens_q", cu_q, total_q, device)
     validation.check_cu_seqlens("cu_seqlens_k", cu_k, total_k, device)
     if cu_q.shape != cu_k.shape:
@@ -198,9 +199,7 @@ def _check_packing(
             f"cu_seqlens_k must describe as many sequences as cu_seqlens_q; got {cu_k.shape[0] - 1} and "
             f"{cu_q.shape[0] - 1}"
         )
-    for name, value in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be an int >= 0; got {value!r}")
+    return validation.check_longest("max_seqlen_q", max_q), validation.check_longest("max_seqlen_k", max_k)
 
 
 def plain_attention(

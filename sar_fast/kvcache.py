@@ -12,6 +12,7 @@ from sar_fast.backends import triton_backend
 from sar_fast.backends.select import choose_backend
 from sar_fast.config import check_choice
 from sar_fast.functional import _stats, plain_attention
+from sar_fast.scalars import is_integer, kind, plain
 from sar_fast.types import SARState, SARStats
 
 
@@ -23,8 +24,11 @@ def check_cache(
     v: Tensor | None,
     cache_seqlens: int | Tensor | None,
     block_table: Tensor | None,
-) -> int:
-    """Check shapes and dtypes and return the cache's capacity in keys; nothing is written, no value is read."""
+) -> tuple[int, int | Tensor | None]:
+    """Check shapes and dtypes; returns the cache's capacity in keys and ``cache_seqlens`` as an int or (B,) tensor.
+
+    Nothing is written, and no value on a GPU is read.
+    """
     paged = block_table is not None
     validation.check_qkv(q, k_cache, v_cache, cache=True, paged=paged)
     batch, page = q.shape[0], k_cache.shape[1]
@@ -35,14 +39,7 @@ def check_cache(
         if block_table.dim() != 2 or block_table.shape[0] != batch:
             raise ValueError(f"block_table must have shape ({batch}, pages); got {tuple(block_table.shape)}")
     capacity = page * block_table.shape[1] if paged else page
-    if isinstance(cache_seqlens, bool):
-        raise TypeError("cache_seqlens must be an int or int32; got bool")
-    if cache_seqlens is not None and not isinstance(cache_seqlens, int):
-        validation.check_tensor("cache_seqlens", cache_seqlens)
-        if cache_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cache_seqlens must be an int or int32; got {cache_seqlens.dtype}")
-        if tuple(cache_seqlens.shape) != (batch,):
-            raise ValueError(f"cache_seqlens must be an int or ({batch},) int32; got {tuple(cache_seqlens.shape)}")
+    cache_seqlens = _check_lengths(cache_seqlens, batch)
     if (k is None) != (v is None):
         raise ValueError(f"k and v must be given together; got only {'v' if k is None else 'k'}")
     for name, x in (("k", k), ("v", v)):
@@ -58,7 +55,43 @@ def check_cache(
     for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens), ("block_table", block_table)):
         if isinstance(x, Tensor) and x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
-    return capacity
+    return capacity, cache_seqlens
+
+
+def _check_lengths(cache_seqlens: object, batch: int) -> int | Tensor | None:
+    """``cache_seqlens`` as None, an int or a (batch,) tensor."""
+    if not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = plain(cache_seqlens)
+        if cache_seqlens is None or is_integer(cache_seqlens):
+            return cache_seqlens
+        raise TypeError(f"cache_seqlens must be an int or int32; got {kind(cache_seqlens)}")
+    validation.check_tensor("cache_seqlens", cache_seqlens)
+    if cache_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cache_seqlens must be an int or int32; got {cache_seqlens.dtype}")
+    if cache_seqlens.dim() == 0:  # one number for all
+        return cache_seqlens.expand(batch)
+    if tuple(cache_seqlens.shape) != (batch,):
+        raise ValueError(f"cache_seqlens must be an int or ({batch},) int32; got {tuple(cache_seqlens.shape)}")
+    return cache_seqlens
+
+
+def check_state(state: SARState, batch: int, heads: int, device: torch.device, *, written: bool) -> None:
+    """Raise unless all of ``state`` is fp32, of that many rows and heads, and can be written if it will be."""
+    shapes = {"av_sum": (batch, heads), "sa_sum": (batch, heads), "count": (batch,), "head_weights": (batch, heads)}
+    for name, shape in shapes.items():
+        tensor = getattr(state, name)
+        validation.check_tensor(f"state.{name}", tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"state must be for batch {batch} and {heads} heads; got {tuple(tensor.shape)} in {name}")
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"state.{name} must be float32; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"state must be on q's device {device}; got {tensor.device}")
+        shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+        if written and shared and name != "head_weights":
+            raise ValueError(
+                f"state.{name} is written: its entries must not share memory; got strides {tensor.stride()}"
+            )
 
 
 def host_lengths(cache_seqlens: int | Tensor | None, batch: int, capacity: int, new: int) -> list[int]:
@@ -182,9 +215,9 @@ def sar_attn_with_kvcache(
     """
     if cache_seqlens is None:
         raise TypeError("cache_seqlens must be an int or (batch,) int32; got None")
-    validation.check_flag("return_stats", return_stats)
+    return_stats = validation.check_flag("return_stats", return_stats)
     check_choice("decode", decode, ("running", "step", "prompt"))
-    capacity = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    capacity, cache_seqlens = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     if state is None:
         if decode == "prompt":
             raise ValueError('state must hold the prompt\'s weights for decode="prompt"; got None')
@@ -198,10 +231,7 @@ def sar_attn_with_kvcache(
     if text_mask is None:
         text_mask = torch.ones(B, Sq, dtype=torch.bool, device=q.device)
     validation.check_mask("text_mask", text_mask, (B, Sq), q.device)
-    if tuple(state.av_sum.shape) != (B, H):
-        raise ValueError(f"state must be for batch {B} and {H} heads; got {tuple(state.av_sum.shape)}")
-    if state.av_sum.device != q.device:
-        raise ValueError(f"state must be on q's device {q.device}; got {state.av_sum.device}")
+    check_state(state, B, H, q.device, written=decode == "running")
     options = validation.make_options(
         q,
         softmax_scale=softmax_scale,

@@ -16,6 +16,7 @@ from sar_fast import prior_check
 from sar_fast.backends import run
 from sar_fast.distributed import Shards, without_weights
 from sar_fast.types import AttentionOptions
+from sar_fast.validation import UNKNOWN_LENGTH
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? visual_mask, Tensor? text_mask, Tensor? prior, "
@@ -53,6 +54,19 @@ def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
+def _longest(known: int, cu_seqlens: Tensor | None, tokens: int) -> int:
+    """The longest sequence, where a traced graph could not read what the caller gave for it.
+
+    Not simply the packed length, which is an upper bound too: what kernels allocate per sequence grows with it (second
+    moments by 64 KiB per head and 2,048 tokens). Only a captured graph, which cannot look, takes it.
+    """
+    if known != UNKNOWN_LENGTH:
+        return known
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return tokens
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+
+
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
 def _forward_impl(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
@@ -74,7 +88,7 @@ def _forward_impl(
         cu_seqlens_q,
         cu_seqlens_k,
         carried,
-        (max_seqlen_q, max_seqlen_k),
+        (_longest(max_seqlen_q, cu_seqlens_q, q.shape[0]), _longest(max_seqlen_k, cu_seqlens_k, k.shape[0])),
     )
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     with _no_autocast(q):
@@ -97,6 +111,24 @@ def _forward_fake(
     return out, lse, stats(), stats(), stats(), q.new_empty((batch if sar else 0,), dtype=acc)
 
 
+def _check_results(call: run.Call, grad_out: Tensor, out: Tensor, **statistics: Tensor) -> None:
+    """Raise unless a backward is given what the forward of the same call returned."""
+    q, batch, acc = call.q, call.batch_size, _accumulate_dtype(call.q)
+    heads, sar = q.shape[-2], call.visual is not None
+    rows, per_head = (*q.shape[:-1], call.v.shape[-1]), (batch, heads) if sar else (0, 0)
+    shapes = {"lse": (heads, q.shape[0]) if call.packed else (batch, heads, q.shape[1])}
+    shapes |= {"av": per_head, "sa": per_head, "c": per_head, "count": per_head[:1]}
+    expected = {"grad_out": (grad_out, rows, q.dtype), "out": (out, rows, q.dtype)}
+    expected |= {name: (statistics[name], shape, acc) for name, shape in shapes.items()}
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}; got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}; got {tensor.device}")
+
+
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _backward_impl(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
@@ -115,9 +147,10 @@ def _backward_impl(
         cu_seqlens_q,
         cu_seqlens_k,
         None,
-        (max_seqlen_q, max_seqlen_k),
+        (_longest(max_seqlen_q, cu_seqlens_q, q.shape[0]), _longest(max_seqlen_k, cu_seqlens_k, k.shape[0])),
     )
     prior_check.raise_arrived()
+    _check_results(call, grad_out, out, lse=lse, av=av, sa=sa, c=c, count=count)
     options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
     grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
     with _no_autocast(q):
@@ -200,6 +233,16 @@ def _flatten(options: AttentionOptions, backend: str) -> tuple:
     )
 
 
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, each once: ``torch.compile`` refuses an autograd function that is given one twice."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    seen: list[Tensor | None] = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return seen
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -249,9 +292,8 @@ def attention(
     if differentiates:
         if carried is not None:
             raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
-        return SARAttentionFunction.apply(
-            q, k, v, prior, visual, text, *masks, sav_grad, flat, max_seqlens, check_prior
-        )
+        tensors = _distinct(q, k, v, prior, visual, text, *masks)
+        return SARAttentionFunction.apply(*tensors, sav_grad, flat, max_seqlens, check_prior)
     carried = carried or (None, None, None)
     return torch.ops.sar_fast.attention_forward(
         q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse, *max_seqlens, check_prior

@@ -44,7 +44,7 @@ def sar_attention_reference(
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     if not prior.requires_grad:  # finite differences step below zero
         check_prior_values(prior)
-    validation.make_options(
+    options = validation.make_options(
         q,
         softmax_scale=softmax_scale,
         causal=causal,
@@ -54,21 +54,17 @@ def sar_attention_reference(
         protect_first_head=protect_first_head,
         normalize=normalize,
     )
-    for name, flag in (("sav_grad", sav_grad), ("return_stats", return_stats)):
-        validation.check_flag(name, flag)
-    B, Sq, H, D = q.shape
+    causal, (left, right), softcap, beta = options.causal, options.window_size, options.softcap, options.beta
+    protect_first_head = options.protect_first_head
+    sav_grad = validation.check_flag("sav_grad", sav_grad)
+    return_stats = validation.check_flag("return_stats", return_stats)
+    B, Sq, H, _ = q.shape
     Sk, Hkv = k.shape[1], k.shape[2]
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
-    dtype = q.dtype
+    scale, dtype = options.softmax_scale, q.dtype
 
     # head h reads kv head h // (H // Hkv)
     k_h = k.repeat_interleave(H // Hkv, dim=2)  # [B, Sk, H, D]
     v_h = v.repeat_interleave(H // Hkv, dim=2)  # [B, Sk, H, Dv]
-
-    # s_ij: what softmax sees
-    s = scale * torch.einsum("bihd,bjhd->bhij", q, k_h)  # [B, H, Sq, Sk]
-    if softcap > 0:
-        s = softcap * torch.tanh(s / softcap)
 
     # which keys query i may see
     i = torch.arange(Sq, device=q.device)[:, None] + (Sk - Sq)  # position of query i among the keys, bottom-right
@@ -76,7 +72,6 @@ def sar_attention_reference(
     sees = torch.ones(B, 1, Sq, Sk, dtype=torch.bool, device=q.device)
     if causal:
         sees = sees & (j <= i)
-    left, right = window_size
     if left >= 0:
         sees = sees & (j >= i - left)
     if right >= 0:
@@ -86,12 +81,23 @@ def sar_attention_reference(
     if attn_mask is not None:
         sees = sees & attn_mask
 
+    # s_ij: what softmax sees. Products take 0 for what is not finite (0 * NaN is NaN); where it is seen, it `shows`
+    finite = lambda x: torch.where(x.isfinite(), x, 0)
+    shows = lambda seen: torch.where(seen, torch.nan, 1).to(dtype)
+    bad_q, bad_k = ((~x.isfinite()).any(-1).transpose(1, 2) for x in (q, k_h))  # [B, H, Sq], [B, H, Sk]
+    s = scale * torch.einsum("bihd,bjhd->bhij", finite(q), finite(k_h))  # [B, H, Sq, Sk]
+    s = s * shows((bad_q[..., None] | bad_k[:, :, None, :]) & sees)
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+
     # p_ij: softmax over all keys that query i may see; a query that sees nothing gives 0
     sees_any = sees.any(-1, keepdim=True)  # [B, 1, Sq, 1]
     s_seen = torch.where(sees_any, s.masked_fill(~sees, -torch.inf), 0)
     lse = torch.logsumexp(s_seen, dim=-1)  # [B, H, Sq]
-    p = torch.softmax(s_seen, dim=-1) * sees_any
-    attention = torch.einsum("bhij,bjhd->bihd", p, v_h)  # [B, Sq, H, Dv]
+    p = torch.where(sees, torch.softmax(s_seen, dim=-1), 0)
+    attention = torch.einsum("bhij,bjhd->bihd", p, finite(v_h))  # [B, Sq, H, Dv]
+    sees_bad = torch.einsum("bij,bjhd->bihd", sees[:, 0].to(dtype), (~v_h.isfinite()).to(dtype)) > 0
+    attention = attention * shows(sees_bad)
 
     # V_i, and the queries that count: in T, with |V_i| >= 2
     V_i = sees & visual_mask[:, None, None, :]  # [B, 1, Sq, Sk]
@@ -106,7 +112,8 @@ def sar_attention_reference(
     AV = torch.where(counts, var, 0).to(stats_dtype).sum(-1) / T.clamp_min(1)  # [B, H]
 
     # SA_h = mean over i in T of sum over V_i of p_ij * prior_j
-    sa = torch.where(V_i, p * prior.to(dtype)[:, None, None, :], 0).sum(-1)  # [B, H, Sq]
+    prior_V = torch.where(visual_mask, prior, 0).to(dtype)
+    sa = torch.where(V_i, p * prior_V[:, None, None, :], 0).sum(-1)  # [B, H, Sq]
     SA = torch.where(counts, sa, 0).to(stats_dtype).sum(-1) / T.clamp_min(1)  # [B, H]
 
     # weights

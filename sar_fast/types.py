@@ -80,6 +80,13 @@ class SARState:
     @classmethod
     def from_means(cls, av: Tensor, sa: Tensor, head_weights: Tensor, count: Tensor) -> SARState:
         """State of ``count`` (B,) queries whose mean statistics are ``av``, ``sa`` (B, H)."""
+        for name, tensor, shape in (
+            ("sa", sa, av.shape),
+            ("head_weights", head_weights, av.shape),
+            ("count", count, av.shape[:1]),
+        ):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
         av, sa, c, n = (t.detach().to(torch.float32) for t in (av, sa, head_weights, count))
         return cls(av * n[:, None], sa * n[:, None], n.clone(), c.clone())
 

@@ -7,15 +7,17 @@ values looks :mod:`sar_fast.prior_check`.
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 
 import torch
 from torch import Tensor
 
 from sar_fast.config import check_beta, check_choice
+from sar_fast.scalars import is_integer, kind, number, plain
 from sar_fast.types import AttentionOptions
 
 MAX_HEAD_DIM = 256
+UNKNOWN_LENGTH = -1  # a longest sequence whose value a traced graph cannot read: the operator looks at the sequences
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
@@ -145,24 +147,20 @@ def make_options(
     protect_first_head: bool = True,
     normalize: str = "none",
 ) -> AttentionOptions:
-    """Check the options of a call and fill in the default scale, 1 / sqrt(head_dim)."""
-    check_beta(beta)
+    """Check the options of a call, in Python's types or NumPy's, and fill in the default scale, 1 / sqrt(head_dim)."""
+    beta = check_beta(beta)
     check_choice("normalize", normalize, ("none", "standardize"))
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    elif isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(f"softmax_scale must be a number or None; got {type(softmax_scale).__name__}")
-    elif not 0 < softmax_scale < math.inf:  # comparisons trace with symbolic floats, math.isfinite does not
-        raise ValueError(f"softmax_scale must be a finite number > 0; got {softmax_scale}")
-    if not isinstance(softcap, (int, float)) or not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r}")
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size must be (left, right), -1 for unbounded; got {window_size!r}")
-    if any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window_size):
-        raise ValueError(f"window_size must hold two ints >= -1 (-1 = unbounded); got {tuple(window_size)!r}")
-    check_flag("causal", causal)
-    check_flag("protect_first_head", protect_first_head)
-    left, right = window_size
+    softmax_scale = number("softmax_scale", softmax_scale, "a number or None")
+    if not 0 < softmax_scale <= sys.float_info.max:  # comparisons trace with symbolic floats, math.isfinite does not
+        raise ValueError(f"softmax_scale must be a finite number > 0; got {softmax_scale!r:.50}")
+    softcap = number("softcap", softcap)
+    if not 0 <= softcap <= sys.float_info.max:
+        raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r:.50}")
+    causal = check_flag("causal", causal)
+    protect_first_head = check_flag("protect_first_head", protect_first_head)
+    left, right = check_window(window_size)
     if causal and right >= 0:
         right = -1  # the causal mask is at least as strict
     return AttentionOptions(
@@ -170,13 +168,37 @@ def make_options(
     )
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise ``TypeError`` unless ``value`` is a bool."""
+def check_window(window_size: object) -> tuple[int, int]:
+    """(left, right) of anything that holds two ints >= -1, a tensor or an array for one."""
+    if hasattr(window_size, "tolist"):
+        window_size = window_size.tolist()
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), -1 for unbounded; got {window_size!r}")
+    left, right = (plain(w) for w in window_size)
+    if not (is_integer(left) and is_integer(right) and left >= -1 and right >= -1):
+        raise ValueError(f"window_size must hold two ints >= -1 (-1 = unbounded); got {tuple(window_size)!r}")
+    return left, right
+
+
+def check_longest(name: str, value: object) -> int:
+    """A longest sequence as an int, or ``UNKNOWN_LENGTH`` for a tensor or array while a graph is traced."""
+    if torch.compiler.is_compiling() and not isinstance(value, int) and getattr(value, "shape", None) in ((), (1,)):
+        return UNKNOWN_LENGTH
+    found = plain(value)
+    if not is_integer(found) or found < 0:
+        raise ValueError(f"{name} must be an int >= 0; got {found!r}")
+    return found
+
+
+def check_flag(name: str, value: object) -> bool:
+    """A bool, Python's or NumPy's, as Python's; else a ``TypeError``."""
+    value = plain(value)
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
+        raise TypeError(f"{name} must be a bool; got {kind(value)}")
+    return value
 
 
 def check_dropout(dropout_p: float) -> None:
     """Raise on dropout: no backend has it."""
-    if dropout_p != 0:
+    if plain(dropout_p) != 0:
         raise ValueError(f"dropout_p must be 0.0: these kernels have no dropout; got {dropout_p}")

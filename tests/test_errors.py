@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy
 import pytest
 import torch
@@ -353,6 +355,30 @@ SAR_CACHE_ERRORS = {
         ValueError,
         r"state must be for batch 2 and 4 heads; got \(2, 3\)",
     ),
+    **{
+        f"state: {name} of another {what}": (
+            {"state": dataclasses.replace(SARState.empty(B, H), **{name: value})},
+            error,
+            message,
+        )
+        for name, per_head in (("av_sum", True), ("sa_sum", True), ("count", False), ("head_weights", True))
+        for what, value, error, message in (
+            ("batch", zeros(1, H) if per_head else zeros(1), ValueError, rf"state must be for batch 2 .* in {name}"),
+            ("rank", zeros(B, H, 1), ValueError, rf"state must be for batch 2 .*got \(2, 4, 1\) in {name}"),
+            (
+                "dtype",
+                (zeros(B, H) if per_head else zeros(B)).double(),
+                TypeError,
+                rf"state.{name} must be .*float32; got",
+            ),
+            ("device", zeros(B, H, device=meta) if per_head else zeros(B, device=meta), ValueError, "got meta"),
+        )
+    },
+    "state: one row for all": (
+        {"state": dataclasses.replace(SARState.empty(B, H), sa_sum=zeros(1, H).expand(B, H))},
+        ValueError,
+        r"state.sa_sum is written: .*got strides \(0, 1\)",
+    ),
     "state: device": ({"state": SARState.empty(B, H, meta)}, ValueError, r"state must be on q's device cpu; got meta"),
     "no prompt": ({"state": None, "decode": "prompt"}, ValueError, r"state must hold the prompt's weights.*got None"),
     "beta": ({"beta": 0.0}, ValueError, r"beta must be > 0"),
@@ -392,6 +418,16 @@ def test_sar_attn_with_kvcache(changes, error, message):
         (lambda: SARConfig(record=numpy.bool_(True)), TypeError, r"record must be a bool; got numpy.bool"),
         (lambda: SARConfig(beta=10**400), ValueError, r"beta must be > 0"),
         (lambda: SARState.from_stats(None), TypeError, r"stats must be the SARStats of a prompt; got NoneType"),
+        (
+            lambda: SARState.from_means(zeros(2, 4), zeros(2, 4), zeros(2, 4), zeros(1)),
+            ValueError,
+            r"count must have shape \(2,\); got \(1,\)",
+        ),
+        (
+            lambda: SARState.from_means(zeros(2, 4), zeros(1, 4), zeros(2, 4), zeros(2)),
+            ValueError,
+            r"sa must have shape \(2, 4\); got \(1, 4\)",
+        ),
         (lambda: SARState.empty(2, 2).index_select([0]), TypeError, r"rows must be an int64 tensor; got list"),
         (lambda: semantic_prior(torch.ones(2, 3).long(), ~mask(1, 2)), TypeError, r"features must be floating point"),
         (lambda: semantic_prior(torch.full((2, 3), torch.nan), ~mask(1, 2)), ValueError, r"features must be finite"),

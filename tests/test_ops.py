@@ -63,6 +63,35 @@ def test_opcheck_backward(pattern, backend, through_weights):
     torch.library.opcheck(torch.ops.sar_fast.attention_backward, call)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("pattern", ["sar", "packed", "plain"])
+def test_the_backward_checks_what_the_forward_returned(pattern, backend):
+    """A batch too few, a row too few, another dtype; a view with other numbers between its rows is right."""
+    arguments = forward_arguments(pattern, backend)
+    results = torch.ops.sar_fast.attention_forward(*arguments, True, *longest(pattern))
+    names = ("grad_out", "out", "lse", "av", "sa", "c", "count")
+    given = dict(zip(names, (torch.randn_like(results[0]), *results)))
+
+    def run(**changes):
+        grad_out, *saved = {**given, **changes}.values()
+        return torch.ops.sar_fast.attention_backward(
+            grad_out, *arguments[:10], *saved, None, None, None, *OPTIONS, backend, *longest(pattern)
+        )
+
+    expected = run()
+    for name, x in given.items():
+        if pattern == "plain" and name in ("av", "sa", "c", "count"):
+            continue
+        for wrong in (x[:1], x[..., :-1], torch.cat([x, x])):
+            with pytest.raises(ValueError, match=rf"{name} must have shape .*; got"):
+                run(**{name: wrong})
+        with pytest.raises(TypeError, match=rf"{name} must be torch.float32; got torch.float16"):
+            run(**{name: x.half()})
+        padded = torch.nn.functional.pad(x, (0, 3), value=torch.nan)[..., : x.shape[-1]]
+        for a, b in zip(run(**{name: padded}), expected):
+            torch.testing.assert_close(a, b)
+
+
 ABOVE_ZERO = 0.01  # gradcheck steps to both sides of the prior's zeros, and a negative prior is an error
 
 

@@ -74,5 +74,7 @@ def scores(seq: Sequence, options: AttentionOptions, rows: Tensor, key_range: tu
     s = torch.einsum("rkgd,nkd->kgrn", q * options.softmax_scale, seq.k[k0:k1].to(acc))
     if options.softcap > 0:
         s = s.div_(options.softcap).tanh_().mul_(options.softcap)
+    if seq.marks is not None:
+        seq.marks.spoil_(s, rows, slice(k0, k1))
     visible = sees(seq, options, rows, torch.arange(k0, k1, device=rows.device))
     return s if visible is None else s.masked_fill_(~visible, -torch.inf)

@@ -8,9 +8,9 @@ import logging
 import torch
 from torch import Tensor
 
-from sar_fast.backends import triton_backend
+from sar_fast.backends import torch_backend, triton_backend
 from sar_fast.backends.select import PYTORCH_BACKENDS
-from sar_fast.backends.sequence import Sequence, dense_sequences, packed_sequences
+from sar_fast.backends.sequence import Sequence, dense_last, dense_sequences, packed_sequences
 from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
 from sar_fast.backends.torch_backend import log_sum_exp
 from sar_fast.types import AttentionOptions
@@ -40,6 +40,9 @@ class Call:
     cu_seqlens_k: Tensor | None
     carried: tuple[Tensor, Tensor, Tensor] | None
     max_seqlens: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.q, self.k, self.v = (dense_last(x) for x in (self.q, self.k, self.v))
 
     @property
     def packed(self) -> bool:
@@ -106,14 +109,16 @@ def forward(
 
     out = None if len(sequences) == 1 else q.new_empty(*q.shape[:-1], Dv)
     for b, seq in enumerate(sequences):
-        o, row_lse = kernel.attention(seq, options, need_lse=need_lse)
+        if not _is_looked_at(seq) and seq.key_valid is not None:
+            seq = seq.without_padding()
+        o, row_lse, *sums = _attend(kernel, seq, options, need_lse)
+        if _is_looked_at(seq) and not _finite(o, *sums):
+            marked = seq.marked()
+            if marked is not None:
+                o, row_lse, *sums = _attend(torch_backend, marked, options, need_lse)
         if sar:
-            block = text_visual_block(seq, options)
-            text_lse = log_sum_exp(seq, options, block.rows) if row_lse is None else row_lse[:, block.rows]
-            av_sum, sa_sum = statistics_forward(seq, options, block, text_lse)
-            av[b] += av_sum
-            sa[b] += sa_sum
-            count[b] += block.counted.sum()
+            for total, part in zip((av, sa, count), sums):
+                total[b] += part
             total = count[b : b + 1].clamp_min(1)
             av[b] /= total
             sa[b] /= total
@@ -127,6 +132,29 @@ def forward(
         if sar:
             scale_heads_(call.part(out, b), c[b])
     return (out if sequences else q.new_empty(*q.shape[:-1], Dv)), lse, av, sa, c, count
+
+
+def _is_looked_at(seq: Sequence) -> bool:
+    """Whether results are looked at, and computed again pair by pair where what a mask hides has shown in them.
+
+    On a GPU that would wait for it; there zeros stand for what padding hides.
+    """
+    return seq.q.device.type == "cpu"
+
+
+def _finite(*results: Tensor) -> bool:
+    """Whether all entries are, at the price of a sum; huge ones may look infinite."""
+    return all(bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) for x in results)
+
+
+def _attend(kernel, seq: Sequence, options: AttentionOptions, need_lse: bool) -> tuple[Tensor, ...]:
+    """(out, lse) of one sequence and, with roles, (av_sum, sa_sum, count) over its text queries."""
+    out, lse = kernel.attention(seq, options, need_lse=need_lse)
+    if seq.visual is None:
+        return out, lse
+    block = text_visual_block(seq, options)
+    text_lse = log_sum_exp(seq, options, block.rows) if lse is None else lse[:, block.rows]
+    return out, lse, *statistics_forward(seq, options, block, text_lse), block.counted.sum()
 
 
 def weights_of(av: Tensor, sa: Tensor, count: Tensor, options: AttentionOptions) -> Tensor:
@@ -171,36 +199,42 @@ def backward(
         grad_av, grad_sa = _statistics_gradients(call, options, grad_out, out, av, sa, c, count, grad_stats)
 
     for b, seq in enumerate(call.sequences()):
-        row_lse = call.lse_part(lse, b)
-        dq_b, dk_b, dv_b = call.part(dq, b), call.part(dk, b, keys=True), call.part(dv, b, keys=True)
-        extra_delta = None
-        if through:
-            block = text_visual_block(seq, options)
-            extra_delta = statistics_backward(
-                seq,
-                options,
-                block,
-                row_lse[:, block.rows],
-                grad_av[b],
-                grad_sa[b],
-                dq_b,
-                dk_b,
-                call.part(dprior, b, keys=True),
-            )
-        weight = c[b] if sar else q.new_ones(q.shape[-2], dtype=acc)
-        kernel.attention_backward(
-            seq,
-            options,
-            call.part(grad_out, b),
-            call.part(out, b),
-            weight,
-            row_lse,
-            extra_delta,
-            dq_b,
-            dk_b,
-            dv_b,
-        )
+        row_lse, weight = call.lse_part(lse, b), c[b] if sar else q.new_ones(q.shape[-2], dtype=acc)
+        given = (call.part(grad_out, b), call.part(out, b), weight, row_lse)
+        grads = [call.part(dq, b), *(call.part(x, b, keys=True) for x in (dk, dv))]
+        statistics = (grad_av[b], grad_sa[b], call.part(dprior, b, keys=True)) if through else None
+        if not _is_looked_at(seq) and seq.key_valid is not None:
+            seq = seq.without_padding(row_lse)
+        _attend_backward(kernel, seq, options, given, grads, statistics)
+        if _is_looked_at(seq) and not _finite(*grads, *(statistics or ())[2:]):
+            marked = seq.marked()
+            if marked is not None:
+                for x in (*grads, *(statistics or ())[2:]):
+                    x.zero_()
+                _attend_backward(torch_backend, marked, options, given, grads, statistics)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dprior
+
+
+def _attend_backward(
+    kernel,
+    seq: Sequence,
+    options: AttentionOptions,
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: list[Tensor],
+    statistics: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """Add one sequence's gradients to (dq, dk, dv) and, with ``statistics`` (grad_av, grad_sa, dprior), to dprior.
+
+    given: (grad_out, out, c, lse) of the sequence.
+    """
+    extra_delta = None
+    if statistics is not None:
+        block = text_visual_block(seq, options)
+        grad_av, grad_sa, dprior = statistics
+        extra_delta = statistics_backward(
+            seq, options, block, given[3][:, block.rows], grad_av, grad_sa, *grads[:2], dprior
+        )
+    kernel.attention_backward(seq, options, *given, extra_delta, *grads)
 
 
 def _statistics_gradients(

@@ -15,6 +15,29 @@ from torch import Tensor
 from sar_fast.validation import check_ends
 
 
+def dense_last(x: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is dense, else a copy.
+
+    Kernels take that for granted, PyTorch's flash kernel on a CPU without looking.
+    """
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+@dataclasses.dataclass
+class Marks:
+    """Where a sequence is not finite."""
+
+    q: Tensor  # [Sq, H] bool
+    k: Tensor  # [Sk, Hkv] bool
+    v: Tensor  # [Sk, Hkv, Dv] bool
+
+    def spoil_(self, s: Tensor, rows: Tensor, keys: Tensor | slice, kv: slice = slice(None)) -> Tensor:
+        """NaN in scores (Hkv, G, r, n) of query ``rows`` and ``keys`` whose query or key is not finite, in place."""
+        at_q = self.q[rows].T.view(self.k.shape[1], -1, rows.numel())[kv]  # [Hkv, G, r]
+        at_k = self.k[keys].T[kv]  # [Hkv, n]
+        return s.masked_fill_(at_q[..., None] | at_k[:, None, None, :], torch.nan)
+
+
 @dataclasses.dataclass
 class Sequence:
     """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen."""
@@ -27,6 +50,28 @@ class Sequence:
     prior: Tensor | None = None  # [Sk]
     key_valid: Tensor | None = None
     mask: Tensor | None = None
+    marks: Marks | None = None
+
+    def marked(self) -> Sequence | None:
+        """The sequence with zeros for what is not finite, and where that was; None if there is no such entry.
+
+        A product then takes nothing from an entry that a mask hides (0 * NaN is NaN), and what a query does see is
+        put back into its scores, and into its output.
+        """
+        finite = [x.isfinite() for x in (self.q, self.k, self.v)]
+        if all(bool(x.all()) for x in finite):
+            return None
+        clean = [torch.where(ok, x, 0) for ok, x in zip(finite, (self.q, self.k, self.v))]
+        bad_q, bad_k, bad_v = (~ok for ok in finite)
+        marks = Marks(bad_q.any(-1), bad_k.any(-1), bad_v)
+        return dataclasses.replace(self, q=clean[0], k=clean[1], v=clean[2], marks=marks)
+
+    def without_padding(self, lse: Tensor | None = None) -> Sequence:
+        """The sequence with zeros for keys and values that padding hides, and for queries whose lse (H, Sq) says that
+        they see nothing."""
+        padding = ~self.key_valid[:, None, None]
+        q = self.q if lse is None else self.q.masked_fill(lse.isneginf().all(0)[:, None, None], 0)
+        return dataclasses.replace(self, q=q, k=self.k.masked_fill(padding, 0), v=self.v.masked_fill(padding, 0))
 
     @property
     def offset(self) -> int:

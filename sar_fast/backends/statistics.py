@@ -90,7 +90,7 @@ def statistics_forward(
     if block.rows.numel() == 0 or n < 2:
         return seq.q.new_zeros(H, dtype=acc), seq.q.new_zeros(H, dtype=acc)
     # with few keys the direct way is cheap
-    closed_form = block.all_visible and options.softcap == 0 and n > D
+    closed_form = block.all_visible and options.softcap == 0 and n > D and seq.marks is None
     groups = [_group_statistics(seq, options, block, lse, kv, closed_form) for kv in range(Hkv)]
     if closed_form:
         # an error of at most eps x bound / sum stays below 1e-3; tests/test_numerics.py looks on both sides
@@ -139,15 +139,23 @@ def _group_statistics(
             p = (a @ k_c.T).exp_().view(G, r, n)
         else:
             s = (q_b.reshape(G * r, D) @ k_c[:, :D].T).view(G, r, n)  # centred scores
+            _spoil_(seq, s, block.rows[part], block.keys, kv)
             var, p = _masked_statistics(seq, options, block, part, s, shift, row_lse)
             av_sum += var.sum(-1)
         alignment, mass = (p @ sums).unbind(-1)  # [G, r]
         if k_other is not None:
             s = (q_b.reshape(G * r, D) @ (k_other - centre).T).view(G, r, -1)
+            _spoil_(seq, s, block.rows[part], block.others, kv)
             mass = mass + _other_mass(seq, options, block, part, s, shift, row_lse)
-            alignment = alignment / torch.where(mass > 0, mass, 1)
-        sa_sum += (alignment * block.counted[part]).sum(-1)
+            alignment = alignment / torch.where(mass == 0, 1, mass)
+        sa_sum += torch.where(block.counted[part], alignment, 0).sum(-1)
     return av_sum, sa_sum, bound
+
+
+def _spoil_(seq: Sequence, s: Tensor, rows: Tensor, keys: Tensor, kv: int) -> None:
+    """NaN in one kv head's scores (G, r, n) where a query or key is not finite."""
+    if seq.marks is not None:
+        seq.marks.spoil_(s[None], rows, keys, slice(kv, kv + 1))
 
 
 def _masked_statistics(
@@ -165,7 +173,7 @@ def _masked_statistics(
     deviation = s - mean[..., None]
     if visible is not None:
         deviation.masked_fill_(~visible, 0)
-    var = deviation.square_().sum(-1) * inverse * block.counted[part]
+    var = torch.where(block.counted[part], deviation.square_().sum(-1) * inverse, 0)
     p = s.add_((shift - lse)[..., None]).exp_()
     if visible is not None:
         p.masked_fill_(~visible, 0)
@@ -252,10 +260,13 @@ def statistics_backward(
             rows = block.rows[part]
             q_b = q_text[part, heads].transpose(0, 1).to(acc)  # [G, r, D]
             row_lse = lse[heads, part]
-            s, shift, visible, counts = _visible_scores(
-                seq, options, block, part, scale * (q_b @ (k_f - centre).T), scale * (q_b @ centre)
-            )
+            s = scale * (q_b @ (k_f - centre).T)  # [G, r, n]
+            _spoil_(seq, s, rows, block.keys, kv)
+            s, shift, visible, counts = _visible_scores(seq, options, block, part, s, scale * (q_b @ centre))
             counted = block.counted[part].to(acc)  # [r]
+            if seq.marks is not None:  # a row that does not count may be NaN: 0 times it would be too
+                sees_it = block.counted[part][:, None].expand(-1, n)
+                visible = sees_it if visible is None else visible & sees_it
             mean, inverse = _row_mean(s, visible, counts)
             p = torch.exp(s + (shift - row_lse)[..., None])  # [G, r, n]
             if visible is not None:
@@ -270,6 +281,8 @@ def statistics_backward(
             ds += deviation * (2 * g_av * inverse)[..., None]
             if options.softcap > 0:
                 ds *= 1 - (s / options.softcap).square()
+                if seq.marks is not None:
+                    ds.masked_fill_(~visible, 0)
             dq[rows, heads] += scale * (ds @ k_f).transpose(0, 1)
             dk[block.keys, kv] += scale * torch.einsum("grn,grd->nd", ds, q_b)
     return extra_delta

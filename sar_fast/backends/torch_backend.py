@@ -92,10 +92,19 @@ def attention_backward(
             delta = delta + extra_delta[:, i0:i1]
         g = (g * c[:, None].to(acc)).view(-1, Hkv, G, g.shape[-1])
         v = seq.v[k0:k1].to(acc)
+        hidden = None
+        if seq.marks is not None:  # a row that is NaN must not reach the keys that it does not see
+            hidden = torch.isneginf(s)
+            p.masked_fill_(hidden, 0)
         dv[k0:k1] += torch.einsum("kgrn,rkgd->nkd", p, g)
-        ds = p * (torch.einsum("rkgd,nkd->kgrn", g, v) - delta.view(Hkv, G, -1, 1))
+        dp = torch.einsum("rkgd,nkd->kgrn", g, v)
+        if seq.marks is not None:
+            dp.masked_fill_(seq.marks.v[k0:k1].any(-1).T[:, None, None, :], torch.nan)
+        ds = p * (dp - delta.view(Hkv, G, -1, 1))
         if options.softcap > 0:
-            ds = torch.where(p > 0, ds * (1 - (s / options.softcap).square()), 0)
+            ds = torch.where(p == 0, 0, ds * (1 - (s / options.softcap).square()))
+        if hidden is not None:
+            ds.masked_fill_(hidden, 0)
         ds = ds * options.softmax_scale
         k = seq.k[k0:k1].to(acc)
         q = seq.q[i0:i1].to(acc).view(-1, Hkv, G, seq.q.shape[-1])
@@ -109,6 +118,7 @@ def _one_fused_call(seq: Sequence, options: AttentionOptions) -> bool:
     return (
         options.softcap == 0
         and not options.windowed
+        and seq.marks is None
         and seq.key_valid is None
         and seq.mask is None
         and (not options.causal or Sq in (1, Sk))
@@ -137,11 +147,14 @@ def _attend_rows(
     if k1 <= k0:
         out[i0:i1] = 0
         return
-    if options.softcap > 0:
+    if options.softcap > 0 or seq.marks is not None:
         s = scores(seq, options, rows, key_range)  # [Hkv, G, r, n]
-        p = torch.softmax(s, dim=-1)
-        p = torch.where(torch.isneginf(s).all(-1, keepdim=True), 0, p)
+        hidden = torch.isneginf(s)
+        p = torch.softmax(s, dim=-1).masked_fill_(hidden, 0)
         o = torch.einsum("kgrn,nkd->rkgd", p, seq.v[k0:k1].to(p.dtype))
+        if seq.marks is not None:
+            sees_bad = torch.einsum("kgrn,nkd->rkgd", (~hidden).to(p.dtype), seq.marks.v[k0:k1].to(p.dtype))
+            o.masked_fill_(sees_bad > 0, torch.nan)
         out[i0:i1] = o.reshape(i1 - i0, seq.q.shape[1], -1).to(out.dtype)
         return
     visible = sees(seq, options, rows, torch.arange(k0, k1, device=rows.device))

@@ -10,6 +10,7 @@ import os
 import torch
 from torch import Tensor
 
+from sar_fast.backends.sequence import dense_last
 from sar_fast.types import AttentionOptions, SARState
 from sar_fast.validation import check_ends
 from sar_fast.weights import head_weights
@@ -144,7 +145,10 @@ def backward(
     from sar_kernels import attention as kernels
 
     attention, weights = _kernel_options(options)
-    qkv = (call.q, call.k, call.v)
+    q = call.q
+    if call.key_padding_mask is not None:  # queries that see nothing need not be finite: dK takes 0 times them
+        q = q.masked_fill(lse.isneginf().all(1)[..., None, None], 0)
+    qkv = (q, call.k, call.v)
     empty = call.q.new_empty(0, dtype=lse.dtype)
     if call.visual is None:
         return (
@@ -187,7 +191,7 @@ def append(
     from sar_kernels.decode_call import append_kv
 
     if k is not None:
-        append_kv(k_cache, v_cache, k, v, lengths, block_table)
+        append_kv(k_cache, v_cache, dense_last(k), dense_last(v), lengths, _dense(block_table))
 
 
 def decode_plain(
@@ -202,6 +206,7 @@ def decode_plain(
     from sar_kernels.decode_call import decode_forward
 
     attention, _ = _kernel_options(options)
+    q, block_table = dense_last(q), _dense(block_table)
     return decode_forward(q, k_cache, v_cache, lengths, options=attention, block_table=block_table)
 
 
@@ -222,27 +227,37 @@ def decode(
     from sar_kernels.decode_call import sar_decode_forward
 
     attention, weights = _kernel_options(options)
-    roles = (visual_mask, text_mask, prior)
-    return sar_decode_forward(
-        q,
+    roles = (dense_last(visual_mask), dense_last(text_mask), dense_last(prior))
+    sums = [t.contiguous() for t in state.tensors()]
+    results = sar_decode_forward(
+        dense_last(q),
         k_cache,
         v_cache,
         lengths,
         *roles,
-        *state.tensors(),
+        *sums,
         options=attention,
         weights=weights,
         mode=mode,
-        block_table=block_table,
+        block_table=_dense(block_table),
     )
+    if mode == "running":
+        for kept, new in zip(state.tensors()[:3], sums):
+            if new is not kept:
+                kept.copy_(new)
+    return results
+
+
+def _dense(block_table: Tensor | None) -> Tensor | None:
+    return None if block_table is None else dense_last(block_table)
 
 
 def _layout(call) -> dict:
     layout = {"key_padding_mask": call.key_padding_mask}
     if call.packed:
         layout |= {
-            "cu_seqlens_q": call.cu_seqlens_q,
-            "cu_seqlens_k": call.cu_seqlens_k,
+            "cu_seqlens_q": call.cu_seqlens_q.contiguous(),
+            "cu_seqlens_k": call.cu_seqlens_k.contiguous(),
             "max_seqlen_q": call.max_seqlens[0],
             "max_seqlen_k": call.max_seqlens[1],
         }

@@ -237,7 +237,9 @@ def test_large_batches_lie_on_the_first_axis_of_the_grid():
     call = DecodeCall(empty(batch, 1, 4, 16), k, k, lengths, AttentionOptions(True, 0.25), arch="sm_90", sm_count=132)
     few = empty(1, 70_000, 2, 16)  # a long prompt that is written at once
     new = empty(batch, 1, 2, 16)
-    launches = call.plan("plain") + plan_append(k, k, new, new, lengths)
+    launches = plan_append(k, k, new, new, lengths)
+    for mode in ("plain", "running", "step", "prompt"):
+        launches += call.plan(mode, WeightOptions(0.5))
     for launch in launches + plan_append(few, few, few, few, lengths[:1]):
         assert max(launch.grid[1:], default=1) <= 65_535, launch.kernel
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 from kernel_cases import INTERPRETED, Case, assert_same_forward, assert_same_gradients, make
 
+from sar_fast import sar_attn_func
 from sar_kernels.attention import (
     attention_forward,
     attention_statistics,
     sar_backward,
     sar_forward,
 )
-from sar_kernels.call import AttentionOptions, WeightOptions
+from sar_kernels.call import MAX_TOKEN_STRIDE, AttentionOptions, Call, WeightOptions
 from sar_kernels.decode_call import append_kv, decode_forward, sar_decode_forward
+from sar_kernels.launch import run_all
+from sar_kernels.plan import plan_sar_forward
 
 FAR = 2**31
 MAP_NORESERVE = 0x4000  # Linux's, which not every Python names
@@ -133,16 +136,56 @@ def test_caches(page):
     assert all(torch.equal(a, b) for a, b in zip(got[1], expected[1]))
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_tokens_of_one_chunk(shift):
-    """2^31 elements lie between visual keys that are summed by one program: the variance's pivot is their mean."""
+@pytest.mark.parametrize("stride", [9_000_000, 9_000_001, MAX_TOKEN_STRIDE - 1])
+def test_tokens_of_one_chunk(stride):
+    """2^31 elements lie between visual keys that are summed by one program: the variance's pivot is their mean.
+
+    255 of these strides do not fit 32 bits. Both forms of the variance, the statistics alone, and the gradients.
+    """
     inputs = make(CASE.but(seqlen_q=20, seqlen_k=256, images=(((0, 250),),), heads=1, kv_heads=1))
-    call = lambda k: sar_forward(inputs.q, k, inputs.v, *inputs.sav, **inputs.kwargs())
-    expected = call(inputs.k)
-    stride = 9_000_000 + shift  # 255 of them do not fit 32 bits
+    dout = torch.randn_like(inputs.q)
+
+    def run(k):
+        out, lse, *saved = forward = sar_forward(inputs.q, k, inputs.v, *inputs.sav, **inputs.kwargs())
+        again = attention_statistics(inputs.q, k, lse, *inputs.sav, **inputs.kwargs())
+        call = Call(inputs.q, k, inputs.v, inputs.options, closed_form=True)
+        closed, launches = plan_sar_forward(call, *inputs.sav, inputs.weights)
+        run_all(launches)
+        given = (*inputs.sav, *saved)
+        gradients = sar_backward(dout, inputs.q, k, inputs.v, out, lse, *given, **inputs.kwargs(), sav_grad=True)
+        return [*forward, *again, *closed[2:]], gradients
+
     memory = reserve(FAR + 256 * stride, torch.float32)[FAR:]  # an offset that wraps is still in it
     far = memory.as_strided(inputs.k.shape, (1, stride, 16, 1), FAR).copy_(inputs.k)
-    assert_same_forward(call(far), expected)
+    (forward, gradients), (expected, exact) = run(far), run(inputs.k)
+    assert_same_forward(forward, expected)
+    assert_same_gradients(gradients, exact)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the memory between the tokens is for a CPU to reserve")
+@pytest.mark.parametrize("stride", [MAX_TOKEN_STRIDE - 1, 2 * MAX_TOKEN_STRIDE])
+@pytest.mark.parametrize("backend", ["torch", "composed"])
+def test_tokens_far_apart_on_the_pytorch_backends(backend, stride):
+    """Which have no limit."""
+    inputs = make(CASE.but(seqlen_q=20, seqlen_k=256, images=(((0, 250),),), heads=1, kv_heads=1))
+    memory = reserve(256 * stride, torch.float32)
+    far = memory.as_strided(inputs.k.shape, (1, stride, 16, 1)).copy_(inputs.k)
+    run = lambda k: sar_attn_func(inputs.q, k, inputs.v, *inputs.sav, backend=backend, return_stats=True)
+    (out, stats), (expected, want) = run(far), run(inputs.k)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(stats.alignment_variance, want.alignment_variance)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_strides_beyond_the_limit_are_refused(name):
+    """By name, before anything is read; a single token's stride is never used."""
+    tensors = {n: torch.zeros(1, 2, 1, 16) for n in "qkv"}
+    run = lambda: attention_forward(**tensors, options=AttentionOptions(True, 0.25))
+    far = torch.empty(2 * MAX_TOKEN_STRIDE, dtype=torch.float32, device="meta")
+    tensors = {n: t.to("meta") for n, t in tensors.items()}
+    tensors[name] = far.as_strided((1, 2, 1, 16), (1, MAX_TOKEN_STRIDE, 16, 1))
+    with pytest.raises(ValueError, match=f"{name}: got token stride {MAX_TOKEN_STRIDE}, need less than"):
+        run()
 
 
 @pytest.mark.parametrize(("queries", "heads"), [(140, 1), (2, 4)])
