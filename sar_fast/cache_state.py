@@ -78,14 +78,14 @@ class CacheState:
         self.config = config
 
     def leave_inference_mode(self) -> None:
-        """What was made under ``torch.inference_mode`` may not be written, nor saved for backward, outside it."""
-        kept = [x for x in (self.visual_mask, self.norms) if x is not None]
-        kept += [x for log in self.snapshots.values() for _, s in log for x in s.tensors()]
-        kept += [x for s in self.layers.values() for x in s.tensors()]
-        if torch.is_inference_mode_enabled() or not any(x.is_inference() for x in kept):
+        """What was made under ``torch.inference_mode`` may not be written, nor saved for backward, outside it.
+
+        To be called before a pass; the newest tensors tell, so that snapshots are not looked at in every step.
+        """
+        newest = [self.visual_mask, *(state.av_sum for state in self.layers.values())]
+        if torch.is_inference_mode_enabled() or not any(x is not None and x.is_inference() for x in newest):
             return
-        fit = {id(x): x.clone() if x.is_inference() else x for x in kept}
-        self._replace(lambda x: fit[id(x)], every_snapshot=True)
+        self._replace(lambda x: x.clone() if x.is_inference() else x, every_snapshot=True)
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows ``rows`` (int64), in that order; of the snapshots, only the last.
@@ -129,21 +129,20 @@ class CacheState:
 
     def check_crop(self, length: int) -> None:
         """``ValueError`` unless the layers' states are known where the cache holds ``length`` positions."""
-        if not length or not self._changes(length):
+        if not length or not self.snapshots or not self._changes(length):
             return
-        for log in self.snapshots.values():
-            ends = [n for n, _ in log]
-            before = max((n for n in ends if n <= length), default=0)
-            if self.decode == "running" and length not in ends:
-                raise ValueError(
-                    f"cache.crop: SAR's running sums are known at the ends of calls, {ends}, not at length {length}; "
-                    'crop to one of those, or use SARConfig(decode="prompt") or "step", which keep no sums'
-                )
-            if self.decode == "prompt" and bool(self.visual_mask[:, before:length].any()):
-                raise ValueError(
-                    f"cache.crop: length {length} keeps some pictures of a call and cuts off others that its frozen "
-                    f"weights are of too; crop to {before} or less, or keep them all"
-                )
+        ends = [n for n, _ in next(iter(self.snapshots.values()))]  # all layers'
+        before = max((n for n in ends if n <= length), default=0)
+        if self.decode == "running" and length != before:
+            raise ValueError(
+                f"cache.crop: SAR's running sums are known at the ends of calls, {ends}, not at length {length}; "
+                'crop to one of those, or use SARConfig(decode="prompt") or "step", which keep no sums'
+            )
+        if self.decode == "prompt" and bool(self.visual_mask[:, before:length].any()):
+            raise ValueError(
+                f"cache.crop: length {length} keeps some pictures of a call and cuts off others that its frozen "
+                f"weights are of too; crop to {before} or less, or keep them all"
+            )
 
     def _changes(self, length: int) -> bool:
         """Whether cropping to ``length`` changes the layers' states: frozen weights go with their pictures alone."""
@@ -153,11 +152,10 @@ class CacheState:
         return self.decode == "prompt" and cut and bool(self.visual_mask[:, length:].any())
 
     def crop(self, length: int) -> None:
-        """Go back to the state when the cache held ``length`` positions."""
+        """Go back to the state when the cache held ``length`` positions, which :meth:`check_crop` allows."""
         if length == 0:
             self.clear()
             return
-        self.check_crop(length)
         self.length = min(self.length, length)
         if self._changes(length):
             self.snapshots = {i: [entry for entry in log if entry[0] <= length] for i, log in self.snapshots.items()}
@@ -244,8 +242,5 @@ def attach(cache: Any, *, rows: bool = True) -> CacheState:
 
 
 def state_of(cache: Any) -> CacheState | None:
-    """The cache's SAR state if it carries one, fit for the mode that PyTorch is in."""
-    state = getattr(cache, "sar_state", None)
-    if state is not None and not torch.compiler.is_compiling():
-        state.leave_inference_mode()
-    return state
+    """The cache's SAR state if it carries one."""
+    return getattr(cache, "sar_state", None)

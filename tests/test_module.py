@@ -13,6 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from sar_fast import SARAttention, SARConfig
+from sar_fast.dense_masks import has_values
 from sar_fast.modules.positions import rotate
 from sar_fast.reference import sar_attention_reference
 
@@ -233,7 +234,7 @@ META = torch.ones(2, 15, dtype=torch.bool, device="meta")
         ({"attention_mask": torch.ones(2, 1, 14, 15).bool()}, ValueError, r"got \(2, 1, 14, 15\)"),
         ({"attention_mask": torch.ones(2, 4, 15, 15).bool()}, ValueError, r"got \(2, 4, 15, 15\)"),
         ({"attention_mask": torch.ones(2, 15, 15)}, ValueError, r"2 or 4 dimensions; got shape \(2, 15, 15\)"),
-        ({"attention_mask": torch.ones(2, 1, 15, 15).long()}, TypeError, "4 dimensions must be bool or additive; got"),
+        ({"attention_mask": torch.ones(2, 1, 15, 15).long()}, TypeError, "must be bool or additive floating"),
         ({"attention_mask": torch.ones(2, 1, 15, 15)}, ValueError, "scores with a bias are not supported"),
         ({"attention_mask": torch.full((2, 1, 15, 15), -2.0)}, ValueError, "scores with a bias are not supported"),
         ({"attention_mask": torch.full((2, 15), -torch.inf)}, ValueError, "got negative values"),
@@ -290,3 +291,16 @@ def test_half_precision_beside_fp32_cosines():
     out = module(x, (cos, sin), None, cache)[0]
     assert out.dtype == cache.layers[0].keys.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), module.float()(x.float(), (cos, sin))[0], rtol=0.05, atol=0.02)
+
+
+def test_a_mask_that_all_layers_get_is_looked_at_once(monkeypatch):
+    """On a GPU each look waits for it; what was changed since is looked at again."""
+    looked, mask = [], torch.zeros(2, 1, 9, 9).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
+    bad = lambda m: looked.append(1) or (m != 0) & ~(m <= -1e4)
+    assert not has_values(mask, bad)
+    assert not has_values(mask, bad)
+    assert len(looked) == 1
+    mask[0, 0, 3, 1] = -2.0
+    assert has_values(mask, bad)
+    assert has_values(mask, bad)
+    assert len(looked) == 3

@@ -64,7 +64,7 @@ def _extra_state(module: nn.Module) -> list[str]:
 def _heads_of(module: nn.Module) -> int | None:
     try:
         return getattr(getattr(module, "config", None), "num_attention_heads", None)
-    except Exception:  # configs of unlike layers refuse to name one number
+    except RuntimeError:  # transformers' configs of unlike layers refuse to name one number; the comparison tells
         return None
 
 
@@ -115,7 +115,7 @@ def check_equal(new: nn.Module, module: nn.Module) -> tuple[float | None, ModelP
         rotated = "position_embeddings" in inspect.signature(type(module).forward).parameters
         for ids in positions if rotated else ():
             _compare(ours, theirs, _embeddings(rotary, ids, module.head_dim), ids, generator)
-        if rotated and not _runs_without_embeddings(theirs, generator):
+        if rotated and not _rotates_only_if_told(theirs, generator):
             return None, model_positions(module)  # anew: the comparison may have moved its frequencies
         ours.rope_theta = None
         for ids in positions:
@@ -212,11 +212,11 @@ def _input(module: nn.Module, generator: torch.Generator) -> Tensor:
     return torch.randn(BATCH, LENGTH, module.q_proj.in_features, generator=generator, dtype=torch.float32)
 
 
-def _runs_without_embeddings(module: nn.Module, generator: torch.Generator) -> bool:
-    """Whether a call without position_embeddings is one without rotation, and not an error."""
+def _rotates_only_if_told(module: nn.Module, generator: torch.Generator) -> bool:
+    """Whether a call without position_embeddings is one without rotation; most modules unpack them unasked."""
     try:
         _run(module, _input(module, generator), None, torch.arange(LENGTH)[None])
-    except Exception:
+    except TypeError:  # None cannot be unpacked
         return False
     return True
 

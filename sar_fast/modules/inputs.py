@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sar_fast.cache_state import CacheState, state_of
 from sar_fast.config import SARConfig
+from sar_fast.dense_masks import as_visible, has_values
 
 NAMES = (
     "position_embeddings",
@@ -39,7 +40,6 @@ REFUSED = {
     "softcap": "it is given at construction",
     "dropout": "no kernel has dropout",
 }
-SOFT = -1e4  # an additive mask's value up to this leaves nothing of a score
 
 
 def check_keywords(keywords: dict[str, Any], *, causal: bool) -> None:
@@ -158,21 +158,11 @@ def _check_shape(mask: Any, batch: int, length: int, span: Span, device: torch.d
 
 def _as_bool(mask: Tensor) -> Tensor:
     """True = may be seen. Values are looked at where there are any, so that no bias is taken for a mask."""
-    look = not torch.compiler.is_compiling()
-    if mask.dim() == 2:
-        if look and mask.is_floating_point() and bool((mask < 0).any()):
-            raise ValueError("attention_mask must be non-zero at real tokens and 0 at padding; got negative values")
-        return mask != 0
-    if mask.dtype == torch.bool:
-        return mask
-    if not mask.is_floating_point():
-        raise TypeError(f"attention_mask with 4 dimensions must be bool or additive; got {mask.dtype}")
-    if look and bool(((mask != 0) & ~(mask <= SOFT)).any()):
-        raise ValueError(
-            f"attention_mask with 4 dimensions must be bool, or 0 where a key may be seen and at most {SOFT:g} "
-            "where not; got other values, and scores with a bias are not supported"
-        )
-    return mask == 0
+    if mask.dim() == 4:
+        return as_visible(mask)
+    if mask.is_floating_point() and has_values(mask, lambda m: m < 0):
+        raise ValueError("attention_mask must be non-zero at real tokens and 0 at padding; got negative values")
+    return mask != 0
 
 
 def check_not_packed(position_ids: Tensor | None, attention_mask: Any) -> None:
@@ -181,7 +171,7 @@ def check_not_packed(position_ids: Tensor | None, attention_mask: Any) -> None:
         return
     if position_ids.dim() != 2 or position_ids.shape[1] < 2:
         return
-    if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) < 0).any()):
+    if has_values(position_ids, lambda p: p.diff(dim=-1) < 0):
         raise ValueError(f"position_ids must not start anew inside a row: {_PACKED}")
 
 
@@ -217,6 +207,8 @@ def roles_of_call(
     """Roles of a call's tokens, given or remembered by the cache; ``like``: hidden states (B, S, hidden_size)."""
     B, S = like.shape[:2]
     state = state_of(cache)
+    if state is not None and not span.traced:
+        state.leave_inference_mode()
     past = _past_of(state, layer, span)
     if visual_mask is None:
         if prior is not None:

@@ -156,6 +156,17 @@ def step_in(model, cache, token):
     return model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits.clone()
 
 
+def test_a_step_does_not_look_at_the_snapshots_of_all_steps_before(model, monkeypatch):
+    with apply_sar(model, config_of("running")):
+        cache = filled(model, row_of(llava_batch, [1], 0))
+        for _ in range(8):
+            step(model, cache)
+        asked, original = [], torch.Tensor.is_inference
+        monkeypatch.setattr(torch.Tensor, "is_inference", lambda x: asked.append(1) or original(x))
+        step(model, cache)
+    assert len(asked) <= 8  # the visual mask and three layers, once
+
+
 # rows
 
 

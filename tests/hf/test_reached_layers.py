@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from sar_fast import SARConfig, apply_sar, remove_sar
@@ -95,6 +95,30 @@ def test_wrapped_decoder_layers_count_as_layers(family, wrapper):
         assert_close(logits(model, batch), want)
 
 
+def _sharded(rank, init_file, results):
+    """FSDP of PyTorch 1 around every attention, in a process of its own."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=1)
+    try:
+        model, batch = llava(), llava_batch([1, 2, 0])
+        for layer in decoder_layers(model):
+            layer.self_attn = FullyShardedDataParallel(layer.self_attn, device_id=torch.device("cpu"))
+        with apply_sar(model, SAR):
+            torch.save(logits(model, batch), results)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_attention_under_fsdp1_is_reweighted(tmp_path):
+    results = tmp_path / "logits.pt"
+    multiprocessing.spawn(_sharded, args=(tmp_path / "rendezvous", results), nprocs=1)
+    model, batch = llava(), llava_batch([1, 2, 0])
+    with apply_sar(model, SAR):
+        assert_close(torch.load(results), logits(model, batch))
+
+
 def replaced(attention):
     """A forward of another library: right, with kernels of its own."""
 
@@ -177,7 +201,7 @@ def test_a_text_model_that_sees_a_slice_is_an_error(family):
     )
     logits(model, batch)
     apply_sar(model, SAR)
-    with pytest.raises(RuntimeError, match=r"attends with 3 x \d+ .* of a pass that has 3 x \d+"):
+    with pytest.raises(RuntimeError, match=r"Attention \d attends with 3 x \d+ .* of a pass that has 3 x \d+"):
         logits(model, batch)
 
 
@@ -254,6 +278,20 @@ def test_copies_that_peft_keeps_are_reweighted(saved, first):
         assert_close(logits(wrapped, batch)[real], logits(llava(), batch)[real])
 
 
+def test_an_adapter_merged_under_sar_leaves_a_model_with_sar():
+    peft = pytest.importorskip("peft")
+    model, batch = llava(), llava_batch([1, 2])
+    real = batch["attention_mask"].bool()
+    plain = logits(model, batch)[real]
+    apply_sar(model, SAR)
+    want = logits(model, batch)[real]
+    options = {"target_modules": r".*language_model.*\.gate_proj", "modules_to_save": ["vision_tower", "self_attn"]}
+    merged = peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).merge_and_unload()
+    assert_close(logits(merged, batch)[real], want)
+    remove_sar(merged)
+    assert_close(logits(merged, batch)[real], plain)
+
+
 # copies of parts, and pickles
 
 
@@ -294,3 +332,11 @@ def test_a_model_under_sar_can_be_pickled(name):
     remove_sar(model)
     assert torch.equal(logits(twin, batch)[real], logits(model, batch)[real])
     assert (logits(twin, batch)[real] - want).abs().max() > 1e-3
+
+
+def test_a_model_that_ran_may_not_be_pickled_without_sar_either():
+    model = llava()
+    pickle.dumps(model)
+    logits(model, llava_batch([1]))
+    with pytest.raises(AttributeError, match="output_capturing_hook"):
+        pickle.dumps(model)

@@ -17,7 +17,6 @@ from sar_fast.integrations.hf import attention, flow
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
 from sar_fast.integrations.hf.features import (
     HANDLE_MARK,
-    flat_features,
     handle_of,
     keep_patch_norms,
     norms_of,
@@ -269,7 +268,7 @@ class SARHandle:
     def token_norms(self, modality: str, output: Any, patch_norms: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         """(n,) fp32 norms of a modality's visual tokens in placeholder order."""
         features = getattr(output, self.family.features)
-        features = features if isinstance(features, Tensor) else flat_features(output, self.family.features)
+        features = features if isinstance(features, Tensor) else torch.cat([f.flatten(0, -2) for f in features])
         if modality == "video" and self.family.whole_video_features is not None:
             features = self.family.whole_video_features(self.base_model, features, arguments)
         if self.config.prior_source == "projected":

@@ -160,7 +160,7 @@ def sar_attention_forward(
     if reweighted:
         _check_heads(module, q.shape[2], sar_context.shards)
         rows, positions = sar_context.roles.text_mask.shape
-        refuse_slices(module, q.shape[:2], (rows, sar_context.queries or positions))
+        refuse_slices(module, layer, q.shape[:2], (rows, sar_context.queries or positions))
         sar_context.reached.add(layer)
     if packing is not None:
         return _packed(layer if reweighted else None, q, k, v, dense, options, sar_context), None

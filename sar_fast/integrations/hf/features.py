@@ -86,7 +86,9 @@ def _watched(original: Callable, modality: str) -> Callable:
         finally:
             this_thread.collecting = outer
         output[_norms_key(modality, handle.config.prior_source)] = norms
-        output[_mark_key(modality)] = norms_of(flat_features(output, handle.family.features))
+        context = running_pass()
+        if context is None or context.recorder is not handle:  # the output may come back as mm_encoder_outputs
+            output[_mark_key(modality)] = _feature_norms(output, handle.family.features)
         give_features(modality, norms)
         return output
 
@@ -130,11 +132,11 @@ def _mark_key(modality: str) -> str:
     return f"sar_{modality}_marks"
 
 
-def flat_features(output: Any, name: str) -> Tensor:
-    """(n, F) features of the visual tokens in a feature call's output, which holds them under ``name``."""
+def _feature_norms(output: Any, name: str) -> Tensor:
+    """(n,) fp32 norms of the features themselves, by which they are known again."""
     features = getattr(output, name)
     parts = [features] if isinstance(features, Tensor) else features
-    return torch.cat([part.flatten(0, -2) for part in parts])
+    return torch.cat([norms_of(part).flatten() for part in parts])
 
 
 def encoded_norms(output: Any, modality: str, handle: Any) -> Tensor:
@@ -145,7 +147,11 @@ def encoded_norms(output: Any, modality: str, handle: Any) -> Tensor:
     norms = norms_on(output, modality, handle.config.prior_source)
     if torch.compiler.is_compiling():
         return norms
-    marks, now = output[_mark_key(modality)], norms_of(flat_features(output, handle.family.features))
+    if _mark_key(modality) not in output:
+        raise ValueError(
+            f"mm_encoder_outputs[{modality!r}] was encoded for the pass that it came from; encode it again"
+        )
+    marks, now = output[_mark_key(modality)], _feature_norms(output, handle.family.features)
     repeats = max(1, now.numel() // max(1, marks.numel()))
     was = marks.to(now.device).repeat(repeats)
     if repeats > 1:  # in the order of the rows

@@ -57,6 +57,8 @@ def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContex
     drafts = take_drafts(handle.model, ids, past_length)
     if past is not None and past.packed:
         raise ValueError("past_key_values: packed sequences filled this cache; it cannot be continued")
+    if past is not None and not torch.compiler.is_compiling():
+        past.leave_inference_mode()
     if config.activation_layer_k:
         refuse_unseen_cache(cache, past, past_length, shape[1], handle.peft_configs)
         if past is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sar_fast.dense_masks import as_visible, has_values
 from sar_fast.integrations.hf.packing import Packing
 
 KINDS = ("full_attention", "sliding_attention")  # of a dict's masks, the first to be read
@@ -35,6 +36,9 @@ def read_mask(
     if isinstance(mask, Mapping):
         kinds = [*(k for k in KINDS if k in mask), *(k for k in mask if k not in KINDS)]
         mask, everywhere = (mask[kinds[0]] if kinds else None), len(set(map(id, mask.values()))) == 1
+        for other in attention_mask.values():  # layers of other types get theirs
+            if isinstance(other, Tensor) and other.dim() == 4:
+                as_visible(other)
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor):
@@ -53,8 +57,7 @@ def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor) -> Tens
     B, S = shape
     if mask.shape[0] != B:
         raise ValueError(f"attention_mask must have the batch's {B} rows; got shape {tuple(mask.shape)}")
-    look = S > 1 and mask.dtype != torch.bool and not torch.compiler.is_compiling()
-    if look and bool(((mask != 0) & (mask != 1)).any()):
+    if S > 1 and mask.dtype != torch.bool and has_values(mask, lambda m: (m != 0) & (m != 1)):
         raise ValueError(
             "attention_mask of 2 dimensions must be 1 at real tokens and 0 at padding; got other values, which would "
             "all count as real. If they number packed sequences: a (batch, 1, queries, keys) mask, or cu_seq_lens_q "
@@ -76,15 +79,13 @@ def _read_dense(
 ) -> tuple[Tensor, Packing | None]:
     """Padding and sequences of a (B or 1, 1, S, keys) mask; ``everywhere``: all layers get this one."""
     B, S = shape
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"attention_mask of 4 dimensions must be bool or additive floating point; got {mask.dtype}")
     keys = mask.shape[-1]
     if mask.shape[0] not in (1, B) or mask.shape[1] != 1 or mask.shape[2] != S or keys < S:
         raise ValueError(
             f"attention_mask of 4 dimensions must be ({B} or 1, 1, {S}, keys); got shape {tuple(mask.shape)}: SAR "
             "tells padding and sequences by it, which must be the same for all heads"
         )
-    visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(B, -1, -1)  # [B, S, keys]
+    visible = as_visible(mask)[:, 0].expand(B, -1, -1)  # [B, S, keys]
     if isinstance(past_length, Tensor):
         first = past_length.to(mask.device).clamp_max(keys - S)
     else:

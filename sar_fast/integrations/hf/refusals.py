@@ -87,13 +87,13 @@ def refuse_unreached(marked: Sequence[int], reached: Set[int]) -> None:
         )
 
 
-def refuse_slices(module: nn.Module, came: tuple[int, int], needed: tuple[int, int]) -> None:
+def refuse_slices(module: nn.Module, layer: int, came: tuple[int, int], needed: tuple[int, int]) -> None:
     """``RuntimeError`` if a layer attends with other (rows, positions) than its pass has."""
     if came != needed:
         raise RuntimeError(
-            f"SAR: {type(module).__name__} attends with {came[0]} x {came[1]} (rows x positions) of a pass that has "
-            f"{needed[0]} x {needed[1]}: something between the model and its layers hands on a slice, as sequence "
-            f"parallelism does, whose statistics would be wrong. {CURE}"
+            f"SAR: {type(module).__name__} {layer} attends with {came[0]} x {came[1]} (rows x positions) of a pass "
+            f"that has {needed[0]} x {needed[1]}: something between the model and its layers hands on a slice, as "
+            f"sequence parallelism does, whose statistics would be wrong. {CURE}"
         )
 
 
