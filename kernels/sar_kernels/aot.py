@@ -1,7 +1,7 @@
 """Ahead-of-time check: compiles every kernel variant that the configurations can choose, without a GPU.
 
     python -m sar_kernels.aot [--arch sm_90 ...] [--head-dim 64 ...] [--dtype bfloat16] [--kernel forward ...]
-                              [--purpose sar running ...] [--options window ...] [--json]
+                              [--purpose sar running ...] [--options window ...] [--heads 32:8 ...] [--json]
 
 Prints registers per thread, spilled bytes per thread, shared memory per block, blocks resident per multiprocessor, and
 whether the tensor cores are driven by wgmma. The launches are the very ones that a call on a GPU would make, planned on
@@ -26,6 +26,7 @@ from sar_kernels import decode_aot
 from sar_kernels.aot_measure import Variant, compile_key, describe, measure, table
 from sar_kernels.call import MAX_HEAD_DIM, AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import CLOSED_FORM, SHARED_MEMORY_LIMIT, SHORT, KernelConfig
+from sar_kernels.decode_aot import HEADS
 from sar_kernels.launch import Launch
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 
@@ -47,9 +48,10 @@ def plan_attention(
     seqlen: int,
     options: tuple[str, ...] = (),
     configs: Mapping[str, KernelConfig] | None = None,
+    num_heads: tuple[int, int] = HEADS,
 ) -> list[Launch]:
     """All launches of a forward and a backward call on memory-less tensors."""
-    batch, heads, kv_heads = 2, 32, 8
+    batch, (heads, kv_heads) = 2, num_heads
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
     packed = "packed" in options
     tokens = (batch * seqlen,) if packed else (batch, seqlen)
@@ -72,19 +74,31 @@ def plan_attention(
     return launches + plan_backward(call, dout, out, lse, c, through)[1]
 
 
-def calls(archs, head_dims, dtypes, purposes, options) -> Iterator[tuple[Callable, tuple, tuple]]:
+def calls(archs, head_dims, dtypes, purposes, options, num_heads) -> Iterator[tuple[Callable, tuple, tuple]]:
     """Every call that can choose another variant: its planning function, that one's arguments, and its name."""
-    for where in itertools.product(archs, PASSES, head_dims, dtypes, (True, False), (SHORT, CLOSED_FORM), [options]):
-        arch, purpose, head_dim, dtype, causal, _, _ = where
+    of_pass = itertools.product(
+        archs, PASSES, head_dims, dtypes, (True, False), (SHORT, CLOSED_FORM), [options], [None], num_heads
+    )
+    for where in of_pass:
+        arch, purpose, head_dim, dtype, causal = where[:5]
         if purpose in purposes:
-            yield plan_attention, where, (arch, purpose, head_dim, dtype, causal, options)
+            yield plan_attention, where, (arch, purpose, head_dim, dtype, causal, (*options, *other_heads(where[-1])))
     if {"padding", "packed"} & set(options):
         return  # decode has neither: the lengths are the cache's
-    for where in itertools.product(archs, decode_aot.MODES, head_dims, dtypes, *decode_aot.CASES, [options]):
-        arch, mode, head_dim, dtype, seqlen_q, page, _ = where
+    of_step = itertools.product(
+        archs, decode_aot.MODES, head_dims, dtypes, *decode_aot.CASES, [options], [decode_aot.CAPACITY], num_heads
+    )
+    for where in of_step:
+        arch, mode, head_dim, dtype, seqlen_q, page = where[:6]
         if mode in purposes:
             sizes = (f"q{seqlen_q}", f"page{page}") if page else (f"q{seqlen_q}",)
-            yield decode_aot.plan, where, (arch, mode, head_dim, dtype, True, (*sizes, *options))
+            names = (*sizes, *options, *other_heads(where[-1]))
+            yield decode_aot.plan, where, (arch, mode, head_dim, dtype, True, names)
+
+
+def other_heads(num_heads: tuple[int, int]) -> tuple[str, ...]:
+    """How a variant's options name its heads: not at all where they are the usual ones."""
+    return () if num_heads == HEADS else ("heads{}:{}".format(*num_heads),)
 
 
 def variants(
@@ -93,10 +107,11 @@ def variants(
     dtypes=(torch.bfloat16,),
     options=(),
     purposes=(*PASSES, *decode_aot.MODES),
+    num_heads=(HEADS,),
 ) -> Iterator[tuple[Variant, Recipe]]:
     """Every distinct variant, and how to make its launch."""
     seen = set()
-    for plan, where, names in calls(archs, head_dims, dtypes, purposes, options):
+    for plan, where, names in calls(archs, head_dims, dtypes, purposes, options, num_heads):
         for index, launch in enumerate(plan(*where)):
             variant, key = describe(launch, *names), compile_key(launch, names[0])
             if key not in seen:
@@ -105,9 +120,12 @@ def variants(
 
 
 def measure_recipe(variant: Variant, recipe: Recipe) -> Variant:
-    """Makes the launch and measures it."""
+    """Makes the launch and measures it; an error says which it was."""
     plan, where, index = recipe
-    return measure(variant, plan(*where)[index])
+    try:
+        return measure(variant, plan(*where)[index])
+    except Exception as error:
+        raise RuntimeError(f"the compiler fails at {variant}: {type(error).__name__}: {error}") from error
 
 
 def measure_all(work: list[tuple[Variant, Recipe]], jobs: int | None = None) -> list[Variant]:
@@ -120,6 +138,15 @@ def measure_all(work: list[tuple[Variant, Recipe]], jobs: int | None = None) -> 
             what = f"{row.arch} {row.kernel} {row.purpose} D {row.head_dim} {'+'.join(row.options)}".rstrip()
             print(f"{len(rows)}/{len(work)} {what}: {row.registers} registers", file=sys.stderr, flush=True)
     return rows
+
+
+def heads_of(text: str) -> tuple[int, int]:
+    """ "32:8" as query heads and kv heads."""
+    heads, _, kv_heads = text.partition(":")
+    numbers = heads.isdecimal() and kv_heads.isdecimal() and int(heads) > 0 and int(kv_heads) > 0
+    if not numbers or int(heads) % int(kv_heads):
+        raise argparse.ArgumentTypeError(f"got {text!r}, need query heads:kv heads, the first a multiple of the second")
+    return int(heads), int(kv_heads)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     several("--kernel", "KERNEL", help="only these: forward, dq, dkdv, statistics, decode_split, ...")
     several("--purpose", "PURPOSE", default=purposes, choices=purposes, help=of(purposes, "all"))
     several("--options", "OPTION", default=(), choices=OPTIONS, help=f"switched on together, {of(OPTIONS, 'none')}")
+    several("--heads", "H:KV", type=heads_of, default=[HEADS], help="query heads and kv heads (default: 32:8)")
     parser.add_argument("--jobs", type=int, help="processes that compile (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     args = parser.parse_args(argv)
@@ -143,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = [getattr(torch, name) for name in args.dtype]
     if not all(1 <= d <= MAX_HEAD_DIM for d in args.head_dim):
         parser.error(f"--head-dim: got {args.head_dim}, need 1 to {MAX_HEAD_DIM}")
-    every = list(variants(args.arch, args.head_dim, dtypes, tuple(args.options), args.purpose))
+    every = list(variants(args.arch, args.head_dim, dtypes, tuple(args.options), args.purpose, args.heads))
     names = sorted({variant.kernel for variant, _ in every})
     unknown = sorted(set(args.kernel or ()) - set(names))
     if unknown:

@@ -11,6 +11,8 @@ from sar_kernels.launch import Launch
 
 MODES = ("plain", "running", "step", "prompt")
 CASES = (1, 8), (0, 16, 256)  # queries (few and many rows), and page sizes: contiguous, less than a tile, more
+CAPACITY = 4096  # keys
+HEADS = (32, 8)  # query heads and kv heads
 
 
 def plan(
@@ -21,10 +23,11 @@ def plan(
     seqlen_q: int,
     page: int,
     options: tuple[str, ...] = (),
-    capacity: int = 4096,
+    capacity: int = CAPACITY,
+    num_heads: tuple[int, int] = HEADS,
 ) -> list[Launch]:
     """All launches of a decode step, with the cache write, on memory-less tensors."""
-    batch, heads, kv_heads = 2, 32, 8
+    batch, (heads, kv_heads) = 2, num_heads
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
     floats = lambda *shape: empty(*shape, dtype=torch.float32)
     q, new = empty(batch, seqlen_q, heads, head_dim), empty(batch, seqlen_q, kv_heads, head_dim)

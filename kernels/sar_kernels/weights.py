@@ -70,7 +70,7 @@ def head_weights_kernel(
     batch = tl.program_id(0)
     heads = tl.arange(0, BLOCK_H)
     is_head = heads < num_heads
-    # Tiles are added and reduced once: Triton 3.4 fails to compile a reduction that is accumulated in a loop.
+    # Tiles are added and reduced once: Triton fails to compile a reduction of few heads that is accumulated in a loop.
     variances = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     alignments = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     queries = tl.zeros([BLOCK_H, BLOCK_B], ACC)
@@ -170,11 +170,12 @@ def head_weights_backward_kernel(
     heads = tl.arange(0, BLOCK_H)
     is_head = heads < num_heads
     offsets = tl.cast(batch, tl.int64) * num_heads + heads
-    grad = tl.zeros([BLOCK_H], ACC)  # c * dL/dc
+    sums = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     for first in range(0, tl.cdiv(num_rows, BLOCK_M), BLOCK_B):
         blocks = first + tl.arange(0, BLOCK_B)
         mask = is_head[:, None] & (blocks * BLOCK_M < num_rows)[None, :]
-        grad += tl.sum(tl.load(sums_ptr + offsets[:, None] * num_blocks + blocks[None, :], mask=mask, other=0.0), 1)
+        sums += tl.load(sums_ptr + offsets[:, None] * num_blocks + blocks[None, :], mask=mask, other=0.0)
+    grad = tl.sum(sums, 1)  # c * dL/dc
     variance = tl.load(variance_ptr + offsets, mask=is_head, other=0.0)
     alignment = tl.load(alignment_ptr + offsets, mask=is_head, other=0.0)
     count = tl.load(count_ptr + batch)

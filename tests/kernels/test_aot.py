@@ -117,6 +117,18 @@ def test_closed_form_budget(version):
     check_budget(rows, version)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_any_number_of_heads_compiles(version):
+    """What works on all heads at once has a tile as high as they are many, and compilers have failed on small ones.
+
+    Triton 3.6 asserts, and the process is gone, where a loop adds reductions over blocks of four heads.
+    """
+    kernels = ("head_weights", "head_weights_backward", "decode_combine", "closed_variance")
+    heads = ("1:1", "2:1", "3:3", "4:2", "8:8", "16:4", "28:4", "40:40", "64:8", "128:8")
+    rows = compiled("--arch", "sm_90", "--head-dim", "64", "--kernel", *kernels, "--heads", *heads, version=version)
+    assert {r["kernel"] for r in rows} == set(kernels)
+
+
 def test_backward_budget_at_the_largest_head_dim():
     rows = compiled("--arch", "sm_90", "--head-dim", "256", "--kernel", "dkdv")
     check_budget(rows)
@@ -209,6 +221,7 @@ def test_interpreter_is_refused():
     [
         (["--kernel", "forwrad", "dq"], "--kernel: got forwrad, need some of append, closed_variance, decode_combine,"),
         (["--purpose", "plain", "--kernel", "dq"], "--kernel: got dq, need some of"),  # decode has no backward
+        (["--heads", "6:4"], "--heads: got '6:4', need query heads:kv heads, the first a multiple of the second"),
         (["--head-dim", "300"], "--head-dim: got [300], need 1 to 256"),
     ],
 )
