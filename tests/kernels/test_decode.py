@@ -93,7 +93,7 @@ class Inputs:
         return self.visual, self.text, self.prior
 
     def state(self) -> SARState:
-        return SARState.empty(len(self.case.lengths), self.case.heads)
+        return SARState.empty(len(self.case.lengths), self.case.heads, DEVICE)
 
     def run(self, mode="running", state=None, **kwargs):
         state = state or self.state()
@@ -512,7 +512,7 @@ def test_errors_name_the_argument(name, spoil):
     inputs = Inputs(BASE.but(head_dim=16))
     spoil(inputs)
     with pytest.raises(ValueError, match=name):
-        inputs.run(state=SARState.empty(2, 4))
+        inputs.run(state=SARState.empty(2, 4, DEVICE))
 
 
 def test_errors_of_mode_state_and_workspace():
@@ -520,7 +520,7 @@ def test_errors_of_mode_state_and_workspace():
     with pytest.raises(ValueError, match="mode"):
         inputs.run("frozen")
     with pytest.raises(ValueError, match="av_sum"):
-        inputs.run(state=SARState.empty(2, 5))
+        inputs.run(state=SARState.empty(2, 5, DEVICE))
     workspace = decode_workspace(2, 1, 4, 2, 32, 160, dtype=torch.float32, device=DEVICE)
     with pytest.raises(ValueError, match=r"workspace\.out"):
         inputs.run(workspace=workspace)

@@ -49,8 +49,9 @@ def test_variance_in_closed_form(head_dim, dtype):
     """Keys about a common offset, a channel that outgrows the others, and a picture of few tokens beside."""
     images = (((35, 2083),), ((100, 150),))
     inputs = make(sized(CLOSED_FORM, head_dim, dtype, images=images, heads=2, kv_heads=1))
-    inputs.k[..., 3] *= 20
-    inputs.k += 30 * torch.randn(head_dim).to(dtype)
+    channel, offset = (20, 30) if dtype == torch.bfloat16 else (4, 5)  # eager PyTorch sums scores in float16
+    inputs.k[..., 3] *= channel
+    inputs.k += offset * torch.randn(head_dim).to(dtype)
     check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
 
 
@@ -86,7 +87,7 @@ def test_same_bits_every_time(head_dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_without_image_is_plain_attention_bit_for_bit(head_dim, dtype):
     """The compiler must contract the same products with the statistics as without."""
-    inputs = make(sized(1500, head_dim, dtype, images=(((35, 611),), ())))
+    inputs = make(sized(1500, head_dim, dtype, images=(((35, 611),), ()), beta=1e-4))
     plain, plain_lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
     out, lse, *_ = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
     assert torch.equal(out[1], plain[1])
