@@ -14,6 +14,7 @@ from sar_fast.integrations.hf.features import norms_on
 from tests.hf.tiny import CASES, MODELS, llava, llava_batch, qwen2_5_vl
 
 SAR = SARConfig(activation_layer_k=3, beta=0.02)
+FEATURES = ("get_image_features", "get_video_features")
 
 
 @pytest.fixture(params=list(MODELS))
@@ -111,19 +112,25 @@ def test_use_sar_false_means_without_sar():
 
 
 def of_own_class(model):
-    """The model with a base model whose class no other test's model has."""
+    """The model with a base model whose class no other test's model has, under a class with the features unwrapped.
+
+    A model of another test that SAR was never removed from leaves its class wrapped.
+    """
     base = model.base_model
-    base.__class__ = type(type(base).__name__, (type(base),), {"__module__": __name__})
+    cls = type(base)
+    ours = {n: getattr(cls, n) for n in FEATURES if hasattr(getattr(cls, n, None), "_sar_watches")}
+    methods = {name: method.__wrapped__ for name, method in ours.items()}
+    bare = type(cls.__name__, (cls,), {"__module__": __name__, **methods})
+    base.__class__ = type(cls.__name__, (bare,), {"__module__": __name__})
     return model, type(base)
 
 
 def watched(cls):
-    return [name for name in ("get_image_features", "get_video_features") if name in cls.__dict__]
+    return [name for name in FEATURES if name in cls.__dict__]
 
 
 @pytest.mark.parametrize("make", [llava, qwen2_5_vl])
 def test_removal_leaves_the_class_as_it_was(make):
-    gc.collect()
     model, cls = of_own_class(make())
     before = dict(cls.__dict__)
     handle = apply_sar(model, SAR)
@@ -137,13 +144,12 @@ def test_removal_leaves_the_class_as_it_was(make):
 
 
 def test_removal_leaves_the_class_of_every_family(case):
-    model = case.make()
-    gc.collect()  # models of other tests that nobody removed SAR from
-    cls = type(model.base_model)
-    before = {name: cls.__dict__.get(name) for name in ("get_image_features", "get_video_features")}
-    apply_sar(model, SARConfig(activation_layer_k=1)).remove()
-    assert {name: cls.__dict__.get(name) for name in before} == before
-    assert not any(hasattr(f, "_sar_watches") for f in before.values())
+    model, cls = of_own_class(case.make())
+    handle = apply_sar(model, SARConfig(activation_layer_k=1))
+    assert watched(cls)
+    handle.remove()
+    assert not watched(cls)
+    assert not any(hasattr(getattr(cls, name, None), "_sar_watches") for name in FEATURES)
 
 
 @pytest.fixture(params=["llava", "qwen2_5_vl", "llama4", "gemma4"])
