@@ -162,8 +162,8 @@ def _train(paper: Paper, name: str, data: str) -> Stage:
 
     def train() -> dict[str, Any]:
         command = [sys.executable, str(EXPERIMENTS / "train.py"), *words]
-        if any(folder.glob("checkpoint-*")):
-            command += ["--resume_from_checkpoint", "true"]
+        begun = any(folder.glob("checkpoint-*"))
+        command += ["--resume_from_checkpoint", "true"] if begun else ["--overwrite_output_dir"]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "train.log").open("a", encoding="utf-8") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
