@@ -14,10 +14,10 @@ import torch
 from accelerate import PartialState
 
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.models import dtype_name, start_processes
+from sar_fast.evaluation.models import dtype_name, source_of, start_processes
 from sar_fast.evaluation.results import ResultFolder
 from sar_fast.evaluation.stamps import file_stamp, model_stamp
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.models import MINIATURE_PATH, ModelSource
 from sar_fast.run_metadata import commit, versions
 
 logger = logging.getLogger(__name__)
@@ -96,16 +96,27 @@ class Session:
 
 def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
     """What records of any evaluation depend on: the model, how it runs and what it is asked in."""
-    name = arguments.model_name_or_path
-    weights = weights_stamp(name)
     return {
-        "model": Path(name).name if weights else name,  # a folder may have moved
-        "weights": weights,
+        **model_facts(source_of(arguments)),
         "dtype": dtype_name(arguments),
         "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
         "template": file_stamp(Path(arguments.template)) if arguments.template else None,  # None: the model's own
         "max_samples": arguments.max_samples,
     }
+
+
+def model_facts(source: ModelSource) -> dict[str, Any]:
+    """Name and weights, by content; of an adapter its base's too. A folder goes by its last name, as it may move."""
+    facts = _named(source.name, source.adapter or source.weights)
+    if source.adapter is None:
+        return facts
+    base = _named(source.base_name, source.weights)
+    return facts | {"base_model": base["model"], "base_weights": base["weights"]}
+
+
+def _named(name: str, place: str) -> dict[str, Any]:
+    weights = weights_stamp(place)
+    return {"model": Path(name).name if weights else name, "weights": weights}
 
 
 def weights_stamp(name: str) -> str | None:

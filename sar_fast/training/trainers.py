@@ -10,9 +10,10 @@ from transformers import Trainer
 
 from sar_fast.training.checkpoints import WholeCheckpoints
 from sar_fast.training.contrastive import OUTPUT_NAME, ContrastiveHead, ContrastiveSupervision
+from sar_fast.training.saving import PlainModels
 
 
-class SFTTrainer(WholeCheckpoints, Trainer):
+class SFTTrainer(WholeCheckpoints, PlainModels, Trainer):
     """The Hugging Face Trainer; a checkpoint is whole or not there."""
 
 

@@ -1,0 +1,53 @@
+"""What a Trainer saves: a model like the one that it was given, apart from its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, Trainer
+
+from sar_fast.adapters import CONFIG
+from sar_fast.integrations.hf.structure import unwrap
+from sar_fast.saving import adapter_weights, open_to_readers, whole_weights
+
+USE_CACHE = "use_cache"
+
+
+class PlainModels:
+    """Mix-in of a Trainer: trains without a cache of keys and values, and saves configurations as they were before.
+
+    Training needs no cache, and packed rows allow none, so the Trainer's ``use_cache`` holds in the model's and in its
+    text model's configuration; a saved model would generate without one ever after. Weights get the usual file mode,
+    and those of an earlier run of the other kind (whole, adapter) make room where ``overwrite_output_dir`` is given.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = unwrap(kwargs["model"] if "model" in kwargs else args[0]).config
+        configs: list[PretrainedConfig] = [config, config.get_text_config()]
+        self._given = [(c, vars(c)[USE_CACHE]) if USE_CACHE in vars(c) else (c, None) for c in configs]
+        super().__init__(*args, **kwargs)
+        self._set_cache()
+
+    def _set_cache(self: Trainer) -> None:
+        for config, _ in self._given:
+            config.use_cache = self.args.use_cache
+
+    def _save(self: Trainer, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        for config, value in self._given:
+            vars(config).pop(USE_CACHE) if value is None else setattr(config, USE_CACHE, value)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self._set_cache()
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        open_to_readers(folder)
+        if self.args.overwrite_output_dir:
+            _remove_other_kind(folder, is_adapter=hasattr(self.model, "peft_config"))
+
+
+def _remove_other_kind(folder: Path, is_adapter: bool) -> None:
+    for file in whole_weights(folder) if is_adapter else (*adapter_weights(folder), folder / CONFIG):
+        file.unlink(missing_ok=True)
