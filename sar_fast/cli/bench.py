@@ -58,8 +58,10 @@ def train(
         inputs = sample_inputs(loaded, processor, length)
     except ValueError as error:
         raise UserError(f"--{error}") from error
+    for parameter in loaded.parameters():  # an adapter freezes its base
+        parameter.requires_grad_(parameter.is_floating_point())
     peak = peak_flops or known_peak(loaded.device)
-    records = training_steps(loaded.train().requires_grad_(True), inputs, config, steps, peak)
+    records = training_steps(loaded.train(), inputs, config, steps, peak)
     if as_json:
         shape = {"length": int(inputs["input_ids"].shape[1]), "config": config.to_dict(), "device": str(loaded.device)}
         typer.echo(json.dumps({**shape, "modes": records}, indent=2))

@@ -43,7 +43,8 @@ GO_ON = {**LORA, "lora_rank": None, "lora_target": None}
 def run_folder(tmp_path_factory):
     """A LoRA run with SAR on."""
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    train(folder, **LORA, use_sar=True, sar_activation_layer_k=2, sar_beta=0.1, sav_grad=True)
+    cache = tmp_path_factory.mktemp("datasets")
+    train(folder, **LORA, use_sar=True, sar_activation_layer_k=2, sar_beta=0.1, sav_grad=True, cache_dir=cache)
     return folder
 
 
@@ -95,7 +96,6 @@ def evaluate(out, model, **more):
     return benchmark.run(evaluation_arguments(out, model_name_or_path=str(model), max_samples=8, **more))
 
 
-@pytest.mark.usefixtures("arrow_cache")
 @pytest.mark.parametrize("sar", [{}, {"use_sar": True, "sar_activation_layer_k": 2}], ids=["plain", "sar"])
 def test_an_adapter_is_evaluated_and_so_is_its_merged_model(run_folder, merged, tmp_path, sar):
     scores = [evaluate(tmp_path / name, model, **sar) for name, model in (("a", run_folder), ("m", merged))]
@@ -125,6 +125,7 @@ def test_records_depend_on_adapter_and_base(run_folder, tmp_path):
 
 
 def test_training_goes_on_with_the_adapter(run_folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     start = load_file(run_folder / "adapter_model.safetensors")
     trainer = train(tmp_path / "out", model_name_or_path=run_folder, **{**GO_ON, "learning_rate": 0.0, "max_steps": 1})
     assert "lora goes on with" in caplog.text
@@ -182,6 +183,7 @@ def test_an_adapter_of_another_kind_is_not_gone_on_with(tmp_path):
 
 @pytest.mark.parametrize("finetuning_type", ["full", "freeze"])
 def test_other_types_train_the_merged_model(run_folder, merged, tmp_path, finetuning_type, caplog):
+    caplog.set_level("INFO")
     changes = {"finetuning_type": finetuning_type, "max_steps": 2}
     of_adapter = train(tmp_path / "a", model_name_or_path=run_folder, **changes)
     assert f"{finetuning_type} trains the merged model" in caplog.text
@@ -203,7 +205,7 @@ def test_a_folder_holds_one_kind(run_folder, tmp_path):
         ValueError, match=r"holds adapter_model.safetensors, which --finetuning_type full does not write"
     ):
         build(parse(flags(out)))
-    with pytest.raises(ValueError, match="either could be meant; choose another folder$"):
+    with pytest.raises(ValueError, match=r"either could be meant; choose another folder$"):
         build(parse(flags(out, model_name_or_path=out, overwrite_output_dir=True)))
     train(out, max_steps=1, overwrite_output_dir=True)
     assert find_model(str(out)).adapter is None
