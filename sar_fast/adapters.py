@@ -6,6 +6,7 @@ Those that learn a prompt or a prefix, or that wait for certain tokens, live in 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import warnings
@@ -33,14 +34,20 @@ def find_file(place: str, *names: str) -> Path | None:
     """The first of some files that a folder or a hub repository has; None also where the hub cannot be reached."""
     if Path(place).is_dir():
         return next((Path(place) / name for name in names if (Path(place) / name).is_file()), None)
-    from transformers.utils import cached_file
+    return next((file for name in names if (file := _hub_file(place, name)) is not None), None)
 
-    kinds = ("gated_repo", "missing_entries", "connection_errors")
-    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+
+@functools.lru_cache(maxsize=64)
+def _hub_file(repository: str, name: str) -> Path | None:
+    """A file of the hub, from its cache if it is there. One question without retries: most models have no adapter."""
+    from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, name)
+    if isinstance(cached, str):
+        return Path(cached)
     try:
-        found = (cached_file(place, name, **quiet) for name in names)
-        return next((Path(file) for file in found if file is not None), None)
-    except OSError:  # no such repository: what loads the model says so
+        return Path(hf_hub_download(repository, name)) if file_exists(repository, name) else None
+    except Exception:  # no such repository, or no network, in its HTTP library's words: what loads the model says so
         return None
 
 

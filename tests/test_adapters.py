@@ -270,3 +270,27 @@ def test_whole_models_with_braces_in_their_names(tmp_path):
     folder.mkdir()
     with pytest.raises(ModelError, match=r"'.*/\{model\}' cannot be loaded"):
         opens(folder)
+
+
+def test_a_hub_id_is_asked_once_and_without_waiting(monkeypatch, own):
+    """Offline a whole model's name costs nothing here; an adapter of the hub is found by its configuration."""
+    from sar_fast import adapters
+
+    asked = []
+
+    def exists(repository, name):
+        asked.append((repository, name))
+        if repository == "no/network":
+            raise ConnectionError
+        return repository == "an/adapter"
+
+    monkeypatch.setattr("huggingface_hub.file_exists", exists)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(own / name))
+    adapters._hub_file.cache_clear()
+    assert find_model("no/network").adapter is None
+    assert find_model("a/model").adapter is None
+    assert find_model("a/model").weights == "a/model"
+    source = find_model("an/adapter")
+    assert (source.adapter, source.is_miniature) == ("an/adapter", True)
+    assert asked == [(name, CONFIG) for name in ("no/network", "a/model", "an/adapter")]
+    adapters._hub_file.cache_clear()
