@@ -60,7 +60,8 @@ def read_config(place: str) -> dict[str, Any] | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         config = first_line(error)
-    return config if isinstance(config, dict) else {"peft_type": None, "unreadable": config}
+    unreadable = config if isinstance(config, str) else f"holds {type(config).__name__}"
+    return config if isinstance(config, dict) else {"peft_type": None, "unreadable": unreadable}
 
 
 def check(adapter: ModelSource, config: dict[str, Any]) -> None:

@@ -229,7 +229,10 @@ BROKEN_FOLDERS = {
     ),
     "no config": (lambda f: (f / CONFIG).unlink(), "has adapter_model.safetensors but no adapter_config.json"),
     "no json": (lambda f: (f / CONFIG).write_text("{"), "adapter_config.json: Expecting property name"),
-    "a list": (lambda f: (f / CONFIG).write_text("[]"), "is no adapter that PEFT knows"),
+    "a list": (
+        lambda f: (f / CONFIG).write_text("[]"),
+        "is no adapter that PEFT knows: adapter_config.json: holds list",
+    ),
     "no kind": (lambda f: rewrite(f, peft_type=None), "peft_type is None"),
     "no known kind": (lambda f: rewrite(f, peft_type="ZEBRA"), "peft_type is 'ZEBRA'"),
     "kinds": (lambda f: rewrite(f, peft_type=["LORA"]), r"peft_type is \['LORA'\]"),
