@@ -31,6 +31,7 @@ LABELS = {
 
 def inspect(
     model: options.Model = loading.MINIATURE,
+    base_model: options.BaseModel = None,
     image: Annotated[Path | None, typer.Option("--image", help="Picture file; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Question; needs --image.")] = None,
     k: options.K = None,
@@ -61,7 +62,7 @@ def inspect(
     if heatmap is not None and image is None:
         raise UserError("--heatmap draws what is measured on an input; it needs --image and --question")
     picture = None if image is None else loading.open_image(image)
-    loaded, processor = loading.load_model(model, device, dtype)
+    loaded, processor = loading.load_model(model, device, dtype, base_model)
     config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
 
     from sar_fast.integrations.hf import apply_sar

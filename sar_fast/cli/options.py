@@ -15,8 +15,13 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Folder or Hugging Face id of an image-text-to-text model; 'miniature' is the small one that is shipped.",
+        help="Folder or Hugging Face id of an image-text-to-text model, or of an adapter (LoRA); 'miniature' is the "
+        "small one that is shipped.",
     ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", help="The model that an adapter is for. Default: the one that the adapter names."),
 ]
 Image = Annotated[Path, typer.Option("--image", help="Picture file.", show_default=False)]
 Question = Annotated[str, typer.Option("--question", help="Question about the picture.", show_default=False)]

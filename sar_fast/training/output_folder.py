@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sar_fast.evaluation.stamps import MODEL_FILES
+from sar_fast.saving import adapter_weights, whole_weights
 from sar_fast.training.checkpoints import REPLACED, checkpoints
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 RESULTS = ("train_results.json", "trainer_state.json")
 BESIDE = (  # belongs to a run, and is no loss alone
     "all_results.json",
@@ -28,7 +28,8 @@ def earlier_run(output: Path) -> str:
     """What an earlier run left in the folder that a new one would replace: its newest checkpoint or a file; or ''."""
     if old := checkpoints(output):
         return old[-1].name
-    return next((path.name for path in _matching(output, (*WEIGHTS, *RESULTS))), "")
+    found = (*whole_weights(output), *adapter_weights(output), *_matching(output, RESULTS))
+    return next((path.name for path in found), "")
 
 
 def move_aside(output: Path) -> Path | None:
@@ -37,7 +38,7 @@ def move_aside(output: Path) -> Path | None:
     One that is there already holds a run that nothing whole has replaced since: it stays, and what a later run left
     without a whole save goes.
     """
-    old = [*checkpoints(output), *_matching(output, (*WEIGHTS, *RESULTS, *BESIDE))]
+    old = [*checkpoints(output), *_matching(output, (*RESULTS, *BESIDE))]
     aside = output / REPLACED
     if not old:
         return aside if aside.is_dir() else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.chat_template import read_template
-from sar_fast.evaluation.stamps import content_stamp, model_stamp, sampled_stamp
+from sar_fast.evaluation.stamps import content_stamp, model_facts, sampled_stamp
 from sar_fast.training.arguments import Arguments
 from sar_fast.training.checkpoints import SETTINGS, last_complete
 from sar_fast.training.models import source_of
@@ -92,11 +92,10 @@ def _refuse_earlier_run(arguments: Arguments, asked: bool) -> None:
     training, output = arguments.training, Path(arguments.training.output_dir)
     if not (training.do_train and (old := earlier_run(output))):
         return
-    model = Path(source_of(arguments.model.model_name_or_path)).resolve()
-    if output.resolve() in (model, *model.parents):
-        raise ValueError(
-            f"output_dir {output} holds the model that is trained, --model_name_or_path {model}: give another one"
-        )
+    source = source_of(arguments.model)
+    for read in (Path(place).resolve() for place in (source.weights, source.adapter) if place is not None):
+        if output.resolve() in (read, *read.parents):
+            raise ValueError(f"output_dir {output} holds the model that is trained, {read}: give another one")
     if training.overwrite_output_dir:
         return
     if asked and not old.startswith("checkpoint-"):
@@ -123,18 +122,14 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
         settings["samples_per_micro_batch"] = training.per_device_train_batch_size * training.world_size
     if data.streaming:  # which worker reads what decides the order
         settings["dataloader_num_workers"] = training.dataloader_num_workers
-    for name in ("model_name_or_path", "base_model"):
-        if settings.get(name) is not None:
-            settings[name] = _model(settings[name])
+    facts = model_facts(source_of(model))
+    for name, of in (("model_name_or_path", ""), ("base_model", "base_")):
+        weights = facts.get(f"{of}weights")
+        settings[name] = facts.get(f"{of}model") if weights is None else f"{facts[f'{of}model']} (content {weights})"
     settings["dataset"] = [f"{info.name}{_content(info.files)}" for info in infos]
     settings["template"] = content_stamp(read_template(data.template).encode()) if data.template else None
     settings["deepspeed"] = _deepspeed(training.deepspeed)
     return json.loads(json.dumps(settings, default=str))
-
-
-def _model(name: str) -> str:
-    folder = Path(source_of(name))
-    return f"{folder.name} (content {model_stamp(folder)})" if folder.is_dir() else name
 
 
 def _content(files: Iterable[Path]) -> str:

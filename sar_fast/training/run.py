@@ -26,7 +26,7 @@ from sar_fast.training.data import Collator, encode_dataset, load_records
 from sar_fast.training.distributed import asks_for_deepspeed, prepare_deepspeed
 from sar_fast.training.encoding import Encoder
 from sar_fast.training.gradients import GradientSparsityCallback
-from sar_fast.training.models import load_model, load_processor
+from sar_fast.training.models import check_model, load_model, load_processor, source_of
 from sar_fast.training.output_folder import move_aside
 from sar_fast.training.plots import plot_loss
 from sar_fast.training.registry import DatasetInfo, find_datasets
@@ -52,7 +52,7 @@ def _train() -> None:
             if asks_for_deepspeed(expand(sys.argv[1:])):
                 prepare_deepspeed()
             arguments = main_arguments()
-            threads.enter_context(one_thread_for(arguments.model.model_name_or_path))
+            threads.enter_context(one_thread_for(source_of(arguments.model).base_name))
             trainer, checkpoint = build(arguments)
         except (ValueError, TypeError, ImportError, OSError) as error:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -68,6 +68,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     hf_logging.enable_propagation()
     hf_logging.disable_default_handler()
     check_trackers(training)
+    check_model(arguments)
     checkpoint = find_checkpoint(arguments) if training.do_train else None
     settings = run_settings(arguments, _infos(arguments, data.dataset)) if training.do_train else None
     if checkpoint is not None:

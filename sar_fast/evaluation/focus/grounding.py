@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sar_fast.cli.loading import is_missing_folder
 from sar_fast.evaluation.arguments import ORIGINAL_CHECKPOINTS as ORIGINAL
 from sar_fast.evaluation.focus.samples import (
     NOTHING_GROUNDED,
@@ -24,6 +23,7 @@ from sar_fast.evaluation.focus.samples import (
     picture_hash,
 )
 from sar_fast.evaluation.stamps import file_stamp, model_stamp, sampled_stamp
+from sar_fast.models import is_missing_folder
 
 
 class GroundedMasks:
