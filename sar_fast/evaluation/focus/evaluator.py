@@ -22,7 +22,7 @@ from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.grids import TokenGrid, token_grids
 from sar_fast.evaluation.focus.maps import attention_map, semantic_focus, structural_similarities
 from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates, check_words
-from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, MaskSource, SampleSkipped
+from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, MaskSource, SampleSkipped, check_size
 from sar_fast.evaluation.prompts import PromptFormat
 
 SFS, FI = "semantic_focus_score", "focus_instability"
@@ -80,7 +80,8 @@ class FocusMetricsEvaluator:
         for sample in samples:
             try:
                 check_words(self.processor, self._questions(sample))
-                kept.append((sample, sample.image, self.masks.mask(sample)))
+                picture = check_size(sample.image)
+                kept.append((sample, picture, self.masks.mask(sample)))
             except SampleSkipped as skipped:
                 records[sample.id] = {"id": sample.id, "skipped": skipped.reason, "detail": str(skipped)}
         if kept:

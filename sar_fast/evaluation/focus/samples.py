@@ -23,6 +23,8 @@ UNREADABLE = "unreadable image"
 PLACEHOLDER = "words with the placeholder of a picture"
 BAD_MASK = "unreadable mask"
 MASK_SHAPE = "mask of another shape than its picture"
+TOO_SMALL = "picture too small for SSIM"
+SMALLEST_SIDE = 3  # pixels: SSIM compares windows, and the smallest has a middle and its neighbours
 
 
 class SampleSkipped(Exception):
@@ -132,6 +134,16 @@ def decode_mask(mask: np.ndarray | bytes | list, size: tuple[int, int]) -> np.nd
                 raise SampleSkipped(BAD_MASK, f"a polygon holds what is no number: {error}") from error
         return np.asarray(drawn)
     return mask
+
+
+def check_size(picture: Image.Image) -> Image.Image:
+    """The picture; :class:`SampleSkipped` if a side is shorter than SSIM's smallest window."""
+    width, height = picture.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise SampleSkipped(
+            TOO_SMALL, f"needed {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels or more; got {width} x {height}"
+        )
+    return picture
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
