@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sar_fast.pictures import open_picture
+
 COLOURMAP = "inferno"
 LEAST_OPACITY, MOST_OPACITY = 0.25, 0.85  # of the heat; the picture stays visible under its peak
 
@@ -79,7 +81,7 @@ def heat_overlay(picture: Image.Image, values: np.ndarray, peak: float) -> Image
     field = Image.fromarray(np.asarray(values, dtype=np.float32) / peak)
     strength = np.asarray(field.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     heat = colormaps[COLOURMAP](strength[..., 0])[..., :3]
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
+    grey = np.asarray(open_picture(picture).convert("L"), dtype=np.float32)[..., None] / 255
     opacity = LEAST_OPACITY + (MOST_OPACITY - LEAST_OPACITY) * strength
     return Image.fromarray(np.rint(255 * ((1 - opacity) * grey + opacity * heat)).astype(np.uint8))
 

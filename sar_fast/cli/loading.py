@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
 from sar_fast.cli.errors import UserError
+from sar_fast.pictures import PictureError, open_picture, picture_name
 
 MINIATURE = "miniature"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,14 +80,11 @@ def is_missing_folder(name: str) -> bool:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture as RGB."""
+    """The picture of ``--image`` as it is shown, mode RGB."""
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"--image {str(path)!r} does not exist") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {str(path)!r} cannot be read as a picture: {_first_line(error)}") from error
+        return open_picture(path)
+    except PictureError as error:
+        raise UserError(f"--image {picture_name(path)!r} {error}") from error
 
 
 def build_prompt(processor: Any, question: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sar_fast.evaluation.focus.samples import GroundingSample
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, stamp
+from sar_fast.pictures import PictureError, find_picture
 from sar_fast.training.records import SUFFIXES, read_rows
 from sar_fast.training.registry import REGISTRY_NAME, load_registry
 
@@ -101,17 +102,17 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
     box = row["bbox"]
     if box is not None and (not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_finite, box))):
         raise ValueError(f"{place}: bbox is {box!r}, needed four numbers x1, y1, x2, y2 in pixels")
-    picture = _file(row["image"], media)
-    if picture is None:
-        came = type(row["image"]).__name__
-        raise ValueError(f"{place}: image is a {came}, needed a path, bytes, or an object with one of them")
+    try:
+        picture = find_picture(row["image"], media)
+    except PictureError as error:
+        raise ValueError(f"{place}: image {error}") from error
     mask = row["segmentation"] if row["mask"] is None else row["mask"]
     if mask is not None and not isinstance(mask, list):
-        mask = _file(mask, media)
-        if mask is None:
-            raise ValueError(f"{place}: mask is a {type(row['mask']).__name__}, needed an encoded picture or polygons")
         try:
+            mask = find_picture(mask, media)
             mask = mask.read_bytes() if isinstance(mask, Path) else mask
+        except PictureError as error:
+            raise ValueError(f"{place}: mask {error}; or polygons") from error
         except OSError as error:
             raise ValueError(f"{place}: mask file {mask} cannot be read: {error.strerror}") from error
     return GroundingSample(
@@ -123,15 +124,6 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
         mask=mask,
         label=row["object_prompt"].strip() if row["label"] is None else str(row["label"]),
     )
-
-
-def _file(value: Any, media: Path) -> bytes | Path | None:
-    """Bytes of an encoded picture, or its path; None if the value is neither."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray)) and value:
-        return bytes(value)
-    return media / value if isinstance(value, str) and value else None
 
 
 def _finite(value: Any) -> bool:

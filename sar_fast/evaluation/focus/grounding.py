@@ -24,6 +24,7 @@ from sar_fast.evaluation.focus.samples import (
     picture_hash,
 )
 from sar_fast.evaluation.stamps import file_stamp, model_stamp, sampled_stamp
+from sar_fast.pictures import PictureError, open_mask
 
 
 class GroundedMasks:
@@ -91,7 +92,7 @@ class GroundedMasks:
         picture = sample.image
         path = self._path(picture, sample.object_prompt)
         if path is not None and path.is_file():
-            found = _unpack(path.read_bytes())
+            found = _unpack(path)
         else:
             found = self.ground(picture, sample.object_prompt)
             if path is not None:
@@ -211,8 +212,9 @@ def _pack(mask: np.ndarray | None) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(content: bytes) -> np.ndarray | None:
-    if not content:
-        return None
-    with Image.open(io.BytesIO(content)) as opened:
-        return np.asarray(opened).astype(bool)
+def _unpack(path: Path) -> np.ndarray | None:
+    content = path.read_bytes()
+    try:
+        return open_mask(content) if content else None
+    except PictureError as error:
+        raise ValueError(f"{path} of the mask cache {error}; delete it") from error
