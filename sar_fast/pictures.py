@@ -152,7 +152,7 @@ def _find_named(value: Mapping[str, Any], folder: Path) -> Path | bytes:
         return bytes(content)
     if place:
         return find_picture(place, folder)
-    raise PictureError(f"is an object with {', '.join(map(str, value)) or 'nothing'}, needed bytes, path or url in it")
+    raise PictureError(f"is {describe(value)}, needed bytes, path or url in it")
 
 
 def _find_url(value: str) -> Path | bytes:

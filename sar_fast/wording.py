@@ -23,7 +23,7 @@ def describe(value: object) -> str:
 
 def cut(text: str, longest: int = LONGEST) -> str:
     """The text on one line, or its head and its length if it is longer; what cannot be printed is escaped."""
-    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     return line if len(line) <= longest else f"{line[:longest]}... ({len(line)} characters)"
 
 

@@ -234,8 +234,8 @@ class TestDataset:
             ({"query": " "}, "query is ' ', needed words"),
             ({"bbox": [1.0, 2.0, 3.0]}, "needed four numbers"),
             ({"bbox": [1.0, 2.0, 3.0, float("nan")]}, "needed four numbers"),
-            ({"image": 5}, "image is a int, needed a path"),
-            ({"mask": 3.5}, "mask is a float"),
+            ({"image": 5}, "image is int 5, needed a path"),
+            ({"mask": 3.5}, "mask is float 3.5, needed a path"),
         ],
     )
     def test_bad_rows_name_file_row_and_column(self, changes, message, tmp_path):
