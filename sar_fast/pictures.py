@@ -38,7 +38,14 @@ SCHEME = re.compile(r"(data|file|https?):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class PictureError(ValueError):
-    """A picture that cannot be found, read or shown; the message goes on after its name: "does not exist"."""
+    """A picture that cannot be found, read or shown; the message goes on after its name: "does not exist".
+
+    ``reason`` stands alone: the message, or only why the picture could not be decoded.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 def open_picture(source: Source) -> Image.Image:
@@ -196,10 +203,13 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     except IsADirectoryError as error:
         raise PictureError("is a folder, needed a file") from error
     except UnidentifiedImageError as error:  # its own words may hold an object's address
-        raise PictureError("cannot be read as a picture: its format is unknown") from error
+        raise _undecoded("its format is unknown") from error
     except Exception as error:  # a broken file fails in as many ways as there are formats
-        why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
-        raise PictureError(f"cannot be read as a picture: {why}") from error
+        raise _undecoded((isinstance(error, OSError) and error.strerror) or reason(error)) from error
+
+
+def _undecoded(why: str) -> PictureError:
+    return PictureError(f"cannot be read as a picture: {why}", why)
 
 
 def _refuse_empty(picture: Image.Image) -> None:

@@ -78,10 +78,11 @@ def heat_overlay(picture: Image.Image, values: np.ndarray, peak: float) -> Image
 
     if not peak > 0:
         raise ValueError(f"peak must be positive; got {peak}")
+    picture = open_picture(picture)
     field = Image.fromarray(np.asarray(values, dtype=np.float32) / peak)
     strength = np.asarray(field.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     heat = colormaps[COLOURMAP](strength[..., 0])[..., :3]
-    grey = np.asarray(open_picture(picture).convert("L"), dtype=np.float32)[..., None] / 255
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
     opacity = LEAST_OPACITY + (MOST_OPACITY - LEAST_OPACITY) * strength
     return Image.fromarray(np.rint(255 * ((1 - opacity) * grey + opacity * heat)).astype(np.uint8))
 

@@ -150,7 +150,7 @@ def to_record(row: Any, layout: Layout, media_dir: Path) -> dict[str, Any]:
     name = _id(row)
     turns, parts = _sharegpt_turns(row, layout) if layout.formatting == "sharegpt" else _alpaca_turns(row, layout)
     system = layout.column(row, "system")
-    if system is not None and _text(system, "system"):
+    if system is not None and check_text(system, "system"):
         if turns[0]["role"] == "system":
             raise RecordError("record has a system column and a system turn, needed one of them")
         turns.insert(0, {"role": "system", "content": system})
@@ -163,6 +163,18 @@ def id_in_messages(row: Any) -> str:
     """A row's id as messages name it, whatever it is; "" where there is none."""
     value = row.get("id") if isinstance(row, Mapping) else None
     return "" if value is None else cut(value if isinstance(value, str) else quote(value), 100)
+
+
+def check_text(value: Any, what: str) -> str:
+    """The value, if it is text that can be stored and tokenized; else ``RecordError``, which begins with ``what``."""
+    if not isinstance(value, str):
+        raise RecordError(f"{what} is {describe(value)}, needed text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise RecordError(f"{what} has {half!r} at character {error.start + 1}: half of a surrogate pair") from error
+    return value
 
 
 def check_messages(messages: list[dict[str, str]], num_images: int) -> None:
@@ -193,22 +205,10 @@ def _id(row: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return _text(value, "id")
+        return check_text(value, "id")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise RecordError(f"id is {describe(value)}, needed text or a number")
     return str(value)
-
-
-def _text(value: Any, what: str) -> str:
-    """The value, if it is text that can be stored and tokenized."""
-    if not isinstance(value, str):
-        raise RecordError(f"{what} is {describe(value)}, needed text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise RecordError(f"{what} has {half!r} at character {error.start + 1}: half of a surrogate pair") from error
-    return value
 
 
 def _sharegpt_turns(row: Mapping[str, Any], layout: Layout) -> tuple[list[dict[str, str]], list[Any]]:
@@ -228,7 +228,7 @@ def _sharegpt_turns(row: Mapping[str, Any], layout: Layout) -> tuple[list[dict[s
             raise RecordError(f"turn {number}: {tags['role_tag']!r} is {quote(role)}, needed one of {', '.join(roles)}")
         if isinstance(content, list):
             content = "".join(_part(part, number, pictures) for part in content)
-        content = _text(content, f"turn {number}: {tags['content_tag']!r}")
+        content = check_text(content, f"turn {number}: {tags['content_tag']!r}")
         messages.append({"role": roles[role], "content": content})
     return messages, pictures
 
@@ -237,7 +237,7 @@ def _part(part: Any, turn: int, pictures: list[Any]) -> str:
     """The words of one of OpenAI's parts, ``<image>`` for a picture, of which ``pictures`` gets what the part says."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
-        return _text(part.get("text"), f"turn {turn}: a part's 'text'")
+        return check_text(part.get("text"), f"turn {turn}: a part's 'text'")
     if kind == "image":
         named = any(part.get(key) is not None for key in ("bytes", "path", "url"))
         picture = part.get("image")
@@ -265,11 +265,11 @@ def _alpaca_turns(row: Mapping[str, Any], layout: Layout) -> tuple[list[dict[str
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise RecordError(f"history holds {describe(pair)}, needed pairs of question and answer")
         for role, words in zip(("user", "assistant"), pair):
-            messages.append({"role": role, "content": _text(words, f"history, pair {number}: the {role}'s turn")})
-    question = _text(prompt, "prompt")
-    if query is not None and _text(query, "query"):
+            messages.append({"role": role, "content": check_text(words, f"history, pair {number}: the {role}'s turn")})
+    question = check_text(prompt, "prompt")
+    if query is not None and check_text(query, "query"):
         question = f"{question}\n{query}"
-    answer = _text(response, "response")
+    answer = check_text(response, "response")
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], []
 
 
@@ -298,7 +298,7 @@ def _references(images: list[Any], media_dir: Path) -> list[dict[str, Any]]:
         if isinstance(place, bytes):
             references.append({"path": None, "bytes": place})
         else:
-            references.append({"path": _text(str(place), f"{name}'s path"), "bytes": None})
+            references.append({"path": check_text(str(place), f"{name}'s path"), "bytes": None})
     return references
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sar_fast.evaluation.focus.samples import GroundingSample
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, stamp
 from sar_fast.pictures import PictureError, find_picture
-from sar_fast.training.records import SUFFIXES, read_rows
+from sar_fast.training.records import SUFFIXES, check_text, read_rows
 from sar_fast.training.registry import REGISTRY_NAME, load_registry
 
 NEEDED = ("image", "query", "object_prompt")
@@ -99,6 +99,7 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
     for column in ("query", "object_prompt"):
         if not isinstance(row[column], str) or not row[column].strip():
             raise ValueError(f"{place}: {column} is {row[column]!r}, needed words")
+        check_text(row[column], f"{place}: {column}")
     box = row["bbox"]
     if box is not None and (not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_finite, box))):
         raise ValueError(f"{place}: bbox is {box!r}, needed four numbers x1, y1, x2, y2 in pixels")

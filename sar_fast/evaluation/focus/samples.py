@@ -77,7 +77,10 @@ class GroundingSample:
         try:
             return how(self.picture)
         except PictureError as error:
-            raise SampleSkipped(UNREADABLE, f"{picture_name(self.picture)} {error}") from error
+            named = isinstance(self.picture, (str, Path))
+            raise SampleSkipped(
+                UNREADABLE, f"{picture_name(self.picture)} {error}" if named else error.reason
+            ) from error
 
 
 class MaskSource(Protocol):
@@ -115,7 +118,7 @@ def decode_mask(mask: np.ndarray | bytes | list, size: tuple[int, int]) -> np.nd
         try:
             return open_mask(mask)
         except PictureError as error:
-            raise SampleSkipped(BAD_MASK, f"the mask {error}") from error
+            raise SampleSkipped(BAD_MASK, error.reason) from error
     if isinstance(mask, list):
         drawn = Image.new("1", size)
         for polygon in mask if mask and isinstance(mask[0], (list, tuple)) else [mask]:
