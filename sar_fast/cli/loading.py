@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from sar_fast.cli.errors import UserError
-from sar_fast.pictures import PictureError, open_picture, picture_name
+from sar_fast.pictures import PictureError, find_picture, open_picture, picture_name
+from sar_fast.processors import ProcessorRefusal, call_processor
 
 MINIATURE = "miniature"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,12 +80,16 @@ def is_missing_folder(name: str) -> bool:
     return not path.is_dir() and (path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1)
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(image: str | Path) -> Image.Image:
     """The picture of ``--image`` as it is shown, mode RGB."""
     try:
-        return open_picture(path)
+        place = find_picture(image, Path())
     except PictureError as error:
-        raise UserError(f"--image {picture_name(path)!r} {error}") from error
+        raise UserError(f"--image {error}") from error
+    try:
+        return open_picture(place)
+    except PictureError as error:
+        raise UserError(f"--image {picture_name(str(image))!r} {error}") from error
 
 
 def build_prompt(processor: Any, question: str) -> str:
@@ -114,7 +119,10 @@ def placeholder_in(processor: Any, words: str) -> str | None:
 def build_inputs(model: nn.Module, processor: Any, pictures: Sequence[Any], questions: Sequence[str]) -> Any:
     """Model inputs of a batch, question i about picture i, on the model's device and in its dtype."""
     texts = [build_prompt(processor, q) for q in questions]
-    inputs = processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+    try:
+        inputs = call_processor(processor, texts, pictures, padding=True, return_tensors="pt")
+    except ProcessorRefusal as error:
+        raise UserError(f"--image and --question: {error}") from error
     return inputs.to(model.device, model.dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +17,7 @@ Model = Annotated[
         help="Folder or Hugging Face id of an image-text-to-text model; 'miniature' is the small one that is shipped.",
     ),
 ]
-Image = Annotated[Path, typer.Option("--image", help="Picture file.", show_default=False)]
+Image = Annotated[str, typer.Option("--image", help="Picture file.", show_default=False)]
 Question = Annotated[str, typer.Option("--question", help="Question about the picture.", show_default=False)]
 K = Annotated[
     int | None,

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
+from sar_fast.processors import ProcessorRefusal, call_processor
 from sar_fast.training.records import IMAGE, RecordError, open_image
 from sar_fast.wording import reason
 
@@ -158,16 +159,12 @@ class Encoder:
                 raise RecordError("record has images, but the model has only a tokenizer")
             return dict(self.tokenizer([text], **options))
         if images:
-            options |= {"images": images, "images_kwargs": {"return_tensors": "pt"}}
+            options["images_kwargs"] = {"return_tensors": "pt"}
         options |= {"return_text_replacement_offsets": True, "return_mm_token_type_ids": self._wants_types()}
         try:
-            return dict(self.processor(text=[text], **options))
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:  # processors refuse sizes and texts with whatever their arithmetic raises
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            shown = f" with pictures of {sizes} pixels" if images else ""
-            raise RecordError(f"the model's processor refuses the record{shown}: {reason(error)}") from error
+            return dict(call_processor(self.processor, [text], images, **options))
+        except ProcessorRefusal as error:
+            raise RecordError(str(error)) from error
 
     def _wants_types(self) -> bool:
         return "mm_token_type_ids" in getattr(self.processor, "model_input_names", ())

@@ -145,6 +145,10 @@ def test_unreadable_pictures_are_named(tmp_path):
         for look in (lambda s: s.image, lambda s: s.size):
             with pytest.raises(SampleSkipped, match=message):
                 look(sample)
+    torn = Image.open(io.BytesIO(STORED["RGB"][:80]))
+    for look in (lambda s: s.image, lambda s: s.size, lambda s: s.picture_key):
+        with pytest.raises(SampleSkipped, match="unreadable image: "):
+            look(GroundingSample("a", torn, "q"))
     for path, message in (
         (tmp_path / "gone.png", r"--image '.*gone\.png' does not exist"),
         (tmp_path / "text.png", r"--image '.*text\.png' cannot be read as a picture: its format is unknown"),

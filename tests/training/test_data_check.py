@@ -101,7 +101,7 @@ def test_what_the_models_processor_refuses_is_named_and_the_next_is_looked_at(pi
     path = write_jsonl(pictures / "rows.jsonl", rows)
     code, output = command("data", "check", path, "--model", "miniature")
     assert code == 1
-    refusal = "record 1 (id wide): the model's processor refuses the record with pictures of 8000 x 2 pixels: absolute"
+    refusal = "record 1 (id wide): the model's processor refuses pictures of 8000 x 2 pixels with their words: absolute"
     assert refusal in output
     assert "record 3 (id cut): " in output
     assert "4 records, 2 images" in output
@@ -113,9 +113,7 @@ def test_what_the_models_processor_refuses_is_named_and_the_next_is_looked_at(pi
 def test_a_run_names_the_record_before_it_starts(pictures, tmp_path):
     rows = [{"id": name, "conversations": turns(), "image": f"{name}.png"} for name in ("good", "wide")]
     path = write_jsonl(pictures / "rows.jsonl", rows)
-    with pytest.raises(
-        ValueError, match=r"rows\.jsonl, record 1 \(id wide\): the model's processor refuses the record"
-    ):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, record 1 \(id wide\): the model's processor refuses pictures"):
         train(tmp_path / "out", dataset=path)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

@@ -69,9 +69,9 @@ class GroundingSample:
         """Equal for samples of one dataset that share a picture."""
         if isinstance(self.picture, (str, Path)):
             return str(self.picture)
-        return (
-            hashlib.sha256(self.picture).hexdigest() if isinstance(self.picture, bytes) else picture_hash(self.picture)
-        )
+        if isinstance(self.picture, bytes):
+            return hashlib.sha256(self.picture).hexdigest()
+        return self._read(picture_hash)
 
     def _read(self, how: Callable[[Any], Any]) -> Any:
         try:
