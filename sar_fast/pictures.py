@@ -32,6 +32,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+HEADER_TELLS = ("JPEG", "MPO", "WEBP", "GIF")  # orientation and size; others tell one of them when they are decoded
 ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 FLOAT_RANGES, INTEGER_RANGES = (1, 255, 65535), (255, 65535)  # of 32-bit values, which do not say their own
 SCHEME = re.compile(r"(data|file|https?):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -75,7 +76,7 @@ def open_picture(source: Source) -> Image.Image:
 def shown_size(source: Source) -> tuple[int, int]:
     """(width, height) of what :func:`open_picture` gives, from the file's header where the format allows it."""
     with _opened(source) as picture:
-        if picture.format in ("PNG", "TIFF"):  # these tell their orientation when they are decoded
+        if picture.format not in HEADER_TELLS:
             _load(picture)
         width, height = picture.size
         return (height, width) if _orientation(picture) in ON_THE_SIDE else (width, height)

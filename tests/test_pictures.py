@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, features
 
 from sar_fast.pictures import PictureError, encode_png, find_picture, open_mask, open_picture, shown_size
@@ -254,6 +256,26 @@ def test_broken_files_say_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(PictureError, match="exceeds limit"):
         open_picture(encoded(corners()))
+
+
+KINDS = [("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "CMYK"), ("TIFF", "LA"), ("GIF", "P"), ("BMP", "RGB"), ("PPM", "L")]
+WHOLE = [encoded(corners().convert(mode), kind) for kind, mode in KINDS]
+
+
+@given(st.sampled_from(WHOLE), st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_file_holds_it_is_a_picture_or_says_that_it_is_none(whole, data):
+    broken = bytearray(whole)
+    for _ in range(data.draw(st.integers(0, 3))):
+        broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    broken = bytes(broken[: data.draw(st.integers(len(broken) // 2, len(broken)))])
+    try:
+        shown = open_picture(broken)
+    except PictureError:
+        return
+    assert shown.mode == "RGB"
+    assert shown_size(broken) == shown.size
+    assert open_mask(broken).shape == shown.size[::-1]
 
 
 def test_masks_are_values_not_colours():

@@ -163,6 +163,7 @@ def test_grounding_rows_that_cannot_be_scored_are_named(pictures):
         {**good, "mask": "text.png"},
         {**good, "segmentation": {"sizes": [64, 64]}},
         {**good, "query": "Where" + HALF},
+        {**good, "id": HALF},
     ]
     code, output = command("data", "check", write_jsonl(pictures / "grounding.jsonl", rows))
     assert code == 1
@@ -174,7 +175,8 @@ def test_grounding_rows_that_cannot_be_scored_are_named(pictures):
         "record 7: unreadable mask: its format is unknown",
         "record 8: ",
         "record 9: query has '\\ud800' at character 6",
-        "10 records, 3 images, 3 boxes, 1 masks; 7 bad",
+        "record 10: id has '\\ud800' at character 1",
+        "11 records, 3 images, 3 boxes, 1 masks; 8 bad",
     ):
         assert message in output, (message, output)
     for good_one in (0, 2, 6):

@@ -10,6 +10,7 @@ from sar_fast.evaluation.focus.dataset import to_sample
 from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, SampleSkipped, check_size
 from sar_fast.evaluation.tasks.refcoco import SLACK
 from sar_fast.training.records import DEFAULT_COLUMNS
+from sar_fast.wording import cut
 
 OWN = ("object_prompt", "bbox")  # columns that chat records do not have
 
@@ -40,7 +41,7 @@ def grounding_verdicts(
             twice = f"id {sample.id!r} is in record {first} already" if first != number else ""
             verdict["reason"] = twice or _problem(sample)
             verdict |= {
-                "id": "" if sample.id == str(number) else sample.id,
+                "id": "" if sample.id == str(number) else cut(sample.id, 100),
                 "boxes": int(sample.bbox is not None),
                 "masks": int(sample.mask is not None),
             }

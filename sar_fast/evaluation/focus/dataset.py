@@ -117,7 +117,7 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
         except OSError as error:
             raise ValueError(f"{place}: mask file {mask} cannot be read: {error.strerror}") from error
     return GroundingSample(
-        id=number if row["id"] is None else str(row["id"]),
+        id=number if row["id"] is None else check_text(str(row["id"]), f"{place}: id"),
         picture=picture,
         query=row["query"].strip(),
         object_prompt=row["object_prompt"].strip(),
