@@ -53,9 +53,8 @@ def open_picture(source: Source) -> Image.Image:
     """The picture as it is shown: mode RGB, upright, without metadata; the same again for its own result.
 
     16-bit values are scaled by 65535. Values of 32 bits do not say their range: it is the first of 0..1 (floats only),
-    0..255 and 0..65535 that holds all of them, else from the least to the greatest finite one; below it is black, above
-    it white, and so are -inf and inf; NaN and a constant outside of the ranges are black. EXIF data that cannot be
-    parsed turns nothing.
+    0..255 and 0..65535 that holds all finite ones, else from the least of them to the greatest. inf is white; -inf, NaN
+    and a constant outside of the ranges are black. EXIF data that cannot be parsed turns nothing.
 
     Args:
         source: a path, an encoded picture's bytes, or a decoded picture, which is left as it is.
