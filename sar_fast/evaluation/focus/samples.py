@@ -23,6 +23,7 @@ UNREADABLE = "unreadable image"
 PLACEHOLDER = "words with the placeholder of a picture"
 BAD_MASK = "unreadable mask"
 MASK_SHAPE = "mask of another shape than its picture"
+REFUSED = "refused by the model's processor"
 TOO_SMALL = "picture too small for SSIM"
 SMALLEST_SIDE = 3  # pixels: SSIM compares windows, and the smallest has a middle and its neighbours
 

@@ -24,6 +24,7 @@ from sar_fast.evaluation.focus.prompts import check_words
 from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA, GroundingSample, SampleSkipped
 from sar_fast.evaluation.probe.features import FeatureStore, layer_features
 from sar_fast.evaluation.probe.heads import HeadTraining, box_iou, predict, scaled, train_heads
+from sar_fast.evaluation.prompts import PromptFormat
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers
 
@@ -146,12 +147,22 @@ class LayerwiseProbe:
                 if not store.missing(rows):
                     continue
                 chunk = [samples[i] for i in rows]
-                prompts = [build_prompt(self.processor, s.query) for s in chunk]
-                inputs = encode_texts(self.processor, [_picture(s) for s in chunk], prompts, padding_side="left")
-                inputs = inputs.to(self.model.device, self.model.dtype)
-                store.put(rows, layer_features(self.model, inputs))
+                store.put(rows, layer_features(self.model, self._encode(chunk)))
                 passes += 1
         return store, passes
+
+    def _encode(self, samples: Sequence[GroundingSample]) -> Any:
+        """Inputs of a batch on the model's device; ``ValueError`` names a sample that the processor refuses."""
+        pictures, prompts = [_picture(s) for s in samples], [build_prompt(self.processor, s.query) for s in samples]
+        try:
+            inputs = encode_texts(self.processor, pictures, prompts, padding_side="left")
+        except Exception:
+            form = PromptFormat.of(self.model, self.processor)
+            for sample, picture in zip(samples, pictures):
+                if reason := form.refusal(picture, sample.query):
+                    raise ValueError(f"sample {sample.id}: {reason}; leave it out of the dataset") from None
+            raise
+        return inputs.to(self.model.device, self.model.dtype)
 
     def fit(self, samples: Sequence[GroundingSample], store: FeatureStore) -> ProbeResults:
         """Trains and scores the heads of all layers on the features of ``samples``."""
