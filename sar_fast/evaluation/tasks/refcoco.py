@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sar_fast.evaluation.box_check import box_format_mismatch, describe_mismatch
 from sar_fast.evaluation.boxes import FORMATS, choose_format
 from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA
 from sar_fast.evaluation.tasks.base import Record, Sample, Skip, Task, TaskOptions, share
@@ -95,7 +96,12 @@ class RefCOCO(Task):
         return {
             "overall": overall | {"correct": sum(r["correct"] for r in records), "total": len(records)},
             "unparsed": sum(r["prediction"] is None for r in records),
+            "box_format_mismatch": box_format_mismatch(self.format_name, records, RIGHT_IOU),
         }
+
+    def remarks(self, scores: Mapping[str, Any]) -> list[str]:
+        mismatch = scores["box_format_mismatch"]
+        return [] if mismatch is None else [describe_mismatch(mismatch)]
 
     def headline(self, scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
         overall = scores["overall"]
