@@ -146,12 +146,7 @@ def test_refcoco_counts_a_repeated_row_once():
 
 # --- replies in another format than the one in force
 
-BOXES = [
-    (40.0, 20.0, 120.0, 80.0),
-    (210.0, 90.0, 390.0, 190.0),
-    (30.0, 100.0, 130.0, 195.0),
-    (150.0, 10.0, 260.0, 60.0),
-]
+BOXES = [BOX, (210.0, 90.0, 390.0, 190.0), (30.0, 100.0, 130.0, 195.0), (150.0, 10.0, 260.0, 60.0)]
 PARTS = {  # numbers per side of the picture, and how they are written
     "fraction": ((1, 1), "[{:.3f}, {:.3f}, {:.3f}, {:.3f}]"),
     "thousandths": ((1000, 1000), "({:.0f},{:.0f}),({:.0f},{:.0f})"),

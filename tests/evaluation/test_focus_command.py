@@ -17,6 +17,7 @@ from sar_fast.evaluation import focus, probe
 from sar_fast.evaluation.arguments import parse
 from sar_fast.evaluation.focus import FocusMetricsEvaluator
 from sar_fast.evaluation.focus.dataset import load_grounding_samples
+from sar_fast.evaluation.focus.samples import decode_mask
 
 ROOT = Path(__file__).parents[2]
 YAMLS = ROOT / "experiments" / "sar_paper"
@@ -31,6 +32,14 @@ FOCUS = [
     "4",
 ]
 PROBE = ["--do_layerwise_probe", "--dataset", "shapes_grounding", "--max_samples", "40", "--probe_seeds", "1"]
+
+
+# a box of 6 x 4 pixels and a piece of a row, in 10 x 20; text by pycocotools 2.0.11
+RUNS = [
+    [21, 6, 4, 6, 4, 6, 4, 6, 101, 1, 9, 1, 9, 1, 9, 1, 9, 1, 1],
+    "e06400000Q3KTM0000000H",
+    b"e06400000Q3KTM0000000H",
+]
 
 
 def arguments(flags: list[str], output: Path, *more: str):
@@ -227,6 +236,60 @@ class TestDataset:
         assert np.argwhere(mask).min(0).tolist() == [1, 2]
         assert np.argwhere(mask).max(0).tolist() == [6, 5]
 
+    @pytest.mark.parametrize("column", ["mask", "segmentation"])
+    @pytest.mark.parametrize("counts", RUNS)
+    def test_cocos_run_lengths_become_masks(self, counts, column, tmp_path):
+        path = self.write(tmp_path, bbox=None, **{column: {"size": [10, 20], "counts": counts}})
+        (sample,) = load_grounding_samples(str(path), DATA)
+        mask = focus.DatasetMasks().mask(sample)
+        expected = np.zeros((10, 20), bool)
+        expected[1:7, 2:6] = expected[8, 15:] = True
+        np.testing.assert_array_equal(mask, expected)
+
+    def test_an_ellipse_in_run_lengths(self):
+        # differences to earlier runs of both signs; text by pycocotools 2.0.11
+        y, x = np.mgrid[:10, :20]
+        ellipse = ((x - 8) / 6) ** 2 + ((y - 4) / 3.5) ** 2 < 1
+        text = {"size": (10, 20), "counts": "Q1362N2O000000000001N2Nj1"}
+        np.testing.assert_array_equal(decode_mask(text, (20, 10)), ellipse)
+
+    def test_run_lengths_of_other_sizes_are_listed_skips(self, tmp_path):
+        changes = {
+            "fits": {"size": [10, 20], "counts": [21, 9, 170]},
+            "short": {"size": [10, 20], "counts": [21, 9, 169]},
+            "transposed": {"size": [20, 10], "counts": [21, 9, 170]},
+            "empty": {"size": [10, 20], "counts": [200]},
+        }
+        texts = {"cut": "e06400000Q3KTM0000000h", "no": "e0 6", "backwards": "e06400000Q3KTM000000TN", "none": ""}
+        rows = [{"image": {"bytes": self.png(), "path": None}, "query": "where?", "object_prompt": "cat"}] * 8
+        for name, group in (
+            ("numbers", changes),
+            ("texts", {n: {"size": [10, 20], "counts": t} for n, t in texts.items()}),
+        ):
+            table = [{**row, "id": n, "segmentation": m} for row, (n, m) in zip(rows, group.items())]
+            pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{name}.parquet")
+        found = focus.run(
+            arguments(["--do_sfs_fi_eval", "--dataset", str(tmp_path / "numbers.parquet")], tmp_path / "out")
+        )
+        assert found["skipped"] == {
+            "unreadable mask": ["short"],
+            "mask of another shape than its picture": ["transposed"],
+            "empty mask": ["empty"],
+        }
+        record = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[1])
+        assert record["detail"] == (
+            "unreadable mask: run lengths make up 199 pixels, needed 10 x 20 (height, width), as their size says"
+        )
+        reasons = {}
+        for sample in load_grounding_samples(str(tmp_path / "texts.parquet"), DATA):
+            with pytest.raises(focus.SampleSkipped) as skipped:
+                focus.DatasetMasks().mask(sample)
+            reasons[sample.id] = str(skipped.value)
+        assert "ends within a number" in reasons["cut"]
+        assert "has ' ', which stands for no number" in reasons["no"]
+        assert "make up" in reasons["backwards"]
+        assert "make up 0 pixels" in reasons["none"]
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -235,7 +298,16 @@ class TestDataset:
             ({"bbox": [1.0, 2.0, 3.0]}, "needed four numbers"),
             ({"bbox": [1.0, 2.0, 3.0, float("nan")]}, "needed four numbers"),
             ({"image": 5}, "image is a int, needed a path"),
-            ({"mask": 3.5}, "mask is a float"),
+            ({"mask": 3.5}, "mask is a float, needed an encoded picture, polygons, or run lengths"),
+            ({"segmentation": 3.5}, "row 0: segmentation is a float"),
+            (
+                {"segmentation": {"size": [10], "counts": [200]}},
+                r"segmentation: size is \[10\], needed \[height, width",
+            ),
+            ({"segmentation": {"size": [10, 0], "counts": [0]}}, "size is .*needed"),
+            ({"segmentation": {"size": [10, 20], "counts": [-1, 201]}}, r"counts is '\[-1, 201\]', needed run lengths"),
+            ({"segmentation": {"counts": [200]}}, "segmentation: size is None"),
+            ({"segmentation": {"size": [10, 20]}}, "segmentation: counts is 'None'"),
         ],
     )
     def test_bad_rows_name_file_row_and_column(self, changes, message, tmp_path):

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sar_fast.evaluation.focus.run_lengths import decode_run_lengths
 from sar_fast.training.records import PICTURE_ERRORS, picture_problem
 
 NOTHING_GROUNDED = "nothing grounded"
@@ -44,7 +45,8 @@ class GroundingSample:
         id: unique in its dataset. picture: a Pillow image, an encoded file's bytes, or its path.
         query: the prompt's words. object_prompt: the object's name, for templates and the grounding model.
         bbox: (x1, y1, x2, y2) of the object in pixels, or None. mask: (height, width) of it, non-zero = object; an
-            encoded picture of that; or polygons of x, y, x, y, ... in pixels (COCO's). label: its class.
+            encoded picture of that; or COCO's polygons of x, y, x, y, ... in pixels, or its run lengths
+            ``{"size": [height, width], "counts": ...}``. label: its class.
     """
 
     id: str
@@ -52,7 +54,7 @@ class GroundingSample:
     query: str
     object_prompt: str = ""
     bbox: Sequence[float] | None = None
-    mask: np.ndarray | bytes | list | None = None
+    mask: np.ndarray | bytes | list | Mapping | None = None
     label: str | None = None
 
     @property
@@ -111,11 +113,17 @@ class DatasetMasks:
         return box_mask(sample.bbox, sample.size)
 
 
-def decode_mask(mask: np.ndarray | bytes | list, size: tuple[int, int]) -> np.ndarray:
+def decode_mask(mask: np.ndarray | bytes | list | Mapping, size: tuple[int, int]) -> np.ndarray:
     """A mask in any of the forms of :class:`GroundingSample`, as an array; ``size`` is the picture's, for polygons.
 
-    Raises :class:`SampleSkipped` for bytes that are no picture, and for polygons of less than three corners.
+    Raises :class:`SampleSkipped` for bytes that are no picture, polygons of less than three corners, and run lengths
+    that do not make up their size.
     """
+    if isinstance(mask, Mapping):
+        try:
+            return decode_run_lengths(mask)
+        except ValueError as error:
+            raise SampleSkipped(BAD_MASK, str(error)) from error
     if isinstance(mask, bytes):
         try:
             with Image.open(io.BytesIO(mask)) as opened:
