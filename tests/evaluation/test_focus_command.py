@@ -254,23 +254,20 @@ class TestDataset:
         np.testing.assert_array_equal(decode_mask(text, (20, 10)), ellipse)
 
     def test_run_lengths_of_other_sizes_are_listed_skips(self, tmp_path):
-        changes = {
+        numbers = {
             "fits": {"size": [10, 20], "counts": [21, 9, 170]},
             "short": {"size": [10, 20], "counts": [21, 9, 169]},
             "transposed": {"size": [20, 10], "counts": [21, 9, 170]},
             "empty": {"size": [10, 20], "counts": [200]},
         }
-        texts = {"cut": "e06400000Q3KTM0000000h", "no": "e0 6", "backwards": "e06400000Q3KTM000000TN", "none": ""}
-        rows = [{"image": {"bytes": self.png(), "path": None}, "query": "where?", "object_prompt": "cat"}] * 8
-        for name, group in (
-            ("numbers", changes),
-            ("texts", {n: {"size": [10, 20], "counts": t} for n, t in texts.items()}),
-        ):
-            table = [{**row, "id": n, "segmentation": m} for row, (n, m) in zip(rows, group.items())]
-            pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{name}.parquet")
-        found = focus.run(
-            arguments(["--do_sfs_fi_eval", "--dataset", str(tmp_path / "numbers.parquet")], tmp_path / "out")
-        )
+        written = {"cut": "e06400000Q3KTM0000000h", "no": "e0 6", "backwards": "e06400000Q3KTM000000TN", "none": ""}
+        texts = {name: {"size": [10, 20], "counts": text} for name, text in written.items()}
+        row = {"image": {"bytes": self.png(), "path": None}, "query": "where?", "object_prompt": "cat"}
+        for name, masks in (("numbers", numbers), ("texts", texts)):
+            table = pa.Table.from_pylist([{**row, "id": i, "segmentation": mask} for i, mask in masks.items()])
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        flags = ["--do_sfs_fi_eval", "--dataset", str(tmp_path / "numbers.parquet")]
+        found = focus.run(arguments(flags, tmp_path / "out"))
         assert found["skipped"] == {
             "unreadable mask": ["short"],
             "mask of another shape than its picture": ["transposed"],
@@ -302,7 +299,7 @@ class TestDataset:
             ({"segmentation": 3.5}, "row 0: segmentation is a float"),
             (
                 {"segmentation": {"size": [10], "counts": [200]}},
-                r"segmentation: size is \[10\], needed \[height, width",
+                r"segmentation: size is \[10\], needed \[hei",
             ),
             ({"segmentation": {"size": [10, 0], "counts": [0]}}, "size is .*needed"),
             ({"segmentation": {"size": [10, 20], "counts": [-1, 201]}}, r"counts is '\[-1, 201\]', needed run lengths"),
