@@ -80,8 +80,8 @@ class FocusMetricsEvaluator:
         """One record per sample, all prompts of all samples in one batch.
 
         A record has ``id``, ``picture`` (its key), ``mask_share`` (of the picture's area), ``semantic_focus_score``,
-        ``focus_instability`` and ``ssim`` (per template), with SAR also ``c_weighted`` with both scores; or ``id``,
-        ``skipped`` (reason) and ``detail``.
+        ``focus_instability`` and ``ssim`` (per template), with SAR also ``c_weighted`` with both scores, and ``note``
+        if there is something to know of its mask; or ``id``, ``skipped`` (reason) and ``detail``.
         """
         records: Records = {}
         kept: list[tuple[GroundingSample, Image.Image, np.ndarray]] = []
@@ -155,6 +155,8 @@ class FocusMetricsEvaluator:
         if self.config is not None:
             weighted = [attention_map(look.weighted, grids, picture.size) for look in looks]
             record["c_weighted"] = _scores(weighted, mask)
+        if note := self.masks.note(sample):
+            record["note"] = note
         if self.overlay_dir is not None:
             self._draw(sample.id, picture, maps[0], mask)
         return record
@@ -189,17 +191,23 @@ def _scores(maps: Sequence[np.ndarray], mask: np.ndarray) -> dict[str, Any]:
     return {SFS: semantic_focus(maps[0], mask), FI: 1 - float(np.mean(similarities)), "ssim": similarities}
 
 
+def _by(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[str]]:
+    """Ids of the records that have the key, by its value."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        if key in record:
+            found.setdefault(record[key], []).append(record["id"])
+    return found
+
+
 def summarise(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """The run's scores: means over the scored samples, 95 % bootstrap intervals over pictures, skips by reason.
+    """The run's scores: means over the scored samples, 95 % bootstrap intervals over pictures, ids by skip and by note.
 
     ``uniform_focus_score`` is the SFS of a map that is the same everywhere: the masks' mean share of the picture.
     ``ValueError`` if no sample was scored.
     """
     scored = [r for r in records if "skipped" not in r]
-    skipped: dict[str, list[str]] = {}
-    for record in records:
-        if "skipped" in record:
-            skipped.setdefault(record["skipped"], []).append(record["id"])
+    skipped, notes = _by(records, "skipped"), _by(records, "note")
     if not scored:
         reasons = ", ".join(f"{reason} ({len(ids)})" for reason, ids in skipped.items()) or "the dataset is empty"
         raise ValueError(f"no sample could be scored: {reasons}")
@@ -218,6 +226,7 @@ def summarise(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, 
         "num_samples_evaluated": len(scored),
         "num_samples_skipped": len(records) - len(scored),
         "skipped": skipped,
+        "notes": notes,
         "num_pictures": len(set(pictures)),
         "uniform_focus_score": float(np.mean([r["mask_share"] for r in scored])),
     }

@@ -96,8 +96,12 @@ class MaskSource(Protocol):
     def mask(self, sample: GroundingSample) -> np.ndarray:
         """(height, width) bool with at least one pixel set; raises :class:`SampleSkipped`."""
 
+    def note(self, sample: GroundingSample) -> str | None:
+        """What to know of the mask that was made for a sample, listed in the results; None if there is nothing."""
+        return None
 
-class DatasetMasks:
+
+class DatasetMasks(MaskSource):
     """The dataset's own: a sample's mask, or else its box."""
 
     def describe(self) -> dict[str, Any]:
