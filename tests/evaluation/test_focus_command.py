@@ -164,6 +164,57 @@ class TestProbeCommand:
         assert probe.run(arguments(PROBE, tmp_path)) == scores
         assert json.loads((tmp_path / "layerwise_probe_details.json").read_text())["forward_passes"] == 0
 
+    def test_another_training_of_the_heads_overwrites_nothing_unasked(self, tmp_path):
+        probe.run(arguments(PROBE, tmp_path))
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+        for flags, message in (
+            (["--probe_lr", "0.01"], r"training\.lr was 0\.001, now 0\.01"),
+            (["--probe_epochs", "6"], r"training\.epochs was 5, now 6"),
+            (["--probe_batch_size", "8"], r"training\.batch_size was 32, now 8"),
+            (["--probe_feature_scale", "none"], r'training\.feature_scale was "standardize", now "none"'),
+            (["--probe_seeds", "2"], r"training\.seeds was 1, now 2"),
+            (["--seed", "7"], r"training\.seed was 42, now 7"),
+            (["--layerwise_probe_task", "classification"], 'task was "grounding", now "classification"'),
+        ):
+            with pytest.raises(ValueError, match=f"holds results of other settings: {message}.*overwrite_output_dir"):
+                probe.run(arguments(PROBE, tmp_path, *flags))
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+        probe.run(arguments(PROBE, tmp_path, "--probe_lr", "0.01", "--overwrite_output_dir", "true"))
+        details = json.loads((tmp_path / "layerwise_probe_details.json").read_text())
+        assert details["training"]["lr"] == 0.01
+        assert details["forward_passes"] == 0  # the features are of the same settings, and stay
+        flags = ["--use_sar", "--sar_activation_layer_k", "2", "--sar_beta", "0.1", "--overwrite_output_dir", "true"]
+        probe.run(arguments(PROBE, tmp_path, *flags))
+        details = json.loads((tmp_path / "layerwise_probe_details.json").read_text())
+        assert details["forward_passes"] == 5
+
+    def test_heads_that_have_not_learned_are_named_with_a_remedy(self, tmp_path, capsys):
+        """The research code's settings on few samples: too few steps for the rate, and every score is 0."""
+        found = probe.run(arguments(PROBE, tmp_path / "few"))
+        assert set(found.values()) == {0.0}
+        details = json.loads((tmp_path / "few" / "layerwise_probe_details.json").read_text())
+        (warning,) = details["warnings"]
+        assert f"warning: {warning}" in capsys.readouterr().err
+        assert details["training"]["steps"] == 5 * -(-details["train_samples"] // 32)
+        assert min(details["train_loss"].values()) > details["constant_loss"]
+        assert warning.startswith(
+            "heads of every layer have not learned, and their scores say nothing of the layers: after 5"
+        )
+        assert "give more --probe_epochs (1000 make 1000 steps) or a larger --probe_lr" in warning
+
+        raw = ["--probe_feature_scale", "none", "--probe_epochs", "20"]
+        probe.run(arguments(PROBE, tmp_path / "raw", *raw))
+        details = json.loads((tmp_path / "raw" / "layerwise_probe_details.json").read_text())
+        (warning,) = details["warnings"]
+        assert "raw features are" in warning
+        assert "give --probe_feature_scale standardize" in warning
+
+        probe.run(arguments(PROBE, tmp_path / "enough", "--probe_epochs", "1000"))
+        details = json.loads((tmp_path / "enough" / "layerwise_probe_details.json").read_text())
+        assert details["warnings"] == []
+        assert max(details["train_loss"].values()) < details["constant_loss"]
+        assert "has not learned" not in capsys.readouterr().err.split("raw features")[-1]
+
     def test_classification(self, tmp_path):
         found = probe.run(
             arguments(PROBE, tmp_path, "--layerwise_probe_task", "classification", "--probe_epochs", "40")
