@@ -100,6 +100,13 @@ def open_mask(source: Source) -> np.ndarray:
         return mask if turn is None else np.asarray(Image.fromarray(mask).transpose(turn))
 
 
+def png_text(source: Source) -> dict[str, str]:
+    """The notes that a PNG file carries beside its pixels; none of another format."""
+    with _opened(source) as picture:
+        _load(picture)
+        return dict(getattr(picture, "text", {}))
+
+
 def encode_png(picture: Image.Image) -> bytes:
     """A decoded picture, as it is shown, as a PNG file."""
     buffer = io.BytesIO()

@@ -161,7 +161,7 @@ def test_grounding_rows_that_cannot_be_scored_are_named(pictures):
         {**good, "image": "https://host/a.png"},
         {**good, "mask": "deep.png"},
         {**good, "mask": "text.png"},
-        {**good, "segmentation": {"sizes": [64, 64]}},
+        {**good, "segmentation": {"size": [64, 64], "counts": [5]}},
         {**good, "query": "Where" + HALF},
         {**good, "id": HALF},
     ]
@@ -173,7 +173,7 @@ def test_grounding_rows_that_cannot_be_scored_are_named(pictures):
         "gone.png does not exist",
         "record 5: image is the URL 'https://host/a.png': nothing is downloaded",
         "record 7: unreadable mask: its format is unknown",
-        "record 8: ",
+        "record 8: unreadable mask: run lengths make up 5 pixels",
         "record 9: query has '\\ud800' at character 6",
         "record 10: id has '\\ud800' at character 1",
         "11 records, 3 images, 3 boxes, 1 masks; 8 bad",

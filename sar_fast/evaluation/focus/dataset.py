@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.evaluation.focus.run_lengths import plain_run_lengths
 from sar_fast.evaluation.focus.samples import GroundingSample
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, stamp
 from sar_fast.pictures import PictureError, find_picture
@@ -24,7 +25,8 @@ def load_grounding_samples(
 
     Columns: ``image`` (a path, encoded bytes, or an object with ``bytes`` or ``path``), ``query``, ``object_prompt``;
     then ``bbox`` (x1, y1, x2, y2 in pixels), ``mask`` (an encoded picture, non-zero = object) or ``segmentation``
-    (polygons of x, y, ... in pixels), ``label`` (default: the object's name), ``id`` (default: the row's number).
+    (COCO's: polygons of x, y, ... in pixels, or run lengths ``{"size", "counts"}``; either column takes either form),
+    ``label`` (default: the object's name), ``id`` (default: the row's number).
     The registry's ``columns`` may give a column another name. Relative paths start from ``media_dir``, by default the
     file's folder. ``limit`` takes the first rows.
 
@@ -107,24 +109,32 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
         picture = find_picture(row["image"], media)
     except PictureError as error:
         raise ValueError(f"{place}: image {error}") from error
-    mask = row["segmentation"] if row["mask"] is None else row["mask"]
-    if mask is not None and not isinstance(mask, list):
-        try:
-            mask = find_picture(mask, media)
-            mask = mask.read_bytes() if isinstance(mask, Path) else mask
-        except PictureError as error:
-            raise ValueError(f"{place}: mask {error}; or polygons") from error
-        except OSError as error:
-            raise ValueError(f"{place}: mask file {mask} cannot be read: {error.strerror}") from error
+    column = "segmentation" if row["mask"] is None else "mask"
     return GroundingSample(
         id=number if row["id"] is None else check_text(str(row["id"]), f"{place}: id"),
         picture=picture,
         query=row["query"].strip(),
         object_prompt=row["object_prompt"].strip(),
         bbox=box,
-        mask=mask,
+        mask=_mask(row[column], f"{place}: {column}", media),
         label=row["object_prompt"].strip() if row["label"] is None else str(row["label"]),
     )
+
+
+def _mask(value: Any, place: str, media: Path) -> bytes | list | Mapping | None:
+    """A mask as :class:`GroundingSample` takes it; ``ValueError`` for what is none, and for a file that is missing."""
+    if value is None or isinstance(value, list):
+        return value
+    if isinstance(value, Mapping) and not {"size", "counts"}.isdisjoint(value):
+        return plain_run_lengths(value, place)
+    try:
+        file = find_picture(value, media)
+    except PictureError as error:
+        raise ValueError(f"{place} {error}; or polygons, or run lengths with size and counts") from error
+    try:
+        return file.read_bytes() if isinstance(file, Path) else file
+    except OSError as error:
+        raise ValueError(f"{place} file {file} cannot be read: {error.strerror}") from error
 
 
 def _finite(value: Any) -> bool:

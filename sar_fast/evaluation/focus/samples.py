@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sar_fast.evaluation.focus.run_lengths import decode_run_lengths
 from sar_fast.pictures import PictureError, open_mask, open_picture, picture_name, shown_size
 
 NOTHING_GROUNDED = "nothing grounded"
@@ -22,6 +23,7 @@ UNREADABLE = "unreadable image"
 PLACEHOLDER = "words with the placeholder of a picture"
 BAD_MASK = "unreadable mask"
 MASK_SHAPE = "mask of another shape than its picture"
+REFUSED = "refused by the model's processor"
 TOO_SMALL = "picture too small for SSIM"
 SMALLEST_SIDE = 3  # pixels: SSIM compares windows, and the smallest has a middle and its neighbours
 
@@ -42,8 +44,9 @@ class GroundingSample:
         id: unique in its dataset. picture: a Pillow image, an encoded file's bytes, or its path.
         query: the prompt's words. object_prompt: the object's name, for templates and the grounding model.
         bbox: (x1, y1, x2, y2) of the object in pixels of the picture as it is shown, or None. mask: (height, width) of
-            it, non-zero = object; an encoded picture of that (:func:`sar_fast.pictures.open_mask`); or polygons of x,
-            y, x, y, ... in pixels (COCO's). label: its class.
+            it, non-zero = object; an encoded picture of that (:func:`sar_fast.pictures.open_mask`); or COCO's polygons
+            of x, y, x, y, ... in pixels, or its run lengths ``{"size": [height, width], "counts": ...}``. label: its
+            class.
     """
 
     id: str
@@ -51,7 +54,7 @@ class GroundingSample:
     query: str
     object_prompt: str = ""
     bbox: Sequence[float] | None = None
-    mask: np.ndarray | bytes | list | None = None
+    mask: np.ndarray | bytes | list | Mapping | None = None
     label: str | None = None
 
     @property
@@ -92,8 +95,12 @@ class MaskSource(Protocol):
     def mask(self, sample: GroundingSample) -> np.ndarray:
         """(height, width) bool with at least one pixel set; raises :class:`SampleSkipped`."""
 
+    def note(self, sample: GroundingSample) -> str | None:
+        """What to know of the mask that was made for a sample, listed in the results; None if there is nothing."""
+        return None
 
-class DatasetMasks:
+
+class DatasetMasks(MaskSource):
     """The dataset's own: a sample's mask, or else its box."""
 
     def describe(self) -> dict[str, Any]:
@@ -109,11 +116,17 @@ class DatasetMasks:
         return box_mask(sample.bbox, sample.size)
 
 
-def decode_mask(mask: np.ndarray | bytes | list, size: tuple[int, int]) -> np.ndarray:
+def decode_mask(mask: np.ndarray | bytes | list | Mapping, size: tuple[int, int]) -> np.ndarray:
     """A mask in any of the forms of :class:`GroundingSample`, as an array; ``size`` is the picture's, for polygons.
 
-    Raises :class:`SampleSkipped` for bytes that are no picture, and for polygons of less than three corners.
+    Raises :class:`SampleSkipped` for bytes that are no picture, polygons of less than three corners, and run lengths
+    that do not make up their size.
     """
+    if isinstance(mask, Mapping):
+        try:
+            return decode_run_lengths(mask)
+        except ValueError as error:
+            raise SampleSkipped(BAD_MASK, str(error)) from error
     if isinstance(mask, bytes):
         try:
             return open_mask(mask)
