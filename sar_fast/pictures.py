@@ -148,9 +148,9 @@ def find_picture(value: Any, folder: Path) -> Path | bytes:
     return folder / value
 
 
-def picture_name(source: Any, otherwise: str = "the picture") -> str:
-    """A picture's name in messages: its path, cut short, or ``otherwise`` where it has none."""
-    return cut(str(source)) if source and isinstance(source, (str, Path)) else otherwise
+def picture_name(source: Any) -> str:
+    """A picture's name in messages: its path, cut short, or "the picture" where it has none."""
+    return cut(str(source)) if source and isinstance(source, (str, Path)) else "the picture"
 
 
 def _find_named(value: Mapping[str, Any], folder: Path) -> Path | bytes:

@@ -307,7 +307,7 @@ def open_image(reference: Mapping[str, Any]) -> Image.Image:
 
     ``RecordError`` if the file is missing or is no whole picture.
     """
-    name = picture_name(reference["path"], "image in the record")
+    name = f"image file {picture_name(reference['path'])}" if reference["path"] else "image in the record"
     try:
         return open_picture(reference["bytes"] or reference["path"])
     except PictureError as error:
