@@ -60,6 +60,8 @@ def check(
         raise UserError(f"--max-length must be at least 1; got {max_length}")
     if base_model is not None and model is None:
         raise UserError("--base-model has no effect without --model; add it")
+    if media_dir is not None and not media_dir.is_dir():
+        raise UserError(f"--media-dir {str(media_dir)!r} is no folder")
     encoder = _encoder(model, base_model, max_length) if model else None
     try:
         found = summary(_check(file, _entry(file, dataset_info), media_dir or file.parent, encoder))
@@ -115,12 +117,11 @@ def _check(file: Path, entry: dict[str, Any], media_dir: Path, encoder: Any) -> 
 
 
 def _verdicts(rows: Iterable[tuple[int, Any]], layout: Any, media_dir: Path, encoder: Any) -> Iterator[dict[str, Any]]:
-    from sar_fast.training.records import RecordError, open_image, to_record
+    from sar_fast.training.records import RecordError, id_in_messages, open_image, to_record
 
     for index, row in rows:
-        verdict = {"record": index, "id": "", "reason": "", "images": 0, "answers": 0, "length": 0}
-        if isinstance(row, dict):
-            verdict["id"] = str(row.get("id", ""))
+        name = id_in_messages(row)
+        verdict = {"record": index, "id": name, "reason": "", "images": 0, "answers": 0, "length": 0}
         try:
             record = to_record(row, layout, media_dir)
             if encoder is None:

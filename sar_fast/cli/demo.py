@@ -28,7 +28,7 @@ def demo(
     ),
     model: options.Model = loading.MINIATURE,
     base_model: options.BaseModel = None,
-    image: Annotated[Path | None, typer.Option("--image", help="Your picture; needs --question.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Your picture; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Your question; needs --image.")] = None,
     k: options.K = None,
     beta: options.Beta = None,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sar_fast.cli import loading, options
 from sar_fast.cli.errors import UserError
+from sar_fast.pictures import picture_name
 
 LABELS = {
     "model_type": "model type",
@@ -32,7 +33,7 @@ LABELS = {
 def inspect(
     model: options.Model = loading.MINIATURE,
     base_model: options.BaseModel = None,
-    image: Annotated[Path | None, typer.Option("--image", help="Picture file; needs --question.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Picture file; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Question; needs --image.")] = None,
     k: options.K = None,
     beta: options.Beta = None,
@@ -72,7 +73,7 @@ def inspect(
     if picture is not None:
         inputs = loading.build_inputs(loaded, processor, [picture], [question])
         found |= _measure(loaded, inputs, config)
-        found["input"] |= {"image": str(image), "question": question}
+        found["input"] |= {"image": picture_name(image), "question": question}
     if heatmap is not None:
         _draw(found, heatmap)
     if as_json:

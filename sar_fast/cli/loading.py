@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
 from sar_fast import models
 from sar_fast.cli.errors import UserError
 from sar_fast.model_errors import ModelError, first_line
 from sar_fast.models import MINIATURE as MINIATURE
+from sar_fast.pictures import PictureError, find_picture, open_picture, picture_name
+from sar_fast.processors import ProcessorRefusal, call_processor
 
 OPTIONS = {"model": "--model", "base_model": "--base-model", "device": "--device", "dtype": "--dtype"}
 
@@ -36,15 +38,16 @@ def load_model(
         return models.load_model(models.find_model(name, base_model), device, dtype)
 
 
-def open_image(path: Path) -> Image.Image:
-    """The picture as RGB."""
+def open_image(image: str | Path) -> Image.Image:
+    """The picture of ``--image`` as it is shown, mode RGB."""
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"--image {str(path)!r} does not exist") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {str(path)!r} cannot be read as a picture: {first_line(error)}") from error
+        place = find_picture(image, Path())
+    except PictureError as error:
+        raise UserError(f"--image {error}") from error
+    try:
+        return open_picture(place)
+    except PictureError as error:
+        raise UserError(f"--image {picture_name(str(image))!r} {error}") from error
 
 
 def build_prompt(processor: Any, question: str) -> str:
@@ -74,7 +77,10 @@ def placeholder_in(processor: Any, words: str) -> str | None:
 def build_inputs(model: nn.Module, processor: Any, pictures: Sequence[Any], questions: Sequence[str]) -> Any:
     """Model inputs of a batch, question i about picture i, on the model's device and in its dtype."""
     texts = [build_prompt(processor, q) for q in questions]
-    inputs = processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+    try:
+        inputs = call_processor(processor, texts, pictures, padding=True, return_tensors="pt")
+    except ProcessorRefusal as error:
+        raise UserError(f"--image and --question: {error}") from error
     return inputs.to(model.device, model.dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +22,7 @@ BaseModel = Annotated[
     str | None,
     typer.Option("--base-model", help="The model that an adapter is for. Default: the one that the adapter names."),
 ]
-Image = Annotated[Path, typer.Option("--image", help="Picture file.", show_default=False)]
+Image = Annotated[str, typer.Option("--image", help="Picture file.", show_default=False)]
 Question = Annotated[str, typer.Option("--question", help="Question about the picture.", show_default=False)]
 K = Annotated[
     int | None,

@@ -16,6 +16,7 @@ from sar_fast.cli.loading import placeholder_in
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import frames, generate, option_log_probabilities
 from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.focus.samples import PLACEHOLDER, REFUSED, UNREADABLE
 from sar_fast.evaluation.prompts import PromptFormat
 from sar_fast.evaluation.tables import Table
 from sar_fast.evaluation.tasks import Record, Sample, Task
@@ -27,6 +28,7 @@ from sar_fast.training.records import RecordError
 logger = logging.getLogger(__name__)
 
 Replies = list[dict[str, Any]]
+Prepared = tuple[list[Sample], list[Record], PromptGroups | None, list[Record]]
 
 
 def cut_batches(samples: Sequence[Sample], table: Table, size: int) -> list[list[Sample]]:
@@ -63,22 +65,28 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[list[Sample], list[Record], PromptGroups | None, list[Record]]:
+    def __getitem__(self, index: int) -> Prepared:
+        return self._prepare(self.batches[index], {})
+
+    def _prepare(self, samples: Sequence[Sample], refused: Mapping[str, str]) -> Prepared:
+        """The batch without the samples of which the processor makes no prompt, key -> why."""
         asked, facts, unreadable = [], [], []
         pictures: list[Any] = []
         questions: list[list[str]] = []
         key = None  # of the last picture
-        for sample in self.batches[index]:
+        places: list[int] = []  # of the samples asked: which picture
+        for sample in samples:
             fact = {**sample.about, "key": sample.key, "group": sample.group, "prompt": sample.prompt}
             same = key == self.table.picture_key(sample.row)
             try:
                 picture = pictures[-1] if same else self.table.picture(sample.row)
             except RecordError as error:
-                unreadable.append({**fact, "skipped": f"row {sample.row}: {error}"})
-                continue
-            objection = self.task.objection(sample, picture.size) or self._marker(sample)
-            if objection is not None:
-                unreadable.append({**fact, "skipped": f"row {sample.row}: {objection}"})
+                problem = (UNREADABLE, str(error))
+            else:
+                problem = self._problem(sample, picture, refused)
+            if problem is not None:
+                kind, reason = problem
+                unreadable.append({**fact, "skipped": f"row {sample.row}: {reason}", "skipped_kind": kind})
                 continue
             key = self.table.picture_key(sample.row)
             if same and self.together:
@@ -87,18 +95,30 @@ class Batches(Dataset):
                 pictures.append(picture)
                 questions.append([sample.prompt])
             asked.append(sample)
+            places.append(len(pictures) - 1)
             facts.append({**fact, "image_size": list(picture.size)})
         if not asked:
             return [], [], None, unreadable
-        groups = self.form.encode_groups(pictures, questions)
+        try:
+            groups = self.form.encode_groups(pictures, questions)
+        except Exception:
+            found = {s.key: self.form.refusal(pictures[place], s.prompt) for s, place in zip(asked, places)}
+            found = {key: reason for key, reason in found.items() if reason is not None}
+            if not found:
+                raise
+            return self._prepare(samples, found)
         seen = frames(groups.inputs, self.form.processor, len(pictures))
-        for fact, frame in zip(facts, [frame for frame, row in zip(seen, questions) for _ in row]):
-            fact["frame"] = frame
+        for fact, place in zip(facts, places):
+            fact["frame"] = seen[place]
         return asked, facts, groups, unreadable
 
-    def _marker(self, sample: Sample) -> str | None:
-        marker = placeholder_in(self.form.processor, sample.prompt)
-        return marker and f"the prompt has {marker!r}, which stands for a picture"
+    def _problem(self, sample: Sample, picture: Any, refused: Mapping[str, str]) -> tuple[str, str] | None:
+        """(kind, reason) of what speaks against asking a sample; None if nothing does."""
+        if objection := self.task.objection(sample, picture.size):
+            return self.task.objects_to, objection
+        if marker := placeholder_in(self.form.processor, sample.prompt):
+            return PLACEHOLDER, f"the prompt has {marker!r}, which stands for a picture"
+        return (REFUSED, refused[sample.key]) if sample.key in refused else None
 
 
 class Asker:

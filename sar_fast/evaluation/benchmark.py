@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ from sar_fast.evaluation.results import RESULTS, SAMPLES, ResultFolder
 from sar_fast.evaluation.session import Session, model_settings
 from sar_fast.evaluation.tables import Table, open_table
 from sar_fast.evaluation.tasks import Record, Sample, Skip, Task, TaskOptions, find_task
+from sar_fast.evaluation.tasks.base import partial_totals
 
 UNREAD = (  # counts in the results that a score alone does not show
     ("unparsed", f"replies were not understood and count as wrong; they have no prediction in {SAMPLES}"),
     ("unclear", f"replies do not say what POPE's rule takes them for, which is yes; they are unclear in {SAMPLES}"),
 )
+PARTNER = "another sample of its group is skipped"
 
 
 def run(arguments: EvaluationArguments) -> dict[str, Any]:
@@ -117,9 +120,13 @@ def finish(task: Task, samples: Sequence[Sample], skips: Sequence[Skip], folder:
     answered = folder.records()
     records = [answered[sample.key] for sample in samples]
     broken = {record["group"] for record in records if "skipped" in record}
-    unread = [Skip(record["key"], record["skipped"]) for record in records if "skipped" in record]
+    unread = [
+        Skip(record["key"], record["skipped"], record.get("skipped_kind", record["skipped"]))  # older ones have no kind
+        for record in records
+        if "skipped" in record
+    ]
     partners = [
-        Skip(record["key"], f"another sample of {record['group']} is skipped")
+        Skip(record["key"], f"another sample of {record['group']} is skipped", PARTNER)
         for record in records
         if record["group"] in broken and "skipped" not in record
     ]
@@ -128,12 +135,17 @@ def finish(task: Task, samples: Sequence[Sample], skips: Sequence[Skip], folder:
     if not scored:
         raise ValueError(f"{task.name}: no sample is left to score; first: {unread[0].key}: {unread[0].reason}")
     skipped = [*skips, *unread, *partners]
+    scores = task.scores(scored)
+    partial = partial_totals(task, scores)
     results = {
         "task": task.name,
-        **task.scores(scored),
+        **scores,
+        "partial": partial,
         "num_samples_evaluated": len(scored),
         "num_samples_skipped": len(skipped),
+        "num_skipped_by_kind": dict(Counter(skip.kind for skip in skipped)),
         "skipped": [{"key": skip.key, "reason": skip.reason} for skip in skipped],
+        "warnings": warnings(task, scores, partial, len(scored)),
     }
     folder.merge(records)
     folder.write_results(results)
@@ -141,19 +153,28 @@ def finish(task: Task, samples: Sequence[Sample], skips: Sequence[Skip], folder:
     return results
 
 
+def warnings(task: Task, scores: Mapping[str, Any], partial: Mapping[str, str], total: int) -> list[str]:
+    """What a reader of the scores has to know, in sentences."""
+    found = [f"{scores[count]} of {total} {what}" for count, what in UNREAD if scores.get(count)]
+    if partial:
+        parts = ", ".join(f"{name} ({part})" for name, part in partial.items())
+        found.append(f"totals of a part of the benchmark, not to be compared with published ones: {parts}")
+    return [*found, *task.remarks(scores)]
+
+
 def report(task: Task, results: Mapping[str, Any], folder: ResultFolder) -> None:
     """The scores on stdout, what is skipped on stderr."""
     for name, value in task.headline(results):
         shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-        print(f"{name:>28}  {shown}")
+        part = results["partial"].get(name)
+        print(f"{name:>28}  {shown}" + (f"  (partial: {part})" if part else ""))
     print(f"{results['num_samples_evaluated']} samples; {folder.path / RESULTS}")
-    for count, what in UNREAD:
-        if results.get(count):
-            total = results["num_samples_evaluated"]
-            sys.stderr.write(f"warning: {results[count]} of {total} {what}\n")
+    for warning in results["warnings"]:
+        sys.stderr.write(f"warning: {warning}\n")
     if results["num_samples_skipped"]:
-        first = results["skipped"][0]
+        first, kinds = results["skipped"][0], results["num_skipped_by_kind"]
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         sys.stderr.write(
-            f"warning: {results['num_samples_skipped']} skipped (listed in {RESULTS}), first: {first['key']}: "
-            f"{first['reason']}\n"
+            f"warning: {results['num_samples_skipped']} skipped ({counts}; listed in {RESULTS}), first: "
+            f"{first['key']}: {first['reason']}\n"
         )

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from sar_fast.cli.loading import build_prompt, tokenizer_of
@@ -13,6 +14,8 @@ from sar_fast.evaluation.answering import encode_texts, marks_beginning
 from sar_fast.integrations.hf import UnsupportedModelError
 from sar_fast.integrations.hf.families import find_family
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups
+
+PLAIN_PICTURE, PLAIN_WORDS = Image.new("RGB", (336, 336), "grey"), "What is this?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,28 @@ class PromptFormat:
         pad = getattr(tokenizer_of(self.processor), "pad_token_id", None)
         return PromptGroups(inputs, groups, extras, 0 if pad is None else pad)
 
+    def refusal(self, picture: Any, question: str) -> str | None:
+        """Why the processor makes no prompt of this picture and these words; None if it does.
+
+        ``ValueError`` if it makes none of a plain picture and plain words either: that is no matter of a sample.
+        """
+        error = self._error(picture, question)
+        if error is None:
+            return None
+        if self._error(PLAIN_PICTURE, PLAIN_WORDS) is not None:
+            raise ValueError(f"the processor makes no prompt of any picture: {_describe(error)}") from error
+        width, height = picture.size
+        alone = self._error(picture, PLAIN_WORDS) is not None
+        what = f"its picture of {width} x {height} pixels" if alone else f"its words {question[:80]!r}"
+        return f"the processor refuses {what}: {_describe(error)}"
+
+    def _error(self, picture: Any, question: str) -> Exception | None:
+        try:
+            self.encode_groups([picture], [[question]])
+        except Exception as error:  # processors raise whatever their arithmetic runs into
+            return error
+        return None
+
     def _others(self, picture: Any, texts: Sequence[str], first: list[int]) -> list[list[int]]:
         """Tokens of all texts but the first about one picture, from those of the first."""
         end = max(i + 1 for i, token in enumerate(first) if token in self.visual_ids)
@@ -85,3 +110,7 @@ def _token_types(known: list[int], first: list[int], ids: list[int]) -> list[int
     """Types of a prompt's tokens: what the processor gave the same ids in the picture's first prompt, else text's."""
     types = dict(zip(first, known))
     return [types.get(token, 0) for token in ids]
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

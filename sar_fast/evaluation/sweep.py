@@ -153,7 +153,8 @@ def run(arguments: SweepArguments) -> dict[str, Any]:
     for setting, folder in zip(settings, folders):
         scores = benchmark.finish(task, samples, skips, folder)
         k, beta = (setting.sar_activation_layer_k, setting.sar_beta) if setting.use_sar else (0, None)
-        rows.append({"k": k, "beta": beta, "folder": folder.path.name, "scores": dict(task.headline(scores))})
+        row = {"k": k, "beta": beta, "folder": folder.path.name, "scores": dict(task.headline(scores))}
+        rows.append(row | {"partial": scores["partial"]})
     session.finish()
     summary = {"task": task.name, "settings": rows, **timing, "session": session.metadata}
     write_json(Path(arguments.output_dir) / SUMMARY, summary)
@@ -248,7 +249,8 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
             )
         if base:
             axes.axhline(base["scores"][name], color="grey", linewidth=0.8, linestyle="--", label="without SAR")
-        axes.set(title=name, xlabel="K, re-weighted layers")
+        part = rows[0].get("partial", {}).get(name)
+        axes.set(title=f"{name}\n{part}" if part else name, xlabel="K, re-weighted layers")
         axes.tick_params(labelbottom=True)  # the panel below may be an empty place
     panels[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -59,9 +59,11 @@ def _benchmarks(paper: Paper, stages: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for task in TASKS:
         scores = {group: stages[f"{task}: {group}"]["results"]["headline"] for group in paper.groups}
+        partial = stages[f"{task}: Base"]["results"].get("partial", {})  # results of an earlier version have none
         for name in scores["Base"]:
             values = [scores[group].get(name) for group in paper.groups]
-            rows.append((f"{task}: {name}", [_number(v) for v in values]))
+            part = f" ({partial[name]})" if name in partial else ""
+            rows.append((f"{task}: {name}{part}", [_number(v) for v in values]))
     return {"title": "Benchmarks (section 6.2)", "rows": rows, "note": NOTE}
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from sar_fast.evaluation.focus.checkpoints import load_detector, load_segmenter
+from sar_fast.evaluation.focus.grounding import cut_caption
 
 RELATIVE = 1e-4  # of the largest value: fp32, other orders of sums through tens of layers
 SMALLER = {  # of Grounding DINO's config, so that random models run in seconds
@@ -166,14 +167,17 @@ def check_dino(checkout: Path, folder: Path) -> bool:
 
     ours, processor = load_detector(folder / "dino.pth", folder / "config.py")
     pixels = torch.randn(1, 3, 160, 224)
-    words = processor.tokenizer(["red circle."], return_tensors="pt")
-    length = words["input_ids"].shape[1]  # logits beyond it are minus infinity
-    a = theirs(pixels, captions=["red circle."])
-    b = ours(pixel_values=pixels, pixel_mask=torch.ones(1, 160, 224, dtype=torch.long), **words)
-    logits = (a["pred_logits"][..., :length], b.logits[..., :length])
-    return all(
-        [compare("Grounding DINO boxes", a["pred_boxes"], b.pred_boxes), compare("Grounding DINO logits", *logits)]
-    )
+    good = True
+    for caption in ("red circle.", "red circle " * 150 + "."):  # the second is longer than the detector reads
+        words = processor.tokenizer([caption], return_tensors="pt")
+        length = words["input_ids"].shape[1]  # logits beyond it are minus infinity
+        cut_caption(words, ours.config.max_text_len)
+        a = theirs(pixels, captions=[caption])
+        b = ours(pixel_values=pixels, pixel_mask=torch.ones(1, 160, 224, dtype=torch.long), **words)
+        logits = (a["pred_logits"][..., :length], b.logits[..., :length])
+        good &= compare(f"boxes, {length} tokens", a["pred_boxes"], b.pred_boxes)
+        good &= compare(f"logits, {length} tokens", *logits)
+    return good
 
 
 def main() -> None:

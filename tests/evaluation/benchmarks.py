@@ -35,9 +35,9 @@ def write_table(folder, rows, name="test-00000-of-00001.parquet"):
     return str(folder)
 
 
-def picture_bytes(colour="red"):
+def picture_bytes(colour="red", size=(24, 16)):
     buffer = io.BytesIO()
-    Pictures.new("RGB", (24, 16), colour).save(buffer, format="PNG")
+    Pictures.new("RGB", size, colour).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

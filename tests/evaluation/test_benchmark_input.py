@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 
+import pyarrow
 import pyarrow.parquet as pq
 import pytest
+from transformers import LlavaProcessor
 
-from sar_fast.evaluation import benchmark
+from sar_fast.evaluation import benchmark, focus, probe
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from tests.evaluation.benchmarks import DATA, arguments, lines, mme_rows, picture_bytes, write_table
 
@@ -111,3 +113,92 @@ def test_a_table_without_rows_is_named(tmp_path):
     pq.write_table(pq.read_table(file).slice(0, 0), file)
     with pytest.raises(ValueError, match=r"mme: .*data has no rows"):
         benchmark.run(arguments(tmp_path / "out", data_dir=str(tmp_path / "data")))
+
+
+def refuse_narrow(monkeypatch):
+    """The processor behaves as Qwen's does on a narrow picture, and refuses one word."""
+    call = LlavaProcessor.__call__
+
+    def picky(self, images=None, text=None, **options):
+        for picture in images or ():
+            if max(picture.size) > 20 * min(picture.size):
+                raise ValueError("absolute aspect ratio must be smaller than 20, got\n" + str(picture.size))
+        if any("unspeakable" in words for words in text):
+            raise KeyError("unspeakable")
+        return call(self, images=images, text=text, **options)
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", picky)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_what_the_processor_refuses_is_a_skip_that_names_the_sample(tmp_path, monkeypatch, size, capsys):
+    rows = mme_rows(4)
+    rows[2]["image"] = rows[3]["image"] = {"bytes": picture_bytes(size=(2, 90)), "path": None}
+    rows[5]["question"] = "Is there an unspeakable circle?"
+    data = write_table(tmp_path / "data", rows)
+    refuse_narrow(monkeypatch)
+    results = benchmark.run(arguments(tmp_path / "out", data_dir=data, per_device_eval_batch_size=size))
+    reasons = {skip["key"]: skip["reason"] for skip in results["skipped"]}
+    assert list(reasons) == ["2", "3", "5", "4"]
+    assert reasons["2"] == (
+        "row 2: the processor refuses its picture of 2 x 90 pixels: ValueError: absolute aspect ratio must be smaller "
+        "than 20, got (2, 90)"
+    )
+    assert "row 5: the processor refuses its words 'Is there an unspeakable circle?" in reasons["5"]
+    assert results["num_samples_evaluated"] == 4
+    assert results["num_skipped_by_kind"] == {
+        "refused by the model's processor": 3,
+        "another sample of its group is skipped": 1,
+    }
+    assert results["num_samples_skipped"] == 4
+    counts = "4 skipped (3 refused by the model's processor, 1 another sample of its group is skipped; listed in"
+    assert counts in capsys.readouterr().err
+
+
+def test_a_processor_that_refuses_everything_is_an_error(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("pixel")
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", broken)
+    with pytest.raises(ValueError, match="the processor makes no prompt of any picture: KeyError: 'pixel'"):
+        benchmark.run(arguments(tmp_path / "out"))
+
+
+def test_the_analyses_name_what_the_processor_refuses(tmp_path, monkeypatch):
+    refuse_narrow(monkeypatch)
+    rows = pq.read_table(DATA.parent / "shapes_grounding.parquet").to_pylist()[:6]
+    rows[1] |= {"image": {"bytes": picture_bytes(size=(90, 4)), "path": None}, "bbox": [0, 0, 9, 4], "mask": None}
+    rows[4]["query"] = "Where is the unspeakable circle?"
+    pq.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    given = {"task": None, "data_dir": None, "dataset": str(tmp_path / "rows.parquet"), "max_samples": None}
+    found = focus.run(arguments(tmp_path / "focus", do_sfs_fi_eval=True, **given))
+    assert found["skipped"] == {"refused by the model's processor": ["1", "4"]}
+    assert found["num_samples_evaluated"] == 4
+    with pytest.raises(ValueError, match="sample 1: the processor refuses its picture of 90 x 4 pixels: ValueError"):
+        probe.run(arguments(tmp_path / "probe", do_layerwise_probe=True, **given))
+
+
+def test_skips_are_counted_by_kind(tmp_path):
+    """Rows of the table, samples and partners of a skipped one are different things."""
+    rows = mme_rows(4, broken=[1])
+    rows[4]["image"] = {"bytes": b"no picture", "path": None}
+    data = write_table(tmp_path / "data", rows[:-1])
+    results = benchmark.run(arguments(tmp_path / "out", data_dir=data))
+    assert results["num_skipped_by_kind"] == {
+        "picture with one question": 1,
+        "unreadable image": 3,
+        "another sample of its group is skipped": 1,
+    }
+    assert results["num_samples_skipped"] == sum(results["num_skipped_by_kind"].values()) == len(results["skipped"])
+
+
+def test_totals_of_some_categories_say_so(tmp_path, capsys):
+    results = benchmark.run(arguments(tmp_path / "out"))
+    assert results["partial"]["perception"] == "1 of 10 categories"
+    output = capsys.readouterr()
+    (line,) = [line for line in output.out.splitlines() if line.lstrip().startswith("perception")]
+    assert line.endswith("(partial: 1 of 10 categories)")
+    assert "warning: totals of a part of the benchmark, not to be compared with published ones: overall (1 of 14" in (
+        output.err
+    )
+    assert any("perception (1 of 10 categories)" in warning for warning in results["warnings"])

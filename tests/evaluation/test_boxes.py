@@ -142,3 +142,70 @@ def test_refcoco_counts_a_repeated_row_once():
     samples, skips = make().samples([row(), row(answer=["mug"]), row()])
     assert [s.key for s in samples] == ["0/0", "0/1", "1/0"]
     assert [(s.key, s.reason) for s in skips] == [("row 2", "repeats row 0")]
+
+
+# --- replies in another format than the one in force
+
+BOXES = [BOX, (210.0, 90.0, 390.0, 190.0), (30.0, 100.0, 130.0, 195.0), (150.0, 10.0, 260.0, 60.0)]
+PARTS = {  # numbers per side of the picture, and how they are written
+    "fraction": ((1, 1), "[{:.3f}, {:.3f}, {:.3f}, {:.3f}]"),
+    "thousandths": ((1000, 1000), "({:.0f},{:.0f}),({:.0f},{:.0f})"),
+    "pixels": (SIZE, "[{:.0f}, {:.0f}, {:.0f}, {:.0f}]"),
+    "resized_pixels": ((280, 280), '[{{"bbox_2d": [{:.0f}, {:.0f}, {:.0f}, {:.0f}]}}]'),
+    "miniature": ((BOX_BINS, BOX_BINS), "{:.0f} {:.0f} {:.0f} {:.0f}"),
+}
+ALIKE = {"thousandths": ["thousandths", "qwen3", "internvl"]}
+
+
+def write(name, box):
+    (x, y), words = PARTS[name]
+    shift = 0.5 if name == "miniature" else 0
+    return words.format(*(v / side * part - shift for v, side, part in zip(box, SIZE * 2, (x, y, x, y))))
+
+
+def read_as(name, replies, boxes=BOXES, frame=(280, 280)):
+    task = find_task("refcoco")(TaskOptions(box_format=name))
+    records = [
+        {"reply": reply, "box": list(box), "image_size": SIZE, "frame": frame} for reply, box in zip(replies, boxes)
+    ]
+    scores = task.scores([record | task.judge(record) for record in records])
+    return scores, task.remarks(scores)
+
+
+@pytest.mark.parametrize("expected", PARTS)
+@pytest.mark.parametrize("written", PARTS)
+def test_the_format_that_replies_are_written_in_is_named(written, expected):
+    scores, remarks = read_as(expected, [write(written, box) for box in BOXES])
+    if written == expected:
+        assert scores["overall"]["accuracy"] == 100
+        assert (scores["box_format_mismatch"], remarks) == (None, [])
+        return
+    assert scores["overall"]["accuracy"] < 100
+    found = scores["box_format_mismatch"]
+    assert found["better"] == ALIKE.get(written, [written])
+    assert found["accuracy"][written] == 100
+    (remark,) = remarks
+    assert f"do not seem to write boxes as --box_format {expected}: numbers from" in remark
+    assert f"with --box_format {written}: 4 of 4 boxes plausible, accuracy 100.00" in remark
+
+
+def test_a_mismatch_shows_also_where_the_model_finds_nothing():
+    """Thousandths of wrong places: nothing is right in any format, but the numbers are none of fractions."""
+    scores, (remark,) = read_as("fraction", ["[700, 650, 900, 990]"] * 4, frame=None)
+    assert scores["box_format_mismatch"]["better"] == ["thousandths", "qwen3", "internvl"]
+    assert "resized_pixels" not in scores["box_format_mismatch"]["accuracy"]  # the processor reports no frame
+    assert "numbers from 650 to 990, 0 of 4 boxes plausible, accuracy 0.00; with --box_format thousandths" in remark
+    _, (remark,) = read_as("thousandths", ["[0.7, 0.6, 0.9, 0.99]"] * 3, BOXES[:3])
+    assert "numbers from 0.6 to 0.99" in remark
+    _, (remark,) = read_as("pixels", ["[70000, 65000, 90000, 99000]"])
+    assert remark.endswith("accuracy 0.00; no other --box_format fits")
+
+
+def test_weak_and_wordy_models_are_no_mismatch():
+    wrong = ["[0.01, 0.01, 0.04, 0.9]", "[0.6, 0.6, 0.9, 0.7]", "It is on the left.", "no"]
+    assert read_as("fraction", wrong)[1] == []
+    assert read_as("fraction", ["nothing"] * 4)[1] == []
+    # one box of twenty is right by chance when fractions are read as those of the padded square
+    boxes = [(40.0, 20.0, 120.0, 80.0)] * 20
+    replies = ["[0.5, 0.6, 0.6, 0.7]"] * 19 + ["[0.10, 0.30, 0.30, 0.45]"]
+    assert read_as("fraction", replies, boxes)[1] == []

@@ -296,6 +296,19 @@ class TestEvaluator:
         with pytest.raises(ValueError, match="neither mask nor bbox"):
             FocusMetricsEvaluator(*miniature).score([nowhere])
 
+    def test_a_picture_that_ssim_has_no_window_for_is_a_listed_skip(self, miniature):
+        (good,) = drawn(1)
+        sizes = [(2, 40), (40, 2), (1, 1), (3, 40), (4, 4)]
+        narrow = [
+            GroundingSample(f"{w}x{h}", Image.new("RGB", (w, h), "red"), "Where is it?", "it", (0, 0, w, h))
+            for w, h in sizes
+        ]
+        records = {record["id"]: record for record in FocusMetricsEvaluator(*miniature).score([good, *narrow])}
+        assert [name for name, record in records.items() if "skipped" in record] == ["2x40", "40x2", "1x1"]
+        detail = "picture too small for SSIM: needed 3 x 3 pixels or more; got 2 x 40"
+        assert records["2x40"]["detail"] == detail
+        assert summarise([*records.values()])["skipped"] == {"picture too small for SSIM": ["2x40", "40x2", "1x1"]}
+
     def test_with_sar_both_weightings_are_scored(self, miniature):
         config = SARConfig(activation_layer_k=2, beta=0.1)
         records = FocusMetricsEvaluator(*miniature, config=config).score(drawn(3))

@@ -17,6 +17,7 @@ from sar_fast.evaluation import focus, probe
 from sar_fast.evaluation.arguments import parse
 from sar_fast.evaluation.focus import FocusMetricsEvaluator
 from sar_fast.evaluation.focus.dataset import load_grounding_samples
+from sar_fast.evaluation.focus.samples import decode_mask
 
 ROOT = Path(__file__).parents[2]
 YAMLS = ROOT / "experiments" / "sar_paper"
@@ -31,6 +32,14 @@ FOCUS = [
     "4",
 ]
 PROBE = ["--do_layerwise_probe", "--dataset", "shapes_grounding", "--max_samples", "40", "--probe_seeds", "1"]
+
+
+# a box of 6 x 4 pixels and a piece of a row, in 10 x 20; text by pycocotools 2.0.11
+RUNS = [
+    [21, 6, 4, 6, 4, 6, 4, 6, 101, 1, 9, 1, 9, 1, 9, 1, 9, 1, 1],
+    "e06400000Q3KTM0000000H",
+    b"e06400000Q3KTM0000000H",
+]
 
 
 def arguments(flags: list[str], output: Path, *more: str):
@@ -155,6 +164,57 @@ class TestProbeCommand:
         assert probe.run(arguments(PROBE, tmp_path)) == scores
         assert json.loads((tmp_path / "layerwise_probe_details.json").read_text())["forward_passes"] == 0
 
+    def test_another_training_of_the_heads_overwrites_nothing_unasked(self, tmp_path):
+        probe.run(arguments(PROBE, tmp_path))
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+        for flags, message in (
+            (["--probe_lr", "0.01"], r"training\.lr was 0\.001, now 0\.01"),
+            (["--probe_epochs", "6"], r"training\.epochs was 5, now 6"),
+            (["--probe_batch_size", "8"], r"training\.batch_size was 32, now 8"),
+            (["--probe_feature_scale", "none"], r'training\.feature_scale was "standardize", now "none"'),
+            (["--probe_seeds", "2"], r"training\.seeds was 1, now 2"),
+            (["--seed", "7"], r"training\.seed was 42, now 7"),
+            (["--layerwise_probe_task", "classification"], 'task was "grounding", now "classification"'),
+        ):
+            with pytest.raises(ValueError, match=f"holds results of other settings: {message}.*overwrite_output_dir"):
+                probe.run(arguments(PROBE, tmp_path, *flags))
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+        probe.run(arguments(PROBE, tmp_path, "--probe_lr", "0.01", "--overwrite_output_dir", "true"))
+        details = json.loads((tmp_path / "layerwise_probe_details.json").read_text())
+        assert details["training"]["lr"] == 0.01
+        assert details["forward_passes"] == 0  # the features are of the same settings, and stay
+        flags = ["--use_sar", "--sar_activation_layer_k", "2", "--sar_beta", "0.1", "--overwrite_output_dir", "true"]
+        probe.run(arguments(PROBE, tmp_path, *flags))
+        details = json.loads((tmp_path / "layerwise_probe_details.json").read_text())
+        assert details["forward_passes"] == 5
+
+    def test_heads_that_have_not_learned_are_named_with_a_remedy(self, tmp_path, capsys):
+        """The research code's settings on few samples: too few steps for the rate, and every score is 0."""
+        found = probe.run(arguments(PROBE, tmp_path / "few"))
+        assert set(found.values()) == {0.0}
+        details = json.loads((tmp_path / "few" / "layerwise_probe_details.json").read_text())
+        (warning,) = details["warnings"]
+        assert f"warning: {warning}" in capsys.readouterr().err
+        assert details["training"]["steps"] == 5 * -(-details["train_samples"] // 32)
+        assert min(details["train_loss"].values()) > details["constant_loss"]
+        assert warning.startswith(
+            "heads of every layer have not learned, and their scores say nothing of the layers: after 5"
+        )
+        assert "give more --probe_epochs (1000 make 1000 steps) or a larger --probe_lr" in warning
+
+        raw = ["--probe_feature_scale", "none", "--probe_epochs", "20"]
+        probe.run(arguments(PROBE, tmp_path / "raw", *raw))
+        details = json.loads((tmp_path / "raw" / "layerwise_probe_details.json").read_text())
+        (warning,) = details["warnings"]
+        assert "raw features are" in warning
+        assert "give --probe_feature_scale standardize" in warning
+
+        probe.run(arguments(PROBE, tmp_path / "enough", "--probe_epochs", "1000"))
+        details = json.loads((tmp_path / "enough" / "layerwise_probe_details.json").read_text())
+        assert details["warnings"] == []
+        assert max(details["train_loss"].values()) < details["constant_loss"]
+        assert "has not learned" not in capsys.readouterr().err.split("raw features")[-1]
+
     def test_classification(self, tmp_path):
         found = probe.run(
             arguments(PROBE, tmp_path, "--layerwise_probe_task", "classification", "--probe_epochs", "40")
@@ -227,6 +287,57 @@ class TestDataset:
         assert np.argwhere(mask).min(0).tolist() == [1, 2]
         assert np.argwhere(mask).max(0).tolist() == [6, 5]
 
+    @pytest.mark.parametrize("column", ["mask", "segmentation"])
+    @pytest.mark.parametrize("counts", RUNS)
+    def test_cocos_run_lengths_become_masks(self, counts, column, tmp_path):
+        path = self.write(tmp_path, bbox=None, **{column: {"size": [10, 20], "counts": counts}})
+        (sample,) = load_grounding_samples(str(path), DATA)
+        mask = focus.DatasetMasks().mask(sample)
+        expected = np.zeros((10, 20), bool)
+        expected[1:7, 2:6] = expected[8, 15:] = True
+        np.testing.assert_array_equal(mask, expected)
+
+    def test_an_ellipse_in_run_lengths(self):
+        # differences to earlier runs of both signs; text by pycocotools 2.0.11
+        y, x = np.mgrid[:10, :20]
+        ellipse = ((x - 8) / 6) ** 2 + ((y - 4) / 3.5) ** 2 < 1
+        text = {"size": (10, 20), "counts": "Q1362N2O000000000001N2Nj1"}
+        np.testing.assert_array_equal(decode_mask(text, (20, 10)), ellipse)
+
+    def test_run_lengths_of_other_sizes_are_listed_skips(self, tmp_path):
+        numbers = {
+            "fits": {"size": [10, 20], "counts": [21, 9, 170]},
+            "short": {"size": [10, 20], "counts": [21, 9, 169]},
+            "transposed": {"size": [20, 10], "counts": [21, 9, 170]},
+            "empty": {"size": [10, 20], "counts": [200]},
+        }
+        written = {"cut": "e06400000Q3KTM0000000h", "no": "e0 6", "backwards": "e06400000Q3KTM000000TN", "none": ""}
+        texts = {name: {"size": [10, 20], "counts": text} for name, text in written.items()}
+        row = {"image": {"bytes": self.png(), "path": None}, "query": "where?", "object_prompt": "cat"}
+        for name, masks in (("numbers", numbers), ("texts", texts)):
+            table = pa.Table.from_pylist([{**row, "id": i, "segmentation": mask} for i, mask in masks.items()])
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        flags = ["--do_sfs_fi_eval", "--dataset", str(tmp_path / "numbers.parquet")]
+        found = focus.run(arguments(flags, tmp_path / "out"))
+        assert found["skipped"] == {
+            "unreadable mask": ["short"],
+            "mask of another shape than its picture": ["transposed"],
+            "empty mask": ["empty"],
+        }
+        record = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[1])
+        assert record["detail"] == (
+            "unreadable mask: run lengths make up 199 pixels, needed 10 x 20 (height, width), as their size says"
+        )
+        reasons = {}
+        for sample in load_grounding_samples(str(tmp_path / "texts.parquet"), DATA):
+            with pytest.raises(focus.SampleSkipped) as skipped:
+                focus.DatasetMasks().mask(sample)
+            reasons[sample.id] = str(skipped.value)
+        assert "ends within a number" in reasons["cut"]
+        assert "has ' ', which stands for no number" in reasons["no"]
+        assert "make up" in reasons["backwards"]
+        assert "make up 0 pixels" in reasons["none"]
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -234,8 +345,17 @@ class TestDataset:
             ({"query": " "}, "query is ' ', needed words"),
             ({"bbox": [1.0, 2.0, 3.0]}, "needed four numbers"),
             ({"bbox": [1.0, 2.0, 3.0, float("nan")]}, "needed four numbers"),
-            ({"image": 5}, "image is a int, needed a path"),
-            ({"mask": 3.5}, "mask is a float"),
+            ({"image": 5}, "image is int 5, needed a path"),
+            ({"mask": 3.5}, "mask is float 3.5, needed a path, .*; or polygons, or run lengths"),
+            ({"segmentation": 3.5}, "row 0: segmentation is float 3.5"),
+            (
+                {"segmentation": {"size": [10], "counts": [200]}},
+                r"segmentation: size is \[10\], needed \[hei",
+            ),
+            ({"segmentation": {"size": [10, 0], "counts": [0]}}, "size is .*needed"),
+            ({"segmentation": {"size": [10, 20], "counts": [-1, 201]}}, r"counts is '\[-1, 201\]', needed run lengths"),
+            ({"segmentation": {"counts": [200]}}, "segmentation: size is None"),
+            ({"segmentation": {"size": [10, 20]}}, "segmentation: counts is 'None'"),
         ],
     )
     def test_bad_rows_name_file_row_and_column(self, changes, message, tmp_path):

@@ -24,9 +24,17 @@ from transformers import (
 )
 
 from sar_fast.evaluation.arguments import parse
-from sar_fast.evaluation.focus import GroundingSample, SampleSkipped, checkpoints, run
+from sar_fast.evaluation.focus import (
+    FocusMetricsEvaluator,
+    GroundingSample,
+    SampleSkipped,
+    checkpoints,
+    run,
+    summarise,
+)
 from sar_fast.evaluation.focus.checkpoints import load_detector, load_segmenter, read_config
 from sar_fast.evaluation.focus.grounding import GroundedMasks, caption
+from sar_fast.miniature.checkpoint import load_miniature
 
 SETTINGS = {
     "backbone": "swin_tiny_64_test",
@@ -58,6 +66,11 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    return load_miniature()
 
 
 @pytest.fixture(scope="module")
@@ -442,6 +455,39 @@ class TestGroundedMasks:
             unsure.mask(sample)
         monkeypatch.setattr(GroundedMasks, "models", lambda self: pytest.fail("the answer was not kept"))
         with pytest.raises(SampleSkipped, match="nothing grounded"):
+            masks(box_threshold=0.99).mask(sample)
+
+    def test_a_phrase_is_cut_to_what_the_detector_reads(self, masks, miniature, monkeypatch):
+        """32 tokens: the mark of the beginning and 31 words. tests/acceptance compares it with the original."""
+        words = ["red", "circle"] * 20
+        phrase = lambda changed=None: " ".join("blue" if i == changed else word for i, word in enumerate(words))
+        grounded = masks()
+        box = grounded.best_box(picture(), phrase())
+        assert grounded.best_box(picture(), phrase(31)) == box  # the first word that it does not read
+        assert grounded.best_box(picture(), phrase(30)) != box
+        short, long = (
+            GroundingSample(i, picture(), "where is it?", p) for i, p in (("short", "red"), ("long", phrase()))
+        )
+        note = "phrase cut to the 32 tokens that the detector reads"
+        monkeypatch.setattr(GroundedMasks, "segment", lambda self, image, box: np.ones((70, 120), bool))
+        first = FocusMetricsEvaluator(*miniature, masks=grounded).score([short, long])
+        monkeypatch.setattr(GroundedMasks, "models", lambda self: pytest.fail("the cached mask was not used"))
+        again = FocusMetricsEvaluator(*miniature, masks=masks()).score([short, long])
+        for records in (first, again):
+            assert "note" not in records[0]
+            assert summarise(records)["notes"] == {note: ["long"]}
+
+    def test_a_cut_phrase_that_finds_nothing_says_so(self, masks, monkeypatch):
+        sample = GroundingSample("0", picture(), "where is it?", "red circle " * 20)
+        message = r"nothing grounded: .* at 0\.99, phrase cut to the 32 tokens that the detector reads"
+        unsure = masks(box_threshold=0.99)
+        decoder = unsure.models()[0].model.decoder.layer_norm
+        torch.nn.init.zeros_(decoder.weight)
+        torch.nn.init.zeros_(decoder.bias)
+        with pytest.raises(SampleSkipped, match=message):
+            unsure.mask(sample)
+        monkeypatch.setattr(GroundedMasks, "models", lambda self: pytest.fail("the answer was not kept"))
+        with pytest.raises(SampleSkipped, match=message):
             masks(box_threshold=0.99).mask(sample)
 
     @pytest.mark.parametrize("kind", ["sam", "sam2"])

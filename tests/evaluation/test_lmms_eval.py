@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.models import prepare_processor
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
+from sar_fast.miniature.checkpoint import load_miniature
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +62,63 @@ def test_the_entry_point_names_what_is_there():
     (found,) = [e for e in entry_points(group="lmms_eval.models") if e.value.startswith("sar_fast")]
     assert found.value == "sar_fast.integrations.lmms_eval:manifests"
     assert callable(found.load())
+
+
+class Chat:
+    """What the adapter uses of lmms-eval's ``ChatMessages``: a question about one picture."""
+
+    def __init__(self, messages):
+        self.picture, self.question = messages
+
+    def extract_media(self):
+        return [self.picture], [], []
+
+    def to_hf_messages(self):
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}]
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    """The adapter on the miniature, on stand-ins of the few names that it imports from lmms-eval."""
+    names = {"api.instance": {"Instance": object}, "api.model": {"lmms": object}, "protocol": {"ChatMessages": Chat}}
+    for name in ("", "api"):
+        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}".rstrip("."), types.ModuleType(name))
+    for name, content in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}", module)
+    monkeypatch.delitem(sys.modules, "sar_fast.integrations.lmms_eval.model", raising=False)
+    module = importlib.import_module("sar_fast.integrations.lmms_eval.model")
+    model = object.__new__(module.SARHuggingFace)
+    model.model, model.processor = load_miniature()
+    prepare_processor(model.processor)
+    yield model
+    sys.modules.pop("sar_fast.integrations.lmms_eval.model")
+
+
+def request(model, picture, number=0):
+    model.task_dict = {"a": {"test": {number: (picture, "What colour is the circle?")}}}
+    return types.SimpleNamespace(args=("", lambda document: document, {"max_new_tokens": 4}, number, "a", "test"))
+
+
+def test_pictures_of_tasks_are_shown_as_everywhere(adapter, monkeypatch):
+    seen = []
+    module = sys.modules[type(adapter).__module__]
+    encode = module.encode_texts
+    monkeypatch.setattr(
+        module, "encode_texts", lambda p, pictures, texts: seen.append(pictures) or encode(p, pictures, texts)
+    )
+    plain = Image.fromarray(np.arange(40 * 24, dtype=np.uint8).reshape(24, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = plain.transpose(Image.Transpose.ROTATE_90)
+    turned.info["exif"] = exif.tobytes()
+    deep = Image.fromarray(np.asarray(plain).astype(np.uint16) * 257)
+    replies = [adapter._answer([request(adapter, picture)]) for picture in (plain, turned, deep)]
+    assert replies[0] == replies[1] == replies[2]
+    assert {(picture.mode, picture.tobytes()) for (picture,) in seen} == {("RGB", plain.convert("RGB").tobytes())}
+    with pytest.raises(ValueError, match="task a: a picture of document 7 has no pixels: 0 x 4"):
+        adapter._answer([request(adapter, Image.new("RGB", (0, 4)), 7)])
 
 
 @pytest.mark.slow

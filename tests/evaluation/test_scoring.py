@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sar_fast.evaluation.tasks import TASKS, TaskOptions, find_task
+from sar_fast.evaluation.tasks.base import partial_totals
 from sar_fast.evaluation.tasks.choices import parse_choice
-from sar_fast.evaluation.tasks.mme import parse_yes_no
+from sar_fast.evaluation.tasks.mmbench import ABILITIES
+from sar_fast.evaluation.tasks.mme import COGNITION, PERCEPTION, parse_yes_no
 from sar_fast.evaluation.tasks.pope import binary_scores, is_clear, parse_pope
 from sar_fast.evaluation.tasks.scienceqa import parse_scienceqa
 from sar_fast.evaluation.tasks.textvqa import normalise, vqa_accuracy
@@ -448,3 +450,55 @@ def test_every_task_names_its_source_and_hub_dataset():
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match="task is 'mmbnch', which is none; did you mean 'mmbench'"):
         find_task("mmbnch")
+
+
+# --- totals over parts that are not all there
+
+
+def science_rows(*subjects):
+    return [{"question": "?", "choices": ["a", "b"], "answer": 0, "subject": subject} for subject in subjects]
+
+
+def ability_rows(*abilities):
+    return [mmbench_row(n) | {"L2-category": ability} for n, ability in enumerate(abilities)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "expected"),
+    [
+        (
+            "mme",
+            mme_rows(2),
+            {"overall": "1 of 14 categories", "perception": "1 of 10 categories", "cognition": "0 of 4 categories"},
+        ),
+        (
+            "mme",
+            [row for name in PERCEPTION for row in mme_rows(1, name)],
+            {"overall": "10 of 14 categories", "cognition": "0 of 4 categories"},
+        ),
+        ("mme", [row for name in PERCEPTION + COGNITION for row in mme_rows(1, name)], {}),
+        (
+            "pope",
+            pope_rows(["yes"], "random") + pope_rows(["yes"], "popular"),
+            {f"mean {name}": "2 of 3 categories" for name in ("f1", "accuracy", "yes_ratio")},
+        ),
+        ("pope", [row for name in ("random", "popular", "adversarial") for row in pope_rows(["yes"], name)], {}),
+        ("scienceqa", science_rows("natural science", "social science"), {"accuracy": "2 of 3 subjects"}),
+        ("scienceqa", science_rows("natural science", "social science", "language science"), {}),
+        ("scienceqa", science_rows("botany", "social science"), {}),  # its own subjects: what is missing is not known
+        ("scienceqa", science_rows(None), {}),
+        (
+            "mmbench",
+            ability_rows("logic_reasoning"),
+            {f"accuracy, {name}": "1 of 6 abilities" for name in ("circular", "unrotated")},
+        ),
+        ("mmbench", ability_rows(*ABILITIES), {}),
+        ("mmbench", ability_rows("chinese culture"), {}),
+    ],
+)
+def test_a_total_of_some_parts_says_of_how_many(name, rows, expected):
+    task = make(name)
+    samples, _ = task.samples(rows)
+    scores = task.scores(judged(task, samples, ["Yes"] * len(samples)))
+    assert partial_totals(task, scores) == expected
+    assert expected.keys() <= {"overall", *dict(task.headline(scores))}

@@ -65,6 +65,7 @@ def test_summary_names_settings_cost_and_speed(swept):
     assert summary["speed_up"] > 0
     assert json.loads((folder / "sweep.json").read_text())["settings"] == summary["settings"]
     assert (folder / "figure6.png").stat().st_size > 5000
+    assert all(row["partial"]["perception"] == "1 of 10 categories" for row in summary["settings"])
     weighed = {row["beta"]: row["scores"] for row in summary["settings"] if row["k"] == 4}
     assert weighed[0.02] != weighed[0.5]  # the settings do differ
 

@@ -116,4 +116,6 @@ def _report(results: dict[str, Any], output: Path) -> None:
     print(f"{'':>5}  SFS of a map that is the same everywhere: {results['uniform_focus_score']:.4f}")
     for reason, ids in results["skipped"].items():
         print(f"skipped, {reason}: {len(ids)}, first {ids[0]}")
+    for note, ids in results["notes"].items():
+        print(f"{note}: {len(ids)}, first {ids[0]}")
     print(f"{results['num_samples_evaluated']} samples of {results['num_pictures']} pictures; {output / RESULTS}")

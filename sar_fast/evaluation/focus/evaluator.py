@@ -22,9 +22,17 @@ from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.grids import TokenGrid, token_grids
 from sar_fast.evaluation.focus.maps import attention_map, semantic_focus, structural_similarities
 from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES, check_templates, check_words
-from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, MaskSource, SampleSkipped
+from sar_fast.evaluation.focus.samples import (
+    REFUSED,
+    DatasetMasks,
+    GroundingSample,
+    MaskSource,
+    SampleSkipped,
+    check_size,
+)
 from sar_fast.evaluation.prompts import PromptFormat
 
+Records = dict[str, dict[str, Any]]
 SFS, FI = "semantic_focus_score", "focus_instability"
 
 
@@ -72,24 +80,33 @@ class FocusMetricsEvaluator:
         """One record per sample, all prompts of all samples in one batch.
 
         A record has ``id``, ``picture`` (its key), ``mask_share`` (of the picture's area), ``semantic_focus_score``,
-        ``focus_instability`` and ``ssim`` (per template), with SAR also ``c_weighted`` with both scores; or ``id``,
-        ``skipped`` (reason) and ``detail``.
+        ``focus_instability`` and ``ssim`` (per template), with SAR also ``c_weighted`` with both scores, and ``note``
+        if there is something to know of its mask; or ``id``, ``skipped`` (reason) and ``detail``.
         """
-        records: dict[str, dict[str, Any]] = {}
+        records: Records = {}
         kept: list[tuple[GroundingSample, Image.Image, np.ndarray]] = []
         for sample in samples:
             try:
                 check_words(self.processor, self._questions(sample))
-                kept.append((sample, sample.image, self.masks.mask(sample)))
+                picture = check_size(sample.image)
+                kept.append((sample, picture, self.masks.mask(sample)))
             except SampleSkipped as skipped:
-                records[sample.id] = {"id": sample.id, "skipped": skipped.reason, "detail": str(skipped)}
+                records[sample.id] = _skipped(sample, skipped)
         if kept:
             asked: dict[str, list[int]] = {}  # picture -> its samples: they share its encoding and its tokens' run
             for number, (sample, _, _) in enumerate(kept):
                 asked.setdefault(sample.picture_key, []).append(number)
             pictures = [kept[numbers[0]][1] for numbers in asked.values()]
             questions = [[q for n in numbers for q in self._questions(kept[n][0])] for numbers in asked.values()]
-            groups = PromptFormat.of(self.model, self.processor).encode_groups(pictures, questions)
+            form = PromptFormat.of(self.model, self.processor)
+            try:
+                groups = form.encode_groups(pictures, questions)
+            except Exception:
+                refused = self._refused(form, kept)
+                if not refused:
+                    raise
+                others = iter(self.score([sample for sample in samples if sample.id not in refused]))
+                return [refused.get(sample.id) or next(others) for sample in samples]
             groups = groups.to(self.model.device, self.model.dtype)
             found = prompt_attention(self.model, groups, self.layers, self.config)
             grids = [
@@ -106,6 +123,15 @@ class FocusMetricsEvaluator:
                 for record in pool.map(self._record, *zip(*jobs)):
                     records[record["id"]] = record
         return [records[sample.id] for sample in samples]
+
+    def _refused(self, form: PromptFormat, kept: Sequence[tuple[GroundingSample, Image.Image, np.ndarray]]) -> Records:
+        """Records, by id, of samples of whose picture or words the processor makes no prompt."""
+        refused = {}
+        for sample, picture, _ in kept:
+            reason = next(filter(None, (form.refusal(picture, q) for q in self._questions(sample))), None)
+            if reason is not None:
+                refused[sample.id] = _skipped(sample, SampleSkipped(REFUSED, reason))
+        return refused
 
     def _questions(self, sample: GroundingSample) -> list[str]:
         return [sample.query, *(template.format(sample.object_prompt) for template in self.templates)]
@@ -129,6 +155,8 @@ class FocusMetricsEvaluator:
         if self.config is not None:
             weighted = [attention_map(look.weighted, grids, picture.size) for look in looks]
             record["c_weighted"] = _scores(weighted, mask)
+        if note := self.masks.note(sample):
+            record["note"] = note
         if self.overlay_dir is not None:
             self._draw(sample.id, picture, maps[0], mask)
         return record
@@ -154,22 +182,32 @@ def overlay_path(folder: Path, name: str) -> Path:
     return folder / f"{quote(name, safe='')}.png"
 
 
+def _skipped(sample: GroundingSample, why: SampleSkipped) -> dict[str, Any]:
+    return {"id": sample.id, "skipped": why.reason, "detail": str(why)}
+
+
 def _scores(maps: Sequence[np.ndarray], mask: np.ndarray) -> dict[str, Any]:
     similarities = structural_similarities(maps[0], maps[1:])
     return {SFS: semantic_focus(maps[0], mask), FI: 1 - float(np.mean(similarities)), "ssim": similarities}
 
 
+def _by(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[str]]:
+    """Ids of the records that have the key, by its value."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        if key in record:
+            found.setdefault(record[key], []).append(record["id"])
+    return found
+
+
 def summarise(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """The run's scores: means over the scored samples, 95 % bootstrap intervals over pictures, skips by reason.
+    """The run's scores: means over the scored samples, 95 % bootstrap intervals over pictures, ids by skip and by note.
 
     ``uniform_focus_score`` is the SFS of a map that is the same everywhere: the masks' mean share of the picture.
     ``ValueError`` if no sample was scored.
     """
     scored = [r for r in records if "skipped" not in r]
-    skipped: dict[str, list[str]] = {}
-    for record in records:
-        if "skipped" in record:
-            skipped.setdefault(record["skipped"], []).append(record["id"])
+    skipped, notes = _by(records, "skipped"), _by(records, "note")
     if not scored:
         reasons = ", ".join(f"{reason} ({len(ids)})" for reason, ids in skipped.items()) or "the dataset is empty"
         raise ValueError(f"no sample could be scored: {reasons}")
@@ -188,6 +226,7 @@ def summarise(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, 
         "num_samples_evaluated": len(scored),
         "num_samples_skipped": len(records) - len(scored),
         "skipped": skipped,
+        "notes": notes,
         "num_pictures": len(set(pictures)),
         "uniform_focus_score": float(np.mean([r["mask_share"] for r in scored])),
     }

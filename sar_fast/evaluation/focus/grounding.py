@@ -6,27 +6,33 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
 
 from sar_fast.evaluation.arguments import ORIGINAL_CHECKPOINTS as ORIGINAL
 from sar_fast.evaluation.focus.samples import (
     NOTHING_GROUNDED,
     GroundingSample,
+    MaskSource,
     SampleSkipped,
     check_mask,
     picture_hash,
 )
 from sar_fast.evaluation.stamps import file_stamp, model_stamp, sampled_stamp
 from sar_fast.models import is_missing_folder
+from sar_fast.pictures import PictureError, open_mask, png_text
+
+CUT = "max_text_len"  # of a mask's picture in the cache
 
 
-class GroundedMasks:
+class GroundedMasks(MaskSource):
     """Masks of phrases in pictures; the models are loaded when a mask is not in the cache.
 
     Args:
@@ -71,6 +77,7 @@ class GroundedMasks:
         self.detector_config, self.text_encoder, self.segmenter_type = detector_config, text_encoder, segmenter_type
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
         self.cache, self.device = None if cache is None else Path(cache), device
+        self._cut: dict[str, int] = {}  # captions longer than the detector reads: how many tokens it does read
         self._description: dict[str, Any] | None = None
         self._models: tuple[nn.Module, Any, nn.Module, Any] | None = None
 
@@ -89,19 +96,26 @@ class GroundedMasks:
 
     def mask(self, sample: GroundingSample) -> np.ndarray:
         picture = sample.image
-        path = self._path(picture, sample.object_prompt)
+        path, words = self._path(picture, sample.object_prompt), caption(sample.object_prompt)
         if path is not None and path.is_file():
-            found = _unpack(path.read_bytes())
+            found, cut = _unpack(path)
+            if cut is not None:
+                self._cut[words] = cut
         else:
             found = self.ground(picture, sample.object_prompt)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial = path.with_suffix(f".{os.getpid()}.partial")
-                partial.write_bytes(_pack(found))
+                partial.write_bytes(_pack(found, self._cut.get(words)))
                 os.replace(partial, path)
         if found is None:
-            raise SampleSkipped(NOTHING_GROUNDED, f"{sample.object_prompt!r} at {self.box_threshold}")
+            cut = f", {note}" if (note := self.note(sample)) else ""
+            raise SampleSkipped(NOTHING_GROUNDED, f"{sample.object_prompt!r} at {self.box_threshold}{cut}")
         return check_mask(found, picture.size)
+
+    def note(self, sample: GroundingSample) -> str | None:
+        limit = self._cut.get(caption(sample.object_prompt))
+        return None if limit is None else f"phrase cut to the {limit} tokens that the detector reads"
 
     @torch.no_grad()
     def ground(self, picture: Image.Image, phrase: str) -> np.ndarray | None:
@@ -114,6 +128,9 @@ class GroundedMasks:
         """(x1, y1, x2, y2) in pixels of the box with the highest score, None if none reaches the threshold."""
         detector, processor, _, _ = self.models()
         inputs = processor(images=picture, text=caption(phrase), return_tensors="pt").to(self.device)
+        limit = getattr(detector.config, "max_text_len", None)
+        if limit is not None and cut_caption(inputs, limit):
+            self._cut[caption(phrase)] = limit
         outputs = detector(**inputs)
         (found,) = processor.post_process_grounded_object_detection(
             outputs,
@@ -166,6 +183,18 @@ def caption(phrase: str) -> str:
     return phrase.lower().strip().rstrip(".").rstrip() + "."
 
 
+def cut_caption(inputs: MutableMapping[str, Tensor], limit: int) -> bool:
+    """Whether a caption has more tokens than the detector reads; its inputs are then made fit.
+
+    As in the original, what words see of each other comes of the whole caption, of which the first ``limit`` tokens are
+    kept. transformers' detector does so with all of its inputs but the attention mask.
+    """
+    too_long = inputs["input_ids"].shape[1] > limit
+    if too_long:
+        inputs["attention_mask"] = inputs["attention_mask"][:, :limit]
+    return too_long
+
+
 def _pretrained_detector(name: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
@@ -202,17 +231,24 @@ def _stamp(name: str) -> dict[str, Any]:
     return {"name": name}
 
 
-def _pack(mask: np.ndarray | None) -> bytes:
-    """A one-bit PNG, or no bytes for "nothing grounded"."""
+def _pack(mask: np.ndarray | None, cut: int | None) -> bytes:
+    """A one-bit PNG, or no picture for "nothing grounded"; with the length that the caption was cut to, if it was."""
+    length = "" if cut is None else str(cut)
     if mask is None:
-        return b""
-    buffer = io.BytesIO()
-    Image.fromarray(mask).save(buffer, format="PNG")
+        return length.encode()
+    buffer, facts = io.BytesIO(), PngInfo()
+    if length:
+        facts.add_text(CUT, length)
+    Image.fromarray(mask).save(buffer, format="PNG", pnginfo=facts)
     return buffer.getvalue()
 
 
-def _unpack(content: bytes) -> np.ndarray | None:
-    if not content:
-        return None
-    with Image.open(io.BytesIO(content)) as opened:
-        return np.asarray(opened).astype(bool)
+def _unpack(path: Path) -> tuple[np.ndarray | None, int | None]:
+    content = path.read_bytes()
+    if not content or content.isdigit():
+        return None, int(content) if content else None
+    try:
+        length = png_text(content).get(CUT)
+        return open_mask(content), None if length is None else int(length)
+    except PictureError as error:
+        raise ValueError(f"{path} of the mask cache {error}; delete it") from error

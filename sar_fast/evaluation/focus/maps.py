@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from sar_fast.evaluation.focus.grids import TokenGrid
+from sar_fast.evaluation.focus.samples import SMALLEST_SIDE
 
 SSIM_WINDOW = 7  # pixels; scikit-image's default
 
@@ -69,8 +70,9 @@ def structural_similarities(attention: np.ndarray, others: Sequence[np.ndarray])
     except ImportError as error:
         raise ImportError("focus instability needs scikit-image: pip install 'sar_fast[reports]'") from error
     side = min(attention.shape)
-    if side < 3:
-        raise ValueError(f"SSIM needs a picture of at least 3 x 3 pixels; got {attention.shape[::-1]}")
+    if side < SMALLEST_SIDE:
+        height, width = attention.shape
+        raise ValueError(f"SSIM needs {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels or more; got {width} x {height}")
     window = min(SSIM_WINDOW, side - 1 + side % 2)
     return [
         float(structural_similarity(attention, other, data_range=max(attention.max(), other.max()), win_size=window))

@@ -58,12 +58,18 @@ class FeatureStore:
     Args:
         folder: where ``features.bin``, ``features_done.bin`` and ``features.json`` lie.
         shape: (N, L, d). dtype: the model's. settings: what the features depend on.
+        overwrite: delete features of other settings; those of the same ones stay.
 
-    ``ValueError`` if the folder holds features of other settings.
+    ``ValueError`` if the folder holds features of other settings that are not to be overwritten.
     """
 
     def __init__(
-        self, folder: str | Path, shape: tuple[int, int, int], dtype: torch.dtype, settings: Mapping[str, Any]
+        self,
+        folder: str | Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
     ):
         self.shape, self.dtype, folder = shape, dtype, Path(folder)
         header = {"shape": list(shape), "dtype": str(dtype), "settings": json.loads(json.dumps(settings))}
@@ -72,10 +78,14 @@ class FeatureStore:
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in header if known.get(key) != header[key]]
-            if differing:
+            done = folder / DONE
+            worked = done.is_file() and any(done.read_bytes())
+            if differing and worked and not overwrite:
                 raise ValueError(
                     f"{folder} holds features with another {', '.join(differing)}; delete it or name another output_dir"
                 )
+            if differing:
+                path.unlink()
         stored = STORED_AS[dtype]
         mode = "r+" if path.is_file() else "w+"
         self._values = np.memmap(folder / "features.bin", dtype=stored, mode=mode, shape=shape)

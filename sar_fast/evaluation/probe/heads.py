@@ -95,6 +95,19 @@ def train_heads(
     return Heads(weight.detach(), bias.detach())
 
 
+@torch.no_grad()
+def mean_loss(heads: Heads, features: FeatureRows, targets: Tensor, rows: Tensor, batch_size: int = 256) -> Tensor:
+    """(L,) mean loss of each layer's head over the samples ``rows``."""
+    batches = rows.split(batch_size)
+    return sum(loss_per_layer(heads(features(b)), targets[b]).double() * len(b) for b in batches) / len(rows)
+
+
+def root_mean_square(features: FeatureRows, rows: Tensor, batch_size: int = 256) -> Tensor:
+    """(L,) how large features are in each layer, over the samples ``rows``."""
+    squares = sum(features(batch).double().square().mean(2).sum(0) for batch in rows.split(batch_size))
+    return (squares / len(rows)).sqrt()
+
+
 def loss_per_layer(predicted: Tensor, targets: Tensor) -> Tensor:
     """(n, L, outputs) and (n, 4) or (n,) -> (L,) mean loss of each layer."""
     if targets.is_floating_point():

@@ -18,6 +18,8 @@ def draw_scores(results: ProbeResults, task: str, path: Path) -> None:
     axes = figure.add_subplot()
     axes.fill_between(layers, *results.intervals.T, alpha=0.2, label="95 % interval over pictures")
     axes.plot(layers, results.scores, marker="o", markersize=3, label=f"mean of {len(results.by_seed)} seeds")
+    if results.unlearned:
+        axes.plot(results.unlearned, results.scores[results.unlearned], "rx", label="head has not learned")
     constant = "median box" if task == "grounding" else "most frequent class"
     axes.axhline(results.baseline, color="grey", linestyle="--", linewidth=1, label=f"{constant}, no features")
     axes.set_xlabel("decoder layer")

@@ -23,7 +23,17 @@ from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.prompts import check_words
 from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA, GroundingSample, SampleSkipped
 from sar_fast.evaluation.probe.features import FeatureStore, layer_features
-from sar_fast.evaluation.probe.heads import HeadTraining, box_iou, predict, scaled, train_heads
+from sar_fast.evaluation.probe.heads import (
+    HeadTraining,
+    box_iou,
+    loss_per_layer,
+    mean_loss,
+    predict,
+    root_mean_square,
+    scaled,
+    train_heads,
+)
+from sar_fast.evaluation.prompts import PromptFormat
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers
 
@@ -44,6 +54,9 @@ class ProbeResults:
         baseline: score of the best answer that ignores the features: the median box, or the most frequent class.
         skipped: reason -> ids. forward_passes: how many were made; features on disk need none.
         sizes: numbers of training and validation samples and pictures.
+        train_loss: (L,) mean loss of the trained heads over the training samples, mean over seeds.
+        constant_loss: the same of the baseline's answer. steps: optimizer steps of each training.
+        feature_rms: (L,) root mean square of the training samples' features, before they are scaled.
     """
 
     scores: np.ndarray
@@ -54,6 +67,15 @@ class ProbeResults:
     skipped: dict[str, list[str]]
     forward_passes: int
     sizes: dict[str, int]
+    train_loss: np.ndarray
+    constant_loss: float
+    steps: int
+    feature_rms: np.ndarray
+
+    @property
+    def unlearned(self) -> list[int]:
+        """Layers whose heads are no better on the training samples than the baseline's answer."""
+        return np.flatnonzero(self.train_loss >= self.constant_loss).tolist()
 
     def by_layer(self) -> dict[str, float]:
         """Layer -> score, as ``layerwise_probe_results.json`` has it."""
@@ -71,6 +93,7 @@ class LayerwiseProbe:
         training: of the heads. seeds: of initial weights and order; the split is the same for all.
         split_seed: of the split, 80 % of the pictures for training.
         batch_size: prompts per forward pass. config: SAR while reading features, or None.
+        depends: plain values that the features depend on beyond samples, SAR and the model's name: its weights, say.
     """
 
     model: nn.Module
@@ -81,6 +104,7 @@ class LayerwiseProbe:
     split_seed: int = 0
     batch_size: int = 8
     config: SARConfig | None = None
+    depends: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -115,8 +139,13 @@ class LayerwiseProbe:
         split_by_picture([s.picture_key for s in kept], self.split_seed)
         self._targets(kept)
 
-    def open_store(self, samples: Sequence[GroundingSample], folder: str | Path) -> FeatureStore:
-        """Where features of these samples are kept; ``ValueError`` if the folder holds those of others."""
+    def open_store(
+        self, samples: Sequence[GroundingSample], folder: str | Path, *, overwrite: bool = False
+    ) -> FeatureStore:
+        """Where features of these samples are kept; ``ValueError`` if the folder holds those of others.
+
+        ``overwrite`` deletes those of others instead; the same ones stay.
+        """
         layers = len(find_decoder_layers(self.model))
         shape = (len(samples), layers, self.model.config.get_text_config().hidden_size)
         asked = hashlib.sha256(repr([(s.id, s.query, s.picture_key) for s in samples]).encode()).hexdigest()
@@ -124,8 +153,9 @@ class LayerwiseProbe:
             "samples": asked,
             "sar": None if self.config is None else self.config.to_dict(),
             "model": getattr(self.model.config, "_name_or_path", ""),
+            **self.depends,
         }
-        return FeatureStore(folder, shape, self.model.dtype, settings)
+        return FeatureStore(folder, shape, self.model.dtype, settings, overwrite)
 
     def extract(
         self,
@@ -146,22 +176,34 @@ class LayerwiseProbe:
                 if not store.missing(rows):
                     continue
                 chunk = [samples[i] for i in rows]
-                prompts = [build_prompt(self.processor, s.query) for s in chunk]
-                inputs = encode_texts(self.processor, [_picture(s) for s in chunk], prompts, padding_side="left")
-                inputs = inputs.to(self.model.device, self.model.dtype)
-                store.put(rows, layer_features(self.model, inputs))
+                store.put(rows, layer_features(self.model, self._encode(chunk)))
                 passes += 1
         return store, passes
+
+    def _encode(self, samples: Sequence[GroundingSample]) -> Any:
+        """Inputs of a batch on the model's device; ``ValueError`` names a sample that the processor refuses."""
+        pictures, prompts = [_picture(s) for s in samples], [build_prompt(self.processor, s.query) for s in samples]
+        try:
+            inputs = encode_texts(self.processor, pictures, prompts, padding_side="left")
+        except Exception:
+            form = PromptFormat.of(self.model, self.processor)
+            for sample, picture in zip(samples, pictures):
+                if reason := form.refusal(picture, sample.query):
+                    raise ValueError(f"sample {sample.id}: {reason}; leave it out of the dataset") from None
+            raise
+        return inputs.to(self.model.device, self.model.dtype)
 
     def fit(self, samples: Sequence[GroundingSample], store: FeatureStore) -> ProbeResults:
         """Trains and scores the heads of all layers on the features of ``samples``."""
         pictures = [s.picture_key for s in samples]
         train, validation = split_by_picture(pictures, self.split_seed)
         targets, outputs = self._targets(samples)
-        features, right = scaled(store.get, train, self.training), []
+        constant = best_constant(targets[train], outputs)
+        features, right, losses = scaled(store.get, train, self.training), [], []
         for seed in self.seeds:
             heads = train_heads(features, targets, train, outputs, self.training, seed)
             right.append(is_right(predict(heads, features, validation), targets[validation]))  # (n, L)
+            losses.append(mean_loss(heads, features, targets, train))  # (L,)
         per_seed = torch.stack(right)  # (seeds, n, L)
         per_sample = per_seed.double().mean(0).numpy()  # (n, L)
         held_out = [pictures[i] for i in validation.tolist()]
@@ -170,7 +212,7 @@ class LayerwiseProbe:
             intervals=np.array([interval_of_mean(column, held_out, seed=self.split_seed) for column in per_sample.T]),
             by_seed=per_seed.double().mean(1).numpy(),
             by_sample={samples[i].id: row for i, row in zip(validation.tolist(), per_sample)},
-            baseline=_baseline(targets, train, validation, outputs),
+            baseline=float(is_right(constant.expand(len(validation), 1, -1), targets[validation]).double().mean()),
             skipped={},
             forward_passes=0,
             sizes={
@@ -179,6 +221,10 @@ class LayerwiseProbe:
                 "train_pictures": len(set(pictures)) - len(set(held_out)),
                 "validation_pictures": len(set(held_out)),
             },
+            train_loss=torch.stack(losses).mean(0).numpy(),
+            constant_loss=float(loss_per_layer(constant.expand(len(train), 1, -1), targets[train])),
+            steps=self.training.epochs * -(-len(train) // self.training.batch_size),
+            feature_rms=root_mean_square(store.get, train).numpy(),
         )
 
     def run(self, samples: Sequence[GroundingSample], folder: str | Path) -> ProbeResults:
@@ -219,12 +265,11 @@ def is_right(predicted: Tensor, targets: Tensor) -> Tensor:
     return predicted.argmax(-1) == targets[:, None]
 
 
-def _baseline(targets: Tensor, train: Tensor, validation: Tensor, outputs: int) -> float:
+def best_constant(targets: Tensor, outputs: int) -> Tensor:
+    """(outputs,) the answer without features of the least loss: the median box, or the classes' log frequencies."""
     if targets.is_floating_point():
-        constant = targets[train].median(0).values  # minimises the L1 loss
-        return float(is_right(constant.expand(len(validation), 1, -1), targets[validation]).double().mean())
-    most = targets[train].bincount(minlength=outputs).argmax()
-    return float((targets[validation] == most).double().mean())
+        return targets.median(0).values
+    return (targets.bincount(minlength=outputs) / len(targets)).log()
 
 
 def _box_problem(sample: GroundingSample) -> str | None:

@@ -34,10 +34,15 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """A sample, or a group of them, that is not scored, and why."""
+    """A sample, or a group of them, that is not scored, and why.
+
+    Attributes:
+        key: what is skipped. reason: in full. kind: the reason in a few words that cases of one kind share.
+    """
 
     key: str
     reason: str
+    kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Task(abc.ABC):
         max_new_tokens: the longest answer worth generating.
         scorings: ways of answering that make sense.
         accepts: flags of :class:`TaskOptions` that change something, beside ``prompt_suffix``.
+        objects_to: the kind of :meth:`objection`.
+        totals: (name, the group of the scores that it is over, the parts of the whole benchmark) of each total.
         source: where the scoring rule is from.
     """
 
@@ -79,6 +86,8 @@ class Task(abc.ABC):
     max_new_tokens: ClassVar[int] = 16
     scorings: ClassVar[tuple[str, ...]] = ("generate", "first_token")
     accepts: ClassVar[tuple[str, ...]] = ()
+    objects_to: ClassVar[str] = ""
+    totals: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
     source: ClassVar[str]
 
     def __init__(self, options: TaskOptions) -> None:
@@ -112,6 +121,22 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def headline(self, scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """(name, value) rows that are printed."""
+
+    def remarks(self, scores: Mapping[str, Any]) -> list[str]:
+        """Sentences without which the scores mislead; they are warnings of the results."""
+        return []
+
+
+def partial_totals(task: Task, scores: Mapping[str, Any]) -> dict[str, str]:
+    """Total -> "2 of 10 categories", for the totals that miss a part. Parts of other names say nothing of a whole."""
+    partial = {}
+    known = {(group, part) for _, group, parts in task.totals for part in parts}
+    for total, group, parts in task.totals:
+        there = sum(part in scores[group] for part in parts)
+        comparable = scores[group] and all((group, part) in known for part in scores[group])
+        if comparable and there < len(parts):
+            partial[total] = f"{there} of {len(parts)} {group}"
+    return partial
 
 
 def share(correct: Sequence[bool]) -> float:

@@ -11,6 +11,15 @@ from sar_fast.evaluation.tasks.base import Record, Sample, Skip, Task, share, te
 from sar_fast.evaluation.tasks.choices import SUFFIX, build_question, option_wordings, parse_choice
 
 LETTERS = "ABCDEF"
+ABILITIES = (
+    "attribute_reasoning",
+    "coarse_perception",
+    "finegrained_perception (cross-instance)",
+    "finegrained_perception (instance-level)",
+    "logic_reasoning",
+    "relation_reasoning",
+)
+CIRCULAR, UNROTATED = "accuracy, circular", "accuracy, unrotated"
 ROTATION = 1_000_000  # a published row's index is that of its question plus this times the rotation
 
 
@@ -27,6 +36,7 @@ class MMBench(Task):
     columns = ("index", "question", "answer", "A", "B")
     optional = ("C", "D", "E", "F", "hint", "category", "L2-category")
     suffix = SUFFIX
+    totals = ((CIRCULAR, "abilities", ABILITIES), (UNROTATED, "abilities", ABILITIES))
     accepts = ("choice_format",)
     source = "circular evaluation of open-compass/MMBench; replies matched as its tool does, without a judge model"
 
@@ -51,7 +61,8 @@ class MMBench(Task):
         skips = []
         for base, group in groups.items():
             if sorted(group) != list(range(sizes.get(base, -1))):
-                skips.append(Skip(f"question {base}", f"rotations {sorted(group)} of {sizes.get(base, 'unknown')}"))
+                reason = f"rotations {sorted(group)} of {sizes.get(base, 'unknown')}"
+                skips.append(Skip(f"question {base}", reason, "question without all rotations"))
         broken = {skip.key for skip in skips}
         kept = [sample for sample in samples if f"question {sample.group}" not in broken]
         return sorted(kept, key=lambda s: (s.row, s.about["rotation"])), skips
@@ -121,8 +132,8 @@ class MMBench(Task):
         overall = scores["overall"]
         return [
             *scores["abilities"].items(),
-            ("accuracy, circular", overall["accuracy"]),
-            ("accuracy, unrotated", overall["accuracy_without_rotations"]),
+            (CIRCULAR, overall["accuracy"]),
+            (UNROTATED, overall["accuracy_without_rotations"]),
         ]
 
 

@@ -38,6 +38,11 @@ class MME(Task):
     hub_id = "lmms-lab/MME"
     split = "test"
     columns = ("question_id", "question", "answer", "category")
+    totals = (
+        ("overall", "categories", PERCEPTION + COGNITION),
+        ("perception", "categories", PERCEPTION),
+        ("cognition", "categories", COGNITION),
+    )
     suffix = "\nAnswer the question using a single word or phrase."
     source = "calculation.py of the MME evaluation tool (BradyFU/Awesome-Multimodal-Large-Language-Models)"
 
@@ -64,7 +69,7 @@ class MME(Task):
             pair.append(Sample(str(number), number, prompt, picture, YES_NO, about))
         whole = [sample for pair in by_picture.values() if len(pair) == 2 for sample in pair]
         skips = [
-            Skip(picture, "one question of two: accuracy+ is not defined")
+            Skip(picture, "one question of two: accuracy+ is not defined", "picture with one question")
             for picture, pair in by_picture.items()
             if len(pair) == 1
         ]

@@ -10,6 +10,7 @@ from sar_fast.evaluation.tasks.base import Record, Sample, Skip, Task, text_of
 from sar_fast.evaluation.tasks.mme import YES_NO
 
 CATEGORIES = ("random", "popular", "adversarial")
+MEANS = ("f1", "accuracy", "yes_ratio")  # over the categories, that are printed
 NEGATIONS = ("No", "not", "no")
 
 
@@ -34,6 +35,7 @@ class POPE(Task):
     split = "test"
     columns = ("question_id", "question", "answer", "category")
     optional = ("image_source",)
+    totals = tuple((f"mean {metric}", "categories", CATEGORIES) for metric in MEANS)
     suffix = "\nAnswer the question using a single word or phrase."
     source = "evaluate.py of AoiDragon/POPE"
 
@@ -85,7 +87,7 @@ class POPE(Task):
 
     def headline(self, scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
         rows = [(f"{name}, F1", c["f1"]) for name, c in scores["categories"].items()]
-        return [*rows, *((f"mean {name}", scores["overall"][name]) for name in ("f1", "accuracy", "yes_ratio"))]
+        return [*rows, *((f"mean {name}", scores["overall"][name]) for name in MEANS)]
 
 
 def binary_scores(answers: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:

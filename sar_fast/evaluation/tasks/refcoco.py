@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sar_fast.evaluation.box_check import box_format_mismatch, describe_mismatch
 from sar_fast.evaluation.boxes import FORMATS, choose_format
+from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA
 from sar_fast.evaluation.tasks.base import Record, Sample, Skip, Task, TaskOptions, share
 from sar_fast.miniature.questions import box_iou
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 RIGHT_IOU = 0.5
+NO_EXPRESSION = "no expression"
 SLACK = 1.0  # pixels that an annotated box may lie beyond its picture: COCO's are rounded
 
 
@@ -28,6 +31,7 @@ class RefCOCO(Task):
     max_new_tokens = 64
     scorings = ("generate",)
     accepts = ("box_format",)
+    objects_to = BOX_OUTSIDE
     source = "accuracy at IoU 0.5 as in the RefCOCO papers; further numbers as in lmms-eval's refcoco_bbox_rec"
 
     def __init__(self, options: TaskOptions) -> None:
@@ -51,17 +55,17 @@ class RefCOCO(Task):
                 raise ValueError(f"row {number}: bbox is {box!r}, needed x, y, width, height in pixels")
             same = seen.setdefault((key, *expressions, *box), number)
             if same != number:  # an object with the same expressions twice would weigh double
-                skips.append(Skip(f"row {number}", f"repeats row {same}"))
+                skips.append(Skip(f"row {number}", f"repeats row {same}", "repeated row"))
                 continue
             x, y, width, height = box
             if width <= 0 or height <= 0:
-                skips.append(Skip(f"row {number}", f"bbox {box} has no area"))
+                skips.append(Skip(f"row {number}", f"bbox {box} has no area", NO_BOX_AREA))
                 continue
             if not expressions:
-                skips.append(Skip(f"row {number}", "answer has no expression"))
+                skips.append(Skip(f"row {number}", "answer has no expression", NO_EXPRESSION))
             for turn, expression in enumerate(expressions):
                 if not expression.strip():
-                    skips.append(Skip(f"row {number}", f"expression {turn} is empty"))
+                    skips.append(Skip(f"row {number}", f"expression {turn} is empty", NO_EXPRESSION))
                     continue
                 about = {
                     "question_id": row["question_id"],
@@ -92,7 +96,12 @@ class RefCOCO(Task):
         return {
             "overall": overall | {"correct": sum(r["correct"] for r in records), "total": len(records)},
             "unparsed": sum(r["prediction"] is None for r in records),
+            "box_format_mismatch": box_format_mismatch(self.format_name, records, RIGHT_IOU),
         }
+
+    def remarks(self, scores: Mapping[str, Any]) -> list[str]:
+        mismatch = scores["box_format_mismatch"]
+        return [] if mismatch is None else [describe_mismatch(mismatch)]
 
     def headline(self, scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
         overall = scores["overall"]

@@ -11,6 +11,7 @@ from sar_fast.evaluation.tasks.base import Record, Sample, Skip, Task, share, te
 from sar_fast.evaluation.tasks.choices import SUFFIX, build_question, option_wordings, parse_text
 
 OPTIONS = ("A", "B", "C", "D", "E")
+SUBJECTS = ("natural science", "social science", "language science")
 SAID = re.compile(r"The answer is ([A-Z]).")  # the last point is any character, as in the original
 
 
@@ -36,6 +37,7 @@ class ScienceQA(Task):
     columns = ("question", "choices", "answer")
     optional = ("hint", "subject")
     suffix = SUFFIX
+    totals = (("accuracy", "subjects", SUBJECTS),)
     accepts = ("choice_format",)
     source = "eval_science_qa.py of haotian-liu/LLaVA"
 

@@ -19,6 +19,7 @@ from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
 from sar_fast.model_errors import ModelError
 from sar_fast.models import find_model, load_model
+from sar_fast.pictures import PictureError, open_picture
 from sar_fast.validation import check_flag
 
 
@@ -118,7 +119,10 @@ class SARHuggingFace(lmms):
             texts.append(
                 self.processor.apply_chat_template(chat.to_hf_messages(), add_generation_prompt=True, tokenize=False)
             )
-            pictures += [image.convert("RGB") for image in images]
+            try:
+                pictures += [open_picture(image) for image in images]
+            except PictureError as error:
+                raise ValueError(f"task {task}: a picture of document {doc_id} {error}") from error
         options = requests[0].args[2]
         inputs = encode_texts(self.processor, pictures, texts).to(self.model.device, self.model.dtype)
         length = int(options.get("max_new_tokens", 128))
