@@ -17,6 +17,7 @@ from sar_fast.evaluation.answering import GRID, encode_texts
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.sar_flags import check_layers, flags_of, naming_flags
 
 
 def dtype_name(arguments: EvaluationArguments) -> str:
@@ -32,6 +33,13 @@ def model_type_of(name: str) -> str:
         return AutoConfig.from_pretrained(MINIATURE_PATH if name == MINIATURE else name).model_type
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def check_model_layers(arguments: EvaluationArguments) -> None:
+    """``ValueError`` if K is more than the model's layers; the model is not loaded."""
+    name = arguments.model_name_or_path
+    model_type_of(name)  # names the flag if there is no such model
+    check_layers(arguments, MINIATURE_PATH if name == MINIATURE else name)
 
 
 def reports_frames(name: str) -> bool:
@@ -65,7 +73,8 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
     except UserError as error:
         raise ValueError(str(error).replace("--model ", "--model_name_or_path ")) from error
     prepare_processor(processor, arguments.template)
-    return model, processor, apply_sar(model, arguments.sar_config()) if arguments.use_sar else None
+    with naming_flags(flags_of(arguments)):
+        return model, processor, apply_sar(model, arguments.sar_config()) if arguments.use_sar else None
 
 
 def prepare_processor(processor: Any, template: str | None = None) -> None:

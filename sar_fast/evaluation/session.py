@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.models import dtype_name, start_processes
+from sar_fast.evaluation.models import check_model_layers, dtype_name, start_processes
 from sar_fast.evaluation.results import ResultFolder
 from sar_fast.evaluation.stamps import file_stamp, model_stamp
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
@@ -33,6 +33,8 @@ class Session:
 
     def __init__(self, arguments: EvaluationArguments) -> None:
         self.arguments, self._clock = arguments, time.time()
+        if arguments.use_sar:
+            check_model_layers(arguments)
         self.state: PartialState = start_processes(arguments.device)
         self.folders: list[ResultFolder] = []
         self.metadata: dict[str, Any] = {}

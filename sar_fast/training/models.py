@@ -13,6 +13,7 @@ from sar_fast.chat_template import read_template
 from sar_fast.integrations.hf.apply import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.sar_flags import flags_of, naming_flags
 from sar_fast.training.arguments import Arguments, ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def load_model(arguments: Arguments) -> nn.Module:
     model.config.get_text_config().use_cache = False  # training needs no cache, and packed rows allow none
     model = set_trainable(model, options)
     if options.use_sar:
-        apply_sar(model, options.sar_config())
+        with naming_flags(flags_of(options)):
+            apply_sar(model, options.sar_config())
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
     trained = sum(
