@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,11 +37,11 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        name, space, rest = str(error).partition(" ")
+        name = re.match(r"\w*", str(error)).group()
         if name not in flags:
             raise
         kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"--{flags[name]}{space}{rest}") from error
+        raise kind(f"--{flags[name]}{str(error)[len(name) :]}") from error
 
 
 def check_layers(group: Any, source: str, trust_remote_code: bool = False) -> None:

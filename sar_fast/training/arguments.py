@@ -216,12 +216,10 @@ class SFTArguments(TrainingArguments):
             )
         if self.save_strategy == "best" and metric is None:
             raise ValueError("--save_strategy best needs --metric_for_best_model eval_loss")
-        super().__post_init__()
-        if self.metric_for_best_model is not None and self.eval_strategy == "no":  # the Trainer sets it to loss itself
-            needs = (
-                f"--lr_scheduler_type {self.lr_scheduler_type.value}" if metric is None else "--metric_for_best_model"
-            )
-            raise ValueError(f"{needs} needs evaluations while training: add --eval_strategy steps or epoch")
+        super().__post_init__()  # sets the metric itself for flags that need one
+        if self.metric_for_best_model is not None and self.eval_strategy == "no":
+            flag = "--metric_for_best_model" if metric else "--load_best_model_at_end"
+            raise ValueError(f"{flag} needs evaluations while training: add --eval_strategy steps or epoch")
 
     def _check_numbers(self) -> None:
         """``ValueError`` for a number that makes no sense, which the Trainer would find late, or take for another."""

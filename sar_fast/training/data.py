@@ -140,7 +140,7 @@ def training_stream(
     buffer_size: int = 1,
     announce: bool = True,
 ) -> EncodedStream:
-    """The datasets as an endless stream of model inputs, shuffled within a buffer; arguments are :class:`RecordStream`'s."""
+    """The datasets as an endless stream of model inputs; arguments are those of :class:`RecordStream`."""
     mix.check(len(infos))
     if announce:
         names = ", ".join(info.name for info in infos)

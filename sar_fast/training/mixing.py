@@ -29,42 +29,39 @@ class Mix:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ValueError(f"mix_strategy must be one of {', '.join(STRATEGIES)}; got {self.strategy!r}")
-        if self.probabilities is None:
+            raise ValueError(f"--mix_strategy must be one of {', '.join(STRATEGIES)}; got {self.strategy!r}")
+        shares = self.probabilities
+        if shares is None:
             return
         if self.strategy == "concat":
-            raise ValueError("interleave_probs has no effect on mix_strategy concat; needed an interleave one")
-        given = ",".join(f"{p:g}" for p in self.probabilities)
-        if not all(0 < p <= 1 for p in self.probabilities) or not math.isclose(
-            sum(self.probabilities), 1, abs_tol=1e-6
-        ):
-            raise ValueError(f"interleave_probs must be above 0 and add up to 1; got {given}")
+            raise ValueError("--interleave_probs has no effect on --mix_strategy concat; needed an interleave one")
+        if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+            raise ValueError(f"--interleave_probs must be above 0 and add up to 1; got {self._shares()}")
 
     @classmethod
     def of(cls, strategy: str, probabilities: str | None) -> Mix:
         """From the flags: ``probabilities`` are numbers separated by commas."""
-        if probabilities is None:
-            return cls(strategy)
         try:
-            return cls(strategy, tuple(float(p) for p in probabilities.split(",")))
+            shares = None if probabilities is None else tuple(map(float, probabilities.split(",")))
         except ValueError as error:
-            if "could not convert" not in str(error):
-                raise
-            raise ValueError(f"interleave_probs is {probabilities!r}, needed numbers like 0.7,0.3") from error
+            raise ValueError(f"--interleave_probs must be numbers like 0.7,0.3; got {probabilities!r}") from error
+        return cls(strategy, shares)
 
     def check(self, datasets: int) -> None:
         """``ValueError`` unless this is a way to mix so many datasets."""
         if self.strategy != "concat" and datasets == 1:
-            raise ValueError(f"mix_strategy {self.strategy} has no effect on one dataset; leave it out or give several")
+            raise ValueError(f"--mix_strategy {self.strategy} has no effect on one dataset; leave it out")
         if self.probabilities is not None and len(self.probabilities) != datasets:
-            raise ValueError(f"interleave_probs has {len(self.probabilities)} numbers for {datasets} datasets")
+            raise ValueError(f"--interleave_probs must be {datasets} numbers, one a dataset; got {self._shares()}")
 
     def describe(self) -> str:
         """For the log."""
-        shares = (
-            "in turn" if self.probabilities is None else f"shares {', '.join(f'{p:g}' for p in self.probabilities)}"
-        )
-        return self.strategy if self.strategy == "concat" else f"{self.strategy}, {shares}"
+        if self.strategy == "concat":
+            return "concat, every record once"
+        return f"{self.strategy}, {'in turn' if self.probabilities is None else f'shares {self._shares()}'}"
+
+    def _shares(self) -> str:
+        return ",".join(f"{share:g}" for share in self.probabilities or ())
 
 
 def mixed(

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.utils.tensorboard.summary import hparams
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -14,9 +13,9 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 class RunConfigCallback(TrainerCallback):
     """Hands a configuration to the trackers of a Trainer as soon as they are open, once.
 
-    Weights & Biases' run gets it as it is, so columns are ``data.dataset``, ``model.finetuning_type``, ``model.use_sar``;
-    TensorBoard gets a text ``configuration`` and the same names as hyperparameters. The Trainer alone sends its own
-    arguments and the model's.
+    Weights & Biases' run gets it as it is, so columns are ``data.dataset``, ``model.finetuning_type``,
+    ``model.use_sar``; TensorBoard gets a text ``configuration`` and the same names as hyperparameters. The Trainer
+    alone sends its own arguments and the model's.
 
     Args:
         trainer: whose trackers; add this callback after it has been made.
@@ -40,6 +39,8 @@ class RunConfigCallback(TrainerCallback):
             if isinstance(callback, WandbCallback) and callback._wandb is not None:
                 callback._wandb.config.update(dict(self.configuration), allow_val_change=True)
             elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                from torch.utils.tensorboard.summary import hparams
+
                 callback.tb_writer.add_text("configuration", json.dumps(self.configuration, indent=2))
                 for summary in hparams(dict(_flat(self.configuration)), {}):
                     callback.tb_writer.file_writer.add_summary(summary)

@@ -73,7 +73,7 @@ class RecordStream(IterableDataset):
 
 
 class EncodedStream(IterableDataset):
-    """``{"features": model inputs}`` of a stream's records; those that are too long are counted, logged and left out."""
+    """``{"features": model inputs}`` of a stream's records; too long ones are counted, logged and left out."""
 
     def __init__(self, records: RecordStream, encoder: Encoder) -> None:
         self.records, self.encoder = records, encoder
