@@ -6,9 +6,14 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from sar_fast.backends.select import choose_backend
 from sar_fast.config import SARConfig
+from sar_fast.types import AttentionOptions
 
 DO_NOT_ATTEND = ("linear_attention", "conv", "mamba")  # transformers' names of such layers in a config's layer_types
 
@@ -44,17 +49,29 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
         raise kind(f"--{flags[name]}{str(error)[len(name) :]}") from error
 
 
-def check_layers(group: Any, source: str, trust_remote_code: bool = False) -> None:
+def check_backend(group: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """``ValueError`` if the backend that is asked for cannot run on ``device`` in ``dtype``; nothing is loaded."""
+    with naming_flags(flags_of(group)):
+        options = AttentionOptions(softmax_scale=1.0)
+        choose_backend(sar_config(group).backend, device, dtype, options, padded=False, masked=False)
+
+
+def check_layers(group: Any, source: str | Path, trust_remote_code: bool = False) -> None:
     """``ValueError`` if K is more than a model's layers, by its configuration alone: nothing else is loaded.
 
     ``source`` is a folder or hub id. What else may not fit is found when SAR meets the model.
     """
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).get_text_config()
-    kinds = getattr(text, "layer_types", None) or ["attention"] * getattr(text, "num_hidden_layers", 0)
-    layers = sum(kind not in DO_NOT_ATTEND for kind in kinds)
+    layers = count_attention_layers(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
     k = group.sar_activation_layer_k
     if layers and k > layers:
         flag = flags_of(group)["activation_layer_k"]
         raise ValueError(f"--{flag} must be at most the number of attention layers, {layers}; got {k}")
+
+
+def count_attention_layers(config: Any) -> int:
+    """Layers of the language model that attend, by a model's configuration; 0 if that does not say."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["attention"] * getattr(text, "num_hidden_layers", 0)
+    return sum(kind not in DO_NOT_ATTEND for kind in kinds)

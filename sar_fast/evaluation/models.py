@@ -73,8 +73,12 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
     except UserError as error:
         raise ValueError(str(error).replace("--model ", "--model_name_or_path ")) from error
     prepare_processor(processor, arguments.template)
+    if not arguments.use_sar:
+        return model, processor, None
     with naming_flags(flags_of(arguments)):
-        return model, processor, apply_sar(model, arguments.sar_config()) if arguments.use_sar else None
+        handle = apply_sar(model, arguments.sar_config())
+        handle.describe()  # chooses the backend, or says why it cannot run here
+    return model, processor, handle
 
 
 def prepare_processor(processor: Any, template: str | None = None) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, set_seed
@@ -20,7 +21,7 @@ from sar_fast.experiment_arguments import expand
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
-from sar_fast.sar_flags import check_layers
+from sar_fast.sar_flags import check_backend, check_layers
 from sar_fast.threads import one_thread_for
 from sar_fast.training.arguments import Arguments, SFTArguments, main_arguments
 from sar_fast.training.checking import ending_at_a_bad_record
@@ -82,6 +83,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     set_seed(training.seed)
     if arguments.model.use_sar:
         check_layers(arguments.model, source_of(arguments.model.model_name_or_path), arguments.model.trust_remote_code)
+        check_backend(arguments.model, training.device, torch.bfloat16 if training.bf16 else torch.float32)
     processor = load_processor(arguments)
     encoder = Encoder(processor, data.max_length, data.too_long)
     train = _dataset(arguments, data.dataset, encoder) if training.do_train else None
