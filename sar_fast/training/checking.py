@@ -46,7 +46,7 @@ def ending_at_a_bad_record() -> Iterator[None]:
     try:
         yield
     except BadRecord as error:
-        sys.stderr.write(f"error: {error.line}\n")
+        sys.stderr.write(f"\nerror: {error.line}\n")  # a progress bar may stand on the line
         raise SystemExit(2) from error
 
 
