@@ -14,6 +14,7 @@ from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, Normalize, SARConfig
 from sar_fast.experiment_arguments import above, arguments_of_process, at_least, below_one, need, parse_groups
 from sar_fast.sar_flags import sar_config
+from sar_fast.training.checking import LENGTH
 from sar_fast.training.distributed import refuse_split_models
 from sar_fast.training.mixing import STRATEGIES, Mix
 from sar_fast.training.registry import is_file_name, split_names
@@ -278,6 +279,8 @@ def check(arguments: Arguments) -> None:
             f"--train_sampling_strategy {training.train_sampling_strategy} needs the lengths of all records, which "
             "--streaming does not know; leave one out"
         )
+    if training.train_sampling_strategy in BY_LENGTH and training.length_column_name != LENGTH:
+        raise ValueError(f"--length_column_name must be {LENGTH!r}; got {training.length_column_name!r}")
     if data.packing and arguments.control.custom_trainer == "control_sft":
         raise ValueError("--packing puts samples into one row, --custom_trainer control_sft tells them apart by rows")
     deepspeed = getattr(training, "hf_deepspeed_config", None)

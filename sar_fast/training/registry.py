@@ -108,13 +108,16 @@ def _entry(name: str, entries: dict[str, dict], dataset_dir: Path, media_dir: Pa
         raise ValueError(
             f"dataset {name!r}: {', '.join(unsupported)} not supported; known: {', '.join(SUPPORTED_KEYS)}"
         )
+    count = entry.get("num_samples")
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"dataset {name!r}: num_samples must be a whole number, at least 1; got {count!r}")
     layout = Layout(entry.get("formatting", "alpaca"), entry.get("columns", {}), entry.get("tags", {}))
     shared = {
         "layout": layout,
         "media_dir": media_dir or dataset_dir,
         "subset": entry.get("subset"),
         "split": entry.get("split", "train"),
-        "num_samples": entry.get("num_samples"),
+        "num_samples": count,
     }
     if "hf_hub_url" in entry:
         return DatasetInfo(name, (), hub_id=entry["hf_hub_url"], **shared)

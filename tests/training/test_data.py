@@ -309,8 +309,7 @@ def test_a_changed_record_is_noticed_whatever_the_files_times(tmp_path, encoder,
     assert pictures(processor, training_dataset(found, encoder)) == ["a0", "b0"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("workers", "streaming"), [(2, False), (0, True)])
 def test_a_picture_that_disappears_during_training_ends_the_run_in_one_line(tmp_path, workers, streaming):
     path = rows(tmp_path, "a", 12)
     script = tmp_path / "run.py"  # train.py, whose data lose a picture once training begins

@@ -61,6 +61,7 @@ def test_numbers_that_make_no_sense(tmp_path, words, message):
         ("--save_strategy best --eval_strategy steps", "--save_strategy best needs --metric_for_best_model eval_loss"),
         ("--do_predict", "--do_predict has no effect here: experiments/evaluate.py"),
         ("--streaming --train_sampling_strategy group_by_length", "group_by_length needs the lengths of all records"),
+        ("--train_sampling_strategy group_by_length --length_column_name n", "length_column_name must be 'length'"),
         ("--template llava", "template is 'llava', needed a Jinja file"),
     ],
 )
