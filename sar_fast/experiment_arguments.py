@@ -111,8 +111,8 @@ def at_least(group: Any, least: int, *names: str) -> None:
 
 
 def above(group: Any, bound: int, *names: str) -> None:
-    """``ValueError`` for the first of ``names`` whose number is not above ``bound``; None is no number."""
-    _check(group, names, lambda value: value > bound, f"above {bound}")
+    """``ValueError`` for the first of ``names`` whose number is not > ``bound``; None is no number."""
+    _check(group, names, lambda value: value > bound, f"> {bound}")
 
 
 def below_one(group: Any, *names: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,10 @@ class ControlArguments:
     def __post_init__(self) -> None:
         names = ("visual_contrastive_loss_weight", "visual_contrastive_temperature", "learnable_temperature")
         need(self, "custom_trainer", "control_sft", (*names, "visual_contrastive_text_pool"))
-        at_least(self, 0, "visual_contrastive_loss_weight")
+        if not 0 <= self.visual_contrastive_loss_weight < math.inf:
+            raise ValueError(
+                f"--visual_contrastive_loss_weight must be >= 0 and finite; got {self.visual_contrastive_loss_weight}"
+            )
         above(self, 0, "visual_contrastive_temperature")
 
 

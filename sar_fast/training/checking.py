@@ -31,9 +31,6 @@ LENGTH = "length"  # column: tokens of the encoded record; the Trainer's name fo
 class BadRecord(ValueError):
     """A record that cannot be trained on; one line, which begins with where the record is from."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-
     @property
     def line(self) -> str:
         """The message; a worker of a DataLoader puts its traceback before it."""

@@ -145,6 +145,8 @@ def training_stream(
     if announce:
         names = ", ".join(info.name for info in infos)
         logger.info("stream of %s: %s, shuffled in a buffer of %d records", names, mix.describe(), buffer_size)
+        if len(infos) > 1 and mix.strategy == "concat":
+            logger.warning("stream: concat reads one dataset after the other; --mix_strategy interleave_... mixes them")
     records = _stream(infos, mix=mix, seed=seed, buffer_size=buffer_size, endless=True, announce=announce)
     return encode_dataset(records, encoder)
 

@@ -175,6 +175,8 @@ def test_a_stream_says_what_it_mixes_and_repeats(tmp_path, encoder, caplog):
     assert "stream of a, b: interleave_over, in turn, shuffled in a buffer of 3 records" in caplog.text
     assert "stream: dataset 'b' is repeated, time 3 in this pass" in caplog.text
     assert "stream: the data begin again, pass 2" in caplog.text
+    training_stream(found, encoder)
+    assert "concat reads one dataset after the other" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         list(itertools.islice(training_stream(found, encoder, announce=False), 15))
@@ -267,6 +269,13 @@ def test_a_picture_that_changed_since_the_last_check_is_checked_again(tmp_path, 
     spoil(tmp_path / "a1.png")
     with pytest.raises(BadRecord, match=message):
         training_dataset(found, encoder)
+
+
+def test_a_bad_record_is_named_by_a_process_of_the_check_too(tmp_path, encoder):
+    found = infos(tmp_path, a=6)
+    (tmp_path / "a4.png").unlink()
+    with pytest.raises(BadRecord, match=r"^\S+a\.jsonl, record 4: image file \S+ does not exist$"):
+        training_dataset(found, encoder, num_proc=2)
 
 
 def test_checks_are_kept_while_records_pictures_and_encoder_are_the_same(tmp_path, processor, monkeypatch):

@@ -6,12 +6,14 @@ import pytest
 
 from sar_fast.config import SARConfig
 from sar_fast.evaluation import arguments as evaluation
+from sar_fast.evaluation import benchmark
 from sar_fast.foreign_flags import ADVICE
 from sar_fast.sar_flags import count_attention_layers, naming_flags
 from sar_fast.training.arguments import parse
 from sar_fast.training.run import build
 from tests.hf.tiny import CASES
 from tests.training.runs import flags, launch
+from tests.training.samples import DATA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be at least 1; got 0"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1; got 0"),
         ("--per_device_eval_batch_size -2", "--per_device_eval_batch_size must be at least 1; got -2"),
-        ("--num_train_epochs -1", "--num_train_epochs must be above 0; got -1"),
-        ("--num_train_epochs inf", "--num_train_epochs must be above 0; got inf"),
+        ("--num_train_epochs -1", "--num_train_epochs must be > 0; got -1"),
+        ("--num_train_epochs inf", "--num_train_epochs must be > 0; got inf"),
         ("--max_steps 0", "--max_steps must be at least 1, or -1 for --num_train_epochs; got 0"),
-        ("--save_steps 0", "--save_steps must be above 0; got 0"),
-        ("--logging_steps -3", "--logging_steps must be above 0; got -3"),
-        ("--eval_steps 0", "--eval_steps must be above 0; got 0"),
+        ("--save_steps 0", "--save_steps must be > 0; got 0"),
+        ("--logging_steps -3", "--logging_steps must be > 0; got -3"),
+        ("--eval_steps 0", "--eval_steps must be > 0; got 0"),
         ("--save_total_limit 0", "--save_total_limit must be at least 1; got 0"),
         ("--learning_rate nan", "--learning_rate must be at least 0; got nan"),
         ("--weight_decay -0.1", "--weight_decay must be at least 0; got -0.1"),
@@ -42,8 +44,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("--finetuning_type lora --lora_dropout 1", "--lora_dropout must be at least 0 and below 1; got 1.0"),
         ("--finetuning_type freeze --freeze_trainable_layers 0", "--freeze_trainable_layers must be at least 1"),
         ("--gradient_analysis_steps 0", "--gradient_analysis_steps must be at least 1; got 0"),
-        ("--custom_trainer control_sft --visual_contrastive_loss_weight -1", "loss_weight must be at least 0; got -1"),
-        ("--custom_trainer control_sft --visual_contrastive_temperature 0", "temperature must be above 0; got 0"),
+        (
+            "--custom_trainer control_sft --visual_contrastive_loss_weight -1",
+            "loss_weight must be >= 0 and finite; got -1",
+        ),
+        ("--custom_trainer control_sft --visual_contrastive_temperature 0", "temperature must be > 0; got 0"),
     ],
 )
 def test_numbers_that_make_no_sense(tmp_path, words, message):
@@ -149,6 +154,18 @@ def test_evaluates_flags(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             evaluation.parse([*words, *more.split()])
+
+
+def test_evaluate_names_sars_flags_before_it_asks_anything(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    words = ["--model_name_or_path", "miniature", "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--use_sar"]
+    late = [*words, "--task", "mme", "--data_dir", "nowhere", "--sar_activation_layer_k", "10"]
+    with pytest.raises(ValueError, match=r"^--sar_activation_layer_k must be at most .* layers, 4; got 10"):
+        benchmark.run(evaluation.parse(late))
+    asks = [*words, "--task", "mme", "--data_dir", str(DATA / "benchmarks" / "mme"), "--sar_activation_layer_k", "2"]
+    with pytest.raises(ValueError, match=r"^--sar_backend='triton' does not support cpu"):
+        benchmark.run(evaluation.parse([*asks, "--sar_backend", "triton"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_senseless_number_ends_in_one_line(tmp_path):
