@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("--gradient_analysis_steps 0", "--gradient_analysis_steps must be at least 1; got 0"),
         (
             "--custom_trainer control_sft --visual_contrastive_loss_weight -1",
-            "loss_weight must be >= 0 and finite; got -1",
+            "loss_weight must be >= 0 and finite",
         ),
         ("--custom_trainer control_sft --visual_contrastive_temperature 0", "temperature must be > 0; got 0"),
     ],
