@@ -84,7 +84,7 @@ def check_records(records: Dataset, encoder: Encoder, num_proc: int | None = Non
 def pictures_stamp(records: Dataset) -> str:
     """A hash of what the records' picture files hold; a missing one counts as such.
 
-    Pictures inside the records are part of these and not read again. Files are read in threads, a second or so per
+    Pictures inside the records are part of these and not read again. Files are read in threads, a few seconds per
     gigabyte: an epoch reads them all anyway.
     """
     paths = pc.struct_field(pc.list_flatten(records.data.column("images")), "path")
