@@ -277,6 +277,12 @@ def check(arguments: Arguments) -> None:
     model, data, training = arguments.model, arguments.data, arguments.training
     if training.do_predict:
         raise ValueError("--do_predict has no effect here: experiments/evaluate.py generates and scores answers")
+    metrics = EVAL_METRICS if arguments.control.custom_trainer else EVAL_METRICS[:1]
+    metric = training.metric_for_best_model
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
+        raise ValueError(
+            f"--metric_for_best_model must be {', '.join(metrics)}, all that an evaluation measures; got {metric}"
+        )
     if not (training.do_train or training.do_eval):
         raise ValueError("nothing to do: give --do_train, --do_eval or both")
     if training.do_train and not data.dataset:
@@ -292,12 +298,6 @@ def check(arguments: Arguments) -> None:
         )
     if training.train_sampling_strategy in BY_LENGTH and training.length_column_name != LENGTH:
         raise ValueError(f"--length_column_name must be {LENGTH!r}; got {training.length_column_name!r}")
-    metrics = EVAL_METRICS if arguments.control.custom_trainer else EVAL_METRICS[:1]
-    metric = training.metric_for_best_model
-    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
-        raise ValueError(
-            f"--metric_for_best_model must be {', '.join(metrics)}, all that an evaluation measures; got {metric}"
-        )
     if data.packing and arguments.control.custom_trainer == "control_sft":
         raise ValueError("--packing puts samples into one row, --custom_trainer control_sft tells them apart by rows")
     deepspeed = getattr(training, "hf_deepspeed_config", None)
