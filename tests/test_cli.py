@@ -160,16 +160,16 @@ def test_errors_name_the_option(picture, tmp_path):
     assert "--heatmap" in fails("inspect", "--heatmap", "x.png")
     heatmap = ("--heatmap", str(tmp_path / "nowhere" / "x.png"))
     assert "--heatmap" in fails("inspect", "--image", picture, *ask, *heatmap)
-    assert "--image is missing" in fails("demo", *ask, "--output-dir", str(tmp_path))
-    assert "--model" in fails("demo", "--model", "some/model", "--output-dir", str(tmp_path))
+    assert "--image is missing" in fails("demo", *ask, "--output_dir", str(tmp_path))
+    assert "--model" in fails("demo", "--model", "some/model", "--output_dir", str(tmp_path))
     (tmp_path / "file").write_text("")
-    assert "--output-dir" in fails("demo", "--output-dir", str(tmp_path / "file"))
+    assert "--output_dir" in fails("demo", "--output-dir", str(tmp_path / "file"))
 
 
 def test_demo_says_what_it_does_where_there_is_no_terminal(tmp_path):
     folder = str(tmp_path / "demo")
     sizes = ["--num-questions", "2", "--sample-size", "1"]
-    result = CliRunner().invoke(app, ["demo", *sizes, "--no-timings", "--output-dir", folder])
+    result = CliRunner().invoke(app, ["demo", *sizes, "--no-timings", "--output_dir", folder])
     assert [line for line in result.stderr.splitlines() if line.startswith("-- ")] == [
         "-- loading the model",
         "-- asking with and without SAR",

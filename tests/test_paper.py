@@ -70,7 +70,7 @@ def test_the_whole_paper_on_a_fraction_of_the_data(tmp_path, monkeypatch, capsys
     ],
 )
 def test_options_are_checked_before_anything_runs(tmp_path, flags, message):
-    found = CliRunner().invoke(app, ["paper", "--out", str(tmp_path / "out"), *flags])
+    found = CliRunner().invoke(app, ["paper", "--output_dir", str(tmp_path / "out"), *flags])
     assert found.exit_code == 2
     assert f"error: {message}" in found.output
     assert not (tmp_path / "out").exists()
@@ -123,7 +123,9 @@ class TestStage:
     def test_files_of_someone_else_are_left_alone(self, stage, tmp_path):
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / "mine.txt").touch()
-        with pytest.raises(ValueError, match=r"work holds files that this command did not make; give another --out"):
+        with pytest.raises(
+            ValueError, match=r"work holds files that this command did not make; give another --output_dir"
+        ):
             stage({"--k": 2})
         assert (tmp_path / "work" / "mine.txt").is_file()
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sar_fast.cli import loading, options
+from sar_fast.cli import options
 from sar_fast.cli.errors import Commands, UserError
+from sar_fast.extras import TRAINING, need
 
 bench = typer.Typer(cls=Commands, help="Measure on this machine.", no_args_is_help=True)
 
@@ -20,15 +21,15 @@ def _group() -> None:
 
 @bench.command()
 def train(
-    model: options.Model = loading.MINIATURE,
+    model: options.Model = options.MINIATURE,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of the sample, image tokens included.")] = 200,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each mode.")] = 10,
     k: options.K = None,
     beta: options.Beta = None,
     backend: options.Backend = None,
-    sav_grad: Annotated[bool, typer.Option("--sav-grad", help="Gradients through SAR's weights too.")] = False,
+    sav_grad: Annotated[bool, typer.Option("--sav_grad", help="Gradients through SAR's weights too.")] = False,
     peak_flops: Annotated[
-        float | None, typer.Option("--peak-flops", help="Of the device, per second. Default: known GPUs' data sheets.")
+        float | None, typer.Option("--peak_flops", help="Of the device, per second. Default: known GPUs' data sheets.")
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -45,6 +46,8 @@ def train(
 
     * `sar-fast bench train --model llava-hf/llava-1.5-7b-hf --length 2048 --dtype bfloat16`
     """
+    need("sar-fast bench train", *TRAINING)
+    from sar_fast.cli import loading
     from sar_fast.training.benchmark import sample_inputs, training_steps
     from sar_fast.training.throughput import known_peak
 

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sar_fast.cli import loading, options
+from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+from sar_fast.extras import need
 
 LABELS = {
     "model_type": "model type",
@@ -30,7 +31,7 @@ LABELS = {
 
 
 def inspect(
-    model: options.Model = loading.MINIATURE,
+    model: options.Model = options.MINIATURE,
     image: Annotated[Path | None, typer.Option("--image", help="Picture file; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Question; needs --image.")] = None,
     k: options.K = None,
@@ -60,6 +61,12 @@ def inspect(
         raise UserError(f"{missing} is missing; {given} needs it")
     if heatmap is not None and image is None:
         raise UserError("--heatmap draws what is measured on an input; it needs --image and --question")
+    if heatmap is not None:
+        need("--heatmap", "matplotlib")
+        if heatmap.suffix != ".png" or heatmap.is_dir() or not heatmap.parent.is_dir():
+            raise UserError(f"--heatmap must be a .png file in a folder that exists; got {str(heatmap)!r}")
+    from sar_fast.cli import loading
+
     picture = None if image is None else loading.open_image(image)
     loaded, processor = loading.load_model(model, device, dtype)
     config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)

@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from sar_fast.cli.errors import UserError
+from sar_fast.cli.options import MINIATURE
 
-MINIATURE = "miniature"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 from sar_fast.cli.errors import UserError
 from sar_fast.config import SARConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MINIATURE = "miniature"
 
 Model = Annotated[
     str,
@@ -50,6 +55,17 @@ Device = Annotated[str, typer.Option("--device", help="'auto' (the GPU if there 
 Dtype = Annotated[
     str, typer.Option("--dtype", help="'auto' (bfloat16 on a GPU, else float32), 'float32', 'bfloat16', 'float16'.")
 ]
+
+
+def make_folder(output_dir: Path) -> None:
+    """The folder of ``--output_dir``, made and tried; :class:`UserError` if nothing can be written into it."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--output_dir {str(output_dir)!r} is no folder to write into: {reason}") from error
 
 
 def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:

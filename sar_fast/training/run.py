@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
 from sar_fast.experiment_arguments import expand
+from sar_fast.extras import need
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
@@ -66,6 +67,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     training, data = arguments.training, arguments.data
     hf_logging.enable_propagation()
     hf_logging.disable_default_handler()
+    check_packages(arguments)
     check_trackers(training)
     checkpoint = find_checkpoint(arguments)
     set_seed(training.seed)
@@ -132,14 +134,23 @@ def draw_loss(trainer: Trainer, path: Path) -> None:
         )
 
 
+def check_packages(arguments: Arguments) -> None:
+    """``ImportError`` for flags that need a package which is not installed; a run would find out at its end."""
+    if arguments.model.finetuning_type == "lora":
+        need("--finetuning_type lora", "peft")
+    if arguments.training.plot_loss:
+        need("--plot_loss", "matplotlib")
+    for name in ("tensorboard", "wandb"):
+        if name in arguments.training.report_to:
+            need(f"--report_to {name}", name)
+
+
 def check_trackers(training: SFTArguments) -> None:
     """``ValueError`` if ``--report_to wandb`` is asked for and Weights & Biases would fail at the first step."""
     if "wandb" not in training.report_to or training.process_index != 0:
         return
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--report_to wandb needs the package wandb: pip install wandb, or --report_to none") from error
+    import wandb
+
     reason = ""
     try:
         known = wandb.setup().settings.mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
