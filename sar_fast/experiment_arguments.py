@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ class _Parser(HfArgumentParser):
     """A parser whose errors are one line, without the list of all flags."""
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ValueError(re.sub(r"/--[\w-]+", "", message))  # a flag's other spelling, with dashes
 
 
 def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:

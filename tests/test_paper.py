@@ -63,7 +63,7 @@ def test_the_whole_paper_on_a_fraction_of_the_data(tmp_path, monkeypatch, capsys
         (["--k", "5"], "--k must be 1 to 4"),
         (["--beta", "0"], "--beta must be > 0"),
         (["--beta", "nan"], "--beta must be > 0"),
-        (["--max-samples", "3"], "--max-samples must be at least 4: the probe needs two pictures"),
+        (["--max_samples", "3"], "--max_samples must be at least 4: the probe needs two pictures"),
         (["--epochs", "0"], "--epochs must be more than 0; got 0.0"),
         (["--epochs", "-1"], "--epochs must be more than 0; got -1.0"),
         (["--epochs", "inf"], "--epochs must be more than 0; got inf"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated
 
 import typer
@@ -51,6 +52,9 @@ def train(
     from sar_fast.training.benchmark import sample_inputs, training_steps
     from sar_fast.training.throughput import known_peak
 
+    options.check_sar(k, beta=beta, backend=backend)
+    if peak_flops is not None and not 0 < peak_flops < math.inf:
+        raise UserError(f"--peak_flops must be a number above 0; got {peak_flops}")
     loaded, processor = loading.load_model(model, device, dtype)
     config = options.sar_config(loaded, k, beta=beta, backend=backend).replace(sav_grad=sav_grad)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", length)

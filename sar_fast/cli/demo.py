@@ -69,6 +69,7 @@ def demo(
         raise UserError("--model needs --image and --question: the drawn questions are the shipped model's own")
     need("the report", "matplotlib", *(["skimage"] if image is None else []))
     picture = None if image is None else loading.open_image(image)
+    options.check_sar(k, beta=beta, normalize=normalize, backend=backend)
     options.make_folder(output_dir)
     console = Console()
     with one_thread_for(model), _progress(console) as say:

@@ -91,5 +91,7 @@ def _usage(error: Any) -> str:
     if hasattr(error, "possibilities"):
         near = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
         return f"unknown option {error.option_name}{near}"
+    cause = error.__cause__
+    came = f"; got {cause.errors()[0]['input']!r}" if hasattr(cause, "errors") else ""  # pydantic's words leave it out
     hint = f" ({error.ctx.command_path} --help)" if error.ctx else ""
-    return " ".join(error.format_message().split()) + hint
+    return " ".join(error.format_message().split()) + came + hint

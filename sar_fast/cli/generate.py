@@ -39,6 +39,7 @@ def generate(
     if not use_sar and any(value is not None for value in chosen.values()):
         name = next(name for name, value in chosen.items() if value is not None)
         raise UserError(f"--{name} has no effect without --use_sar; add it")
+    options.check_sar(**chosen)
     from sar_fast.cli import loading
 
     picture = loading.open_image(image)

@@ -67,6 +67,7 @@ def inspect(
             raise UserError(f"--heatmap must be a .png file in a folder that exists; got {str(heatmap)!r}")
     from sar_fast.cli import loading
 
+    options.check_sar(k, beta=beta, normalize=normalize, backend=backend)
     picture = None if image is None else loading.open_image(image)
     loaded, processor = loading.load_model(model, device, dtype)
     config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from sar_fast.cli.errors import UserError
 from sar_fast.config import SARConfig
+from sar_fast.output_dir import check_output_dir
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,14 +58,21 @@ Dtype = Annotated[
 
 
 def make_folder(output_dir: Path) -> None:
-    """The folder of ``--output_dir``, made and tried; :class:`UserError` if nothing can be written into it."""
+    """The folder of ``--output_dir``; :class:`UserError` if nothing can be written into it."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--output_dir {str(output_dir)!r} is no folder to write into: {reason}") from error
+        check_output_dir(output_dir)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_sar(k: int | None, **given: Any) -> None:
+    """What can be wrong with the options of SAR whatever the model is, before one is loaded."""
+    fields = {"activation_layer_k": k, **given}
+    try:
+        SARConfig(**{name: value for name, value in fields.items() if value is not None})
+    except (ValueError, TypeError) as error:
+        raise UserError.of(error) from error
 
 
 def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:

@@ -11,6 +11,7 @@ from typing import Any
 from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.experiment_arguments import need, parse_groups, refuse
+from sar_fast.output_dir import check_output_dir
 
 SCORINGS = ("generate", "first_token")
 CHOICE_FORMATS = ("letters", "cloze")
@@ -180,4 +181,5 @@ class EvaluationArguments:
 def parse(argv: Sequence[str]) -> EvaluationArguments:
     """Arguments from a command line: YAML files, then flags; ``ValueError`` for a bad one."""
     (arguments,) = parse_groups((EvaluationArguments,), argv)
+    check_output_dir(arguments.output_dir)
     return arguments

@@ -145,7 +145,7 @@ def _stages(paper: Paper) -> Iterator[Stage]:
     for name in TRAININGS:
         yield _train(paper, name, data)
     for group, (weights, flags) in paper.groups.items():
-        depends = {"--max-samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
+        depends = {"--max_samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
         depends["--k or --beta"] = [paper.k, paper.beta] if flags else None
         for task in TASKS:
             yield _evaluate(paper, group, task, weights, flags, depends)
@@ -238,7 +238,7 @@ def _sweep(paper: Paper, data: str) -> Stage:
     words += ["--data_dir", str(EXPERIMENTS / "data/benchmarks/mme"), *paper.limits()]
     words += ["--k", *map(str, paper.swept_k), "--beta", *map(str, paper.swept_beta), "--compare_batches", "4"]
     words += ["--output_dir", str(folder)]
-    depends = {"--max-samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
+    depends = {"--max_samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
     depends["swept k or beta"] = [paper.swept_k, paper.swept_beta]
     run = lambda: sweep.run(sweep.parse(words))
     title = "Ablation over K and beta"

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from sar_fast.config import BackendName, Normalize, SARConfig
 from sar_fast.experiment_arguments import arguments_of_process, need, parse_groups
+from sar_fast.output_dir import check_output_dir
 from sar_fast.training.distributed import refuse_split_models
 
 
@@ -194,6 +195,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     groups = (ModelArguments, DataArguments, ControlArguments, SFTArguments)
     arguments = Arguments(*parse_groups(groups, argv))
     check(arguments)
+    check_output_dir(arguments.training.output_dir)
     return arguments
 
 

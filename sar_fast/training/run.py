@@ -42,7 +42,11 @@ PACKABLE = ("llava", "llava_next", "internvl", "idefics3", "mistral3")
 def main() -> None:
     """Run the command line; bad input ends it with one line on stderr and exit code 2."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    _train()
+    try:
+        _train()
+    except KeyboardInterrupt as error:
+        sys.stderr.write("\ninterrupted: --resume_from_checkpoint true goes on from the last whole checkpoint\n")
+        raise SystemExit(130) from error
     leave_process_group()
 
 

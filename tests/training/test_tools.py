@@ -83,8 +83,8 @@ def test_data_check_names_bad_records(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{data}", "--dataset-info", "/nope"], "--dataset-info '/nope' is no dataset_info.json nor a folder with one"),
-        (["{data}", "--model", "miniature", "--max-length", "0"], "--max-length must be at least 1; got 0"),
+        (["{data}", "--dataset_info", "/nope"], "--dataset_info '/nope' is no dataset_info.json nor a folder with one"),
+        (["{data}", "--model", "miniature", "--max_length", "0"], "--max_length must be at least 1; got 0"),
         (["{data}", "--model", "/nope"], "--model '/nope' is no folder on this machine"),
         (["{folder}"], "is a folder, needed a file"),
         (["{utf16}"], "utf16.json is not UTF-8 text"),
