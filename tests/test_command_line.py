@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import subprocess
 import sys
 
@@ -11,11 +13,13 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from sar_fast import json_text
 from sar_fast.cli import app, loading
 from sar_fast.evaluation.arguments import parse as parse_evaluation
 from sar_fast.evaluation.sweep import parse as parse_sweep
 from sar_fast.training import run as training
 from sar_fast.training.arguments import parse as parse_training
+from sar_fast.training.run import run_metadata
 from tests.training.runs import flags
 from tests.training.samples import REPOSITORY
 
@@ -160,6 +164,29 @@ def test_options_of_sar_are_checked_before_a_model_is_loaded(monkeypatch, tmp_pa
     assert fails(*command, "--k", "-1").startswith("--k must be >= 0")
     assert fails(*command, "--backend", "cuda").startswith("--backend must be one of")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_infinite_beta_is_valid_json_everywhere(tmp_path):
+    """Commands that print a configuration, and folders of results that keep it."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    read = lambda text: json.loads(text, parse_constant=refuse)
+    assert read(answer("inspect", "--beta", "inf", "--json").stdout)["config"]["beta"] == math.inf
+    timed = answer("bench", "train", "--steps", 1, "--length", 90, "--beta", "inf", "--json")
+    assert read(timed.stdout)["config"]["beta"] == math.inf
+    small = ("--num_questions", 1, "--sample_size", 0, "--no_timings", "--output_dir", tmp_path / "demo")
+    assert answer("demo", *small, "--beta", "inf").exit_code == 0
+    assert read((tmp_path / "demo" / "metrics.json").read_text())["meta"]["config"]["beta"] == math.inf
+    data = ("--model_name_or_path", "miniature", "--task", "mme", "--data_dir", DATA / "benchmarks" / "mme")
+    more = ("--max_samples", 2, "--k", 0, 1, "--beta", "inf", "--output_dir", tmp_path / "sweep")
+    done = answer("sweep", *data, *more)
+    assert done.exit_code == 0, done.output
+    assert read((tmp_path / "sweep" / "sweep.json").read_text())["settings"][1]["beta"] == math.inf
+    assert read((tmp_path / "sweep" / "k1_betainf" / "run_metadata.json").read_text())
+    trained = json_text.dumps(run_metadata(parse_training(flags(tmp_path, use_sar=True, sar_beta="inf"))))
+    assert read(trained)["configuration"]["model"]["sar_beta"] == math.inf
 
 
 # folders for results

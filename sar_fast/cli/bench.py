@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Annotated
 
 import typer
 
+from sar_fast import json_text
 from sar_fast.cli import options
 from sar_fast.cli.errors import Commands, UserError
 from sar_fast.extras import TRAINING, need
@@ -68,7 +68,7 @@ def train(
     records = training_steps(loaded.train(), inputs, config, steps, peak)
     if as_json:
         shape = {"length": int(inputs["input_ids"].shape[1]), "config": config.to_dict(), "device": str(loaded.device)}
-        typer.echo(json.dumps({**shape, "modes": records}, indent=2))
+        typer.echo(json_text.dumps({**shape, "modes": records}, indent=2))
         return
     plain = records[0]["step_seconds"]
     for r in records:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sar_fast import json_text
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
 from sar_fast.extras import need
@@ -83,7 +83,7 @@ def inspect(
     if heatmap is not None:
         _draw(found, heatmap)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json_text.dumps(found, indent=2))
     else:
         _print(found, heatmap)
 

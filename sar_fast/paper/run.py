@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast import json_text
 from sar_fast.cli.loading import MINIATURE
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.results import read_json
@@ -135,7 +135,7 @@ def run(paper: Paper) -> Path:
         "versions": versions(),
         "commits": sorted({stage.commit or "unknown" for stage in stages}),
     }
-    (paper.out / "paper.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (paper.out / "paper.json").write_text(json_text.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return write_report(paper, summary)
 
 

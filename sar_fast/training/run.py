@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import sys
@@ -16,6 +15,7 @@ from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
+from sar_fast import json_text
 from sar_fast.experiment_arguments import expand
 from sar_fast.extras import need
 from sar_fast.integrations.hf.structure import unwrap
@@ -112,7 +112,7 @@ def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
     output = Path(training.output_dir)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
-        (output / "run_metadata.json").write_text(json.dumps(run_metadata(arguments), indent=2) + "\n")
+        (output / "run_metadata.json").write_text(json_text.dumps(run_metadata(arguments), indent=2) + "\n")
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
