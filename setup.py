@@ -16,7 +16,7 @@ CORE = [
     "jinja2>=3.1",  # chat templates
     "pyyaml>=6",
     "tqdm>=4.66",
-    "typer>=0.12",
+    "typer>=0.16",
     "rich>=13",
 ]
 REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24"]

@@ -20,6 +20,7 @@ PACKAGES = (
     "transformers",
     "flash-attn",
     "accelerate",
+    "datasets",
     "peft",
     "deepspeed",
     "torchvision",
