@@ -145,15 +145,20 @@ def test_what_a_sweep_misses_is_named_once():
         ("bench train --peak_flops 0", "--peak_flops must be a number above 0; got 0.0"),
         ("bench train --peak_flops nan", "--peak_flops must be a number above 0; got nan"),
         ("plot nowhere", "nowhere does not exist"),
-        ("sweep nowhere.yaml", "nowhere.yaml: No such file or directory"),
+        ("sweep nowhere.yaml", "nowhere.yaml cannot be read: No such file or directory"),
+        ("sweep {folder}.yaml", ".yaml cannot be read: Is a directory"),
+        ("sweep {utf16}", "utf16.yaml cannot be read: 'utf-8' codec can't decode"),
         ("data check nowhere.json", "nowhere.json does not exist"),
         ("generate --image {picture} --question hi --device meta", "--device 'meta' cannot be used here"),
         ("inspect --image {picture} --question hi --heatmap no/c.png", "--heatmap must be a .png file in a folder"),
         ("inspect --image {picture} --question hi --heatmap c.jpg", "--heatmap must be a .png file in a folder"),
     ],
 )
-def test_wrong_words(words, message):
-    assert message in fails(*words.format(picture=PICTURE).split())
+def test_wrong_words(tmp_path, words, message):
+    (tmp_path / "utf16.yaml").write_text("task: mme", encoding="utf-16")
+    (tmp_path / "folder.yaml").mkdir()
+    places = {"picture": PICTURE, "folder": tmp_path / "folder", "utf16": tmp_path / "utf16.yaml"}
+    assert message in fails(*words.format(**places).split())
 
 
 @pytest.mark.parametrize("command", [("generate", *ASK, "--use_sar"), ("inspect",), ("demo",), ("bench", "train")])
