@@ -13,11 +13,14 @@ CORE = [
     "transformers>=5.17,<6",
     "safetensors>=0.4",
     "pillow>=10.3",  # opens 16-bit grey as such
-    "typer>=0.12",
+    "jinja2>=3.1",  # chat templates
+    "pyyaml>=6",
+    "tqdm>=4.66",
+    "typer>=0.16",
     "rich>=13",
 ]
-REPORTS = ["matplotlib>=3.8", "jinja2>=3.1", "scikit-image>=0.24"]
-TRAIN = ["accelerate>=1.10", "datasets>=4", "peft>=0.17", "wandb>=0.18", "tensorboard>=2.15"]
+REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24"]
+TRAIN = ["accelerate>=1.10", "datasets>=4", "pyarrow>=21", "peft>=0.17", "wandb>=0.18", "tensorboard>=2.15"]
 DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]
 
 setup(
@@ -37,7 +40,7 @@ setup(
         "train": TRAIN,
         "deepspeed": ["deepspeed>=0.17", "ninja"],
         "flash": ["flash-attn>=2.6"],
-        "lmms-eval": ["lmms-eval>=0.7"],
+        "lmms-eval": ["lmms-eval>=0.7", *TRAIN],
         # Grounding DINO runs through transformers: groundingdino-py does not build a model beside transformers 5
         "grounding": ["segment-anything>=1.0", "torchvision"],
         "dev": DEV + REPORTS + TRAIN,

@@ -1,6 +1,7 @@
 """sar_fast: Semantic Attention Re-weighting for multimodal LLMs at FlashAttention speed.
 
-The functions and the configuration import torch only; the Hugging Face integration is imported on first use.
+Every public name is imported on first use, so that ``sar-fast --help`` need not wait for torch. The functions and the
+configuration then import torch only, the Hugging Face integration transformers too.
 """
 
 from __future__ import annotations
@@ -8,26 +9,37 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from sar_fast.config import SARConfig
-from sar_fast.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from sar_fast.functional import sar_attn_func, sar_attn_varlen_func
-from sar_fast.kvcache import sar_attn_with_kvcache
-from sar_fast.prior import semantic_prior
-from sar_fast.roles import TokenRoles, token_roles
-from sar_fast.types import SARState, SARStats
-
 if TYPE_CHECKING:
+    from sar_fast.config import SARConfig
+    from sar_fast.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from sar_fast.functional import sar_attn_func, sar_attn_varlen_func
     from sar_fast.integrations.hf import SARHandle, apply_sar, patch_model_for_sar, remove_sar
+    from sar_fast.kvcache import sar_attn_with_kvcache
     from sar_fast.modules import SARAttention
+    from sar_fast.prior import semantic_prior
+    from sar_fast.roles import TokenRoles, token_roles
+    from sar_fast.types import SARState, SARStats
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "SARHandle": "sar_fast.integrations.hf",
-    "apply_sar": "sar_fast.integrations.hf",
-    "remove_sar": "sar_fast.integrations.hf",
-    "patch_model_for_sar": "sar_fast.integrations.hf",
+_MODULE_OF = {
     "SARAttention": "sar_fast.modules",
+    "SARConfig": "sar_fast.config",
+    "SARHandle": "sar_fast.integrations.hf",
+    "SARState": "sar_fast.types",
+    "SARStats": "sar_fast.types",
+    "TokenRoles": "sar_fast.roles",
+    "apply_sar": "sar_fast.integrations.hf",
+    "flash_attn_func": "sar_fast.flash",
+    "flash_attn_varlen_func": "sar_fast.flash",
+    "flash_attn_with_kvcache": "sar_fast.flash",
+    "patch_model_for_sar": "sar_fast.integrations.hf",
+    "remove_sar": "sar_fast.integrations.hf",
+    "sar_attn_func": "sar_fast.functional",
+    "sar_attn_varlen_func": "sar_fast.functional",
+    "sar_attn_with_kvcache": "sar_fast.kvcache",
+    "semantic_prior": "sar_fast.prior",
+    "token_roles": "sar_fast.roles",
 }
 
 __all__ = [
@@ -52,6 +64,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'sar_fast' has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sar_fast' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = found  # looked up once
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any, Literal, get_args
 
+from sar_fast import json_text
 from sar_fast.scalars import is_integer, kind, number, plain
 
 Normalize = Literal["none", "standardize"]
@@ -14,11 +15,19 @@ PriorSource = Literal["vision_layer", "projected"]
 DecodeMode = Literal["running", "step", "prompt"]
 RecordRows = Literal["none", "last_text"]
 BackendName = Literal["auto", "triton", "composed", "torch"]
+CHOICES = {
+    "normalize": Normalize,
+    "text_queries": TextQueries,
+    "prior_source": PriorSource,
+    "decode": DecodeMode,
+    "backend": BackendName,
+    "record_rows": RecordRows,
+}
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ``ValueError`` naming the argument unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
@@ -74,12 +83,9 @@ class SARConfig:
         for name in ("protect_first_head", "sav_grad", "record"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool; got {kind(getattr(self, name))}")
-        check_choice("normalize", self.normalize, get_args(Normalize))
-        check_choice("text_queries", self.text_queries, get_args(TextQueries))
-        check_choice("prior_source", self.prior_source, get_args(PriorSource))
-        check_choice("decode", self.decode, get_args(DecodeMode))
-        check_choice("backend", self.backend, get_args(BackendName))
-        check_choice("record_rows", self.record_rows, get_args(RecordRows))
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), get_args(choices))
+            object.__setattr__(self, name, str(getattr(self, name)))
 
     def replace(self, **changes: Any) -> SARConfig:
         """A validated copy with ``changes`` applied."""
@@ -95,17 +101,20 @@ class SARConfig:
         if not isinstance(values, dict):
             raise TypeError(f"values must be a dict of SARConfig fields; got {kind(values)}")
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - known, key=str)
         if unknown:
             raise ValueError(f"unknown SARConfig field(s) {unknown}; known: {sorted(known)}")
         return cls(**values)
 
     def to_json(self) -> str:
         """One JSON object; ``from_json`` inverts it."""
-        text = json.dumps(self.to_dict(), indent=2)
-        return text.replace("Infinity", "1e999")  # an infinite beta: JSON has no such name, and every reader overflows
+        return json_text.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> SARConfig:
         """Build from ``to_json``'s output."""
-        return cls.from_dict(json.loads(text))
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"text is not JSON: {error}") from error
+        return cls.from_dict(values)

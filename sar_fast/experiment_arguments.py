@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ class _Parser(HfArgumentParser):
     """A parser whose errors are one line, without the list of all flags."""
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ValueError(re.sub(r"/--[\w-]+", "", message))  # a flag's other spelling, with dashes
 
 
 def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
@@ -75,6 +76,8 @@ def _is_value(words: Sequence[str]) -> bool:
 def _file_flags(path: Path) -> list[str]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -6,8 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import torch
-
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a user who sets one has chosen
 
 
@@ -21,6 +19,8 @@ def one_thread_for(model: str) -> Iterator[None]:
     if model != "miniature" or any(name in os.environ for name in VARIABLES):
         yield
         return
+    import torch
+
     before = torch.get_num_threads()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -68,9 +68,9 @@ def test_sweep_lists_its_flags(word):
 def test_generate_streams_the_answer(picture):
     plain = run("generate", "--image", picture, "--question", QUESTION)
     assert plain.strip()
-    neutral = run("generate", "--image", picture, "--question", QUESTION, "--use-sar", "--beta", "inf")
+    neutral = run("generate", "--image", picture, "--question", QUESTION, "--use_sar", "--beta", "inf")
     assert neutral == plain  # all heads weigh 1 at infinite beta
-    run("generate", "--image", picture, "--question", QUESTION, "--use-sar", "--k", "4", "--decode", "step")
+    run("generate", "--image", picture, "--question", QUESTION, "--use_sar", "--k", "4", "--decode", "step")
 
 
 def test_generate_takes_a_folder(picture):
@@ -173,26 +173,26 @@ def test_errors_name_the_option(picture, tmp_path):
     assert "--model" in fails(*ok, "--model", str(tmp_path))
     assert "--device" in fails(*ok, "--device", "warp")
     assert "--dtype" in fails(*ok, "--dtype", "int3")
-    assert fails(*ok, "--use-sar", "--k", "5").startswith("error: --k must be at most")
-    assert fails(*ok, "--use-sar", "--k", "-1").startswith("error: --k must be >= 0")
-    assert fails(*ok, "--use-sar", "--beta", "0").startswith("error: --beta must be > 0")
-    assert fails(*ok, "--use-sar", "--normalize", "l2").startswith("error: --normalize must be one of")
-    assert fails(*ok, "--use-sar", "--backend", "cuda").startswith("error: --backend must be one of")
-    assert "--use-sar" in fails(*ok, "--beta", "0.1")
+    assert fails(*ok, "--use_sar", "--k", "5").startswith("error: --k must be at most")
+    assert fails(*ok, "--use_sar", "--k", "-1").startswith("error: --k must be >= 0")
+    assert fails(*ok, "--use_sar", "--beta", "0").startswith("error: --beta must be > 0")
+    assert fails(*ok, "--use_sar", "--normalize", "l2").startswith("error: --normalize must be one of")
+    assert fails(*ok, "--use_sar", "--backend", "cuda").startswith("error: --backend must be one of")
+    assert "--use_sar" in fails(*ok, "--beta", "0.1")
     assert "--question is missing" in fails("inspect", "--image", picture)
     assert "--heatmap" in fails("inspect", "--heatmap", "x.png")
     heatmap = ("--heatmap", str(tmp_path / "nowhere" / "x.png"))
     assert "--heatmap" in fails("inspect", "--image", picture, *ask, *heatmap)
-    assert "--image is missing" in fails("demo", *ask, "--output-dir", str(tmp_path))
-    assert "--model" in fails("demo", "--model", "some/model", "--output-dir", str(tmp_path))
+    assert "--image is missing" in fails("demo", *ask, "--output_dir", str(tmp_path))
+    assert "--model" in fails("demo", "--model", "some/model", "--output_dir", str(tmp_path))
     (tmp_path / "file").write_text("")
-    assert "--output-dir" in fails("demo", "--output-dir", str(tmp_path / "file"))
+    assert "--output_dir" in fails("demo", "--output-dir", str(tmp_path / "file"))
 
 
 def test_demo_says_what_it_does_where_there_is_no_terminal(tmp_path):
     folder = str(tmp_path / "demo")
     sizes = ["--num-questions", "2", "--sample-size", "1"]
-    result = CliRunner().invoke(app, ["demo", *sizes, "--no-timings", "--output-dir", folder])
+    result = CliRunner().invoke(app, ["demo", *sizes, "--no-timings", "--output_dir", folder])
     assert [line for line in result.stderr.splitlines() if line.startswith("-- ")] == [
         "-- loading the model",
         "-- asking with and without SAR",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
+import yaml
 
-from sar_fast import SARConfig
+from sar_fast import SARConfig, json_text
 
 
 def test_defaults_are_those_of_the_method():
@@ -43,9 +46,42 @@ def test_every_field_round_trips():
     assert json.loads(config.to_json()) == EVERY_FIELD_CHANGED
 
 
-@pytest.mark.parametrize("beta", [1e-8, 1, 1e30, float("inf")])
+@pytest.mark.parametrize("beta", [1e-8, 1, 1e30, float("inf"), np.float32(0.1), np.float64(2), np.int32(3)])
 def test_temperatures_that_are_allowed_round_trip(beta):
-    assert SARConfig.from_json(SARConfig(beta=beta).to_json()).beta == beta
+    config = SARConfig(beta=beta)
+    assert config.beta == beta
+    assert SARConfig.from_json(config.to_json()) == config
+    assert SARConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_values_of_numpy_become_pythons():
+    given = {"activation_layer_k": np.int64(3), "beta": np.float16(0.5), "normalize": np.str_("standardize")}
+    config = SARConfig(**given)
+    assert [type(getattr(config, name)) for name in given] == [int, float, str]
+    assert yaml.safe_load(yaml.safe_dump(config.to_dict())) == config.to_dict()
+
+
+def test_what_is_no_configuration_is_named():
+    with pytest.raises(ValueError, match=r"beta must be > 0 .*got nan"):
+        SARConfig.from_json('{"beta": NaN}')
+    with pytest.raises(ValueError, match="text is not JSON: Expecting value"):
+        SARConfig.from_json("beta: 1")
+    with pytest.raises(TypeError, match="values must be a dict of SARConfig fields; got list"):
+        SARConfig.from_json("[1]")
+    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \[1, 'x'\]; known: "):
+        SARConfig.from_dict({"x": 1, 1: 2})
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto'.*got array"):
+        SARConfig(backend=np.array(["auto", "torch"]))
+
+
+def test_json_text_is_strict():
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    values = {"Infinity": [math.inf, -math.inf, 0.5], "text": 'NaN, "Infinity" and \\"', "none": None}
+    assert json.loads(json_text.dumps(values, indent=2), parse_constant=refuse) == values
+    with pytest.raises(ValueError, match="NaN, which JSON cannot hold"):
+        json_text.dumps({"loss": [math.nan]})
 
 
 def test_a_dict_may_name_some_fields():
@@ -56,7 +92,7 @@ def test_replace_validates_and_leaves_the_original_alone():
     config = SARConfig()
     assert config.replace(beta=2.0, activation_layer_k=0) == SARConfig(beta=2.0, activation_layer_k=0)
     assert config == SARConfig()
-    with pytest.raises(ValueError, match="beta must be > 0"):
+    with pytest.raises(ValueError, match=r"beta must be > 0"):
         config.replace(beta=-1.0)
     with pytest.raises(TypeError, match="no_such_field"):
         config.replace(no_such_field=1)

@@ -63,14 +63,14 @@ def test_the_whole_paper_on_a_fraction_of_the_data(tmp_path, monkeypatch, capsys
         (["--k", "5"], "--k must be 1 to 4"),
         (["--beta", "0"], "--beta must be > 0"),
         (["--beta", "nan"], "--beta must be > 0"),
-        (["--max-samples", "3"], "--max-samples must be at least 4: the probe needs two pictures"),
+        (["--max_samples", "3"], "--max_samples must be at least 4: the probe needs two pictures"),
         (["--epochs", "0"], "--epochs must be more than 0; got 0.0"),
         (["--epochs", "-1"], "--epochs must be more than 0; got -1.0"),
         (["--epochs", "inf"], "--epochs must be more than 0; got inf"),
     ],
 )
 def test_options_are_checked_before_anything_runs(tmp_path, flags, message):
-    found = CliRunner().invoke(app, ["paper", "--out", str(tmp_path / "out"), *flags])
+    found = CliRunner().invoke(app, ["paper", "--output_dir", str(tmp_path / "out"), *flags])
     assert found.exit_code == 2
     assert f"error: {message}" in found.output
     assert not (tmp_path / "out").exists()
@@ -123,7 +123,9 @@ class TestStage:
     def test_files_of_someone_else_are_left_alone(self, stage, tmp_path):
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / "mine.txt").touch()
-        with pytest.raises(ValueError, match=r"work holds files that this command did not make; give another --out"):
+        with pytest.raises(
+            ValueError, match=r"work holds files that this command did not make; give another --output_dir"
+        ):
             stage({"--k": 2})
         assert (tmp_path / "work" / "mine.txt").is_file()
 

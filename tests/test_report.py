@@ -22,7 +22,7 @@ from sar_fast.cli import app, loading
 
 def demo(folder, *arguments: str) -> tuple[str, dict]:
     """(page, metrics) of a demo run."""
-    result = CliRunner().invoke(app, ["demo", "--output-dir", str(folder), *arguments])
+    result = CliRunner().invoke(app, ["demo", "--output_dir", str(folder), *arguments])
     assert result.exit_code == 0, result.output
     return (folder / "report.html").read_text(), json.loads((folder / "metrics.json").read_text())
 

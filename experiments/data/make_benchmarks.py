@@ -238,14 +238,14 @@ BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "benchmarks")
+    parser.add_argument("--output_dir", type=Path, default=HERE / "benchmarks")
     parser.add_argument("--seed", type=int, default=20_261_124)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of questions")
     args = parser.parse_args()
     for (name, (draw, place, count)), seed in zip(BENCHMARKS.items(), np.random.SeedSequence(args.seed).spawn(99)):
         drawn = draw(np.random.default_rng(seed), max(2, round(count * args.scale)))
-        write(drawn, args.out / place)
-        print(f"{name}: {len(drawn)} rows, {(args.out / place).stat().st_size} bytes")
+        write(drawn, args.output_dir / place)
+        print(f"{name}: {len(drawn)} rows, {(args.output_dir / place).stat().st_size} bytes")
 
 
 if __name__ == "__main__":

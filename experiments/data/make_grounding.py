@@ -53,7 +53,7 @@ def draw_rows(rng: np.random.Generator, pictures: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--output_dir", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=20_261_124)
     parser.add_argument("--pictures", type=int, default=320)
     args = parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> None:
         ]
     )
     table = pa.Table.from_pylist(draw_rows(np.random.default_rng(args.seed), args.pictures), schema=schema)
-    pq.write_table(table, args.out / "shapes_grounding.parquet", compression="zstd")
+    pq.write_table(table, args.output_dir / "shapes_grounding.parquet", compression="zstd")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--query", default=QUERY, help="what the model is asked, with {} for the expression")
     parser.add_argument("--all_expressions", action="store_true", help="a row per expression, not per object")
     parser.add_argument("--max_rows", type=int)
-    parser.add_argument("--out", type=Path, default=HERE / "refcoco_val_sar.parquet")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="folder of TASK_SPLIT_sar.parquet")
     args = parser.parse_args()
     if "{}" not in args.query:
         parser.error(f"--query is {args.query!r}, needed words with {{}} for the expression")
@@ -66,7 +66,8 @@ def main() -> None:
     if not args.all_expressions:
         samples = list({sample.row: sample for sample in reversed(samples)}.values())[::-1]
     written, left_out = 0, [f"{skip.key}: {skip.reason}" for skip in skips]
-    with pq.ParquetWriter(args.out, SCHEMA, compression="zstd") as writer:
+    path = args.output_dir / f"{args.task}_{args.split}_sar.parquet"
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
         for sample in samples[: args.max_rows]:
             try:
@@ -78,7 +79,7 @@ def main() -> None:
                 written, rows = written + len(rows), []
         writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
         written += len(rows)
-    print(f"{args.out}: {written} rows, {len(left_out)} left out")
+    print(f"{path}: {written} rows, {len(left_out)} left out")
     for reason in left_out:
         sys.stderr.write(f"left out {reason}\n")
 

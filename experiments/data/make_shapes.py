@@ -96,18 +96,18 @@ def write_json(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--output_dir", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=20_261_123)
     parser.add_argument("--train", type=int, default=256, help="pictures of shapes_train.parquet")
     parser.add_argument("--validation", type=int, default=48, help="pictures of shapes_validation.parquet")
     parser.add_argument("--folder", type=int, default=32, help="pictures of images/, for the two JSON files")
     args = parser.parse_args()
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
     train, validation, llava = (np.random.default_rng(s) for s in np.random.SeedSequence(args.seed).spawn(3))
-    write_parquet(args.out / "shapes_train.parquet", train, args.train)
-    write_parquet(args.out / "shapes_validation.parquet", validation, args.validation)
-    scenes = write_llava(args.out / "shapes_llava.json", llava, args.folder)
-    write_pairs(args.out / "shapes_pairs.json", scenes)
+    write_parquet(args.output_dir / "shapes_train.parquet", train, args.train)
+    write_parquet(args.output_dir / "shapes_validation.parquet", validation, args.validation)
+    scenes = write_llava(args.output_dir / "shapes_llava.json", llava, args.folder)
+    write_pairs(args.output_dir / "shapes_pairs.json", scenes)
 
 
 if __name__ == "__main__":

@@ -69,13 +69,13 @@ def accuracy_table(model, processor, pairs: list[tuple[Scene, Question]]) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=MINIATURE_PATH)
-    parser.add_argument("--out", type=Path, default=HERE / "accuracy.json")
-    parser.add_argument("--per-kind", type=int, default=1000, help="questions per kind and set")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="folder of accuracy.json")
+    parser.add_argument("--per_kind", type=int, default=1000, help="questions per kind and set")
     parser.add_argument("--size", type=int, default=64, help="pixels of the drawn pictures, before the processor")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.per_kind < 1:
-        parser.error(f"--per-kind is {args.per_kind}, needed at least 1")
+        parser.error(f"--per_kind is {args.per_kind}, needed at least 1")
     torch.set_num_threads(args.threads)
     model, processor = load_miniature(path=args.checkpoint)
     report = {
@@ -92,8 +92,8 @@ def main() -> None:
         table = accuracy_table(model, processor, pairs)
         report["sets"][name] = table
         print(f"{name:20s}" + "".join(f"  {kind} {row['accuracy']:.3f}" for kind, row in table.items()), flush=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
-    if args.checkpoint == MINIATURE_PATH and args.out == HERE / "accuracy.json":
+    (args.output_dir / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
+    if args.checkpoint == MINIATURE_PATH and args.output_dir == HERE:
         fill_data_card(report["sets"])
 
 

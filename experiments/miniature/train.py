@@ -167,12 +167,12 @@ def train_language(
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=MINIATURE_PATH, help="folder that the checkpoint replaces")
+    parser.add_argument("--output_dir", type=Path, default=MINIATURE_PATH, help="folder that the checkpoint replaces")
     parser.add_argument("--log", type=Path, default=HERE / "training_log.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vision-steps", type=int, default=600)
-    parser.add_argument("--vision-batch", type=int, default=64)
+    parser.add_argument("--vision_steps", type=int, default=600)
+    parser.add_argument("--vision_batch", type=int, default=64)
     parser.add_argument("--steps", type=int, nargs=2, default=[700, 900], help="of the two language cycles")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--turns", type=int, nargs=2, default=[6, 8], help="most questions behind one image, per cycle")
@@ -207,13 +207,13 @@ def main() -> None:
     log.append({"stage": "done", "parameters": parameters, "seconds": round(time.perf_counter() - start, 1)})
     print(json.dumps(log[-1]), flush=True)
 
-    partial = args.out.with_name(args.out.name + ".partial")
+    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.eval().save_pretrained(partial)
     processor.save_pretrained(partial)
     (partial / "training.json").write_text(json.dumps({"settings": log[0], "result": log[-1]}, indent=2) + "\n")
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    partial.rename(args.output_dir)
     args.log.write_text("".join(json.dumps(line) + "\n" for line in log))
 
 

@@ -11,7 +11,7 @@ from sar_fast.cli.bench import bench
 from sar_fast.cli.data import data
 from sar_fast.cli.demo import demo
 from sar_fast.cli.doctor import doctor
-from sar_fast.cli.errors import Commands
+from sar_fast.cli.errors import Commands, one_spelling
 from sar_fast.cli.generate import generate
 from sar_fast.cli.inspect import inspect
 from sar_fast.cli.merge import merge
@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": one_spelling},
 )
 for command in (demo, generate, inspect, doctor, paper, plot, merge):
     app.command()(command)

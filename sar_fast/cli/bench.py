@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from typing import Annotated
 
 import typer
 
-from sar_fast.cli import loading, options
+from sar_fast import json_text
+from sar_fast.cli import options
 from sar_fast.cli.errors import Commands, UserError
+from sar_fast.extras import TRAINING, need
 
 bench = typer.Typer(cls=Commands, help="Measure on this machine.", no_args_is_help=True)
 
@@ -20,16 +22,16 @@ def _group() -> None:
 
 @bench.command()
 def train(
-    model: options.Model = loading.MINIATURE,
+    model: options.Model = options.MINIATURE,
     base_model: options.BaseModel = None,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of the sample, image tokens included.")] = 200,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each mode.")] = 10,
     k: options.K = None,
     beta: options.Beta = None,
     backend: options.Backend = None,
-    sav_grad: Annotated[bool, typer.Option("--sav-grad", help="Gradients through SAR's weights too.")] = False,
+    sav_grad: Annotated[bool, typer.Option("--sav_grad", help="Gradients through SAR's weights too.")] = False,
     peak_flops: Annotated[
-        float | None, typer.Option("--peak-flops", help="Of the device, per second. Default: known GPUs' data sheets.")
+        float | None, typer.Option("--peak_flops", help="Of the device, per second. Default: known GPUs' data sheets.")
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -46,9 +48,14 @@ def train(
 
     * `sar-fast bench train --model llava-hf/llava-1.5-7b-hf --length 2048 --dtype bfloat16`
     """
+    need("sar-fast bench train", *TRAINING)
+    from sar_fast.cli import loading
     from sar_fast.training.benchmark import sample_inputs, training_steps
     from sar_fast.training.throughput import known_peak
 
+    options.check_sar(k, beta=beta, backend=backend)
+    if peak_flops is not None and not 0 < peak_flops < math.inf:
+        raise UserError(f"--peak_flops must be a number above 0; got {peak_flops}")
     loaded, processor = loading.load_model(model, device, dtype, base_model)
     config = options.sar_config(loaded, k, beta=beta, backend=backend).replace(sav_grad=sav_grad)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", length)
@@ -64,7 +71,7 @@ def train(
     records = training_steps(loaded.train(), inputs, config, steps, peak)
     if as_json:
         shape = {"length": int(inputs["input_ids"].shape[1]), "config": config.to_dict(), "device": str(loaded.device)}
-        typer.echo(json.dumps({**shape, "modes": records}, indent=2))
+        typer.echo(json_text.dumps({**shape, "modes": records}, indent=2))
         return
     plain = records[0]["step_seconds"]
     for r in records:

@@ -29,17 +29,17 @@ def check(
     ],
     dataset_info: Annotated[
         Path | None,
-        typer.Option("--dataset-info", help="Registry that describes the file. Default: the one beside it, if any."),
+        typer.Option("--dataset_info", help="Registry that describes the file. Default: the one beside it, if any."),
     ] = None,
     media_dir: Annotated[
-        Path | None, typer.Option("--media-dir", help="Where image paths start. Default: the file's folder.")
+        Path | None, typer.Option("--media_dir", help="Where image paths start. Default: the file's folder.")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="Encode every record for this model too: chat template, labels, length."),
     ] = None,
     base_model: options.BaseModel = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest sample, in tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max_length", help="Longest sample, in tokens.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check every record of a file and name the bad ones.
@@ -52,16 +52,16 @@ def check(
 
     * `sar-fast data check experiments/data/shapes_train.parquet`
 
-    * `sar-fast data check train.json --media-dir images --model llava-hf/llava-1.5-7b-hf --max-length 2048`
+    * `sar-fast data check train.json --media_dir images --model llava-hf/llava-1.5-7b-hf --max_length 2048`
     """
     if max_length is not None and model is None:
-        raise UserError("--max-length has no effect without --model; add it")
+        raise UserError("--max_length has no effect without --model; add it")
     if max_length is not None and max_length < 1:
-        raise UserError(f"--max-length must be at least 1; got {max_length}")
+        raise UserError(f"--max_length must be at least 1; got {max_length}")
     if base_model is not None and model is None:
-        raise UserError("--base-model has no effect without --model; add it")
+        raise UserError("--base_model has no effect without --model; add it")
     if media_dir is not None and not media_dir.is_dir():
-        raise UserError(f"--media-dir {str(media_dir)!r} is no folder")
+        raise UserError(f"--media_dir {str(media_dir)!r} is no folder")
     encoder = _encoder(model, base_model, max_length) if model else None
     try:
         found = summary(_check(file, _entry(file, dataset_info), media_dir or file.parent, encoder))
@@ -145,7 +145,7 @@ def _entry(file: Path, dataset_info: Path | None) -> dict[str, Any]:
     if dataset_info is not None:
         folder = dataset_info if dataset_info.is_dir() else dataset_info.parent
         if not (folder / REGISTRY_NAME).is_file() or dataset_info not in (folder, folder / REGISTRY_NAME):
-            raise UserError(f"--dataset-info {str(dataset_info)!r} is no {REGISTRY_NAME} nor a folder with one")
+            raise UserError(f"--dataset_info {str(dataset_info)!r} is no {REGISTRY_NAME} nor a folder with one")
     elif not (folder / REGISTRY_NAME).is_file():
         return {}
     named = (e for e in load_registry(folder).values() if Path(e.get("file_name", "")).name == file.name)

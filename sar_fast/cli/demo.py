@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sar_fast.cli import loading, options
+from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+from sar_fast.extras import need
 from sar_fast.threads import one_thread_for
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for report.html and metrics.json.")] = Path(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder for report.html and metrics.json.")] = Path(
         "results/demo"
     ),
-    model: options.Model = loading.MINIATURE,
+    model: options.Model = options.MINIATURE,
     base_model: options.BaseModel = None,
     image: Annotated[str | None, typer.Option("--image", help="Your picture; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Your question; needs --image.")] = None,
@@ -36,12 +36,14 @@ def demo(
     backend: options.Backend = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the drawn pictures and of the timed inputs.")] = 0,
     num_questions: Annotated[
-        int, typer.Option("--num-questions", min=1, max=60, help="Questions about drawn pictures that the page shows.")
+        int, typer.Option("--num_questions", min=1, max=60, help="Questions about drawn pictures that the page shows.")
     ] = 10,
     sample_size: Annotated[
-        int, typer.Option("--sample-size", min=0, help="Questions per kind and background that are counted; 0 = none.")
+        int, typer.Option("--sample_size", min=0, help="Questions per kind and background that are counted; 0 = none.")
     ] = 100,
-    timings: Annotated[bool, typer.Option(help="Time SAR against the eager formulation.")] = True,
+    timings: Annotated[
+        bool, typer.Option("--timings/--no_timings", help="Time SAR against the eager formulation.")
+    ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -58,15 +60,18 @@ def demo(
 
     * `sar-fast demo --model llava-hf/llava-1.5-7b-hf --image photo.jpg --question "What is left of the car?"`
     """
+    from sar_fast.cli import loading
+
     start = time.perf_counter()
     if (image is None) != (question is None):
         missing, given = ("--question", "--image") if question is None else ("--image", "--question")
         raise UserError(f"{missing} is missing; {given} needs it")
-    if model != loading.MINIATURE and image is None:
+    if model != options.MINIATURE and image is None:
         raise UserError("--model needs --image and --question: the drawn questions are the shipped model's own")
-    _need("jinja2", "matplotlib", *(["skimage"] if image is None else []))
-    _make_folder(output_dir)
+    need("the report", "matplotlib", *(["skimage"] if image is None else []))
     picture = None if image is None else loading.open_image(image)
+    options.check_sar(k, beta=beta, normalize=normalize, backend=backend)
+    options.make_folder(output_dir)
     console = Console()
     with one_thread_for(model), _progress(console) as say:
         say("loading the model")
@@ -96,19 +101,6 @@ def _progress(console: Console) -> Iterator[Callable[[str], None]]:
             yield status.update
     else:
         yield lambda words: typer.echo(f"-- {words}", err=True)
-
-
-def _need(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"the report needs {', '.join(missing)}: pip install 'sar_fast[reports]'")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {str(path)!r} cannot be made: {error.strerror}") from error
 
 
 def _print(console: Console, results: Results, report: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sar_fast import __version__
+from sar_fast import __version__, json_text
 from sar_fast.analysis import accuracy, heatmap, measurements, overlay
 from sar_fast.analysis.accuracy import PairedAccuracy
 from sar_fast.analysis.examples import Example, Prompt, draw_maps
@@ -138,7 +137,7 @@ def _answer_both(
 def write(results: Results, folder: Path) -> Path:
     """Writes ``metrics.json`` and ``report.html`` into an existing folder; returns the report's path."""
     found = metrics(results)
-    (folder / "metrics.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "metrics.json").write_text(json_text.dumps(found, indent=2) + "\n", encoding="utf-8")
     report = folder / "report.html"
     write_report(
         report,
@@ -154,16 +153,13 @@ def write(results: Results, folder: Path) -> Path:
 
 
 def metrics(results: Results) -> dict[str, Any]:
-    """The run as plain values, JSON without NaN or infinities."""
-    config = results.config.to_dict()
-    if config["beta"] == float("inf"):
-        config["beta"] = "inf"
+    """The run as plain values."""
     return {
         "meta": {
             "model": results.model_name,
             "parameters": results.parameters,
             "seed": results.seed,
-            "config": config,
+            "config": results.config.to_dict(),
             "device": results.device,
             "dtype": results.dtype,
             "threads": torch.get_num_threads(),

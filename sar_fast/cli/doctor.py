@@ -8,14 +8,10 @@ import json
 import platform
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-from sar_fast.analysis.timing import attention_inputs
-from sar_fast.types import AttentionOptions
 
 PACKAGES = (
     "sar_fast",
@@ -24,6 +20,7 @@ PACKAGES = (
     "transformers",
     "flash-attn",
     "accelerate",
+    "datasets",
     "peft",
     "deepspeed",
     "torchvision",
@@ -33,7 +30,7 @@ PACKAGES = (
     "jinja2",
     "scikit-image",
 )
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of the output, relative
+ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of the output, relative
 
 
 def doctor(
@@ -72,6 +69,8 @@ def versions() -> dict[str, str | None]:
 
 def gpus() -> list[dict[str, Any]]:
     """Name, compute capability and memory in bytes of each GPU that torch sees."""
+    import torch
+
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory} for p in properties]
 
@@ -79,6 +78,8 @@ def gpus() -> list[dict[str, Any]]:
 def try_backends() -> list[dict[str, Any]]:
     """One record per backend, device and dtype: ``status`` "works", "wrong", "fails" or "unavailable", ``error`` of the
     output relative to the fp32 reference, and ``reason`` where it does not run."""
+    import torch
+
     from sar_fast.backends.select import BACKENDS
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -86,7 +87,7 @@ def try_backends() -> list[dict[str, Any]]:
         {
             "backend": backend,
             "device": device,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype,
             **_trial(backend, device, dtype),
         }
         for backend in BACKENDS
@@ -95,11 +96,16 @@ def try_backends() -> list[dict[str, Any]]:
     ]
 
 
-def _trial(backend: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def _trial(backend: str, device: str, dtype_name: str) -> dict[str, Any]:
+    import torch
+
+    from sar_fast.analysis.timing import attention_inputs
     from sar_fast.backends.select import unsupported
     from sar_fast.functional import sar_attn_func
     from sar_fast.reference import sar_attention_reference
+    from sar_fast.types import AttentionOptions
 
+    dtype = getattr(torch, dtype_name)
     inputs = attention_inputs(128, 64, dtype, heads=4, kv_heads=2, head_dim=64, device=device)
     options = AttentionOptions(softmax_scale=64**-0.5)
     reason = unsupported(backend, inputs[0].device, dtype, options, padded=False, masked=False)
@@ -112,7 +118,7 @@ def _trial(backend: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     q, k, v = (x.float() for x in inputs[:3])
     expected = sar_attention_reference(q, k, v, *inputs[3:])
     error = float((out.float() - expected).abs().max() / expected.abs().max())
-    return {"status": "works" if error <= ROUNDING[dtype] else "wrong", "error": error, "reason": None}
+    return {"status": "works" if error <= ROUNDING[dtype_name] else "wrong", "error": error, "reason": None}
 
 
 def _print(found: dict[str, Any]) -> None:

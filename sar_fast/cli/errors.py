@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from sar_fast.extras import EXTRA_OF, MissingExtraError, need
 
 OPTION_OF = {  # names that library errors begin with, as the option that sets them
     "activation_layer_k": "--k",
@@ -15,10 +18,12 @@ OPTION_OF = {  # names that library errors begin with, as the option that sets t
     "backend": "--backend",
     "model": "--model",
     "k": "--k",
-    "max_samples": "--max-samples",
     "output_dir": "--output_dir",
+    "max_samples": "--max_samples",
     "epochs": "--epochs",
 }
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which typer brings or, if older, imports
+INTERRUPTED = 130  # what a shell shows for a command that Ctrl-C ended
 
 
 class UserError(Exception):
@@ -35,12 +40,59 @@ class UserError(Exception):
         return cls(message)
 
 
-class Commands(TyperGroup):
-    """A command group that ends a :class:`UserError` as promised."""
+def one_spelling(name: str) -> str:
+    """Options of commands and flags of scripts have one name, with ``_``; ``-`` is taken for it."""
+    return name.replace("-", "_")
 
-    def invoke(self, ctx: Any) -> Any:
+
+class Commands(TyperGroup):
+    """A command group in which all that a user can mend ends in one line: a :class:`UserError`, unknown and missing
+    options, files that cannot be read or written, packages that are not installed, too little memory; and Ctrl-C."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
         try:
-            return super().invoke(ctx)
-        except UserError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.Abort:  # Ctrl-C, of older typers
+            code = INTERRUPTED
+        except Exception as error:
+            line = _line(error)
+            if line is None:
+                raise
+            sys.stderr.write(line and f"error: {line}\n")
+            sys.exit(2)
+        if code == INTERRUPTED:
+            sys.stderr.write("interrupted\n")
+        sys.exit(code or 0)
+
+
+def _line(error: Exception) -> str | None:
+    """The line that says what to mend; empty if all was said, None if it is nothing that a user can mend."""
+    if isinstance(error, UsageError):
+        return _usage(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    elif isinstance(error, ModuleNotFoundError) and (name := str(error.name).partition(".")[0]) in EXTRA_OF:
+        try:
+            need("this command", name)
+        except MissingExtraError as missing:
+            return str(missing)
+        return None  # installed, and broken
+    elif isinstance(error, UserError | MissingExtraError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        text = str(error)
+    else:
+        return None
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _usage(error: Any) -> str:
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
+        return ""
+    if hasattr(error, "possibilities"):
+        near = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
+        return f"unknown option {error.option_name}{near}"
+    cause = error.__cause__
+    came = f"; got {cause.errors()[0]['input']!r}" if hasattr(cause, "errors") else ""  # pydantic's words leave it out
+    hint = f" ({error.ctx.command_path} --help)" if error.ctx else ""
+    return " ".join(error.format_message().split()) + came + hint

@@ -7,39 +7,42 @@ from typing import Annotated
 
 import typer
 
-from sar_fast.cli import loading, options
+from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
 
 
 def generate(
     image: options.Image,
     question: options.Question,
-    model: options.Model = loading.MINIATURE,
+    model: options.Model = options.MINIATURE,
     base_model: options.BaseModel = None,
-    use_sar: Annotated[bool, typer.Option("--use-sar", help="Re-weight the heads.")] = False,
+    use_sar: Annotated[bool, typer.Option("--use_sar", help="Re-weight the heads.")] = False,
     k: options.K = None,
     beta: options.Beta = None,
     normalize: options.Normalize = None,
     decode: options.Decode = None,
     backend: options.Backend = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer, in tokens.")] = 128,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
     """Answer a question about a picture, word by word on stdout.
 
-    Decoding is greedy. --k, --beta, --normalize, --decode and --backend need --use-sar.
+    Decoding is greedy. --k, --beta, --normalize, --decode and --backend need --use_sar.
 
     **Examples**
 
     * `sar-fast generate --image photo.jpg --question "What colour is the circle?"`
 
-    * `sar-fast generate --model llava-hf/llava-1.5-7b-hf --image photo.jpg --question "What is this?" --use-sar`
+    * `sar-fast generate --model llava-hf/llava-1.5-7b-hf --image photo.jpg --question "What is this?" --use_sar`
     """
     chosen = {"k": k, "beta": beta, "normalize": normalize, "decode": decode, "backend": backend}
     if not use_sar and any(value is not None for value in chosen.values()):
         name = next(name for name, value in chosen.items() if value is not None)
-        raise UserError(f"--{name} has no effect without --use-sar; add it")
+        raise UserError(f"--{name} has no effect without --use_sar; add it")
+    options.check_sar(**chosen)
+    from sar_fast.cli import loading
+
     picture = loading.open_image(image)
     loaded, processor = loading.load_model(model, device, dtype, base_model)
     inputs = loading.build_inputs(loaded, processor, [picture], [question])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sar_fast.cli import loading, options
+from sar_fast import json_text
+from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+from sar_fast.extras import need
 from sar_fast.pictures import picture_name
 
 LABELS = {
@@ -31,7 +32,7 @@ LABELS = {
 
 
 def inspect(
-    model: options.Model = loading.MINIATURE,
+    model: options.Model = options.MINIATURE,
     base_model: options.BaseModel = None,
     image: Annotated[str | None, typer.Option("--image", help="Picture file; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Question; needs --image.")] = None,
@@ -62,6 +63,13 @@ def inspect(
         raise UserError(f"{missing} is missing; {given} needs it")
     if heatmap is not None and image is None:
         raise UserError("--heatmap draws what is measured on an input; it needs --image and --question")
+    if heatmap is not None:
+        need("--heatmap", "matplotlib")
+        if heatmap.suffix != ".png" or heatmap.is_dir() or not heatmap.parent.is_dir():
+            raise UserError(f"--heatmap must be a .png file in a folder that exists; got {str(heatmap)!r}")
+    from sar_fast.cli import loading
+
+    options.check_sar(k, beta=beta, normalize=normalize, backend=backend)
     picture = None if image is None else loading.open_image(image)
     loaded, processor = loading.load_model(model, device, dtype, base_model)
     config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
@@ -77,7 +85,7 @@ def inspect(
     if heatmap is not None:
         _draw(found, heatmap)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json_text.dumps(found, indent=2))
     else:
         _print(found, heatmap)
 

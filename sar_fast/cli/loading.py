@@ -18,7 +18,7 @@ from sar_fast.models import MINIATURE as MINIATURE
 from sar_fast.pictures import PictureError, find_picture, open_picture, picture_name
 from sar_fast.processors import ProcessorRefusal, call_processor
 
-OPTIONS = {"model": "--model", "base_model": "--base-model", "device": "--device", "dtype": "--dtype"}
+OPTIONS = {"model": "--model", "base_model": "--base_model", "device": "--device", "dtype": "--dtype"}
 
 
 @contextlib.contextmanager

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 from sar_fast.cli.errors import UserError
 from sar_fast.config import SARConfig
+from sar_fast.output_dir import check_output_dir
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MINIATURE = "miniature"
 
 Model = Annotated[
     str,
@@ -20,7 +26,7 @@ Model = Annotated[
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option("--base-model", help="The model that an adapter is for. Default: the one that the adapter names."),
+    typer.Option("--base_model", help="The model that an adapter is for. Default: the one that the adapter names."),
 ]
 Image = Annotated[str, typer.Option("--image", help="Picture file.", show_default=False)]
 Question = Annotated[str, typer.Option("--question", help="Question about the picture.", show_default=False)]
@@ -54,6 +60,24 @@ Device = Annotated[str, typer.Option("--device", help="'auto' (the GPU if there 
 Dtype = Annotated[
     str, typer.Option("--dtype", help="'auto' (bfloat16 on a GPU, else float32), 'float32', 'bfloat16', 'float16'.")
 ]
+
+
+def make_folder(output_dir: Path) -> None:
+    """The folder of ``--output_dir``; :class:`UserError` if nothing can be written into it."""
+    try:
+        check_output_dir(output_dir)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_sar(k: int | None, **given: Any) -> None:
+    """What can be wrong with the options of SAR whatever the model is, before one is loaded."""
+    fields = {"activation_layer_k": k, **given}
+    try:
+        SARConfig(**{name: value for name, value in fields.items() if value is not None})
+    except (ValueError, TypeError) as error:
+        raise UserError.of(error) from error
 
 
 def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:

@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
+from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+from sar_fast.extras import TRAINING, need
 
 
 def paper(
-    out: Annotated[Path, typer.Option("--out", help="Folder of results, report.html and paper.json.")] = Path(
-        "results/paper"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", help="Folder of results, report.html and paper.json.")
+    ] = Path("results/paper"),
     k: Annotated[int, typer.Option("--k", help="Re-weighted layers in the tables, 1 to 4.")] = 2,
     beta: Annotated[float, typer.Option("--beta", help="Temperature of the softmax over heads.")] = 0.5,
     max_samples: Annotated[
-        int | None, typer.Option("--max-samples", help="Use the first samples of every set, at least 4.")
+        int | None, typer.Option("--max_samples", help="Use the first samples of every set, at least 4.")
     ] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Of both trainings. Default: 4.")] = None,
 ) -> None:
@@ -27,10 +29,13 @@ def paper(
     out, also where SAR does not help. An interrupted run goes on where it stopped; after a change of options, only what
     depends on them is done again. About ten minutes on 2 cores.
     """
+    need("sar-fast paper", *TRAINING, "matplotlib", "skimage")
     from sar_fast.paper import Paper, run
 
     try:
-        report = run(Paper(out, k, beta, max_samples=max_samples, epochs=epochs))
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        wanted = Paper(output_dir, k, beta, max_samples=max_samples, epochs=epochs)
+        options.make_folder(output_dir)
+        report = run(wanted)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError.of(error) from error
     typer.echo(f"report: {report}")

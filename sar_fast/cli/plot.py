@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+from sar_fast.extras import need
 
 
 def plot(
@@ -15,7 +17,7 @@ def plot(
         list[Path],
         typer.Argument(help="Output folders of training runs, or their gradient_sparsity.jsonl.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the figures.")] = Path("results/figures"),
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder for the figures.")] = Path("results/figures"),
 ) -> None:
     """Draw gradient sparsity: figure_3.png (visual and text gradients), figure_4.png (Gini by depth, layer and run).
 
@@ -23,8 +25,9 @@ def plot(
 
     **Examples**
 
-    * `sar-fast plot results/mini_sft results/mini_control --out results/mini_figures`
+    * `sar-fast plot results/mini_sft results/mini_control --output_dir results/mini_figures`
     """
+    need("sar-fast plot", "matplotlib")
     from sar_fast.training.plots import log_path, plot_figure_3, plot_figure_4, read_log
 
     files = [log_path(run).resolve() for run in runs]
@@ -38,10 +41,7 @@ def plot(
         logs = {name: read_log(run) for name, run in zip(names, runs)}
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, draw in (("figure_3.png", plot_figure_3), ("figure_4.png", plot_figure_4)):
-            draw(logs, out / name)
-            typer.echo(str(out / name))
-    except OSError as error:
-        raise UserError(f"--out {str(out)!r} is no folder to write into: {error.strerror or error}") from error
+    options.make_folder(output_dir)
+    for name, draw in (("figure_3.png", plot_figure_3), ("figure_4.png", plot_figure_4)):
+        draw(logs, output_dir / name)
+        typer.echo(str(output_dir / name))

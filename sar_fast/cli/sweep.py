@@ -7,6 +7,7 @@ import logging
 import typer
 
 from sar_fast.cli.errors import UserError
+from sar_fast.extras import TRAINING, need
 
 
 def sweep(context: typer.Context) -> None:
@@ -21,6 +22,7 @@ def sweep(context: typer.Context) -> None:
     * `sar-fast sweep --model_name_or_path miniature --task mme --data_dir experiments/data/benchmarks/mme --k 0 1 2 4
       --beta 0.1 0.5 --output_dir results/sweep`
     """
+    need("sar-fast sweep", *TRAINING, "matplotlib")
     from sar_fast.evaluation import sweep as sweeping
 
     if not context.args or {"--help", "-h"} & set(context.args):
@@ -31,7 +33,7 @@ def sweep(context: typer.Context) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     try:
         summary = sweeping.run(sweeping.parse(context.args))
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     for row in summary.get("settings", ()):
         scores = "  ".join(f"{n} {v:.2f}" for n, v in row["scores"].items() if isinstance(v, int | float))

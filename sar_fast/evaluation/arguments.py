@@ -11,6 +11,7 @@ from typing import Any
 from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.experiment_arguments import above, at_least, need, parse_groups, refuse
+from sar_fast.output_dir import check_output_dir
 from sar_fast.sar_flags import sar_config
 from sar_fast.training.registry import is_file_name
 
@@ -181,4 +182,5 @@ class EvaluationArguments:
 def parse(argv: Sequence[str]) -> EvaluationArguments:
     """Arguments from a command line: YAML files, then flags; ``ValueError`` for a bad one."""
     (arguments,) = parse_groups((EvaluationArguments,), argv)
+    check_output_dir(arguments.output_dir)
     return arguments

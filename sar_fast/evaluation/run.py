@@ -8,6 +8,7 @@ import sys
 from sar_fast.evaluation.arguments import EvaluationArguments, parse
 from sar_fast.evaluation.models import source_of
 from sar_fast.experiment_arguments import arguments_of_process
+from sar_fast.extras import need
 from sar_fast.process_group import leave_process_group
 from sar_fast.threads import one_thread_for
 
@@ -32,12 +33,14 @@ def main() -> None:
 
 
 def evaluate(arguments: EvaluationArguments) -> None:
-    """The evaluation that the arguments ask for."""
+    """The evaluation that the arguments ask for; ``ImportError`` names what it needs and does not find."""
     if arguments.do_sfs_fi_eval:
+        need("--do_sfs_fi_eval", "skimage", *(["matplotlib"] if arguments.focus_overlays else []))
         from sar_fast.evaluation import focus
 
         focus.run(arguments)
     elif arguments.do_layerwise_probe:
+        need("--do_layerwise_probe", "matplotlib")
         from sar_fast.evaluation import probe
 
         probe.run(arguments)

@@ -31,6 +31,7 @@ from sar_fast.evaluation.tables import Table
 from sar_fast.evaluation.tasks import Record, Sample
 from sar_fast.experiment_arguments import parse_groups
 from sar_fast.integrations.hf.branching import layer_passes
+from sar_fast.output_dir import check_output_dir
 from sar_fast.sar_flags import naming_flags
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ def flags() -> list[tuple[str, str]]:
 def parse(argv: Sequence[str]) -> SweepArguments:
     """Arguments from a command line; ``ValueError`` for a bad one."""
     (arguments,) = parse_groups((SweepArguments,), argv)
+    check_output_dir(arguments.output_dir)
     return arguments
 
 

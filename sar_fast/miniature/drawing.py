@@ -13,6 +13,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from sar_fast.extras import need
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 40),
     "green": (40, 170, 60),
@@ -191,10 +193,9 @@ def photograph(name: str) -> np.ndarray:
     if name not in TRAINING_PHOTOGRAPHS + HELD_OUT_PHOTOGRAPHS:
         known = ", ".join(TRAINING_PHOTOGRAPHS + HELD_OUT_PHOTOGRAPHS)
         raise ValueError(f"photograph is {name!r}, needed one of {known}")
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise ImportError("photographic backgrounds need scikit-image: pip install 'sar_fast[reports]'") from error
+    need("a photographic background", "skimage")
+    from skimage import data
+
     pixels = getattr(data, name)()
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)

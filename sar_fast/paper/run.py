@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast import json_text
 from sar_fast.cli.loading import MINIATURE
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.results import read_json
@@ -134,7 +134,7 @@ def run(paper: Paper) -> Path:
         "versions": versions(),
         "commits": sorted({stage.commit or "unknown" for stage in stages}),
     }
-    (paper.out / "paper.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (paper.out / "paper.json").write_text(json_text.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return write_report(paper, summary)
 
 
@@ -144,7 +144,7 @@ def _stages(paper: Paper) -> Iterator[Stage]:
     for name in TRAININGS:
         yield _train(paper, name, data)
     for group, (weights, flags) in paper.groups.items():
-        depends = {"--max-samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
+        depends = {"--max_samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
         depends["--k or --beta"] = [paper.k, paper.beta] if flags else None
         for task in TASKS:
             yield _evaluate(paper, group, task, weights, flags, depends)
@@ -237,7 +237,7 @@ def _sweep(paper: Paper, data: str) -> Stage:
     words += ["--data_dir", str(EXPERIMENTS / "data/benchmarks/mme"), *paper.limits()]
     words += ["--k", *map(str, paper.swept_k), "--beta", *map(str, paper.swept_beta), "--compare_batches", "4"]
     words += ["--output_dir", str(folder)]
-    depends = {"--max-samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
+    depends = {"--max_samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
     depends["swept k or beta"] = [paper.swept_k, paper.swept_beta]
     run = lambda: sweep.run(sweep.parse(words))
     title = "Ablation over K and beta"

@@ -56,7 +56,9 @@ def run_stage(
         say(f"{title}: kept")
         return Stage(title, command, known["seconds"], known["results"], known["commit"])
     if not known and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files that this command did not make; give another --out, or delete it")
+        raise ValueError(
+            f"{folder} holds files that this command did not make; give another --output_dir, or delete it"
+        )
     if changed:
         shutil.rmtree(folder, ignore_errors=True)
     say(f"{title}: again, other {', '.join(changed)}" if changed else title)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, Normalize, SARConfig
 from sar_fast.experiment_arguments import above, arguments_of_process, at_least, below_one, need, parse_groups
+from sar_fast.output_dir import check_output_dir
 from sar_fast.sar_flags import sar_config
 from sar_fast.training.checking import LENGTH
 from sar_fast.training.distributed import refuse_split_models
@@ -269,6 +270,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     groups = (ModelArguments, DataArguments, ControlArguments, SFTArguments)
     arguments = Arguments(*parse_groups(groups, argv))
     check(arguments)
+    check_output_dir(arguments.training.output_dir)
     return arguments
 
 

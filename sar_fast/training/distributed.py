@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+from sar_fast.extras import need
 
 SPLITS = {"tp_size": "tensor parallel", "cp_size": "context parallel", "sp_size": "sequence parallel (Ulysses)"}
 
@@ -25,8 +26,7 @@ def prepare_deepspeed() -> None:
     the process group is made here; and an optional shared-memory operator would be compiled on first use, for a minute.
     ``ImportError`` says what to install.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ImportError("--deepspeed needs the package: pip install sar_fast[deepspeed]")
+    need("--deepspeed", "deepspeed")
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({**alone, "MASTER_PORT": str(free_port())})

@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
 from sar_fast.experiment_arguments import expand
+from sar_fast.extras import need
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
@@ -53,7 +54,11 @@ PACKABLE = ("llava", "llava_next", "internvl", "idefics3", "mistral3")
 def main() -> None:
     """Run the command line; bad input ends it with one line on stderr and exit code 2."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    _train()
+    try:
+        _train()
+    except KeyboardInterrupt as error:
+        sys.stderr.write("\ninterrupted: --resume_from_checkpoint true goes on from the last whole checkpoint\n")
+        raise SystemExit(130) from error
     leave_process_group()
 
 
@@ -79,6 +84,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     training, data = arguments.training, arguments.data
     hf_logging.enable_propagation()
     hf_logging.disable_default_handler()
+    check_packages(arguments)
     check_trackers(training)
     check_model(arguments)
     if arguments.model.use_sar:
@@ -164,7 +170,7 @@ def write_metadata(path: Path, metadata: dict[str, Any], checkpoint: str | None)
         before = json.loads(path.read_text(encoding="utf-8"))
         before.setdefault("resumed", []).append({"checkpoint": checkpoint, **metadata})
         metadata = before
-    path.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
 def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -192,14 +198,23 @@ def draw_loss(trainer: Trainer, path: Path) -> None:
         )
 
 
+def check_packages(arguments: Arguments) -> None:
+    """``ImportError`` for flags that need a package which is not installed; a run would find out at its end."""
+    if arguments.model.finetuning_type == "lora":
+        need("--finetuning_type lora", "peft")
+    if arguments.training.plot_loss:
+        need("--plot_loss", "matplotlib")
+    for name in ("tensorboard", "wandb"):
+        if name in arguments.training.report_to:
+            need(f"--report_to {name}", name)
+
+
 def check_trackers(training: SFTArguments) -> None:
     """``ValueError`` if ``--report_to wandb`` is asked for and Weights & Biases would fail at the first step."""
     if "wandb" not in training.report_to or training.process_index != 0:
         return
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--report_to wandb needs the package wandb: pip install wandb, or --report_to none") from error
+    import wandb
+
     reason = ""
     try:
         known = wandb.setup().settings.mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)

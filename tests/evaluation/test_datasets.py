@@ -24,7 +24,7 @@ def run_script(monkeypatch, name, *flags):
 
 def test_the_shipped_benchmarks_are_what_the_script_draws(tmp_path, monkeypatch):
     """Rows, pictures included; the bytes of the files depend on the version of pyarrow."""
-    run_script(monkeypatch, "make_benchmarks.py", "--out", tmp_path)
+    run_script(monkeypatch, "make_benchmarks.py", "--output_dir", tmp_path)
     drawn = sorted(f.relative_to(tmp_path) for f in tmp_path.rglob("*.parquet"))
     shipped = sorted(f.relative_to(DATA / "benchmarks") for f in (DATA / "benchmarks").rglob("*.parquet"))
     assert drawn == shipped
@@ -60,7 +60,14 @@ def test_boxes_of_the_drawn_refcoco_hold_the_object(tmp_path):
 def test_refcoco_becomes_the_analyses_dataset(tmp_path, monkeypatch, capsys):
     out = tmp_path / "refcoco_val_sar.parquet"
     run_script(
-        monkeypatch, "make_refcoco_sar.py", "--data_dir", DATA / "benchmarks/refcoco", "--out", out, "--max_rows", 10
+        monkeypatch,
+        "make_refcoco_sar.py",
+        "--data_dir",
+        DATA / "benchmarks/refcoco",
+        "--output_dir",
+        tmp_path,
+        "--max_rows",
+        10,
     )
     assert "10 rows, 0 left out" in capsys.readouterr().out
     samples = load_grounding_samples(str(out), DATA)

@@ -111,7 +111,7 @@ class TestScores:
         assert structural_similarities(a, [b])[0] == pytest.approx(np.mean(found), rel=1e-9)
 
     def test_without_scikit_image_the_error_says_how_to_get_it(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+        monkeypatch.setitem(sys.modules, "skimage", None)
         with pytest.raises(ImportError, match=r"pip install 'sar_fast\[reports\]'"):
             structural_similarities(np.ones((8, 8)), [np.ones((8, 8))])
 

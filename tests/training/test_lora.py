@@ -73,7 +73,7 @@ def test_commands_take_adapters(run_folder, picture_file):
     model = ("--model", str(run_folder))
     given = ("--image", picture_file, "--question", QUESTION)
     assert run("generate", *model, *given).strip()
-    assert run("generate", *model, "--base-model", "miniature", *given, "--use-sar", "--k", "2").strip()
+    assert run("generate", *model, "--base_model", "miniature", *given, "--use-sar", "--k", "2").strip()
     by_hand = peft.PeftModel.from_pretrained(base_model(), run_folder).eval()
     own, base = (json.loads(run("inspect", *m, *given, "--json", "--k", "2")) for m in (model, ()))
     assert own["model_type"] == "llava"
@@ -88,8 +88,8 @@ def test_commands_take_adapters(run_folder, picture_file):
     assert [mode["mode"] for mode in timed["modes"]] == ["sar off", "sar on", "eager"]
     checked = run("data", "check", str(DATA / "shapes_train.parquet"), *model, "--max-length", "200")
     assert "0 bad" in checked
-    assert "--base-model has no effect without --model" in fails("data", "check", "x.json", "--base-model", "miniature")
-    assert "--base-model 'miniature' has no effect on --model" in fails("generate", "--base-model", "miniature", *given)
+    assert "--base_model has no effect without --model" in fails("data", "check", "x.json", "--base_model", "miniature")
+    assert "--base_model 'miniature' has no effect on --model" in fails("generate", "--base_model", "miniature", *given)
 
 
 def evaluate(out, model, **more):

@@ -26,7 +26,7 @@ def test_figures_are_drawn(tmp_path):
     for name in ("sft", "control"):
         train(tmp_path / name, max_steps=2, custom_trainer="control_sft" if name == "control" else None)
     done = CliRunner().invoke(
-        app, ["plot", *(str(tmp_path / n) for n in ("sft", "control")), "--out", str(tmp_path / "f")]
+        app, ["plot", *(str(tmp_path / n) for n in ("sft", "control")), "--output_dir", str(tmp_path / "f")]
     )
     assert done.exit_code == 0, done.output
     for name in ("figure_3.png", "figure_4.png"):
@@ -51,7 +51,7 @@ LINE = json.dumps({"step": 1, "gradient_analysis/avg_text_token_grad_L1": 0.5})
 )
 def test_plot_names_a_bad_log(tmp_path, text, message):
     (tmp_path / "gradient_sparsity.jsonl").write_bytes(text)
-    code, output = command("plot", tmp_path, "--out", tmp_path / "f")
+    code, output = command("plot", tmp_path, "--output_dir", tmp_path / "f")
     assert (code, message in output) == (2, True), output
     assert not (tmp_path / "f").exists()
 
@@ -59,11 +59,11 @@ def test_plot_names_a_bad_log(tmp_path, text, message):
 def test_plot_refuses_a_run_given_twice_and_a_file_to_write_into(tmp_path):
     log = tmp_path / "gradient_sparsity.jsonl"
     log.write_text(LINE + "\n")
-    code, output = command("plot", tmp_path, log, "--out", tmp_path / "f")
+    code, output = command("plot", tmp_path, log, "--output_dir", tmp_path / "f")
     assert (code, "is given twice" in output) == (2, True), output
     for out in (log, "/proc/x"):
-        code, output = command("plot", tmp_path, "--out", out)
-        assert (code, f"--out '{out}' is no folder to write into" in output) == (2, True), output
+        code, output = command("plot", tmp_path, "--output_dir", out)
+        assert (code, f"--output_dir '{out}' is no folder to write into" in output) == (2, True), output
 
 
 def test_data_check_names_bad_records(tmp_path):
@@ -83,8 +83,8 @@ def test_data_check_names_bad_records(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{data}", "--dataset-info", "/nope"], "--dataset-info '/nope' is no dataset_info.json nor a folder with one"),
-        (["{data}", "--model", "miniature", "--max-length", "0"], "--max-length must be at least 1; got 0"),
+        (["{data}", "--dataset_info", "/nope"], "--dataset_info '/nope' is no dataset_info.json nor a folder with one"),
+        (["{data}", "--model", "miniature", "--max_length", "0"], "--max_length must be at least 1; got 0"),
         (["{data}", "--model", "/nope"], "--model '/nope' is no folder on this machine"),
         (["{folder}"], "is a folder, needed a file"),
         (["{utf16}"], "utf16.json is not UTF-8 text"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sar_fast.evaluation.focus.grids import TokenGrid
 from sar_fast.evaluation.focus.samples import SMALLEST_SIDE
+from sar_fast.extras import need
 
 SSIM_WINDOW = 7  # pixels; scikit-image's default
 
@@ -65,10 +66,9 @@ def structural_similarities(attention: np.ndarray, others: Sequence[np.ndarray])
 
     The data range of a pair is the larger of the two peaks, so that SSIM's constants scale with the maps.
     """
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError as error:
-        raise ImportError("focus instability needs scikit-image: pip install 'sar_fast[reports]'") from error
+    need("focus instability", "skimage")
+    from skimage.metrics import structural_similarity
+
     side = min(attention.shape)
     if side < SMALLEST_SIDE:
         height, width = attention.shape
