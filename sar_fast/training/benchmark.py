@@ -75,7 +75,7 @@ def training_steps(
 
 
 def remark(tokens: int, limit: int | None = None) -> str | None:
-    """What to know of times at so many tokens, and what to run instead, ``limit`` being the model's; None if nothing."""
+    """What to know of times at so many tokens, and what to run instead; ``limit`` is the model's. None if nothing."""
     if tokens >= TELLING:
         return None
     longer = "a --model that takes more" if limit is not None and limit < TELLING else f"--length {TELLING} or more"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import types
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pytest
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
+from sar_fast.miniature.checkpoint import MINIATURE_PATH
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +48,56 @@ def test_an_unknown_model_argument_is_an_error():
     refuse_unknown({}, known)
     with pytest.raises(ValueError, match=r"--model_args: sar_betta is unknown; did you mean sar_beta\? known: pretr"):
         refuse_unknown({"sar_betta": 1}, known)
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    """The lmms-eval model without lmms-eval: its base class and types are empty ones."""
+    base = type("lmms", (), {"__init__": lambda self: None})
+    for name, content in (
+        ("lmms_eval", {}),
+        ("lmms_eval.api", {}),
+        ("lmms_eval.api.instance", {"Instance": object}),
+        ("lmms_eval.api.model", {"lmms": base}),
+        ("lmms_eval.protocol", {"ChatMessages": object}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "sar_fast.integrations.lmms_eval.model", raising=False)
+    yield importlib.import_module("sar_fast.integrations.lmms_eval.model").SARHuggingFace
+    sys.modules.pop("sar_fast.integrations.lmms_eval.model")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pretrained": "./nowhere"}, "pretrained './nowhere' is no folder on this machine"),
+        ({"pretrained": "{broken}"}, "pretrained '.*' cannot be loaded as an image-text-to-text model"),
+        ({"pretrained": "{silent}"}, "pretrained: its chat template cannot be rendered: .*; give one with template"),
+        ({"dtype": "int8"}, "dtype must be auto, float32"),
+        ({"device": "tpu:1"}, "device 'tpu:1' cannot be used here"),
+        ({"sar_activation_layer_k": 9}, "sar_activation_layer_k must be at most the number of attention layers, 4; g"),
+        ({"sar_activation_layer_k": -1}, "sar_activation_layer_k must be"),
+        ({"sar_beta": 0}, "sar_beta must be > 0"),
+        ({"sar_decode": "later"}, "sar_decode must be"),
+        ({"sar_normalize": "most"}, "sar_normalize must be"),
+        ({"sar_prior_source": "x"}, "sar_prior_source must be"),
+        ({"sar_backend": "x"}, "sar_backend must be"),
+        ({"template": "gone.jinja"}, "template is 'gone.jinja', needed a Jinja file"),
+        ({"use_sar": "maybe"}, "--model_args: use_sar"),
+        ({"sar_betta": 1}, "--model_args: sar_betta is unknown; did you mean sar_beta"),
+    ],
+)
+def test_errors_name_the_arguments_as_lmms_evals_users_write_them(adapter, tmp_path, given, message):
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(MINIATURE_PATH, tmp_path / "silent")
+    (tmp_path / "silent" / "chat_template.jinja").write_text("{{ messages[7].content.x }}")
+    places = {name: str(tmp_path / name) for name in ("broken", "silent")}
+    given = {name: value.format(**places) if isinstance(value, str) else value for name, value in given.items()}
+    with pytest.raises((ValueError, TypeError), match="^" + message) as caught:
+        adapter(**{"pretrained": "miniature", "device": "cpu", "sar_activation_layer_k": 2, **given})
+    assert not re.search(r"--(?!model_args)\w", str(caught.value))
 
 
 def test_stop_words_cut_the_reply():

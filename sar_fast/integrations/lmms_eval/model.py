@@ -18,7 +18,7 @@ from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import encode_texts, generate
 from sar_fast.evaluation.models import prepare_processor, start_processes
 from sar_fast.integrations.hf import apply_sar
-from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
+from sar_fast.integrations.lmms_eval.options import cut, generation_options, in_own_words, refuse_unknown
 from sar_fast.validation import check_flag
 
 
@@ -37,6 +37,7 @@ class SARHuggingFace(lmms):
 
     is_simple = False
 
+    @in_own_words
     def __init__(
         self,
         pretrained: str,
