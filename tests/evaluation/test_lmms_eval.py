@@ -14,7 +14,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from sar_fast.cli.loading import build_prompt
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
@@ -98,6 +100,24 @@ def test_errors_name_the_arguments_as_lmms_evals_users_write_them(adapter, tmp_p
     with pytest.raises((ValueError, TypeError), match="^" + message) as caught:
         adapter(**{"pretrained": "miniature", "device": "cpu", "sar_activation_layer_k": 2, **given})
     assert not re.search(r"--(?!model_args)\w", str(caught.value))
+
+
+def test_a_document_that_the_processor_refuses_is_named(adapter, monkeypatch):
+    model = adapter(pretrained="miniature", device="cpu", use_sar=False)
+    call = type(model.processor).__call__
+
+    def picky(self, images=None, text=None, **options):
+        if any(picture.size[0] < 4 for picture in images):
+            raise ZeroDivisionError("no patch")
+        return call(self, images=images, text=text, **options)
+
+    monkeypatch.setattr(type(model.processor), "__call__", picky)
+    text = build_prompt(model.processor, "What is this?")
+    good, narrow = Image.new("RGB", (20, 20)), Image.new("RGB", (2, 20))
+    names = ["task t, document 3", "task t, document 4"]
+    assert model._encode(names, [text, text], [[good], [good]])["input_ids"].shape[0] == 2
+    with pytest.raises(ValueError, match="task t, document 4: the processor refuses it: ZeroDivisionError: no patch"):
+        model._encode(names, [text, text], [[good], [narrow]])
 
 
 def test_stop_words_cut_the_reply():

@@ -106,7 +106,7 @@ class SARHuggingFace(lmms):
         return replies
 
     def _answer(self, requests: Sequence[Instance]) -> list[str]:
-        texts, pictures = [], []
+        texts, pictures, documents = [], [], []
         for request in requests:
             _, to_messages, _, doc_id, task, split = request.args
             chat = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
@@ -116,12 +116,27 @@ class SARHuggingFace(lmms):
             texts.append(
                 self.processor.apply_chat_template(chat.to_hf_messages(), add_generation_prompt=True, tokenize=False)
             )
-            pictures += [image.convert("RGB") for image in images]
+            pictures.append([image.convert("RGB") for image in images])
+            documents.append(f"task {task}, document {doc_id}")
         options = requests[0].args[2]
-        inputs = encode_texts(self.processor, pictures, texts).to(self.model.device, self.model.dtype)
+        inputs = self._encode(documents, texts, pictures).to(self.model.device, self.model.dtype)
         length = int(options.get("max_new_tokens", 128))
         replies = generate(self.model, self.processor, inputs, length, **generation_options(options))
         return [cut(reply, options.get("until")) for reply in replies]
+
+    def _encode(self, documents: Sequence[str], texts: Sequence[str], pictures: Sequence[list[Any]]) -> Any:
+        """Model inputs of a batch; ``ValueError`` names a document that the processor refuses."""
+        try:
+            return encode_texts(self.processor, [image for images in pictures for image in images], texts)
+        except Exception:
+            for document, text, images in zip(documents, texts, pictures):
+                try:
+                    encode_texts(self.processor, images, [text])
+                except Exception as error:
+                    raise ValueError(
+                        f"{document}: the processor refuses it: {type(error).__name__}: {error}"
+                    ) from error
+            raise
 
     # The harness's base class demands these two of every model, and stops a task that needs them with their error.
 
