@@ -12,7 +12,7 @@ CORE = [
     "numpy>=1.26",
     "transformers>=5.17,<6",
     "safetensors>=0.4",
-    "pillow>=10",
+    "pillow>=10.3",  # opens 16-bit grey as such
     "typer>=0.12",
     "rich>=13",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 
@@ -98,6 +99,25 @@ def test_inspect_describes_a_model():
     assert "re-weighted layers" in run("inspect")
 
 
+def test_a_picture_may_be_given_as_a_url_of_its_content(picture):
+    with open(picture, "rb") as file:
+        url = "data:image/png;base64," + base64.b64encode(file.read()).decode()
+    for image in (url, f"file://{picture}"):
+        assert run("generate", "--image", image, "--question", QUESTION) == run(
+            "generate", "--image", picture, "--question", QUESTION
+        )
+
+
+def test_what_the_models_processor_refuses_is_an_error_of_one_line(picture, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("absolute aspect ratio must be smaller than 200")
+
+    monkeypatch.setattr(type(loading.load_model("miniature")[1].image_processor), "preprocess", refuse)
+    for command in ("generate", "inspect"):
+        line = fails(command, "--image", picture, "--question", QUESTION)
+        assert "--image and --question: the model's processor refuses pictures of 128 x 96 pixels" in line
+
+
 def test_inspect_measures_an_input(picture, tmp_path):
     png = tmp_path / "heads.png"
     given = ("--image", picture, "--question", QUESTION)
@@ -144,6 +164,9 @@ def test_errors_name_the_option(picture, tmp_path):
     assert "cannot be read" in fails("generate", "--image", str(text), *ask)
     assert "cannot be read" in fails("generate", "--image", str(broken), *ask)
     assert "--image" in fails("generate", "--image", str(tmp_path), *ask)
+    url = "https://host//a.png"
+    assert fails("generate", "--image", url, *ask).startswith(f"error: --image is the URL {url!r}: nothing is downl")
+    assert fails("inspect", "--image", "", *ask).startswith("error: --image is the empty path ''")
     assert "--question" in fails("generate", "--image", picture, "--question", " ")
     assert "--question has '<image>'" in fails("generate", "--image", picture, "--question", "a <image> b")
     assert "--model" in fails(*ok, "--model", "./no/such/folder")
@@ -189,12 +212,13 @@ def test_a_text_model_is_refused(picture, tmp_path):
     assert "cannot be loaded" in fails(*ask)
 
 
-def test_a_missing_package_is_named(picture, monkeypatch):
+def test_a_missing_package_is_named(picture, monkeypatch, tmp_path):
     from transformers import AutoProcessor
 
     def needs_torchvision(*_, **__):
         raise ImportError("\nVideoProcessor requires the torchvision library but it was not found in your environment.")
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", needs_torchvision)
-    line = fails("generate", "--model", str(MINIATURE_PATH), "--image", picture, "--question", QUESTION)
+    shutil.copytree(MINIATURE_PATH, tmp_path / "model")  # the shipped one always gets Pillow's image processor
+    line = fails("generate", "--model", str(tmp_path / "model"), "--image", picture, "--question", QUESTION)
     assert "pip install torchvision" in line

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sar_fast.pictures import open_picture
+
 COLOURMAP = "inferno"
 LEAST_OPACITY, MOST_OPACITY = 0.25, 0.85  # of the heat; the picture stays visible under its peak
 
@@ -76,6 +78,7 @@ def heat_overlay(picture: Image.Image, values: np.ndarray, peak: float) -> Image
 
     if not peak > 0:
         raise ValueError(f"peak must be positive; got {peak}")
+    picture = open_picture(picture)
     field = Image.fromarray(np.asarray(values, dtype=np.float32) / peak)
     strength = np.asarray(field.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     heat = colormaps[COLOURMAP](strength[..., 0])[..., :3]

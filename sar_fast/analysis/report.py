@@ -9,11 +9,13 @@ from typing import Any
 
 from PIL import Image
 
+from sar_fast.pictures import open_picture
+
 
 def data_uri(picture: Image.Image) -> str:
     """The picture as a JPEG ``data:`` URI."""
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "JPEG", quality=88, subsampling=0)
+    open_picture(picture).save(buffer, "JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

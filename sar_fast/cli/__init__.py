@@ -1,4 +1,4 @@
-"""``sar-fast``: demo, generate, inspect, doctor, paper, plot, sweep; data, bench."""
+"""``sar-fast``: demo, generate, inspect, doctor, paper, plot, sweep, merge; data, bench."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sar_fast.cli.doctor import doctor
 from sar_fast.cli.errors import Commands
 from sar_fast.cli.generate import generate
 from sar_fast.cli.inspect import inspect
+from sar_fast.cli.merge import merge
 from sar_fast.cli.paper import paper
 from sar_fast.cli.plot import plot
 from sar_fast.cli.sweep import sweep
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, inspect, doctor, paper, plot):
+for command in (demo, generate, inspect, doctor, paper, plot, merge):
     app.command()(command)
 flags_of_its_own = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 app.command(context_settings=flags_of_its_own)(sweep)

@@ -21,6 +21,7 @@ def _group() -> None:
 @bench.command()
 def train(
     model: options.Model = loading.MINIATURE,
+    base_model: options.BaseModel = None,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of the sample, image tokens included.")] = 200,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each mode.")] = 10,
     k: options.K = None,
@@ -48,7 +49,7 @@ def train(
     from sar_fast.training.benchmark import remark, sample_inputs, training_steps
     from sar_fast.training.throughput import known_peak
 
-    loaded, processor = loading.load_model(model, device, dtype)
+    loaded, processor = loading.load_model(model, device, dtype, base_model)
     config = options.sar_config(loaded, k, beta=beta, backend=backend).replace(sav_grad=sav_grad)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -57,6 +58,8 @@ def train(
         inputs = sample_inputs(loaded, processor, length)
     except ValueError as error:
         raise UserError(f"--{error}") from error
+    for parameter in loaded.parameters():  # an adapter freezes its base
+        parameter.requires_grad_(parameter.is_floating_point())
     peak = peak_flops or known_peak(loaded.device)
     records = training_steps(loaded.train(), inputs, config, steps, peak)
     note = remark(inputs["input_ids"].shape[1], limit)

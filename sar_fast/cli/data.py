@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sar_fast.cli import options
 from sar_fast.cli.errors import Commands, UserError
 
 data = typer.Typer(cls=Commands, help="Training data.", no_args_is_help=True)
@@ -37,6 +38,7 @@ def check(
         str | None,
         typer.Option("--model", help="Encode every record for this model too: chat template, labels, length."),
     ] = None,
+    base_model: options.BaseModel = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Longest sample, in tokens.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -56,7 +58,11 @@ def check(
         raise UserError("--max-length has no effect without --model; add it")
     if max_length is not None and max_length < 1:
         raise UserError(f"--max-length must be at least 1; got {max_length}")
-    encoder = _encoder(model, max_length) if model else None
+    if base_model is not None and model is None:
+        raise UserError("--base-model has no effect without --model; add it")
+    if media_dir is not None and not media_dir.is_dir():
+        raise UserError(f"--media-dir {str(media_dir)!r} is no folder")
+    encoder = _encoder(model, base_model, max_length) if model else None
     try:
         found = summary(_check(file, _entry(file, dataset_info), media_dir or file.parent, encoder))
     except FileNotFoundError as error:
@@ -111,12 +117,11 @@ def _check(file: Path, entry: dict[str, Any], media_dir: Path, encoder: Any) -> 
 
 
 def _verdicts(rows: Iterable[tuple[int, Any]], layout: Any, media_dir: Path, encoder: Any) -> Iterator[dict[str, Any]]:
-    from sar_fast.training.records import RecordError, open_image, to_record
+    from sar_fast.training.records import RecordError, id_in_messages, open_image, to_record
 
     for index, row in rows:
-        verdict = {"record": index, "id": "", "reason": "", "images": 0, "answers": 0, "length": 0}
-        if isinstance(row, dict):
-            verdict["id"] = str(row.get("id", ""))
+        name = id_in_messages(row)
+        verdict = {"record": index, "id": name, "reason": "", "images": 0, "answers": 0, "length": 0}
         try:
             record = to_record(row, layout, media_dir)
             if encoder is None:
@@ -147,17 +152,14 @@ def _entry(file: Path, dataset_info: Path | None) -> dict[str, Any]:
     return next(named, {})
 
 
-def _encoder(model: str, max_length: int | None) -> Any:
-    from transformers import AutoProcessor
-
+def _encoder(model: str, base_model: str | None, max_length: int | None) -> Any:
+    from sar_fast import models
     from sar_fast.cli import loading
-    from sar_fast.miniature.checkpoint import MINIATURE_PATH
     from sar_fast.training.encoding import Encoder
 
-    if model != loading.MINIATURE and loading.is_missing_folder(model):
-        raise UserError(f"--model {model!r} is no folder on this machine")
-    source = str(MINIATURE_PATH) if model == loading.MINIATURE else model
+    with loading.options_named():
+        processor = models.load_processor(models.find_model(model, base_model))
     try:
-        return Encoder(AutoProcessor.from_pretrained(source), max_length)
+        return Encoder(processor, max_length)
     except (ValueError, OSError) as error:
         raise UserError(f"--model {model!r}: {' '.join(str(error).split())}") from error

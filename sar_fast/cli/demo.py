@@ -27,7 +27,8 @@ def demo(
         "results/demo"
     ),
     model: options.Model = loading.MINIATURE,
-    image: Annotated[Path | None, typer.Option("--image", help="Your picture; needs --question.")] = None,
+    base_model: options.BaseModel = None,
+    image: Annotated[str | None, typer.Option("--image", help="Your picture; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Your question; needs --image.")] = None,
     k: options.K = None,
     beta: options.Beta = None,
@@ -69,7 +70,7 @@ def demo(
     console = Console()
     with one_thread_for(model), _progress(console) as say:
         say("loading the model")
-        loaded, processor = loading.load_model(model, device, dtype)
+        loaded, processor = loading.load_model(model, device, dtype, base_model)
         config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
 
         from sar_fast.analysis.examples import Prompt, drawn_prompts

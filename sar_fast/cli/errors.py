@@ -16,6 +16,7 @@ OPTION_OF = {  # names that library errors begin with, as the option that sets t
     "model": "--model",
     "k": "--k",
     "max_samples": "--max-samples",
+    "output_dir": "--output_dir",
     "epochs": "--epochs",
 }
 

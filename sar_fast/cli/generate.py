@@ -15,6 +15,7 @@ def generate(
     image: options.Image,
     question: options.Question,
     model: options.Model = loading.MINIATURE,
+    base_model: options.BaseModel = None,
     use_sar: Annotated[bool, typer.Option("--use-sar", help="Re-weight the heads.")] = False,
     k: options.K = None,
     beta: options.Beta = None,
@@ -40,7 +41,7 @@ def generate(
         name = next(name for name, value in chosen.items() if value is not None)
         raise UserError(f"--{name} has no effect without --use-sar; add it")
     picture = loading.open_image(image)
-    loaded, processor = loading.load_model(model, device, dtype)
+    loaded, processor = loading.load_model(model, device, dtype, base_model)
     inputs = loading.build_inputs(loaded, processor, [picture], [question])
 
     from transformers import TextStreamer

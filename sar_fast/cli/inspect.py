@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sar_fast.cli import loading, options
 from sar_fast.cli.errors import UserError
+from sar_fast.pictures import picture_name
 
 LABELS = {
     "model_type": "model type",
@@ -31,7 +32,8 @@ LABELS = {
 
 def inspect(
     model: options.Model = loading.MINIATURE,
-    image: Annotated[Path | None, typer.Option("--image", help="Picture file; needs --question.")] = None,
+    base_model: options.BaseModel = None,
+    image: Annotated[str | None, typer.Option("--image", help="Picture file; needs --question.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="Question; needs --image.")] = None,
     k: options.K = None,
     beta: options.Beta = None,
@@ -61,7 +63,7 @@ def inspect(
     if heatmap is not None and image is None:
         raise UserError("--heatmap draws what is measured on an input; it needs --image and --question")
     picture = None if image is None else loading.open_image(image)
-    loaded, processor = loading.load_model(model, device, dtype)
+    loaded, processor = loading.load_model(model, device, dtype, base_model)
     config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
 
     from sar_fast.integrations.hf import apply_sar
@@ -71,7 +73,7 @@ def inspect(
     if picture is not None:
         inputs = loading.build_inputs(loaded, processor, [picture], [question])
         found |= _measure(loaded, inputs, config)
-        found["input"] |= {"image": str(image), "question": question}
+        found["input"] |= {"image": picture_name(image), "question": question}
     if heatmap is not None:
         _draw(found, heatmap)
     if as_json:

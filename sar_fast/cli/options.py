@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,10 +14,15 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Folder or Hugging Face id of an image-text-to-text model; 'miniature' is the small one that is shipped.",
+        help="Folder or Hugging Face id of an image-text-to-text model, or of an adapter (LoRA); 'miniature' is the "
+        "small one that is shipped.",
     ),
 ]
-Image = Annotated[Path, typer.Option("--image", help="Picture file.", show_default=False)]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", help="The model that an adapter is for. Default: the one that the adapter names."),
+]
+Image = Annotated[str, typer.Option("--image", help="Picture file.", show_default=False)]
 Question = Annotated[str, typer.Option("--question", help="Question about the picture.", show_default=False)]
 K = Annotated[
     int | None,

@@ -41,13 +41,16 @@ class EvaluationArguments:
     """Everything that ``experiments/evaluate.py`` can be told. Exactly one of task, SFS/FI and probe is asked for."""
 
     model_name_or_path: str = dataclasses.field(
-        metadata={"help": "Folder or hub id of an image-text-to-text model; 'miniature' is the small one shipped."}
+        metadata={
+            "help": "Folder or hub id of an image-text-to-text model, or of an adapter; 'miniature' is the one shipped."
+        }
     )
     output_dir: str = dataclasses.field(metadata={"help": "Results, per-sample records and metadata."})
     overwrite_output_dir: bool = _flag(False, "Delete the results of an earlier evaluation in output_dir.")
     seed: int = _flag(42, "Of everything that is random.")
 
     # the model
+    base_model: str | None = _flag(None, "The model that an adapter is for. Default: the one that the adapter names.")
     bf16: bool = _flag(False, "Run the model in bfloat16.")
     fp16: bool = _flag(False, "Run the model in float16.")
     device: str = _flag("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1; set by `accelerate launch`.")

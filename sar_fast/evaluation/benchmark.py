@@ -71,7 +71,7 @@ def make_task(arguments: EvaluationArguments) -> Task:
     for name in ("choice_format", "box_format"):
         if getattr(arguments, name) is not None and name not in task.accepts:
             raise ValueError(f"--{name} has no effect on --task {task.name}; leave it out")
-    if arguments.box_format in NEED_FRAMES and not reports_frames(arguments.model_name_or_path):
+    if arguments.box_format in NEED_FRAMES and not reports_frames(arguments):
         raise ValueError(
             f"--box_format {arguments.box_format} needs a model whose processor reports the resized picture's grid; "
             f"that of {arguments.model_name_or_path} does not"
@@ -81,7 +81,7 @@ def make_task(arguments: EvaluationArguments) -> Task:
             prompt_suffix=arguments.prompt_suffix,
             choice_format=arguments.choice_format or "letters",
             box_format=arguments.box_format,
-            model_type=model_type_of(arguments.model_name_or_path) if "box_format" in task.accepts else "",
+            model_type=model_type_of(arguments) if "box_format" in task.accepts else "",
         )
     )
 

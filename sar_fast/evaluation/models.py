@@ -12,11 +12,12 @@ from torch import nn
 
 from sar_fast.chat_template import read_template
 from sar_fast.cli.errors import UserError
-from sar_fast.cli.loading import MINIATURE, build_prompt, load_model, tokenizer_of
+from sar_fast.cli.loading import build_prompt, tokenizer_of
 from sar_fast.evaluation.answering import GRID, encode_texts
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.model_errors import flags_named
+from sar_fast.models import ModelSource, find_model, load_config, load_model, load_processor
 
 
 def dtype_name(arguments: EvaluationArguments) -> str:
@@ -24,25 +25,22 @@ def dtype_name(arguments: EvaluationArguments) -> str:
     return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
 
 
-def model_type_of(name: str) -> str:
-    """``model_type`` of a model's configuration."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(MINIATURE_PATH if name == MINIATURE else name).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+def source_of(arguments: EvaluationArguments) -> ModelSource:
+    """Where the model lies, and its base if it is an adapter; ``ValueError`` names a bad flag."""
+    with flags_named():
+        return find_model(arguments.model_name_or_path, arguments.base_model)
 
 
-def reports_frames(name: str) -> bool:
-    """Whether a model's processor says how large the model sees each picture."""
-    from transformers import AutoImageProcessor
+def model_type_of(arguments: EvaluationArguments) -> str:
+    """``model_type`` of the model's configuration."""
+    with flags_named():
+        return load_config(source_of(arguments)).model_type
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(MINIATURE_PATH if name == MINIATURE else name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"--model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
-    return GRID in processor.model_input_names
+
+def reports_frames(arguments: EvaluationArguments) -> bool:
+    """Whether the model's processor says how large the model sees each picture."""
+    with flags_named():
+        return GRID in load_processor(source_of(arguments)).image_processor.model_input_names
 
 
 def start_processes(device: str) -> PartialState:
@@ -60,10 +58,8 @@ def start_processes(device: str) -> PartialState:
 def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module, Any, SARHandle | None]:
     """(model in eval mode, processor that pads on the left, SAR's handle or None); ``ValueError`` names a bad flag."""
     device = str(state.device) if arguments.device == "auto" else arguments.device
-    try:
-        model, processor = load_model(arguments.model_name_or_path, device, dtype_name(arguments))
-    except UserError as error:
-        raise ValueError(str(error).replace("--model ", "--model_name_or_path ")) from error
+    with flags_named():
+        model, processor = load_model(source_of(arguments), device, dtype_name(arguments))
     prepare_processor(processor, arguments.template)
     return model, processor, apply_sar(model, arguments.sar_config()) if arguments.use_sar else None
 

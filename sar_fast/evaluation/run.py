@@ -6,6 +6,7 @@ import logging
 import sys
 
 from sar_fast.evaluation.arguments import EvaluationArguments, parse
+from sar_fast.evaluation.models import source_of
 from sar_fast.experiment_arguments import arguments_of_process
 from sar_fast.process_group import leave_process_group
 from sar_fast.threads import one_thread_for
@@ -18,7 +19,7 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     arguments = arguments_of_process(parse)
     try:
-        with one_thread_for(arguments.model_name_or_path):
+        with one_thread_for(source_of(arguments).base_name):
             evaluate(arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")

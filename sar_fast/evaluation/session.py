@@ -14,10 +14,9 @@ import torch
 from accelerate import PartialState
 
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.models import dtype_name, start_processes
+from sar_fast.evaluation.models import dtype_name, source_of, start_processes
 from sar_fast.evaluation.results import ResultFolder
-from sar_fast.evaluation.stamps import file_stamp, model_stamp
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.evaluation.stamps import file_stamp, model_facts
 from sar_fast.run_metadata import commit, versions
 
 logger = logging.getLogger(__name__)
@@ -96,22 +95,13 @@ class Session:
 
 def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
     """What records of any evaluation depend on: the model, how it runs and what it is asked in."""
-    name = arguments.model_name_or_path
-    weights = weights_stamp(name)
     return {
-        "model": Path(name).name if weights else name,  # a folder may have moved
-        "weights": weights,
+        **model_facts(source_of(arguments)),
         "dtype": dtype_name(arguments),
         "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
         "template": file_stamp(Path(arguments.template)) if arguments.template else None,  # None: the model's own
         "max_samples": arguments.max_samples,
     }
-
-
-def weights_stamp(name: str) -> str | None:
-    """What tells a folder's model from others that lay there before, by content; None for a hub id."""
-    folder = MINIATURE_PATH if name == "miniature" else Path(name).expanduser()
-    return model_stamp(folder) if folder.is_dir() else None
 
 
 def now() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pyarrow.parquet import read_metadata
 
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, files_stamp, stamp
 from sar_fast.evaluation.tasks.base import Task
+from sar_fast.pictures import PictureError, find_picture
 from sar_fast.training.records import RecordError, open_image
 
 IMAGE_COLUMN = "image"
@@ -48,7 +49,7 @@ class Table:
             self.stamp["pictures"] = files_stamp(files)
 
     def picture(self, row: int) -> Any:
-        """The RGB picture of a row; ``RecordError`` if it cannot be read."""
+        """The picture of a row as it is shown, mode RGB; ``RecordError`` if it cannot be read."""
         return open_image(self.reference(row))
 
     def picture_key(self, row: int) -> str:
@@ -64,13 +65,11 @@ class Table:
 
     def reference(self, row: int) -> dict[str, Any]:
         """Where the picture of a row is: ``bytes`` or ``path``; ``RecordError`` if it is nowhere."""
-        value = self._pictures[row][IMAGE_COLUMN]
-        if isinstance(value, str):
-            value = {"path": value, "bytes": None}
-        if not isinstance(value, Mapping) or not (value.get("bytes") or value.get("path")):
-            raise RecordError("row has no picture")
-        path = value.get("path")
-        return {"bytes": value.get("bytes"), "path": str(self._folder / path) if path else None}
+        try:
+            place = find_picture(self._pictures[row][IMAGE_COLUMN], self._folder)
+        except PictureError as error:
+            raise RecordError(f"image {error}") from error
+        return {"bytes": place, "path": None} if isinstance(place, bytes) else {"bytes": None, "path": str(place)}
 
     def _picture_files(self) -> list[Path]:
         """Pictures that are files of their own, each once; read by column, so that no other picture is touched."""
@@ -84,7 +83,11 @@ class Table:
                 paths = paths.filter(compute.is_null(compute.struct_field(column, "bytes")))
         else:
             paths = column if pyarrow.types.is_string(column.type) else ()
-        return [self._folder / path for path in dict.fromkeys(p.as_py() for p in paths) if path]
+        places = []
+        for path in dict.fromkeys(p.as_py() for p in paths):
+            with contextlib.suppress(PictureError):  # its row will be skipped, and the reason listed
+                places.append(find_picture(path, self._folder))
+        return [place for place in places if isinstance(place, Path)]
 
 
 def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:

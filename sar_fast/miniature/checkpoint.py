@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProc
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sar_fast.miniature.questions import build_prompt
-
-MINIATURE_PATH = Path(__file__).parent.parent / "assets" / "miniature"
+from sar_fast.models import MINIATURE_PATH
 
 
 def load_miniature(
@@ -31,12 +31,16 @@ def load_miniature(
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"path is {path}, needed a folder with the miniature's config.json")
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
-    processor = LlavaProcessor.from_pretrained(
-        path,
-        image_processor=CLIPImageProcessorPil.from_pretrained(path, local_files_only=True),
-        tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True),
-    )
-    return model.to(device).eval(), processor
+    return model.to(device).eval(), load_processor(path)
+
+
+def load_processor(path: str | Path = MINIATURE_PATH, **options: Any) -> LlavaProcessor:
+    """The processor in a folder; ``options`` of ``from_pretrained``, such as another ``tokenizer``."""
+    parts = {
+        "image_processor": CLIPImageProcessorPil.from_pretrained(path, local_files_only=True),
+        "tokenizer": AutoTokenizer.from_pretrained(path, local_files_only=True),
+    }
+    return LlavaProcessor.from_pretrained(path, **{**parts, **options})
 
 
 @torch.no_grad()

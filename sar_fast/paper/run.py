@@ -20,8 +20,7 @@ from typing import Any
 from sar_fast.cli.loading import MINIATURE
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.results import read_json
-from sar_fast.evaluation.session import weights_stamp
-from sar_fast.evaluation.stamps import files_stamp
+from sar_fast.evaluation.stamps import files_stamp, weights_stamp
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from sar_fast.paper.stages import Stage, run_stage
 from sar_fast.run_metadata import versions
@@ -162,8 +161,8 @@ def _train(paper: Paper, name: str, data: str) -> Stage:
 
     def train() -> dict[str, Any]:
         command = [sys.executable, str(EXPERIMENTS / "train.py"), *words]
-        if any(folder.glob("checkpoint-*")):
-            command += ["--resume_from_checkpoint", "true"]
+        begun = any(folder.glob("checkpoint-*"))
+        command += ["--resume_from_checkpoint", "true"] if begun else ["--overwrite_output_dir"]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "train.log").open("a", encoding="utf-8") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode

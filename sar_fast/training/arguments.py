@@ -20,7 +20,12 @@ class ModelArguments:
     """The model, what of it is trained, and SAR."""
 
     model_name_or_path: str = dataclasses.field(
-        metadata={"help": "Folder or hub id of an image-text-to-text model; 'miniature' is the small one shipped."}
+        metadata={
+            "help": "Folder or hub id of an image-text-to-text model, or of an adapter; 'miniature' is the one shipped."
+        }
+    )
+    base_model: str | None = dataclasses.field(
+        default=None, metadata={"help": "The model that an adapter is for. Default: the one that the adapter names."}
     )
     torch_dtype: str = dataclasses.field(
         default="auto",
@@ -40,11 +45,18 @@ class ModelArguments:
     freeze_trainable_layers: int = dataclasses.field(
         default=2, metadata={"help": "freeze: number of decoder layers that are trained, the last ones."}
     )
-    lora_rank: int = dataclasses.field(default=8)
-    lora_alpha: int | None = dataclasses.field(default=None, metadata={"help": "Default: twice the rank."})
-    lora_dropout: float = dataclasses.field(default=0.0)
-    lora_target: str = dataclasses.field(
-        default="all", metadata={"help": "Comma-separated module names; all: every linear layer of the decoder."}
+    lora_rank: int | None = dataclasses.field(default=None, metadata={"help": "Default: 8, or that of the adapter."})
+    lora_alpha: int | None = dataclasses.field(
+        default=None, metadata={"help": "Default: twice the rank, or that of the adapter."}
+    )
+    lora_dropout: float | None = dataclasses.field(
+        default=None, metadata={"help": "Default: 0, or that of the adapter."}
+    )
+    lora_target: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Module names with commas; all: every linear layer of the decoder. Default: all, or the adapter's."
+        },
     )
     use_sar: bool = dataclasses.field(default=False, metadata={"help": "Re-weight attention heads while training."})
     sar_activation_layer_k: int = dataclasses.field(default=10, metadata={"help": "Last K attention layers."})

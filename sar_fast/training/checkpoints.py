@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+SETTINGS = "run_settings.json"  # in a checkpoint: what decides which weights its run ends with
+TOTALS = "run_totals.json"  # in a checkpoint: loss and seconds up to it
+REPLACED = "replaced_run"  # folder in the output folder: an earlier run, until this one's first save is whole
 COMPLETE = "COMPLETE"  # a file in a checkpoint's folder, written after everything else by every rank is
 
 
@@ -19,6 +22,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Folders ``checkpoint-N`` of a run, oldest first, whole or not."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def forget_replaced(output_dir: Path) -> None:
+    """Delete the earlier run that was moved aside: this one has a whole save."""
+    shutil.rmtree(Path(output_dir) / REPLACED, ignore_errors=True)
 
 
 def last_complete(output_dir: Path) -> Path | None:
@@ -62,11 +70,15 @@ class WholeCheckpoints:
         else:
             super()._load_best_model()
 
+    def save_beside(self, folder: Path) -> None:
+        """Write what else belongs into a checkpoint; every rank enters."""
+
     def _save_checkpoint(self: Trainer, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self.save_beside(folder)
             if dist.is_initialized():
                 dist.barrier()
             if self.args.should_save:
@@ -81,4 +93,5 @@ class WholeCheckpoints:
             self.args.save_total_limit = limit
         if self.args.should_save:
             best = self.state.best_model_checkpoint
+            forget_replaced(folder.parent)
             rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best)

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from sar_fast.training.encoding import IGNORED, Encoder, TooLong
-from sar_fast.training.records import RecordError, read_rows, to_record
+from sar_fast.training.records import RecordError, id_in_messages, read_rows, to_record
 from sar_fast.training.registry import DatasetInfo
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ def read_records(info: DatasetInfo, stamps: Sequence[tuple[str, int, int]] = ())
     """
     for place, index, row in itertools.islice(_rows(info), info.num_samples):
         source = f"{place}, record {index}"
-        if isinstance(row, Mapping) and row.get("id"):
-            source += f" (id {row['id']})"
+        if name := id_in_messages(row):
+            source += f" (id {name})"
         try:
             record = to_record(row, info.layout, info.media_dir)
         except RecordError as error:

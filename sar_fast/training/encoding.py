@@ -7,9 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
+from sar_fast.processors import ProcessorRefusal, call_processor
 from sar_fast.training.records import IMAGE, RecordError, open_image
+from sar_fast.wording import reason
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ class Encoder:
         for mark, answer in zip(marks, answers):
             before, found, rest = rest.partition(mark)
             if not found:
-                raise ValueError(f"chat template leaves out answer {len(spans) + 1} of {len(answers)}")
+                raise RecordError(f"chat template leaves out answer {len(spans) + 1} of {len(answers)}")
             text += before
             start = len(text)
             text += answer
@@ -112,13 +115,16 @@ class Encoder:
             spans.append((start, len(text)))
         text += rest
         if text != self._template(messages):
-            raise ValueError("chat template changes the answers; the loss cannot be put on them")
+            raise RecordError("chat template changes the answers; the loss cannot be put on them")
         return text, spans
 
     def _template(self, messages: Sequence[Mapping[str, str]]) -> str:
         owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
         turns = [{"role": m["role"], "content": self._content(m["content"])} for m in messages]
-        return owner.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+        try:
+            return owner.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+        except TemplateError as error:  # many raise one on purpose: a system turn, roles out of order
+            raise RecordError(f"the model's chat template refuses the record: {reason(error)}") from error
 
     def _content(self, words: str) -> Any:
         """A turn's words as the template takes them: a list of parts, or one string with the model's placeholder."""
@@ -153,9 +159,12 @@ class Encoder:
                 raise RecordError("record has images, but the model has only a tokenizer")
             return dict(self.tokenizer([text], **options))
         if images:
-            options |= {"images": images, "images_kwargs": {"return_tensors": "pt"}}
+            options["images_kwargs"] = {"return_tensors": "pt"}
         options |= {"return_text_replacement_offsets": True, "return_mm_token_type_ids": self._wants_types()}
-        return dict(self.processor(text=[text], **options))
+        try:
+            return dict(call_processor(self.processor, [text], images, **options))
+        except ProcessorRefusal as error:
+            raise RecordError(str(error)) from error
 
     def _wants_types(self) -> bool:
         return "mm_token_type_ids" in getattr(self.processor, "model_input_names", ())

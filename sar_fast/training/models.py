@@ -3,61 +3,56 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sar_fast import adapters, models
 from sar_fast.chat_template import read_template
 from sar_fast.integrations.hf.apply import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
-from sar_fast.training.arguments import Arguments, ModelArguments
+from sar_fast.model_errors import flags_named
+from sar_fast.models import ModelSource, find_model
+from sar_fast.training.arguments import Arguments, ModelArguments, SFTArguments
+from sar_fast.training.lora import add_lora, check_lora_flags, go_on_with_lora
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+def source_of(options: ModelArguments) -> ModelSource:
+    """Where the model lies, and its base if it is an adapter; ``ValueError`` names a bad flag."""
+    with flags_named():
+        return find_model(options.model_name_or_path, options.base_model)
 
 
-def source_of(name: str) -> str:
-    """Folder or hub id of a model's name."""
-    return str(MINIATURE_PATH) if name == "miniature" else str(Path(name).expanduser()) if Path(name).exists() else name
+def check_model(arguments: Arguments) -> None:
+    """``ValueError`` for what can be wrong with the model before weights are read."""
+    options, source = arguments.model, source_of(arguments.model)
+    if source.adapter is not None and options.finetuning_type == "lora":
+        check_lora_flags(source, options)
+    elif source.adapter is not None and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"--finetuning_type {options.finetuning_type} trains the merged model of an adapter, and ZeRO-3 splits the "
+            "weights before they can be merged: make a model of it first, with `sar-fast merge`"
+        )
 
 
 def load_processor(arguments: Arguments) -> Any:
     """The model's processor, with ``--template`` as its chat template if there is one."""
-    from transformers import AutoProcessor
-
-    model, template = arguments.model, arguments.data.template
-    processor = AutoProcessor.from_pretrained(
-        source_of(model.model_name_or_path), trust_remote_code=model.trust_remote_code
-    )
-    if template is not None:
-        processor.chat_template = read_template(template)
+    with flags_named():
+        source = source_of(arguments.model)
+        processor = models.load_processor(source, trust_remote_code=arguments.model.trust_remote_code)
+    if arguments.data.template is not None:
+        processor.chat_template = read_template(arguments.data.template)
     return processor
 
 
 def load_model(arguments: Arguments) -> nn.Module:
     """The model, ready to be given to a Trainer; ``ValueError`` names a flag that does not fit it."""
-    from transformers import AutoModelForImageTextToText
-
     options, training = arguments.model, arguments.training
-    if options.torch_dtype == "auto":
-        # mixed precision keeps the weights in fp32; DeepSpeed keeps an fp32 copy of its own
-        dtype = torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
-    elif options.torch_dtype in DTYPES:
-        dtype = DTYPES[options.torch_dtype]
-    else:
-        raise ValueError(f"torch_dtype must be auto, {', '.join(DTYPES)}; got {options.torch_dtype!r}")
-    model = AutoModelForImageTextToText.from_pretrained(
-        source_of(options.model_name_or_path),
-        dtype=dtype,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
-    model.config.get_text_config().use_cache = False  # training needs no cache, and packed rows allow none
-    model = set_trainable(model, options)
+    model = _load_trainable(options, _dtype(options, training))
     if options.use_sar:
         apply_sar(model, options.sar_config())
     if training.gradient_checkpointing:
@@ -71,10 +66,38 @@ def load_model(arguments: Arguments) -> nn.Module:
     return model
 
 
+def _dtype(options: ModelArguments, training: SFTArguments) -> torch.dtype:
+    if options.torch_dtype == "auto":
+        # mixed precision keeps the weights in fp32; DeepSpeed keeps an fp32 copy of its own
+        return torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
+    if options.torch_dtype in models.DTYPES:
+        return models.DTYPES[options.torch_dtype]
+    raise ValueError(f"torch_dtype must be auto, {', '.join(models.DTYPES)}; got {options.torch_dtype!r}")
+
+
+def _load_trainable(options: ModelArguments, dtype: torch.dtype) -> nn.Module:
+    """The model with what its fine-tuning type trains: an adapter goes on, or is merged and then trained."""
+    with flags_named():
+        source = source_of(options)
+        model = models.load_whole(
+            source,
+            dtype,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+        )
+        if source.adapter is None:
+            return set_trainable(model, options)
+        if options.finetuning_type == "lora":
+            return go_on_with_lora(model, source, options)
+        merged = adapters.merge(adapters.attach(model, source), source)
+        logger.info("%s trains the merged model: %s", options.finetuning_type, source.adapter)
+        return set_trainable(merged.requires_grad_(True), options)
+
+
 def set_trainable(model: nn.Module, options: ModelArguments) -> nn.Module:
     """Freeze what the fine-tuning type does not train; LoRA returns the PEFT model."""
     if options.finetuning_type == "lora":
-        return _lora(model, options)
+        return add_lora(model, options)
     vision, projector = vision_modules(model)
     if options.finetuning_type == "freeze":
         layers = find_decoder_layers(model)
@@ -108,27 +131,3 @@ def vision_modules(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         except AttributeError:
             continue
     return vision, projector
-
-
-def _lora(model: nn.Module, options: ModelArguments) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    decoder = find_decoder_layers(model)
-    linear = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
-    wanted = None if options.lora_target == "all" else {t.strip() for t in options.lora_target.split(",")}
-    known = {name.split(".")[-1] for name in linear}
-    unknown = sorted((wanted or set()) - known)
-    if unknown:
-        raise ValueError(
-            f"lora_target {', '.join(unknown)} not in the decoder layers; known: {', '.join(sorted(known))}"
-        )
-    inside = {id(m) for n, m in linear.items() if wanted is None or n.split(".")[-1] in wanted}
-    targets = [name for name, module in model.named_modules() if id(module) in inside]
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
-        lora_dropout=options.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)

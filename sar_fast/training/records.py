@@ -8,20 +8,28 @@ A record is ``messages`` (an optional system turn, then user and assistant in tu
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from sar_fast.pictures import PictureError, find_picture, open_picture, picture_name
+from sar_fast.wording import cut, describe, quote
 
 IMAGE = "<image>"
 SUFFIXES = (".json", ".jsonl", ".parquet")
 FORMATTINGS = ("sharegpt", "alpaca")
-DEFAULT_COLUMNS = {
-    "sharegpt": {"messages": "conversations"},
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+DEFAULT_COLUMNS = {  # the names that are tried
+    "sharegpt": {"messages": ("conversations", "messages"), "images": ("images", "image")},
+    "alpaca": {
+        "prompt": ("instruction",),
+        "query": ("input",),
+        "response": ("output",),
+        "images": ("images", "image"),
+    },
 }
 KNOWN_COLUMNS = {
     "sharegpt": ("messages", "system", "images"),
@@ -34,7 +42,6 @@ DEFAULT_TAGS = {
     "assistant_tag": "gpt",
     "system_tag": "system",
 }
-PICTURE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 
 
@@ -66,13 +73,18 @@ class Layout:
                 raise ValueError(f"tags may be {', '.join(DEFAULT_TAGS)}; got {name!r}")
 
     def column(self, row: Mapping[str, Any], name: str) -> Any:
-        """The row's value for a column's role, None where the row has none."""
-        given = self.columns.get(name) or DEFAULT_COLUMNS[self.formatting].get(name)
-        if given is None and name == "images":
-            given = "images" if "images" in row else "image"
-        if self.formatting == "sharegpt" and name == "messages" and "messages" not in self.columns:
-            given = "messages" if "messages" in row and given not in row else given
-        return row.get(given) if given else row.get(name)
+        """The row's value for a column's role, None where the row has none.
+
+        ``RecordError`` if the row has two columns for it that differ.
+        """
+        given = self.columns.get(name)
+        names = (given,) if given else DEFAULT_COLUMNS[self.formatting].get(name, (name,))
+        found = {n: row[n] for n in names if row.get(n) is not None}
+        found = {n: value for n, value in found.items() if value != []} or found
+        values = list(found.values()) or [None]
+        if any(_as_list(value) != _as_list(values[0]) for value in values[1:]):
+            raise RecordError(f"{' and '.join(found)} are both given and differ; leave one out, or name it in columns")
+        return values[0]
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -94,7 +106,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # the byte-order mark that some editors put first is no JSON
         if path.suffix == ".jsonl":
             lines = ((n, line) for n, line in enumerate(file, start=1) if line.strip())
             for index, (number, line) in enumerate(lines):
@@ -109,8 +121,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of a number of thousands of digits too
         raise ValueError(f"{place} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deeply to be read") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -121,8 +135,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a parquet file that can be read: {error}") from error
 
 
 def to_record(row: Any, layout: Layout, media_dir: Path) -> dict[str, Any]:
@@ -133,13 +147,34 @@ def to_record(row: Any, layout: Layout, media_dir: Path) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"record is a {type(row).__name__}, needed an object")
-    messages = _sharegpt_messages(row, layout) if layout.formatting == "sharegpt" else _alpaca_messages(row, layout)
+    name = _id(row)
+    turns, parts = _sharegpt_turns(row, layout) if layout.formatting == "sharegpt" else _alpaca_turns(row, layout)
     system = layout.column(row, "system")
-    if system:
-        messages.insert(0, {"role": "system", "content": str(system)})
-    images = [_image_reference(image, media_dir) for image in _as_list(layout.column(row, "images"))]
-    check_messages(messages, len(images))
-    return {"id": str(row.get("id", "")), "messages": messages, "images": images}
+    if system is not None and check_text(system, "system"):
+        if turns[0]["role"] == "system":
+            raise RecordError("record has a system column and a system turn, needed one of them")
+        turns.insert(0, {"role": "system", "content": system})
+    images = _images(parts, layout.column(row, "images"), media_dir)
+    check_messages(turns, len(images))
+    return {"id": name, "messages": turns, "images": images}
+
+
+def id_in_messages(row: Any) -> str:
+    """A row's id as messages name it, whatever it is; "" where there is none."""
+    value = row.get("id") if isinstance(row, Mapping) else None
+    return "" if value is None else cut(value if isinstance(value, str) else quote(value), 100)
+
+
+def check_text(value: Any, what: str) -> str:
+    """The value, if it is text that can be stored and tokenized; else ``RecordError``, which begins with ``what``."""
+    if not isinstance(value, str):
+        raise RecordError(f"{what} is {describe(value)}, needed text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise RecordError(f"{what} has {half!r} at character {error.start + 1}: half of a surrogate pair") from error
+    return value
 
 
 def check_messages(messages: list[dict[str, str]], num_images: int) -> None:
@@ -165,51 +200,118 @@ def check_messages(messages: list[dict[str, str]], num_images: int) -> None:
         raise RecordError(f"record has {placeholders} {IMAGE} placeholder(s) for {num_images} image(s)")
 
 
-def _sharegpt_messages(row: Mapping[str, Any], layout: Layout) -> list[dict[str, str]]:
+def _id(row: Mapping[str, Any]) -> str:
+    value = row.get("id")
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return check_text(value, "id")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise RecordError(f"id is {describe(value)}, needed text or a number")
+    return str(value)
+
+
+def _sharegpt_turns(row: Mapping[str, Any], layout: Layout) -> tuple[list[dict[str, str]], list[Any]]:
+    """(turns, what each image part says of its picture: None where it says nothing)."""
     turns = layout.column(row, "messages")
     if not isinstance(turns, list) or not turns:
         wanted = layout.columns.get("messages", "conversations")
-        raise RecordError(f"column {wanted!r} is {_describe(turns)}, needed a list of turns; columns: {sorted(row)}")
-    messages = []
+        raise RecordError(f"column {wanted!r} is {describe(turns)}, needed a list of turns; {_columns(row)}")
+    messages, pictures = [], []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
-            raise RecordError(f"turn {number} is {_describe(turn)}, needed an object")
+            raise RecordError(f"turn {number} is {describe(turn)}, needed an object")
         tags = {**DEFAULT_TAGS, **(OPENAI_TAGS if not layout.tags and "role" in turn else {}), **layout.tags}
         roles = {tags["user_tag"]: "user", tags["assistant_tag"]: "assistant", tags["system_tag"]: "system"}
         role, content = turn.get(tags["role_tag"]), turn.get(tags["content_tag"])
-        if role not in roles:
-            raise RecordError(f"turn {number}: {tags['role_tag']!r} is {role!r}, needed one of {', '.join(roles)}")
-        messages.append({"role": roles[role], "content": _plain_text(content, number, tags["content_tag"])})
-    return messages
+        if not isinstance(role, str) or role not in roles:
+            raise RecordError(f"turn {number}: {tags['role_tag']!r} is {quote(role)}, needed one of {', '.join(roles)}")
+        if isinstance(content, list):
+            content = "".join(_part(part, number, pictures) for part in content)
+        content = check_text(content, f"turn {number}: {tags['content_tag']!r}")
+        messages.append({"role": roles[role], "content": content})
+    return messages, pictures
 
 
-def _plain_text(content: Any, number: int, tag: str) -> str:
-    """Words of a turn; OpenAI's list of parts is joined, an image part being ``<image>``."""
-    if isinstance(content, list):
-        parts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind not in ("text", "image"):
-                raise RecordError(f"turn {number}: a part is {_describe(part)}, needed type 'text' or 'image'")
-            parts.append(part.get("text", "") if kind == "text" else IMAGE)
-        content = "".join(parts)
-    if not isinstance(content, str):
-        raise RecordError(f"turn {number}: {tag!r} is {_describe(content)}, needed text")
-    return content
+def _part(part: Any, turn: int, pictures: list[Any]) -> str:
+    """The words of one of OpenAI's parts, ``<image>`` for a picture, of which ``pictures`` gets what the part says."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return check_text(part.get("text"), f"turn {turn}: a part's 'text'")
+    if kind == "image":
+        named = any(part.get(key) is not None for key in ("bytes", "path", "url"))
+        picture = part.get("image")
+        pictures.append(part if picture is None and named else picture)
+    elif kind == "image_url":
+        if part.get("image_url") is None:
+            raise RecordError(f"turn {turn}: a part of type image_url has no image_url: {quote(part)}")
+        pictures.append(part["image_url"])
+    else:
+        raise RecordError(f"turn {turn}: a part is {describe(part)}, needed type text, image or image_url")
+    return IMAGE
 
 
-def _alpaca_messages(row: Mapping[str, Any], layout: Layout) -> list[dict[str, str]]:
+def _alpaca_turns(row: Mapping[str, Any], layout: Layout) -> tuple[list[dict[str, str]], list[Any]]:
+    """(turns, no image parts)."""
     prompt, query, response = (layout.column(row, name) for name in ("prompt", "query", "response"))
     for name, value in (("prompt", prompt), ("response", response)):
         if not isinstance(value, str):
-            raise RecordError(f"{name} is {_describe(value)}, needed text; columns: {sorted(row)}")
+            raise RecordError(f"{name} is {describe(value)}, needed text; {_columns(row)}")
+    history = layout.column(row, "history")
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise RecordError(f"history is {describe(history)}, needed a list of pairs of question and answer")
     messages = []
-    for pair in layout.column(row, "history") or []:
+    for number, pair in enumerate(history or (), start=1):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise RecordError(f"history holds {_describe(pair)}, needed pairs of question and answer")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = f"{prompt}\n{query}" if query else prompt
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": response}]
+            raise RecordError(f"history holds {describe(pair)}, needed pairs of question and answer")
+        for role, words in zip(("user", "assistant"), pair):
+            messages.append({"role": role, "content": check_text(words, f"history, pair {number}: the {role}'s turn")})
+    question = check_text(prompt, "prompt")
+    if query is not None and check_text(query, "query"):
+        question = f"{question}\n{query}"
+    answer = check_text(response, "response")
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], []
+
+
+def _images(parts: list[Any], column: Any, media_dir: Path) -> list[dict[str, Any]]:
+    """The pictures of a record, from its image parts if they have some, else from its column."""
+    listed = _references(_as_list(column), media_dir)
+    carried = [part for part in parts if part is not None]
+    if not carried:
+        return listed
+    if len(carried) < len(parts):
+        raise RecordError(f"{len(carried)} of {len(parts)} image parts have a picture, needed one in all or in none")
+    own = _references(carried, media_dir)
+    if listed and listed != own:
+        raise RecordError("the turns' image parts and the images column both have pictures, and they differ")
+    return own
+
+
+def _references(images: list[Any], media_dir: Path) -> list[dict[str, Any]]:
+    references = []
+    for number, image in enumerate(images, start=1):
+        name = "image" if len(images) == 1 else f"image {number}"
+        try:
+            place = find_picture(image, media_dir)
+        except PictureError as error:
+            raise RecordError(f"{name} {error}") from error
+        if isinstance(place, bytes):
+            references.append({"path": None, "bytes": place})
+        else:
+            references.append({"path": check_text(str(place), f"{name}'s path"), "bytes": None})
+    return references
+
+
+def open_image(reference: Mapping[str, Any]) -> Image.Image:
+    """The picture of a record's image as it is shown, mode RGB (:func:`sar_fast.pictures.open_picture`).
+
+    ``RecordError`` if the file is missing or is no whole picture.
+    """
+    name = f"image file {picture_name(reference['path'])}" if reference["path"] else "image in the record"
+    try:
+        return open_picture(reference["bytes"] or reference["path"])
+    except PictureError as error:
+        raise RecordError(f"{name} {error}") from error
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -218,38 +320,5 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _image_reference(image: Any, media_dir: Path) -> dict[str, Any]:
-    if isinstance(image, str):
-        return {"path": str(media_dir / image), "bytes": None}
-    if isinstance(image, (bytes, bytearray)):
-        return {"path": None, "bytes": bytes(image)}
-    if isinstance(image, Mapping) and (image.get("bytes") or image.get("path")):
-        path = image.get("path")
-        return {"path": str(media_dir / path) if path else None, "bytes": image.get("bytes")}
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return {"path": None, "bytes": buffer.getvalue()}
-    raise RecordError(f"image is {_describe(image)}, needed a path, bytes, or an object with one of them")
-
-
-def open_image(reference: Mapping[str, Any]) -> Image.Image:
-    """The RGB picture of a record's image; ``RecordError`` if the file is missing or is no whole picture."""
-    name = reference["path"] or "image in the record"
-    try:
-        source = io.BytesIO(reference["bytes"]) if reference["bytes"] else reference["path"]
-        with Image.open(source) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise RecordError(f"image file {name} does not exist") from error
-    except PICTURE_ERRORS as error:
-        raise RecordError(f"{name} cannot be read as a picture: {picture_problem(error)}") from error
-
-
-def picture_problem(error: Exception) -> str:
-    """Why Pillow cannot read a picture, in the same words in every run: its own may hold an object's address."""
-    return "its format is unknown" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def _describe(value: Any) -> str:
-    return "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+def _columns(row: Mapping[str, Any]) -> str:
+    return "columns: " + cut(", ".join(map(str, row)))

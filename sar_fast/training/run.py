@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,16 @@ from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
 from sar_fast.threads import one_thread_for
 from sar_fast.training.arguments import Arguments, SFTArguments, main_arguments
-from sar_fast.training.checkpoints import checkpoints, last_complete
+from sar_fast.training.checkpoints import forget_replaced
 from sar_fast.training.data import Collator, encode_dataset, load_records
 from sar_fast.training.distributed import asks_for_deepspeed, prepare_deepspeed
 from sar_fast.training.encoding import Encoder
-from sar_fast.training.gradients import FILE_NAME, GradientSparsityCallback
-from sar_fast.training.models import load_model, load_processor
+from sar_fast.training.gradients import GradientSparsityCallback
+from sar_fast.training.models import check_model, load_model, load_processor, source_of
+from sar_fast.training.output_folder import move_aside
 from sar_fast.training.plots import plot_loss
-from sar_fast.training.registry import find_datasets
+from sar_fast.training.registry import DatasetInfo, find_datasets
+from sar_fast.training.resume import check_same_run, find_checkpoint, is_finished, run_settings
 from sar_fast.training.throughput import ThroughputCallback
 from sar_fast.training.trainers import ControlSFTTrainer, SFTTrainer
 
@@ -51,7 +52,7 @@ def _train() -> None:
             if asks_for_deepspeed(expand(sys.argv[1:])):
                 prepare_deepspeed()
             arguments = main_arguments()
-            threads.enter_context(one_thread_for(arguments.model.model_name_or_path))
+            threads.enter_context(one_thread_for(source_of(arguments.model).base_name))
             trainer, checkpoint = build(arguments)
         except (ValueError, TypeError, ImportError, OSError) as error:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -67,7 +68,11 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     hf_logging.enable_propagation()
     hf_logging.disable_default_handler()
     check_trackers(training)
-    checkpoint = find_checkpoint(arguments)
+    check_model(arguments)
+    checkpoint = find_checkpoint(arguments) if training.do_train else None
+    settings = run_settings(arguments, _infos(arguments, data.dataset)) if training.do_train else None
+    if checkpoint is not None:
+        check_same_run(settings, checkpoint)
     set_seed(training.seed)
     processor = load_processor(arguments)
     encoder = Encoder(processor, data.max_length, data.too_long)
@@ -82,6 +87,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     options: dict[str, Any] = {
         "model": model,
         "args": training,
+        "run_settings": settings,
         "train_dataset": train,
         "eval_dataset": evaluation,
         "processing_class": processor,
@@ -101,24 +107,62 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
 
 
 def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
-    """Train and evaluate, as asked; write model, metrics, figures and metadata into the output folder."""
+    """Train and evaluate, as asked; write model, metrics, figures and metadata into the output folder.
+
+    A run that had finished is not run again: its model and results stay as they are.
+    """
     training = arguments.training
     output = Path(training.output_dir)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "run_metadata.json").write_text(json.dumps(run_metadata(arguments), indent=2) + "\n")
-    if training.do_train:
+    finished = is_finished(checkpoint, output)
+    prepare_folder(trainer, arguments, checkpoint)
+    if finished:
+        logger.info("the run had finished at %s: its model and results stay as they are", checkpoint)
+    if training.do_train and not (finished and not training.do_eval):
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        if training.plot_loss and trainer.is_world_process_zero():
-            draw_loss(trainer, output / "training_loss.png")
+        if not finished:
+            save_run(trainer, result.metrics)
     if training.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+
+
+def prepare_folder(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
+    """Make room in the output folder, if that is asked, and write ``run_metadata.json``; ranks wait for each other."""
+    training = arguments.training
+    output = Path(training.output_dir)
+    if training.should_save and training.do_train and training.overwrite_output_dir and checkpoint is None:
+        aside = move_aside(output)
+        if aside is not None:
+            logger.info("an earlier run was moved to %s, and is deleted after the first whole save of this one", aside)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        write_metadata(output / "run_metadata.json", run_metadata(arguments), checkpoint)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write_metadata(path: Path, metadata: dict[str, Any], checkpoint: str | None) -> None:
+    """A new run's metadata, or, after a resume, one more of the list ``resumed`` in what the run began with."""
+    if checkpoint is not None and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before.setdefault("resumed", []).append({"checkpoint": checkpoint, **metadata})
+        metadata = before
+    path.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Model, state, results and figure of a run that has ended."""
+    training = trainer.args
+    output = Path(training.output_dir)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    if training.should_save:
+        forget_replaced(output)
+    if training.plot_loss and trainer.is_world_process_zero():
+        draw_loss(trainer, output / "training_loss.png")
 
 
 def draw_loss(trainer: Trainer, path: Path) -> None:
@@ -163,34 +207,6 @@ def check_packing(model: nn.Module, zero3: bool) -> None:
         raise ValueError("--packing with ZeRO-3 has no place for the blank image of a batch without any; use ZeRO-2")
 
 
-def find_checkpoint(arguments: Arguments) -> str | None:
-    """Where ``--resume_from_checkpoint`` says: a folder, or with ``true`` the newest whole one of the output folder.
-
-    ``ValueError`` if the output folder holds an earlier run's checkpoints and neither resume nor overwriting is asked.
-    """
-    training = arguments.training
-    wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
-    if wanted is None or str(wanted).lower() == "false":
-        if training.do_train and (old := checkpoints(output)):
-            if not training.overwrite_output_dir:
-                raise ValueError(
-                    f"output_dir {output} holds {old[-1].name} of an earlier run: give --resume_from_checkpoint true "
-                    "or --overwrite_output_dir"
-                )
-            if training.process_index == 0:
-                for folder in old:
-                    shutil.rmtree(folder)
-                (output / FILE_NAME).unlink(missing_ok=True)
-        return None
-    if str(wanted).lower() == "true":
-        found = last_complete(output)
-        logger.info("resuming from %s", found or "nothing: no whole checkpoint yet")
-        return str(found) if found else None
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint is {wanted}, which is no whole checkpoint")
-    return str(wanted)
-
-
 def run_metadata(arguments: Arguments) -> dict[str, Any]:
     """Versions, command, seed and configuration, as stored in run_metadata.json."""
     return {
@@ -203,10 +219,14 @@ def run_metadata(arguments: Arguments) -> dict[str, Any]:
     }
 
 
+def _infos(arguments: Arguments, names: str) -> list[DatasetInfo]:
+    data = arguments.data
+    return find_datasets(names, Path(data.dataset_dir), Path(data.media_dir) if data.media_dir else None)
+
+
 def _dataset(arguments: Arguments, names: str, encoder: Encoder) -> Any:
     data = arguments.data
-    media = Path(data.media_dir) if data.media_dir else None
-    infos = find_datasets(names, Path(data.dataset_dir), media)
+    infos = _infos(arguments, names)
     with arguments.training.main_process_first(desc="preparing data"):
         records = load_records(infos, data.streaming, data.cache_dir)
         if data.max_samples is not None:

@@ -345,9 +345,9 @@ class TestDataset:
             ({"query": " "}, "query is ' ', needed words"),
             ({"bbox": [1.0, 2.0, 3.0]}, "needed four numbers"),
             ({"bbox": [1.0, 2.0, 3.0, float("nan")]}, "needed four numbers"),
-            ({"image": 5}, "image is a int, needed a path"),
-            ({"mask": 3.5}, "mask is a float, needed an encoded picture, polygons, or run lengths"),
-            ({"segmentation": 3.5}, "row 0: segmentation is a float"),
+            ({"image": 5}, "image is int 5, needed a path"),
+            ({"mask": 3.5}, "mask is float 3.5, needed a path, .*; or polygons, or run lengths"),
+            ({"segmentation": 3.5}, "row 0: segmentation is float 3.5"),
             (
                 {"segmentation": {"size": [10], "counts": [200]}},
                 r"segmentation: size is \[10\], needed \[hei",

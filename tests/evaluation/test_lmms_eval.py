@@ -13,14 +13,16 @@ import types
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from sar_fast.cli.loading import build_prompt
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.models import prepare_processor
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.miniature.checkpoint import MINIATURE_PATH, load_miniature
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,19 +55,14 @@ def test_an_unknown_model_argument_is_an_error():
 
 
 @pytest.fixture
-def adapter(monkeypatch):
-    """The lmms-eval model without lmms-eval: its base class and types are empty ones."""
+def harness(monkeypatch):
+    """The model's class, on stand-ins of the few names that it imports from lmms-eval."""
     base = type("lmms", (), {"__init__": lambda self: None})
-    for name, content in (
-        ("lmms_eval", {}),
-        ("lmms_eval.api", {}),
-        ("lmms_eval.api.instance", {"Instance": object}),
-        ("lmms_eval.api.model", {"lmms": base}),
-        ("lmms_eval.protocol", {"ChatMessages": object}),
-    ):
+    names = {"api.instance": {"Instance": object}, "api.model": {"lmms": base}, "protocol": {"ChatMessages": Chat}}
+    for name, content in {"": {}, "api": {}, **names}.items():
         module = types.ModuleType(name)
         vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}".rstrip("."), module)
     monkeypatch.delitem(sys.modules, "sar_fast.integrations.lmms_eval.model", raising=False)
     yield importlib.import_module("sar_fast.integrations.lmms_eval.model").SARHuggingFace
     sys.modules.pop("sar_fast.integrations.lmms_eval.model")
@@ -91,33 +88,32 @@ def adapter(monkeypatch):
         ({"sar_betta": 1}, "--model_args: sar_betta is unknown; did you mean sar_beta"),
     ],
 )
-def test_errors_name_the_arguments_as_lmms_evals_users_write_them(adapter, tmp_path, given, message):
+def test_errors_name_the_arguments_as_lmms_evals_users_write_them(harness, tmp_path, given, message):
     (tmp_path / "broken").mkdir()
     shutil.copytree(MINIATURE_PATH, tmp_path / "silent")
     (tmp_path / "silent" / "chat_template.jinja").write_text("{{ messages[7].content.x }}")
     places = {name: str(tmp_path / name) for name in ("broken", "silent")}
     given = {name: value.format(**places) if isinstance(value, str) else value for name, value in given.items()}
     with pytest.raises((ValueError, TypeError), match="^" + message) as caught:
-        adapter(**{"pretrained": "miniature", "device": "cpu", "sar_activation_layer_k": 2, **given})
+        harness(**{"pretrained": "miniature", "device": "cpu", "sar_activation_layer_k": 2, **given})
     assert not re.search(r"--(?!model_args)\w", str(caught.value))
 
 
 def test_a_document_that_the_processor_refuses_is_named(adapter, monkeypatch):
-    model = adapter(pretrained="miniature", device="cpu", use_sar=False)
-    call = type(model.processor).__call__
+    call = type(adapter.processor).__call__
 
     def picky(self, images=None, text=None, **options):
         if any(picture.size[0] < 4 for picture in images):
             raise ZeroDivisionError("no patch")
         return call(self, images=images, text=text, **options)
 
-    monkeypatch.setattr(type(model.processor), "__call__", picky)
-    text = build_prompt(model.processor, "What is this?")
+    monkeypatch.setattr(type(adapter.processor), "__call__", picky)
+    text = build_prompt(adapter.processor, "What is this?")
     good, narrow = Image.new("RGB", (20, 20)), Image.new("RGB", (2, 20))
     names = ["task t, document 3", "task t, document 4"]
-    assert model._encode(names, [text, text], [[good], [good]])["input_ids"].shape[0] == 2
+    assert adapter._encode(names, [text, text], [[good], [good]])["input_ids"].shape[0] == 2
     with pytest.raises(ValueError, match="task t, document 4: the processor refuses it: ZeroDivisionError: no patch"):
-        model._encode(names, [text, text], [[good], [narrow]])
+        adapter._encode(names, [text, text], [[good], [narrow]])
 
 
 def test_stop_words_cut_the_reply():
@@ -131,6 +127,53 @@ def test_the_entry_point_names_what_is_there():
     (found,) = [e for e in entry_points(group="lmms_eval.models") if e.value.startswith("sar_fast")]
     assert found.value == "sar_fast.integrations.lmms_eval:manifests"
     assert callable(found.load())
+
+
+class Chat:
+    """What the adapter uses of lmms-eval's ``ChatMessages``: a question about one picture."""
+
+    def __init__(self, messages):
+        self.picture, self.question = messages
+
+    def extract_media(self):
+        return [self.picture], [], []
+
+    def to_hf_messages(self):
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}]
+
+
+@pytest.fixture
+def adapter(harness):
+    """The adapter on the miniature."""
+    model = object.__new__(harness)
+    model.model, model.processor = load_miniature()
+    prepare_processor(model.processor)
+    return model
+
+
+def request(model, picture, number=0):
+    model.task_dict = {"a": {"test": {number: (picture, "What colour is the circle?")}}}
+    return types.SimpleNamespace(args=("", lambda document: document, {"max_new_tokens": 4}, number, "a", "test"))
+
+
+def test_pictures_of_tasks_are_shown_as_everywhere(adapter, monkeypatch):
+    seen = []
+    module = sys.modules[type(adapter).__module__]
+    encode = module.encode_texts
+    monkeypatch.setattr(
+        module, "encode_texts", lambda p, pictures, texts: seen.append(pictures) or encode(p, pictures, texts)
+    )
+    plain = Image.fromarray(np.arange(40 * 24, dtype=np.uint8).reshape(24, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = plain.transpose(Image.Transpose.ROTATE_90)
+    turned.info["exif"] = exif.tobytes()
+    deep = Image.fromarray(np.asarray(plain).astype(np.uint16) * 257)
+    replies = [adapter._answer([request(adapter, picture)]) for picture in (plain, turned, deep)]
+    assert replies[0] == replies[1] == replies[2]
+    assert {(picture.mode, picture.tobytes()) for (picture,) in seen} == {("RGB", plain.convert("RGB").tobytes())}
+    with pytest.raises(ValueError, match="task a: a picture of document 7 has no pixels: 0 x 4"):
+        adapter._answer([request(adapter, Image.new("RGB", (0, 4)), 7)])
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.evaluation.focus.dataset import to_sample
-from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, SampleSkipped
+from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, SampleSkipped, check_size
 from sar_fast.evaluation.tasks.refcoco import SLACK
 from sar_fast.training.records import DEFAULT_COLUMNS
+from sar_fast.wording import cut
 
 OWN = ("object_prompt", "bbox")  # columns that chat records do not have
 
@@ -18,8 +19,8 @@ def is_grounding(row: Any, columns: Mapping[str, str]) -> bool:
     """Whether a table whose first row is this one is a grounding table, not one of chat records."""
     if not isinstance(row, Mapping):
         return False
-    turns = {"messages", *(name for layout in DEFAULT_COLUMNS.values() for name in layout.values())}
-    if not turns.isdisjoint(row) or not {"messages", "prompt", "response"}.isdisjoint(columns):
+    tried = (names for layout in DEFAULT_COLUMNS.values() for role, names in layout.items() if role != "images")
+    if not set().union(*tried).isdisjoint(row) or not {"messages", "prompt", "response"}.isdisjoint(columns):
         return False
     return any(columns.get(name, name) in row for name in OWN)
 
@@ -40,7 +41,7 @@ def grounding_verdicts(
             twice = f"id {sample.id!r} is in record {first} already" if first != number else ""
             verdict["reason"] = twice or _problem(sample)
             verdict |= {
-                "id": "" if sample.id == str(number) else sample.id,
+                "id": "" if sample.id == str(number) else cut(sample.id, 100),
                 "boxes": int(sample.bbox is not None),
                 "masks": int(sample.mask is not None),
             }
@@ -49,7 +50,7 @@ def grounding_verdicts(
 
 def _problem(sample: GroundingSample) -> str:
     try:
-        width, height = sample.image.size
+        width, height = check_size(sample.image).size
         if sample.mask is None and sample.bbox is None:
             return "neither bbox nor mask nor segmentation"
         DatasetMasks().mask(sample)

@@ -10,7 +10,8 @@ from typing import Any
 from sar_fast.evaluation.focus.run_lengths import plain_run_lengths
 from sar_fast.evaluation.focus.samples import GroundingSample
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, stamp
-from sar_fast.training.records import SUFFIXES, read_rows
+from sar_fast.pictures import PictureError, find_picture
+from sar_fast.training.records import SUFFIXES, check_text, read_rows
 from sar_fast.training.registry import REGISTRY_NAME, load_registry
 
 NEEDED = ("image", "query", "object_prompt")
@@ -100,16 +101,17 @@ def _sample(row: Mapping[str, Any], number: str, place: str, media: Path) -> Gro
     for column in ("query", "object_prompt"):
         if not isinstance(row[column], str) or not row[column].strip():
             raise ValueError(f"{place}: {column} is {row[column]!r}, needed words")
+        check_text(row[column], f"{place}: {column}")
     box = row["bbox"]
     if box is not None and (not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_finite, box))):
         raise ValueError(f"{place}: bbox is {box!r}, needed four numbers x1, y1, x2, y2 in pixels")
-    picture = _file(row["image"], media)
-    if picture is None:
-        came = type(row["image"]).__name__
-        raise ValueError(f"{place}: image is a {came}, needed a path, bytes, or an object with one of them")
+    try:
+        picture = find_picture(row["image"], media)
+    except PictureError as error:
+        raise ValueError(f"{place}: image {error}") from error
     column = "segmentation" if row["mask"] is None else "mask"
     return GroundingSample(
-        id=number if row["id"] is None else str(row["id"]),
+        id=number if row["id"] is None else check_text(str(row["id"]), f"{place}: id"),
         picture=picture,
         query=row["query"].strip(),
         object_prompt=row["object_prompt"].strip(),
@@ -125,25 +127,14 @@ def _mask(value: Any, place: str, media: Path) -> bytes | list | Mapping | None:
         return value
     if isinstance(value, Mapping) and not {"size", "counts"}.isdisjoint(value):
         return plain_run_lengths(value, place)
-    file = _file(value, media)
-    if file is None:
-        raise ValueError(
-            f"{place} is a {type(value).__name__}, needed an encoded picture, polygons, or run lengths with size and "
-            "counts"
-        )
+    try:
+        file = find_picture(value, media)
+    except PictureError as error:
+        raise ValueError(f"{place} {error}; or polygons, or run lengths with size and counts") from error
     try:
         return file.read_bytes() if isinstance(file, Path) else file
     except OSError as error:
         raise ValueError(f"{place} file {file} cannot be read: {error.strerror}") from error
-
-
-def _file(value: Any, media: Path) -> bytes | Path | None:
-    """Bytes of an encoded picture, or its path; None if the value is neither."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray)) and value:
-        return bytes(value)
-    return media / value if isinstance(value, str) and value else None
 
 
 def _finite(value: Any) -> bool:

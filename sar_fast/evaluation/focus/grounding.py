@@ -16,7 +16,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from sar_fast.cli.loading import is_missing_folder
 from sar_fast.evaluation.arguments import ORIGINAL_CHECKPOINTS as ORIGINAL
 from sar_fast.evaluation.focus.samples import (
     NOTHING_GROUNDED,
@@ -27,6 +26,8 @@ from sar_fast.evaluation.focus.samples import (
     picture_hash,
 )
 from sar_fast.evaluation.stamps import file_stamp, model_stamp, sampled_stamp
+from sar_fast.models import is_missing_folder
+from sar_fast.pictures import PictureError, open_mask, png_text
 
 CUT = "max_text_len"  # of a mask's picture in the cache
 
@@ -97,7 +98,7 @@ class GroundedMasks(MaskSource):
         picture = sample.image
         path, words = self._path(picture, sample.object_prompt), caption(sample.object_prompt)
         if path is not None and path.is_file():
-            found, cut = _unpack(path.read_bytes())
+            found, cut = _unpack(path)
             if cut is not None:
                 self._cut[words] = cut
         else:
@@ -242,9 +243,12 @@ def _pack(mask: np.ndarray | None, cut: int | None) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(content: bytes) -> tuple[np.ndarray | None, int | None]:
+def _unpack(path: Path) -> tuple[np.ndarray | None, int | None]:
+    content = path.read_bytes()
     if not content or content.isdigit():
         return None, int(content) if content else None
-    with Image.open(io.BytesIO(content)) as opened:
-        mask = np.asarray(opened).astype(bool)
-        return mask, int(opened.text[CUT]) if CUT in opened.text else None
+    try:
+        length = png_text(content).get(CUT)
+        return open_mask(content), None if length is None else int(length)
+    except PictureError as error:
+        raise ValueError(f"{path} of the mask cache {error}; delete it") from error

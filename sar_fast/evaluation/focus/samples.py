@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sar_fast.evaluation.focus.run_lengths import decode_run_lengths
-from sar_fast.training.records import PICTURE_ERRORS, picture_problem
+from sar_fast.pictures import PictureError, open_mask, open_picture, picture_name, shown_size
 
 NOTHING_GROUNDED = "nothing grounded"
 EMPTY_MASK = "empty mask"
@@ -44,9 +43,10 @@ class GroundingSample:
     Attributes:
         id: unique in its dataset. picture: a Pillow image, an encoded file's bytes, or its path.
         query: the prompt's words. object_prompt: the object's name, for templates and the grounding model.
-        bbox: (x1, y1, x2, y2) of the object in pixels, or None. mask: (height, width) of it, non-zero = object; an
-            encoded picture of that; or COCO's polygons of x, y, x, y, ... in pixels, or its run lengths
-            ``{"size": [height, width], "counts": ...}``. label: its class.
+        bbox: (x1, y1, x2, y2) of the object in pixels of the picture as it is shown, or None. mask: (height, width) of
+            it, non-zero = object; an encoded picture of that (:func:`sar_fast.pictures.open_mask`); or COCO's polygons
+            of x, y, x, y, ... in pixels, or its run lengths ``{"size": [height, width], "counts": ...}``. label: its
+            class.
     """
 
     id: str
@@ -59,32 +59,31 @@ class GroundingSample:
 
     @property
     def image(self) -> Image.Image:
-        """The picture as RGB, decoded anew every time; :class:`SampleSkipped` if it cannot be read."""
-        return self._open().convert("RGB")
+        """The picture as shown, mode RGB, decoded anew every time; :class:`SampleSkipped` if it cannot be read."""
+        return self._read(open_picture)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), from the file's header."""
-        return self._open(decode=False).size
+        """(width, height) of the picture as shown, from the file's header where its format allows it."""
+        return self._read(shown_size)
 
     @property
     def picture_key(self) -> str:
         """Equal for samples of one dataset that share a picture."""
         if isinstance(self.picture, (str, Path)):
             return str(self.picture)
-        return (
-            hashlib.sha256(self.picture).hexdigest() if isinstance(self.picture, bytes) else picture_hash(self.picture)
-        )
+        if isinstance(self.picture, bytes):
+            return hashlib.sha256(self.picture).hexdigest()
+        return self._read(picture_hash)
 
-    def _open(self, decode: bool = True) -> Image.Image:
-        if isinstance(self.picture, Image.Image):
-            return self.picture
-        source = io.BytesIO(self.picture) if isinstance(self.picture, bytes) else self.picture
+    def _read(self, how: Callable[[Any], Any]) -> Any:
         try:
-            with Image.open(source) as opened:
-                return opened.convert("RGB") if decode else opened
-        except PICTURE_ERRORS as error:
-            raise SampleSkipped(UNREADABLE, picture_problem(error)) from error
+            return how(self.picture)
+        except PictureError as error:
+            named = isinstance(self.picture, (str, Path))
+            raise SampleSkipped(
+                UNREADABLE, f"{picture_name(self.picture)} {error}" if named else error.reason
+            ) from error
 
 
 class MaskSource(Protocol):
@@ -130,10 +129,9 @@ def decode_mask(mask: np.ndarray | bytes | list | Mapping, size: tuple[int, int]
             raise SampleSkipped(BAD_MASK, str(error)) from error
     if isinstance(mask, bytes):
         try:
-            with Image.open(io.BytesIO(mask)) as opened:
-                return np.asarray(opened.convert("L"))
-        except PICTURE_ERRORS as error:
-            raise SampleSkipped(BAD_MASK, picture_problem(error)) from error
+            return open_mask(mask)
+        except PictureError as error:
+            raise SampleSkipped(BAD_MASK, error.reason) from error
     if isinstance(mask, list):
         drawn = Image.new("1", size)
         for polygon in mask if mask and isinstance(mask[0], (list, tuple)) else [mask]:
@@ -191,8 +189,8 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
 
 
 def picture_hash(picture: Image.Image) -> str:
-    """Hash of a picture's size and RGB values, the same for equal pixels whatever file they came from."""
-    picture = picture.convert("RGB")
+    """Hash of a picture's size and RGB values as shown, the same for equal pixels whatever file they came from."""
+    picture = open_picture(picture)
     digest = hashlib.sha256(repr(picture.size).encode())
     digest.update(picture.tobytes())
     return digest.hexdigest()[:32]

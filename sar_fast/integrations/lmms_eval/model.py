@@ -12,13 +12,14 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from sar_fast.cli.errors import UserError
-from sar_fast.cli.loading import load_model
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import encode_texts, generate
 from sar_fast.evaluation.models import prepare_processor, start_processes
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, in_own_words, refuse_unknown
+from sar_fast.model_errors import ModelError
+from sar_fast.models import find_model, load_model
+from sar_fast.pictures import PictureError, open_picture
 from sar_fast.validation import check_flag
 
 
@@ -26,7 +27,9 @@ class SARHuggingFace(lmms):
     """Batched generation with left padding; pictures and text, no video or audio.
 
     Args:
-        pretrained: folder or hub id of an image-text-to-text model; 'miniature' is the small one shipped.
+        pretrained: folder or hub id of an image-text-to-text model, or of an adapter; 'miniature' is the small one
+            shipped.
+        base_model: the model that an adapter is for; by default the one that the adapter names.
         use_sar: False evaluates the model as it is, with everything else the same.
         sar_activation_layer_k, sar_beta, sar_normalize, sar_decode, sar_prior_source, sar_backend: of
             :class:`~sar_fast.SARConfig`.
@@ -41,6 +44,7 @@ class SARHuggingFace(lmms):
     def __init__(
         self,
         pretrained: str,
+        base_model: str | None = None,
         use_sar: bool = True,
         sar_activation_layer_k: int = 10,
         sar_beta: float = 0.5,
@@ -68,9 +72,9 @@ class SARHuggingFace(lmms):
         self.accelerator = Accelerator(cpu=self.state.device.type == "cpu")  # lmms-eval gathers results through it
         try:
             place = str(self.state.device) if wanted in ("auto", "cuda") else wanted
-            self.model, self.processor = load_model(pretrained, place, dtype)
-        except UserError as error:
-            raise ValueError(str(error)) from error
+            self.model, self.processor = load_model(find_model(pretrained, base_model), place, dtype)
+        except ModelError as error:
+            raise ValueError(error.worded(model="pretrained")) from error
         prepare_processor(self.processor, template)
         self.handle = None
         if use_sar:
@@ -116,7 +120,10 @@ class SARHuggingFace(lmms):
             texts.append(
                 self.processor.apply_chat_template(chat.to_hf_messages(), add_generation_prompt=True, tokenize=False)
             )
-            pictures.append([image.convert("RGB") for image in images])
+            try:
+                pictures.append([open_picture(image) for image in images])
+            except PictureError as error:
+                raise ValueError(f"task {task}: a picture of document {doc_id} {error}") from error
             documents.append(f"task {task}, document {doc_id}")
         options = requests[0].args[2]
         inputs = self._encode(documents, texts, pictures).to(self.model.device, self.model.dtype)

@@ -1,0 +1,133 @@
+"""``sar-fast merge``: a plain model with the adapter's answers, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from sar_fast.merging import merge_into
+from sar_fast.models import MINIATURE_PATH, find_model, load_model
+from tests.adapters import TARGETS, base_model, logits, lora, usual_mode, write_adapter
+from tests.test_cli import fails, run
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "adapter")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: lora(),
+        lambda: lora(use_dora=True),
+        lambda: lora(modules_to_save=["multi_modal_projector"], target_modules=["embed_tokens", "q_proj"]),
+        lambda: peft.LoHaConfig(target_modules=TARGETS, r=2),
+        lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ],
+    ids=["lora", "dora", "modules_to_save", "loha", "ia3"],
+)
+def test_the_merged_model_answers_as_the_adapter_does(tmp_path, config):
+    folder = write_adapter(tmp_path / "adapter", config())
+    merge_into(find_model(str(folder)), tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    expected = logits(load_model(find_model(str(folder)), "cpu", "float32")[0])
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits(base_model()), atol=1e-3)
+    assert type(merged) is type(base_model())
+
+
+def test_a_merged_folder_is_like_its_bases(adapter, tmp_path):
+    out = tmp_path / "new" / "merged"
+    assert run("merge", str(adapter), "--output_dir", str(out)).strip() == str(out)
+    shipped = {file.name for file in MINIATURE_PATH.iterdir()} - {"training.json"}
+    assert {file.name for file in out.iterdir()} == shipped
+    assert [p.name for p in out.parent.iterdir()] == ["merged"]
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {usual_mode(tmp_path)}
+    assert out.stat().st_mode == out.parent.stat().st_mode
+    written, base = (json.loads((place / "config.json").read_text()) for place in (out, MINIATURE_PATH))
+    assert written["text_config"]["use_cache"] is True
+    assert "use_cache" not in written
+    assert written["dtype"] == base["dtype"]
+    generation = [json.loads((place / "generation_config.json").read_text()) for place in (out, MINIATURE_PATH)]
+    assert generation[0]["max_new_tokens"] == generation[1]["max_new_tokens"] == 8
+    assert set(load_file(out / "model.safetensors")) == set(load_file(MINIATURE_PATH / "model.safetensors"))
+    assert AutoProcessor.from_pretrained(out).chat_template == (adapter / "chat_template.jinja").read_text()
+
+
+def test_a_dtype_can_be_given(adapter, tmp_path):
+    merge_into(find_model(str(adapter)), tmp_path / "merged", "bfloat16")
+    assert {w.dtype for w in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    line = fails("merge", str(adapter), "--output_dir", str(tmp_path / "other"), "--dtype", "half")
+    assert line == "error: --dtype must be auto, float32, bfloat16, float16; got 'half'"
+
+
+def test_nothing_is_replaced_before_the_new_model_is_whole(adapter, tmp_path, monkeypatch):
+    out = tmp_path / "merged"
+    out.mkdir()
+    merge_into(find_model(str(adapter)), out)  # an empty folder is taken
+    before = (out / "model.safetensors").read_bytes()
+    line = fails("merge", str(adapter), "--output_dir", str(out))
+    assert line == f"error: --output_dir {str(out)!r} is not empty: choose another folder, or give --overwrite"
+    other = write_adapter(tmp_path / "other", lora(r=2))
+
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.processing_utils.ProcessorMixin.save_pretrained", fail)
+        line = fails("merge", str(other), "--output_dir", str(out), "--overwrite")
+    assert line == f"error: --output_dir {str(out)!r} cannot be written: No space left on device"
+    assert (out / "model.safetensors").read_bytes() == before
+    run("merge", str(other), "--output_dir", str(out), "--overwrite")
+    assert (out / "model.safetensors").read_bytes() != before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "other"]
+
+
+def test_folders_that_must_not_be_replaced(adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "runs" / "adapter")
+    for output, message in (
+        (own, "holds the adapter: choose another folder"),
+        (tmp_path / "runs", "holds the adapter: choose another folder"),
+        (MINIATURE_PATH, "holds its base: choose another folder"),
+        (tmp_path, "holds the adapter"),
+        (own / CONFIG_FILE, "is a file, needed a folder"),
+    ):
+        assert message in fails("merge", str(own), "--output_dir", str(output), "--overwrite")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    line = fails("merge", str(own), "--output_dir", str(tmp_path / "letters"), "--overwrite")
+    assert "holds no model that --overwrite could replace" in line
+    assert (tmp_path / "letters" / "dear.txt").is_file()
+    line = fails("merge", str(own), "--output_dir", str(own / CONFIG_FILE / "below"))
+    assert "Not a directory" in line or "cannot be written" in line
+
+
+CONFIG_FILE = "adapter_config.json"
+
+
+def test_what_cannot_be_merged(adapter, tmp_path):
+    out = ("--output_dir", str(tmp_path / "merged"))
+    assert "ADAPTER 'miniature' is no adapter: there is nothing to merge" in fails("merge", "miniature", *out)
+    assert "ADAPTER '/gone' is no folder on this machine" in fails("merge", "/gone", *out)
+    assert "--base-model '/gone' is no folder" in fails("merge", str(adapter), *out, "--base-model", "/gone")
+    base = shutil.copytree(MINIATURE_PATH, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    line = fails("merge", str(adapter), *out, "--base-model", str(base))
+    assert "has a quantized base (bitsandbytes), whose weights cannot hold the sum" in line
+    (base / "config.json").write_text(json.dumps(config))
+    weights = load_file(base / "model.safetensors")
+    weights[next(name for name in weights if "q_proj" in name and "vision" not in name)][0] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    line = fails("merge", str(adapter), *out, "--base-model", str(base))
+    assert "cannot be merged (LORA): NaNs detected" in line
+    assert not (tmp_path / "merged").exists()
