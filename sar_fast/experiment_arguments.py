@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
+from sar_fast.foreign_flags import advice
+
 Parsed = TypeVar("Parsed")
+NEAR = 0.8  # likeness of names, from 0 to 1, from which one may be the other misspelt
 
 
 class _Parser(HfArgumentParser):
@@ -27,7 +31,7 @@ def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]
     """One instance of each dataclass, from YAML or JSON files and flags; a later value replaces an earlier one.
 
     ``config.yaml --learning_rate 1e-5`` and ``config.yaml learning_rate=1e-5`` are the same. ``ValueError`` for an
-    unknown flag names the nearest known one.
+    unknown flag says what to do instead of another trainer's, or names a known one that is spelt nearly so.
     """
     parser = _Parser(groups, allow_abbrev=False)
     known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
@@ -35,13 +39,19 @@ def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]
     for word in words:
         name = word.split("=", 1)[0]
         if name.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown flag {name}{hint}")
+            raise ValueError(f"unknown flag {name}{_hint(name, known)}")
     *parsed, left = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if left:
         raise ValueError(f"cannot make sense of {' '.join(left)}; flags begin with --")
     return tuple(parsed)
+
+
+def _hint(flag: str, known: Iterable[str]) -> str:
+    instead = advice(flag.removeprefix("--").replace("-", "_"))
+    if instead is not None:
+        return f": {instead}"
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=NEAR)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def expand(argv: Sequence[str]) -> list[str]:
@@ -93,6 +103,28 @@ def refuse(group: Any, names: Sequence[str], why: str) -> None:
     for name in names:
         if getattr(group, name) != defaults[name]:
             raise ValueError(f"--{name} has no effect {why}")
+
+
+def at_least(group: Any, least: int, *names: str) -> None:
+    """``ValueError`` for the first of ``names`` whose number is below ``least``; None is no number."""
+    _check(group, names, lambda value: value >= least, f"at least {least}")
+
+
+def above(group: Any, bound: int, *names: str) -> None:
+    """``ValueError`` for the first of ``names`` whose number is not > ``bound``; None is no number."""
+    _check(group, names, lambda value: value > bound, f"> {bound}")
+
+
+def below_one(group: Any, *names: str) -> None:
+    """``ValueError`` for the first of ``names`` whose number is not in [0, 1); None is no number."""
+    _check(group, names, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+
+def _check(group: Any, names: Sequence[str], good: Callable[[Any], bool], needed: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not (math.isfinite(value) and good(value)):
+            raise ValueError(f"--{name} must be {needed}; got {value}")
 
 
 def arguments_of_process(parse: Callable[[Sequence[str]], Parsed]) -> Parsed:

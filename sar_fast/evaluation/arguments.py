@@ -10,7 +10,9 @@ from typing import Any
 
 from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
-from sar_fast.experiment_arguments import need, parse_groups, refuse
+from sar_fast.experiment_arguments import above, at_least, need, parse_groups, refuse
+from sar_fast.sar_flags import sar_config
+from sar_fast.training.registry import is_file_name
 
 SCORINGS = ("generate", "first_token")
 CHOICE_FORMATS = ("letters", "cloze")
@@ -85,7 +87,11 @@ class EvaluationArguments:
 
     # a dataset with columns image, query, object_prompt, bbox, for the analyses
     dataset: str | None = _flag(None, "Name in dataset_info.json, or a file: refcoco_val_sar.")
-    dataset_dir: str = _flag(str(Path(__file__).parents[2] / "experiments" / "data"), "Where dataset_info.json is.")
+    dataset_dir: str | None = _flag(
+        None,
+        "Where dataset_info.json is, and relative paths of files start. Default: experiments/data, and the working "
+        "directory.",
+    )
     media_dir: str | None = _flag(None, "Where image paths start. Default: dataset_dir, or a file's own folder.")
 
     # section 4.3
@@ -129,6 +135,8 @@ class EvaluationArguments:
             refuse(self, BENCHMARK_FLAGS, "without --task; add it")
             if not self.dataset:
                 raise ValueError(f"--{wanted[0]} needs --dataset")
+            if self.dataset_dir is not None and is_file_name(self.dataset) and Path(self.dataset).is_absolute():
+                raise ValueError("--dataset_dir has no effect on a file with an absolute path; leave it out")
         self._check_grounding()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one")
@@ -136,13 +144,10 @@ class EvaluationArguments:
             raise ValueError("--predict_with_generate and --scoring first_token exclude each other; give one")
         if self.scoring == "first_token":
             refuse(self, ("max_new_tokens",), "on --scoring first_token, which decodes nothing; leave it out")
-        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
-            raise ValueError(f"dataloader_num_workers must be at least 0; got {self.dataloader_num_workers}")
-        counts = ("per_device_eval_batch_size", "max_new_tokens", "max_samples")
-        for name in (*counts, "probe_epochs", "probe_batch_size", "probe_seeds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        at_least(self, 0, "dataloader_num_workers", "seed", "gd_box_threshold", "gd_text_threshold")
+        at_least(self, 1, "per_device_eval_batch_size", "max_new_tokens", "max_samples")
+        at_least(self, 1, "probe_epochs", "probe_batch_size", "probe_seeds")
+        above(self, 0, "probe_lr")
         if self.use_sar:
             self.sar_config()
         if self.template is not None:
@@ -165,15 +170,8 @@ class EvaluationArguments:
                 raise ValueError(f"sam_model_type must be {', '.join(SAM_MODEL_TYPES)}; got {self.sam_model_type!r}")
 
     def sar_config(self) -> SARConfig:
-        """The options of SAR; ``ValueError`` for a bad one."""
-        return SARConfig(
-            activation_layer_k=self.sar_activation_layer_k,
-            beta=self.sar_beta,
-            normalize=self.sar_normalize,
-            decode=self.sar_decode,
-            prior_source=self.sar_prior_source,
-            backend=self.sar_backend,
-        )
+        """The options of SAR; ``ValueError`` for a bad one names its flag."""
+        return sar_config(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored beside the results."""

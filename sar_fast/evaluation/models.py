@@ -18,6 +18,7 @@ from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
 from sar_fast.model_errors import flags_named
 from sar_fast.models import ModelSource, find_model, load_config, load_model, load_processor
+from sar_fast.sar_flags import check_layers, flags_of, naming_flags
 
 
 def dtype_name(arguments: EvaluationArguments) -> str:
@@ -35,6 +36,13 @@ def model_type_of(arguments: EvaluationArguments) -> str:
     """``model_type`` of the model's configuration."""
     with flags_named():
         return load_config(source_of(arguments)).model_type
+
+
+def check_model_layers(arguments: EvaluationArguments) -> None:
+    """``ValueError`` if K is more than the model's layers; the model is not loaded."""
+    with flags_named():
+        config = load_config(source_of(arguments))
+    check_layers(arguments, config)
 
 
 def reports_frames(arguments: EvaluationArguments) -> bool:
@@ -61,7 +69,12 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
     with flags_named():
         model, processor = load_model(source_of(arguments), device, dtype_name(arguments))
     prepare_processor(processor, arguments.template)
-    return model, processor, apply_sar(model, arguments.sar_config()) if arguments.use_sar else None
+    if not arguments.use_sar:
+        return model, processor, None
+    with naming_flags(flags_of(arguments)):
+        handle = apply_sar(model, arguments.sar_config())
+        handle.describe()  # chooses the backend, or says why it cannot run here
+    return model, processor, handle
 
 
 def prepare_processor(processor: Any, template: str | None = None) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.models import dtype_name, source_of, start_processes
+from sar_fast.evaluation.models import check_model_layers, dtype_name, source_of, start_processes
 from sar_fast.evaluation.results import ResultFolder
 from sar_fast.evaluation.stamps import file_stamp, model_facts
 from sar_fast.run_metadata import commit, versions
@@ -32,6 +32,8 @@ class Session:
 
     def __init__(self, arguments: EvaluationArguments) -> None:
         self.arguments, self._clock = arguments, time.time()
+        if arguments.use_sar:
+            check_model_layers(arguments)
         self.state: PartialState = start_processes(arguments.device)
         self.folders: list[ResultFolder] = []
         self.metadata: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -31,6 +31,7 @@ from sar_fast.evaluation.tables import Table
 from sar_fast.evaluation.tasks import Record, Sample
 from sar_fast.experiment_arguments import parse_groups
 from sar_fast.integrations.hf.branching import layer_passes
+from sar_fast.sar_flags import naming_flags
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ PANELS_IN_A_ROW = 4
 @dataclasses.dataclass
 class SweepArguments(EvaluationArguments):
     """A benchmark's arguments, with several values of K and beta in place of one."""
+
+    sar_flag_names: ClassVar[dict[str, str]] = {"activation_layer_k": "k", "beta": "beta"}
 
     k: list[int] = dataclasses.field(
         default_factory=lambda: [0, 5, 10, 15], metadata={"help": "Values of K; 0 is the model without SAR."}
@@ -73,6 +76,9 @@ class SweepArguments(EvaluationArguments):
             raise ValueError("--beta has no effect on --k 0, which is the model without SAR; leave it out")
         if self.compare_batches < 0:
             raise ValueError(f"compare_batches must be at least 0; got {self.compare_batches}")
+        with naming_flags(self.sar_flag_names):
+            for k, beta in itertools.product(self.k, self.beta):
+                SARConfig(activation_layer_k=k, beta=beta)
         self.use_sar, self.sar_activation_layer_k = True, max(self.k)
         super().__post_init__()
         self.settings()

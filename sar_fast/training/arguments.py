@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, Normalize, SARConfig
-from sar_fast.experiment_arguments import arguments_of_process, need, parse_groups
+from sar_fast.experiment_arguments import above, arguments_of_process, at_least, below_one, need, parse_groups
+from sar_fast.sar_flags import sar_config
+from sar_fast.training.checking import LENGTH
 from sar_fast.training.distributed import refuse_split_models
+from sar_fast.training.mixing import STRATEGIES, Mix
+from sar_fast.training.registry import is_file_name, split_names
+
+EVAL_METRICS = ("eval_loss", "eval_loss_text_gen", "eval_loss_contrastive")  # the last two of the control group
+BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 @dataclasses.dataclass
@@ -35,6 +44,9 @@ class ModelArguments:
     )
     attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "Without SAR: sdpa, ..."})
     trust_remote_code: bool = dataclasses.field(default=False)
+    stage: str = dataclasses.field(
+        default="sft", metadata={"choices": ["sft"], "help": "LLaMA-Factory's name for what this command does."}
+    )
     finetuning_type: str = dataclasses.field(
         default="full", metadata={"choices": ["full", "lora", "freeze"], "help": "full, lora, or freeze (last layers)."}
     )
@@ -70,16 +82,12 @@ class ModelArguments:
         need(self, "use_sar", True, sar_fields)
         need(self, "finetuning_type", "lora", ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"))
         need(self, "finetuning_type", "freeze", ("freeze_trainable_layers",))
+        at_least(self, 1, "lora_rank", "lora_alpha", "freeze_trainable_layers")
+        below_one(self, "lora_dropout")
 
     def sar_config(self) -> SARConfig:
-        """The options of SAR; ``ValueError`` for a bad one."""
-        return SARConfig(
-            activation_layer_k=self.sar_activation_layer_k,
-            beta=self.sar_beta,
-            normalize=self.sar_normalize,
-            backend=self.sar_backend,
-            sav_grad=self.sav_grad,
-        )
+        """The options of SAR; ``ValueError`` for a bad one names its flag."""
+        return sar_config(self)
 
 
 @dataclasses.dataclass
@@ -90,9 +98,12 @@ class DataArguments:
         default=None, metadata={"help": "Comma-separated names of dataset_info.json, or files."}
     )
     eval_dataset: str | None = dataclasses.field(default=None, metadata={"help": "The same, for --do_eval."})
-    dataset_dir: str = dataclasses.field(
-        default=str(Path(__file__).parents[2] / "experiments" / "data"),
-        metadata={"help": "Where dataset_info.json is."},
+    dataset_dir: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Where dataset_info.json is, and relative paths of files start. Default: experiments/data, and the "
+            "working directory."
+        },
     )
     media_dir: str | None = dataclasses.field(
         default=None, metadata={"help": "Where image paths start. Default: dataset_dir, or a file's own folder."}
@@ -111,15 +122,43 @@ class DataArguments:
     packing: bool = dataclasses.field(
         default=False, metadata={"help": "The samples of a micro-batch in one row, without padding."}
     )
-    max_samples: int | None = dataclasses.field(default=None, metadata={"help": "Use at most that many records."})
+    max_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Use at most that many records of each dataset, the first ones."}
+    )
     streaming: bool = dataclasses.field(default=False, metadata={"help": "Read as it comes; needs --max_steps."})
+    buffer_size: int = dataclasses.field(
+        default=1024, metadata={"help": "streaming: records among which the next is drawn; 1 keeps their order."}
+    )
+    mix_strategy: str = dataclasses.field(
+        default="concat",
+        metadata={
+            "choices": list(STRATEGIES),
+            "help": "Several datasets: every record once; in turn until one ends; in turn until each was read once.",
+        },
+    )
+    interleave_probs: str | None = dataclasses.field(
+        default=None, metadata={"help": "interleave: shares of the datasets, 0.7,0.3. Default: in turn."}
+    )
     preprocessing_num_workers: int | None = dataclasses.field(default=None)
     cache_dir: str | None = dataclasses.field(default=None, metadata={"help": "Of prepared datasets."})
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.cutoff_len is not None and self.max_length != self.cutoff_len:
             raise ValueError(f"max_length is {self.max_length} and cutoff_len {self.cutoff_len}: give one")
+        at_least(self, 1, "max_length", "cutoff_len", "max_samples", "buffer_size", "preprocessing_num_workers")
         self.max_length = self.max_length if self.max_length is not None else self.cutoff_len
+        if self.template is not None:
+            read_template(self.template)
+        need(self, "streaming", True, ("buffer_size",))
+        names = split_names(self.dataset)
+        self.mix().check(len(names) or 1)
+        names += split_names(self.eval_dataset)
+        if self.dataset_dir is not None and names and all(is_file_name(n) and Path(n).is_absolute() for n in names):
+            raise ValueError("--dataset_dir has no effect on files with absolute paths; leave it out")
+
+    def mix(self) -> Mix:
+        """How the training datasets are mixed; ``ValueError`` for flags that make no mix."""
+        return Mix.of(self.mix_strategy, self.interleave_probs)
 
 
 @dataclasses.dataclass
@@ -139,6 +178,11 @@ class ControlArguments:
     def __post_init__(self) -> None:
         names = ("visual_contrastive_loss_weight", "visual_contrastive_temperature", "learnable_temperature")
         need(self, "custom_trainer", "control_sft", (*names, "visual_contrastive_text_pool"))
+        if not 0 <= self.visual_contrastive_loss_weight < math.inf:
+            raise ValueError(
+                f"--visual_contrastive_loss_weight must be >= 0 and finite; got {self.visual_contrastive_loss_weight}"
+            )
+        above(self, 0, "visual_contrastive_temperature")
 
 
 @dataclasses.dataclass
@@ -163,6 +207,7 @@ class SFTArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()):
             self.use_cpu = True  # otherwise --bf16 is refused on such a machine
             self.dataloader_pin_memory = False
@@ -180,7 +225,25 @@ class SFTArguments(TrainingArguments):
             if self.warmup_steps:
                 raise ValueError("warmup_ratio and warmup_steps exclude each other; give one")
             self.warmup_steps = self.warmup_ratio  # below 1, the Trainer takes it for a ratio
-        super().__post_init__()
+        metric = self.metric_for_best_model
+        if self.save_strategy == "best" and metric is None:
+            raise ValueError("--save_strategy best needs --metric_for_best_model eval_loss")
+        super().__post_init__()  # sets the metric itself for flags that need one
+        if self.metric_for_best_model is not None and self.eval_strategy == "no":
+            flag = "--metric_for_best_model" if metric else "--load_best_model_at_end"
+            raise ValueError(f"{flag} needs evaluations while training: add --eval_strategy steps or epoch")
+
+    def _check_numbers(self) -> None:
+        """``ValueError`` for a number that makes no sense, which the Trainer would find late, or take for another."""
+        at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "save_total_limit", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout")
+        at_least(self, 1, "gradient_analysis_steps")
+        at_least(self, 0, "seed", "data_seed", "dataloader_num_workers", "warmup_steps", "eval_delay")
+        at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")
+        above(self, 0, "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "peak_flops")
+        below_one(self, "adam_beta1", "adam_beta2", "label_smoothing_factor")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"--max_steps must be at least 1, or -1 for --num_train_epochs; got {self.max_steps}")
 
 
 @dataclasses.dataclass
@@ -212,6 +275,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 def check(arguments: Arguments) -> None:
     """``ValueError`` for flags that do not go together."""
     model, data, training = arguments.model, arguments.data, arguments.training
+    if training.do_predict:
+        raise ValueError("--do_predict has no effect here: experiments/evaluate.py generates and scores answers")
     if not (training.do_train or training.do_eval):
         raise ValueError("nothing to do: give --do_train, --do_eval or both")
     if training.do_train and not data.dataset:
@@ -220,6 +285,19 @@ def check(arguments: Arguments) -> None:
         raise ValueError("--do_eval needs --eval_dataset")
     if data.streaming and training.do_train and training.max_steps <= 0:
         raise ValueError("--streaming has no length: it needs --max_steps")
+    if data.streaming and training.train_sampling_strategy in BY_LENGTH:
+        raise ValueError(
+            f"--train_sampling_strategy {training.train_sampling_strategy} needs the lengths of all records, which "
+            "--streaming does not know; leave one out"
+        )
+    if training.train_sampling_strategy in BY_LENGTH and training.length_column_name != LENGTH:
+        raise ValueError(f"--length_column_name must be {LENGTH!r}; got {training.length_column_name!r}")
+    metrics = EVAL_METRICS if arguments.control.custom_trainer else EVAL_METRICS[:1]
+    metric = training.metric_for_best_model
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
+        raise ValueError(
+            f"--metric_for_best_model must be {', '.join(metrics)}, all that an evaluation measures; got {metric}"
+        )
     if data.packing and arguments.control.custom_trainer == "control_sft":
         raise ValueError("--packing puts samples into one row, --custom_trainer control_sft tells them apart by rows")
     deepspeed = getattr(training, "hf_deepspeed_config", None)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
+from sar_fast.evaluation.stamps import file_stamp
+from sar_fast.training.checking import LENGTH, bad, check_records, encode
 from sar_fast.training.encoding import IGNORED, Encoder, TooLong
+from sar_fast.training.mixing import Mix, mixed
 from sar_fast.training.records import RecordError, id_in_messages, read_rows, to_record
 from sar_fast.training.registry import DatasetInfo
+from sar_fast.training.streaming import EncodedStream, RecordStream
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +34,13 @@ FEATURES = Features(
         "images": ListOf({"path": Value("string"), "bytes": Value("binary")}),
     }
 )
+CONCAT = Mix()
 
 
-def read_records(info: DatasetInfo, stamps: Sequence[tuple[str, int, int]] = ()) -> Iterator[dict[str, Any]]:
+def read_records(info: DatasetInfo, stamps: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Records of one dataset; ``ValueError`` names the file and the record that is bad.
 
-    ``stamps`` (file, size, time) are not read: they are in the arguments so that the cache notices a changed file.
+    ``stamps``, hashes of the files, are not read: they are in the arguments so that the cache notices a changed file.
     """
     for place, index, row in itertools.islice(_rows(info), info.num_samples):
         source = f"{place}, record {index}"
@@ -42,7 +49,7 @@ def read_records(info: DatasetInfo, stamps: Sequence[tuple[str, int, int]] = ())
         try:
             record = to_record(row, info.layout, info.media_dir)
         except RecordError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise bad({"source": source}, error) from error
         yield {"source": source, **record}
 
 
@@ -56,66 +63,117 @@ def _rows(info: DatasetInfo) -> Iterator[tuple[str, int, Any]]:
 
 
 def load_records(infos: Sequence[DatasetInfo], streaming: bool = False, cache_dir: str | None = None) -> Any:
-    """All datasets one after the other as one ``datasets.Dataset``, or as an ``IterableDataset`` when streaming.
+    """All datasets one after the other as one ``datasets.Dataset``, or as a :class:`RecordStream` when streaming.
 
-    ``ValueError`` if there is no record at all (streaming finds out later).
+    ``ValueError`` for a dataset without any record.
     """
-    stamps = [[(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in info.files] for info in infos]
     if streaming:
-        streams = [
-            IterableDataset.from_generator(read_records, features=FEATURES, gen_kwargs={"info": i}) for i in infos
-        ]
-        return streams[0] if len(streams) == 1 else interleave_datasets(streams, stopping_strategy="all_exhausted")
-    parts = []
-    for info, stamp in zip(infos, stamps):
-        if next(read_records(info), None) is None:
-            raise ValueError(
-                f"dataset {info.name!r} is empty: no record in {info.hub_id or ', '.join(map(str, info.files))}"
-            )
-        arguments = {"info": info, "stamps": stamp}
-        try:
-            part = Dataset.from_generator(read_records, features=FEATURES, gen_kwargs=arguments, cache_dir=cache_dir)
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from error  # the record's own error, not "an error occurred"
-        parts.append(part)
-    return concatenate_datasets(parts)
+        return _stream(infos)
+    return concatenate_datasets([_load(info, cache_dir) for info in infos])
+
+
+def _stream(infos: Sequence[DatasetInfo], **options: Any) -> RecordStream:
+    for info in infos:
+        _refuse_empty(info)
+    return RecordStream([(info.name, functools.partial(read_records, info)) for info in infos], **options)
+
+
+def _load(info: DatasetInfo, cache_dir: str | None) -> Dataset:
+    _refuse_empty(info)
+    arguments = {"info": info, "stamps": [file_stamp(path) for path in info.files]}
+    try:
+        return Dataset.from_generator(read_records, features=FEATURES, gen_kwargs=arguments, cache_dir=cache_dir)
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from error  # the record's own error, not "an error occurred"
+
+
+def _refuse_empty(info: DatasetInfo) -> None:
+    if next(read_records(info), None) is None:
+        raise ValueError(
+            f"dataset {info.name!r} is empty: no record in {info.hub_id or ', '.join(map(str, info.files))}"
+        )
 
 
 def encode_dataset(records: Any, encoder: Encoder, num_proc: int | None = None) -> Any:
     """The records as a dataset of model inputs.
 
     A ``Dataset`` is encoded once in full to check every record and its length, then again, with pixels, when a batch
-    asks for it: pixels are never stored. An ``IterableDataset`` is encoded as it comes. A record that is too long is
+    asks for it: pixels are never stored. A :class:`RecordStream` is encoded as it comes. A record that is too long is
     left out, counted and logged, or with ``too_long="error"`` an error; any other bad record is an error that names it.
     """
-    if isinstance(records, IterableDataset):
-        names = list(FEATURES)
-        return records.map(_StreamEncoder(encoder), remove_columns=names).filter(lambda row: row["kept"])
-    verdicts = records.map(
-        _Measure(encoder), remove_columns=records.column_names, num_proc=num_proc, desc="Checking records"
-    )
-    reasons = verdicts["dropped"]
-    kept = [index for index, reason in enumerate(reasons) if not reason]
-    dropped = [reason for reason in reasons if reason]
-    if dropped:
-        logger.warning("%d of %d records dropped, the first: %s", len(dropped), len(reasons), dropped[0])
-    if not kept:
-        raise ValueError(f"dataset is empty: all {len(reasons)} records are longer than max_length")
-    encoded = records.select(kept).with_transform(_BatchEncoder(encoder))
-    return encoded
+    if isinstance(records, RecordStream):
+        stream = EncodedStream(records, encoder)
+        stream.check()
+        return stream
+    return EncodedDataset(check_records(records, encoder, num_proc), encoder)
 
 
-class _Measure:
-    """(row) -> its length, and why it is dropped; picklable, for several processes."""
+def training_dataset(
+    infos: Sequence[DatasetInfo],
+    encoder: Encoder,
+    mix: Mix = CONCAT,
+    seed: int = 0,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+) -> EncodedDataset:
+    """The datasets, each checked, as one of model inputs; the log says how they are mixed.
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+    ``interleave`` strategies choose records that fit, once for the whole run, by ``seed``.
+    """
+    mix.check(len(infos))
+    parts = [check_records(_load(info, cache_dir), encoder, num_proc) for info in infos]
+    records = concatenate_datasets(parts)
+    if len(parts) > 1:
+        ends = list(itertools.accumulate(map(len, parts)))
+        spans = [range(end - len(part), end) for part, end in zip(parts, ends)]
+        order = list(mixed([span.__iter__ for span in spans], mix, random.Random(seed), lambda n: None))
+        records = records if mix.strategy == "concat" else records.select(order)
+        _tell(mix, infos, spans, order)
+    return EncodedDataset(records, encoder)
 
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            return {"length": len(_encode(self.encoder, row)["input_ids"]), "dropped": ""}
-        except TooLong as error:
-            return {"length": 0, "dropped": f"{row['source']}: {error}"}
+
+def training_stream(
+    infos: Sequence[DatasetInfo],
+    encoder: Encoder,
+    mix: Mix = CONCAT,
+    seed: int = 0,
+    buffer_size: int = 1,
+    announce: bool = True,
+) -> EncodedStream:
+    """The datasets as an endless stream of model inputs; arguments are those of :class:`RecordStream`."""
+    mix.check(len(infos))
+    if announce:
+        names = ", ".join(info.name for info in infos)
+        logger.info("stream of %s: %s, shuffled in a buffer of %d records", names, mix.describe(), buffer_size)
+        if len(infos) > 1 and mix.strategy == "concat":
+            logger.warning("stream: concat reads one dataset after the other; --mix_strategy interleave_... mixes them")
+    records = _stream(infos, mix=mix, seed=seed, buffer_size=buffer_size, endless=True, announce=announce)
+    return encode_dataset(records, encoder)
+
+
+def _tell(mix: Mix, infos: Sequence[DatasetInfo], spans: Sequence[range], order: Sequence[int]) -> None:
+    """Log what an epoch of a mix takes of each dataset."""
+    logger.info("mix of %d datasets: %s; %d records an epoch", len(infos), mix.describe(), len(order))
+    taken = Counter(order)
+    for info, span in zip(infos, spans):
+        uses = [taken[index] for index in span]
+        most = f", each up to {max(uses)} times" if max(uses) > 1 else ""
+        logger.info("  %s: %d of %d records%s", info.name, sum(map(bool, uses)), len(span), most)
+
+
+class EncodedDataset(Dataset):
+    """Checked records, encoded when they are asked for: rows are ``{"features": model inputs}``.
+
+    The column ``length`` is read without encoding anything: the Trainer sorts by it.
+    """
+
+    def __init__(self, records: Dataset, encoder: Encoder) -> None:
+        super().__init__(records.data, records.info, records.split, records._indices, records._fingerprint)
+        self._lengths: list[int] = records[LENGTH][:]
+        self.set_transform(_BatchEncoder(encoder))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._lengths if key == LENGTH else super().__getitem__(key)
 
 
 class _BatchEncoder:
@@ -126,35 +184,13 @@ class _BatchEncoder:
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        return {"features": [_encode(self.encoder, row) for row in rows]}
+        return {"features": [self._encode(row) for row in rows]}
 
-
-class _StreamEncoder:
-    """(row) -> its model inputs, or ``kept`` False for one that is too long; counts and logs those."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.count: Counter[str] = Counter()
-
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        self.count["seen"] += 1
+    def _encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            return {"features": _encode(self.encoder, row), "kept": True}
+            return encode(self.encoder, row)
         except TooLong as error:
-            self.count["dropped"] += 1
-            logger.warning("%d of %d records dropped so far: %s", self.count["dropped"], self.count["seen"], error)
-            return {"features": None, "kept": False}
-
-
-def _encode(encoder: Encoder, row: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return encoder(row)
-    except TooLong as error:
-        if encoder.too_long == "error":
-            raise ValueError(f"{row['source']}: {error}") from error
-        raise
-    except RecordError as error:
-        raise ValueError(f"{row['source']}: {error}") from error
+            raise bad(row, f"{error}: it fitted when the records were checked") from error
 
 
 class Collator:

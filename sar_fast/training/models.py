@@ -15,6 +15,7 @@ from sar_fast.integrations.hf.apply import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers
 from sar_fast.model_errors import flags_named
 from sar_fast.models import ModelSource, find_model
+from sar_fast.sar_flags import check_layers, flags_of, naming_flags
 from sar_fast.training.arguments import Arguments, ModelArguments, SFTArguments
 from sar_fast.training.lora import add_lora, check_lora_flags, go_on_with_lora
 
@@ -39,6 +40,13 @@ def check_model(arguments: Arguments) -> None:
         )
 
 
+def check_model_layers(options: ModelArguments) -> None:
+    """``ValueError`` if K is more than the model's layers; the model is not loaded."""
+    with flags_named():
+        config = models.load_config(source_of(options), trust_remote_code=options.trust_remote_code)
+    check_layers(options, config)
+
+
 def load_processor(arguments: Arguments) -> Any:
     """The model's processor, with ``--template`` as its chat template if there is one."""
     with flags_named():
@@ -54,7 +62,8 @@ def load_model(arguments: Arguments) -> nn.Module:
     options, training = arguments.model, arguments.training
     model = _load_trainable(options, _dtype(options, training))
     if options.use_sar:
-        apply_sar(model, options.sar_config())
+        with naming_flags(flags_of(options)):
+            apply_sar(model, options.sar_config())
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
     trained = sum(

@@ -11,6 +11,7 @@ from typing import Any
 from sar_fast.training.records import SUFFIXES, Layout
 
 REGISTRY_NAME = "dataset_info.json"
+DEFAULT_DIR = Path(__file__).parents[2] / "experiments" / "data"
 SUPPORTED_KEYS = ("file_name", "hf_hub_url", "subset", "split", "formatting", "columns", "tags", "num_samples")
 
 
@@ -31,22 +32,51 @@ class DatasetInfo:
     num_samples: int | None = None
 
 
-def find_datasets(names: str, dataset_dir: Path, media_dir: Path | None = None) -> list[DatasetInfo]:
+def find_datasets(
+    names: str, dataset_dir: Path | None, media_dir: Path | None = None, max_samples: int | None = None
+) -> list[DatasetInfo]:
     """Datasets by comma-separated names of ``dataset_dir/dataset_info.json``, or by paths of files.
+
+    ``dataset_dir`` None: the registry is that of ``experiments/data``, and files are where their paths say
+    (:func:`find_file`). ``max_samples`` limits each of the datasets.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), an entry that asks for what is not supported.
         FileNotFoundError: no registry, or an entry whose file is not there.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    wanted = split_names(names)
+    folder = dataset_dir or DEFAULT_DIR
     if not wanted:
-        raise ValueError(f"dataset is {names!r}, needed a name of {dataset_dir / REGISTRY_NAME} or a file")
-    return [
-        _file(Path(name), media_dir)
-        if Path(name).suffix in SUFFIXES
-        else _entry(name, load_registry(dataset_dir), dataset_dir, media_dir)
+        raise ValueError(f"dataset is {names!r}, needed a name of {folder / REGISTRY_NAME} or a file")
+    found = [
+        _file(find_file(name, dataset_dir), media_dir)
+        if is_file_name(name)
+        else _entry(name, load_registry(folder), folder, media_dir)
         for name in wanted
     ]
+    if max_samples is None:
+        return found
+    limits = [max_samples if info.num_samples is None else min(max_samples, info.num_samples) for info in found]
+    return [dataclasses.replace(info, num_samples=limit) for info, limit in zip(found, limits)]
+
+
+def split_names(names: str | None) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a dataset's name is that of a file, not of an entry in a registry."""
+    return Path(name).suffix in SUFFIXES
+
+
+def find_file(name: str, dataset_dir: Path | None) -> Path:
+    """A dataset's file: a relative path starts from ``dataset_dir``, from the working directory if that is None."""
+    path = dataset_dir / name if dataset_dir is not None else Path(name)
+    if not path.is_file():
+        here = f"; {name} exists, but paths start from dataset_dir: leave that out" if Path(name).is_file() else ""
+        raise FileNotFoundError(f"dataset file {path} does not exist{here}")
+    return path
 
 
 def load_registry(dataset_dir: Path) -> dict[str, dict[str, Any]]:
@@ -64,8 +94,6 @@ def load_registry(dataset_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _file(path: Path, media_dir: Path | None) -> DatasetInfo:
-    if not path.is_file():
-        raise FileNotFoundError(f"dataset file {path} does not exist")
     return DatasetInfo(path.stem, (path,), Layout(), media_dir or path.parent)
 
 
@@ -80,13 +108,16 @@ def _entry(name: str, entries: dict[str, dict], dataset_dir: Path, media_dir: Pa
         raise ValueError(
             f"dataset {name!r}: {', '.join(unsupported)} not supported; known: {', '.join(SUPPORTED_KEYS)}"
         )
+    count = entry.get("num_samples")
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"dataset {name!r}: num_samples must be a whole number, at least 1; got {count!r}")
     layout = Layout(entry.get("formatting", "alpaca"), entry.get("columns", {}), entry.get("tags", {}))
     shared = {
         "layout": layout,
         "media_dir": media_dir or dataset_dir,
         "subset": entry.get("subset"),
         "split": entry.get("split", "train"),
-        "num_samples": entry.get("num_samples"),
+        "num_samples": count,
     }
     if "hf_hub_url" in entry:
         return DatasetInfo(name, (), hub_id=entry["hf_hub_url"], **shared)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, set_seed
@@ -19,18 +20,28 @@ from sar_fast.experiment_arguments import expand
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
+from sar_fast.sar_flags import check_backend
 from sar_fast.threads import one_thread_for
 from sar_fast.training.arguments import Arguments, SFTArguments, main_arguments
+from sar_fast.training.checking import ending_at_a_bad_record
 from sar_fast.training.checkpoints import forget_replaced
-from sar_fast.training.data import Collator, encode_dataset, load_records
+from sar_fast.training.data import (
+    CONCAT,
+    Collator,
+    encode_dataset,
+    load_records,
+    training_dataset,
+    training_stream,
+)
 from sar_fast.training.distributed import asks_for_deepspeed, prepare_deepspeed
 from sar_fast.training.encoding import Encoder
 from sar_fast.training.gradients import GradientSparsityCallback
-from sar_fast.training.models import check_model, load_model, load_processor, source_of
+from sar_fast.training.models import check_model, check_model_layers, load_model, load_processor, source_of
 from sar_fast.training.output_folder import move_aside
 from sar_fast.training.plots import plot_loss
 from sar_fast.training.registry import DatasetInfo, find_datasets
 from sar_fast.training.resume import check_same_run, find_checkpoint, is_finished, run_settings
+from sar_fast.training.run_config import RunConfigCallback
 from sar_fast.training.throughput import ThroughputCallback
 from sar_fast.training.trainers import ControlSFTTrainer, SFTTrainer
 
@@ -57,7 +68,8 @@ def _train() -> None:
         except (ValueError, TypeError, ImportError, OSError) as error:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             raise SystemExit(2) from error
-        run(trainer, arguments, checkpoint)
+        with ending_at_a_bad_record():
+            run(trainer, arguments, checkpoint)
         if dist.is_initialized():  # a rank that leaves while another still writes would abort
             dist.barrier()
 
@@ -69,6 +81,9 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     hf_logging.disable_default_handler()
     check_trackers(training)
     check_model(arguments)
+    if arguments.model.use_sar:
+        check_model_layers(arguments.model)
+        check_backend(arguments.model, training.device, torch.bfloat16 if training.bf16 else torch.float32)
     checkpoint = find_checkpoint(arguments) if training.do_train else None
     settings = run_settings(arguments, _infos(arguments, data.dataset)) if training.do_train else None
     if checkpoint is not None:
@@ -77,7 +92,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     processor = load_processor(arguments)
     encoder = Encoder(processor, data.max_length, data.too_long)
     train = _dataset(arguments, data.dataset, encoder) if training.do_train else None
-    evaluation = _dataset(arguments, data.eval_dataset, encoder) if training.do_eval else None
+    evaluation = _dataset(arguments, data.eval_dataset, encoder, evaluation=True) if training.do_eval else None
     model = load_model(arguments)
     needs_blank = is_deepspeed_zero3_enabled()
     if data.packing:
@@ -98,6 +113,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
         trainer: Trainer = ControlSFTTrainer(**options, **control)
     else:
         trainer = SFTTrainer(**options)
+    trainer.add_callback(RunConfigCallback(trainer, arguments.to_dict()))
     if training.do_train and training.gradient_analysis:
         every = training.gradient_analysis_steps or max(1, int(training.logging_steps))
         trainer.add_callback(GradientSparsityCallback(trainer, every))
@@ -221,14 +237,19 @@ def run_metadata(arguments: Arguments) -> dict[str, Any]:
 
 def _infos(arguments: Arguments, names: str) -> list[DatasetInfo]:
     data = arguments.data
-    return find_datasets(names, Path(data.dataset_dir), Path(data.media_dir) if data.media_dir else None)
+    folder, media = (Path(path) if path else None for path in (data.dataset_dir, data.media_dir))
+    return find_datasets(names, folder, media, data.max_samples)
 
 
-def _dataset(arguments: Arguments, names: str, encoder: Encoder) -> Any:
-    data = arguments.data
+def _dataset(arguments: Arguments, names: str, encoder: Encoder, evaluation: bool = False) -> Any:
+    """The datasets of a name list as one; records of an evaluation come once each, in order."""
+    data, training = arguments.data, arguments.training
     infos = _infos(arguments, names)
-    with arguments.training.main_process_first(desc="preparing data"):
-        records = load_records(infos, data.streaming, data.cache_dir)
-        if data.max_samples is not None:
-            records = records.take(data.max_samples)
-        return encode_dataset(records, encoder, data.preprocessing_num_workers)
+    with training.main_process_first(desc="preparing data"):
+        if evaluation and data.streaming:
+            return encode_dataset(load_records(infos, streaming=True), encoder)
+        seed = training.data_seed if training.data_seed is not None else training.seed
+        mix = CONCAT if evaluation else data.mix()
+        if data.streaming:
+            return training_stream(infos, encoder, mix, seed, data.buffer_size, announce=training.process_index == 0)
+        return training_dataset(infos, encoder, mix, seed, data.preprocessing_num_workers, data.cache_dir)

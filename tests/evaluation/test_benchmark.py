@@ -347,7 +347,7 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
         ([], "error: needed one of --task, --do_sfs_fi_eval, --do_layerwise_probe; got none"),
         (["--task", "mme", "--do_layerwise_probe"], "got --task and --do_layerwise_probe"),
         (["--task", "mme", "--sar_beta", "0.1"], "error: --sar_beta has no effect without --use_sar; add it"),
-        (["--task", "mme", "--use_sar", "--sar_beta", "0"], "error: beta must be > 0"),
+        (["--task", "mme", "--use_sar", "--sar_beta", "0"], "error: --sar_beta must be > 0"),
         (["--task", "mme", "--dataset", "x"], "error: --dataset is for"),
         (["--task", "mme", "--bf16", "--fp16"], "error: --bf16 and --fp16 exclude each other"),
         (["--task", "mme", "--predict_with_generate", "--scoring", "first_token"], "exclude each other; give one"),
@@ -367,7 +367,7 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
         (["--task", "mme", "--data_dir", str(DATA / "mme"), "--model_name_or_path", "./none"], "--model_name_or_path"),
         (
             ["--task", "mme", "--data_dir", str(DATA / "mme"), "--use_sar", "--sar_activation_layer_k", "9"],
-            "error: activation_layer_k must be at most the number of attention layers, 4; got 9",
+            "error: --sar_activation_layer_k must be at most the number of attention layers, 4; got 9",
         ),
     ],
 )

@@ -109,9 +109,9 @@ def test_close_values_of_beta_have_folders_of_their_own(tmp_path):
         (["--use_sar", "--k", "1"], "--use_sar is what a sweep varies; give --k and --beta"),
         (["--sar_beta", "0.1", "--k", "1"], "--sar_beta is what a sweep varies"),
         (["--k", "1", "1"], "--k must be one or more different values"),
-        (["--k", "1", "--beta", "0"], "beta must be > 0"),
-        (["--k", "-1"], "activation_layer_k must be"),
-        (["--k", "9"], "activation_layer_k must be at most the number of attention layers, 4; got 9"),
+        (["--k", "1", "--beta", "0"], "--beta must be > 0"),
+        (["--k", "-1"], "--k must be >= 0; got -1"),
+        (["--k", "9"], "--k must be at most the number of attention layers, 4; got 9"),
         (["--kk", "9"], "unknown flag --kk; did you mean --k?"),
     ],
 )

@@ -52,13 +52,15 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, **own, "PATH": scripts + os.pathsep + kept["PATH"], **changes}
 
 
-def launch(words: list[str], processes: int = 2, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+def launch(
+    words: list[str], processes: int = 2, timeout: float = 300, script: Path = SCRIPT, **env: str
+) -> subprocess.CompletedProcess:
     """``train.py`` under torchrun with ``processes`` ranks; 0 is plain Python."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
-        [*launcher, str(SCRIPT), *words], env=environment(**env), capture_output=True, text=True, timeout=timeout
+        [*launcher, str(script), *words], env=environment(**env), capture_output=True, text=True, timeout=timeout
     )
 
 

@@ -136,6 +136,7 @@ def test_the_registry(tmp_path):
         "rows": {"file_name": "rows.jsonl", "formatting": "sharegpt", "num_samples": 2},
         "gone": {"file_name": "gone.json", "formatting": "sharegpt"},
         "ranked": {"file_name": "rows.jsonl", "ranking": True},
+        "none": {"file_name": "rows.jsonl", "num_samples": 0},
         "odd": {"file_name": "rows.jsonl", "formatting": "sharegpt", "columns": {"picture": "images"}},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
@@ -144,6 +145,7 @@ def test_the_registry(tmp_path):
         ("row", ValueError, "did you mean 'rows'"),
         ("gone", FileNotFoundError, "gone.json does not exist"),
         ("ranked", ValueError, "ranking not supported"),
+        ("none", ValueError, "num_samples must be a whole number, at least 1; got 0"),
         ("odd", ValueError, "columns of sharegpt may be"),
         ("", ValueError, "needed a name"),
         ("missing.json", FileNotFoundError, "missing.json does not exist"),

@@ -11,15 +11,15 @@ from sar_fast.evaluation.focus.run_lengths import plain_run_lengths
 from sar_fast.evaluation.focus.samples import GroundingSample
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, stamp
 from sar_fast.pictures import PictureError, find_picture
-from sar_fast.training.records import SUFFIXES, check_text, read_rows
-from sar_fast.training.registry import REGISTRY_NAME, load_registry
+from sar_fast.training.records import check_text, read_rows
+from sar_fast.training.registry import DEFAULT_DIR, REGISTRY_NAME, find_file, is_file_name, load_registry
 
 NEEDED = ("image", "query", "object_prompt")
 OPTIONAL = ("bbox", "mask", "segmentation", "label", "id")
 
 
 def load_grounding_samples(
-    name: str, dataset_dir: str | Path, media_dir: str | Path | None = None, limit: int | None = None
+    name: str, dataset_dir: str | Path | None, media_dir: str | Path | None = None, limit: int | None = None
 ) -> list[GroundingSample]:
     """Samples of a dataset by its name in ``dataset_dir/dataset_info.json``, or of a file; pictures are not decoded.
 
@@ -27,14 +27,15 @@ def load_grounding_samples(
     then ``bbox`` (x1, y1, x2, y2 in pixels), ``mask`` (an encoded picture, non-zero = object) or ``segmentation``
     (COCO's: polygons of x, y, ... in pixels, or run lengths ``{"size", "counts"}``; either column takes either form),
     ``label`` (default: the object's name), ``id`` (default: the row's number).
-    The registry's ``columns`` may give a column another name. Relative paths start from ``media_dir``, by default the
-    file's folder. ``limit`` takes the first rows.
+    The registry's ``columns`` may give a column another name. ``dataset_dir`` None: the registry is that of
+    ``experiments/data``, and a file is where its path says. Relative paths of pictures start from ``media_dir``, by
+    default the file's folder. ``limit`` takes the first rows.
 
     Raises:
         ValueError: an unknown name, a row without a needed column or with a wrong value in one, two rows of one id.
         FileNotFoundError: no registry, or no file.
     """
-    path, columns = _find(name, Path(dataset_dir))
+    path, columns = _find(name, Path(dataset_dir) if dataset_dir is not None else None)
     media = Path(media_dir) if media_dir is not None else path.parent
     samples: dict[str, GroundingSample] = {}
     for number, row in read_rows(path):
@@ -78,22 +79,25 @@ def dataset_settings(name: str, samples: Sequence[GroundingSample]) -> dict[str,
     return {"dataset": name, "samples": len(samples), "asked": stamp(asked)}
 
 
-def _find(name: str, dataset_dir: Path) -> tuple[Path, Mapping[str, str]]:
-    path, columns = Path(name), {}
-    if path.suffix not in SUFFIXES:
-        entries = load_registry(dataset_dir)
-        if name not in entries:
-            raise ValueError(f"dataset {name!r} is not in {dataset_dir / REGISTRY_NAME}; known: {', '.join(entries)}")
-        if "file_name" not in entries[name]:
-            raise ValueError(f"dataset {name!r} has no file_name; download it and name its file")
-        path, columns = dataset_dir / entries[name]["file_name"], entries[name].get("columns", {})
-        unknown = sorted(set(columns) - {*NEEDED, *OPTIONAL})
-        if unknown:
-            raise ValueError(f"dataset {name!r}: columns may name {', '.join((*NEEDED, *OPTIONAL))}; got {unknown}")
+def _find(name: str, dataset_dir: Path | None) -> tuple[Path, Mapping[str, str]]:
+    needed = f"needed its columns {', '.join(NEEDED)}, bbox"
+    if is_file_name(name):
+        try:
+            return find_file(name, dataset_dir), {}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {needed}") from error
+    folder = dataset_dir or DEFAULT_DIR
+    entries = load_registry(folder)
+    if name not in entries:
+        raise ValueError(f"dataset {name!r} is not in {folder / REGISTRY_NAME}; known: {', '.join(entries)}")
+    if "file_name" not in entries[name]:
+        raise ValueError(f"dataset {name!r} has no file_name; download it and name its file")
+    path, columns = folder / entries[name]["file_name"], entries[name].get("columns", {})
+    unknown = sorted(set(columns) - {*NEEDED, *OPTIONAL})
+    if unknown:
+        raise ValueError(f"dataset {name!r}: columns may name {', '.join((*NEEDED, *OPTIONAL))}; got {unknown}")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"dataset {name!r}: {path} does not exist; needed its columns {', '.join(NEEDED)}, bbox"
-        )
+        raise FileNotFoundError(f"dataset {name!r}: {path} does not exist; {needed}")
     return path, columns
 
 

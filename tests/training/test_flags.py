@@ -1,0 +1,174 @@
+"""Flags of train.py and evaluate.py: numbers that make no sense, other trainers' names, SAR's own names."""
+
+from __future__ import annotations
+
+import pytest
+
+from sar_fast.config import SARConfig
+from sar_fast.evaluation import arguments as evaluation
+from sar_fast.evaluation import benchmark
+from sar_fast.foreign_flags import ADVICE
+from sar_fast.sar_flags import count_attention_layers, naming_flags
+from sar_fast.training.arguments import parse
+from sar_fast.training.run import build
+from tests.hf.tiny import CASES
+from tests.training.runs import flags, launch
+from tests.training.samples import DATA
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max_samples 0", "--max_samples must be at least 1; got 0"),
+        ("--max_samples -1", "--max_samples must be at least 1; got -1"),
+        ("--cutoff_len 0", "--cutoff_len must be at least 1; got 0"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps must be at least 1; got 0"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1; got 0"),
+        ("--per_device_eval_batch_size -2", "--per_device_eval_batch_size must be at least 1; got -2"),
+        ("--num_train_epochs -1", "--num_train_epochs must be > 0; got -1"),
+        ("--num_train_epochs inf", "--num_train_epochs must be > 0; got inf"),
+        ("--max_steps 0", "--max_steps must be at least 1, or -1 for --num_train_epochs; got 0"),
+        ("--save_steps 0", "--save_steps must be > 0; got 0"),
+        ("--logging_steps -3", "--logging_steps must be > 0; got -3"),
+        ("--eval_steps 0", "--eval_steps must be > 0; got 0"),
+        ("--save_total_limit 0", "--save_total_limit must be at least 1; got 0"),
+        ("--learning_rate nan", "--learning_rate must be at least 0; got nan"),
+        ("--weight_decay -0.1", "--weight_decay must be at least 0; got -0.1"),
+        ("--seed -1", "--seed must be at least 0; got -1"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers must be at least 0; got -1"),
+        ("--preprocessing_num_workers 0", "--preprocessing_num_workers must be at least 1; got 0"),
+        ("--streaming --buffer_size 0", "--buffer_size must be at least 1; got 0"),
+        ("--finetuning_type lora --lora_rank 0", "--lora_rank must be at least 1; got 0"),
+        ("--finetuning_type lora --lora_dropout 1", "--lora_dropout must be at least 0 and below 1; got 1.0"),
+        ("--finetuning_type freeze --freeze_trainable_layers 0", "--freeze_trainable_layers must be at least 1"),
+        ("--gradient_analysis_steps 0", "--gradient_analysis_steps must be at least 1; got 0"),
+        (
+            "--custom_trainer control_sft --visual_contrastive_loss_weight -1",
+            "loss_weight must be >= 0 and finite",
+        ),
+        ("--custom_trainer control_sft --visual_contrastive_temperature 0", "temperature must be > 0; got 0"),
+    ],
+)
+def test_numbers_that_make_no_sense(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*flags(tmp_path), *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--metric_for_best_model eval_los --eval_strategy steps", "must be eval_loss, all .* measures; got eval_los"),
+        ("--metric_for_best_model accuracy --eval_strategy steps", "must be eval_loss.*; got accuracy"),
+        ("--metric_for_best_model loss", "--metric_for_best_model needs evaluations while training"),
+        ("--load_best_model_at_end true", "--load_best_model_at_end needs evaluations while training"),
+        ("--save_strategy best --eval_strategy steps", "--save_strategy best needs --metric_for_best_model eval_loss"),
+        ("--do_predict", "--do_predict has no effect here: experiments/evaluate.py"),
+        ("--streaming --train_sampling_strategy group_by_length", "group_by_length needs the lengths of all records"),
+        ("--train_sampling_strategy group_by_length --length_column_name n", "length_column_name must be 'length'"),
+        ("--template llava", "template is 'llava', needed a Jinja file"),
+    ],
+)
+def test_flags_that_would_fail_late(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*flags(tmp_path), *words.split()])
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "loss"])
+def test_the_loss_may_choose_the_best_model(tmp_path, metric):
+    given = {"metric_for_best_model": metric, "eval_strategy": "steps", "eval_steps": 1, "do_eval": True}
+    training = parse(flags(tmp_path, eval_dataset="shapes_pairs", **given)).training
+    assert training.metric_for_best_model == metric
+    assert training.greater_is_better is False
+
+
+def test_flags_of_llama_factory_are_known_by_name(tmp_path):
+    assert parse([*flags(tmp_path), "--stage", "sft"]).model.stage == "sft"
+    for words, message in (
+        ("--stage dpo", "argument --stage: invalid choice: 'dpo'"),
+        ("--flash_attn fa2", "unknown flag --flash_attn: --attn_implementation flash_attention_2, or --use_sar"),
+        ("--quantization_bit 4", "unknown flag --quantization_bit: weights are not quantized here"),
+        ("--val_size 0.1", "unknown flag --val_size: give --eval_dataset"),
+        ("--image_max_pixels 262144", "unknown flag --image_max_pixels: pictures are resized"),
+        ("--pref-beta 0.1", "unknown flag --pref-beta: that method is not here"),
+        ("--group_by_length", "unknown flag --group_by_length: its name is --train_sampling_strategy group_by_length"),
+        ("--evaluation_strategy steps", "its name is --eval_strategy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse([*flags(tmp_path), *words.split()])
+
+
+def test_what_is_known_as_another_trainers_flag_is_none_of_ours(tmp_path):
+    for name in ADVICE:
+        with pytest.raises(ValueError, match=f"unknown flag --{name}: "):
+            parse([*flags(tmp_path), f"--{name}", "1"])
+
+
+@pytest.mark.parametrize("name", ["--gpus", "--log_samples", "--devices", "--sar_layers", "--k"])
+def test_no_unrelated_flag_is_suggested(tmp_path, name):
+    with pytest.raises(ValueError, match=f"unknown flag {name}$"):
+        parse([*flags(tmp_path), name, "1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sar_activation_layer_k 10", "--sar_activation_layer_k must be at most .* layers, 4; got 10"),
+        ("--sar_activation_layer_k -1", "--sar_activation_layer_k must be >= 0; got -1"),
+        ("--sar_beta nan", "--sar_beta must be > 0"),
+    ],
+)
+def test_sars_errors_name_the_flag_before_data_are_read(tmp_path, words, message):
+    """The dataset's name is wrong too, and would be an error of its own."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build(parse([*flags(tmp_path, dataset="nowhere"), "--use_sar", *words.split()]))
+
+
+def test_a_backend_that_cannot_run_names_its_flag_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    words = flags(tmp_path, dataset="nowhere", use_sar=True, sar_activation_layer_k=2, use_cpu=True)
+    with pytest.raises(ValueError, match=r"^--sar_backend='triton' does not support cpu"):
+        build(parse([*words, "--sar_backend", "triton"]))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_layers_that_attend_are_counted_by_the_configuration_alone(case):
+    assert count_attention_layers(case.make().config) == len(case.attending)
+
+
+def test_errors_that_name_no_flag_are_left_alone():
+    with pytest.raises(ValueError, match=r"^model has no beta"), naming_flags({"beta": "sar_beta"}):
+        raise ValueError("model has no beta")
+    with pytest.raises(TypeError, match=r"^--sav_grad must be a bool"), naming_flags({"sav_grad": "sav_grad"}):
+        SARConfig(sav_grad=3)
+
+
+def test_evaluates_flags(tmp_path):
+    words = ["--model_name_or_path", "miniature", "--output_dir", str(tmp_path), "--task", "mme"]
+    for more, message in (
+        ("--max_samples 0", "--max_samples must be at least 1; got 0"),
+        ("--seed -4", "--seed must be at least 0; got -4"),
+        ("--flash_attn fa2", "unknown flag --flash_attn: --attn_impl"),
+        ("--use_sar --sar_beta -1", "--sar_beta must be > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.parse([*words, *more.split()])
+
+
+def test_evaluate_names_sars_flags_before_it_asks_anything(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    words = ["--model_name_or_path", "miniature", "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--use_sar"]
+    late = [*words, "--task", "mme", "--data_dir", "nowhere", "--sar_activation_layer_k", "10"]
+    with pytest.raises(ValueError, match=r"^--sar_activation_layer_k must be at most .* layers, 4; got 10"):
+        benchmark.run(evaluation.parse(late))
+    asks = [*words, "--task", "mme", "--data_dir", str(DATA / "benchmarks" / "mme"), "--sar_activation_layer_k", "2"]
+    with pytest.raises(ValueError, match=r"^--sar_backend='triton' does not support cpu"):
+        benchmark.run(evaluation.parse([*asks, "--sar_backend", "triton"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_senseless_number_ends_in_one_line(tmp_path):
+    done = launch([*flags(tmp_path), "--gradient_accumulation_steps", "0"], processes=0)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: --gradient_accumulation_steps must be at least 1; got 0"
