@@ -50,7 +50,7 @@ def train(
     """
     need("sar-fast bench train", *TRAINING)
     from sar_fast.cli import loading
-    from sar_fast.training.benchmark import sample_inputs, training_steps
+    from sar_fast.training.benchmark import remark, sample_inputs, training_steps
     from sar_fast.training.throughput import known_peak
 
     options.check_sar(k, beta=beta, backend=backend)
@@ -58,8 +58,8 @@ def train(
         raise UserError(f"--peak_flops must be a number above 0; got {peak_flops}")
     loaded, processor = loading.load_model(model, device, dtype, base_model)
     config = options.sar_config(loaded, k, beta=beta, backend=backend).replace(sav_grad=sav_grad)
-    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", length)
-    if length > limit:
+    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
         raise UserError(f"--length must be at most {limit}, the model's positions; got {length}")
     try:
         inputs = sample_inputs(loaded, processor, length)
@@ -69,8 +69,14 @@ def train(
         parameter.requires_grad_(parameter.is_floating_point())
     peak = peak_flops or known_peak(loaded.device)
     records = training_steps(loaded.train(), inputs, config, steps, peak)
+    note = remark(inputs["input_ids"].shape[1], limit)
     if as_json:
-        shape = {"length": int(inputs["input_ids"].shape[1]), "config": config.to_dict(), "device": str(loaded.device)}
+        shape = {
+            "length": int(inputs["input_ids"].shape[1]),
+            "note": note,
+            "config": config.to_dict(),
+            "device": str(loaded.device),
+        }
         typer.echo(json_text.dumps({**shape, "modes": records}, indent=2))
         return
     plain = records[0]["step_seconds"]
@@ -81,3 +87,5 @@ def train(
             f"{r['mode']:8} {1e3 * r['step_seconds']:9.1f} ms a step, x {r['step_seconds'] / plain:.2f}, "
             f"{r['tokens_per_second']:.0f} tokens/s{more}"
         )
+    if note is not None:
+        typer.echo(f"note: {note}")

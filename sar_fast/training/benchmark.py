@@ -17,6 +17,7 @@ from sar_fast.integrations.hf.apply import apply_sar
 from sar_fast.training.throughput import TrainingFlops, peak_memory
 
 MODES = ("sar off", "sar on", "eager")
+TELLING = 512  # tokens, from which on the miniature's layers take twice as long in the eager formulation as with SAR
 
 
 def training_steps(
@@ -71,6 +72,18 @@ def training_steps(
             }
         )
     return records
+
+
+def remark(tokens: int, limit: int | None = None) -> str | None:
+    """What to know of times at so many tokens, and what to run instead; ``limit`` is the model's. None if nothing."""
+    if tokens >= TELLING:
+        return None
+    longer = "a --model that takes more" if limit is not None and limit < TELLING else f"--length {TELLING} or more"
+    return (
+        f"{tokens} tokens are too few to tell SAR from the eager formulation: fixed costs of each layer decide, and "
+        f"eager's matrices grow with the square of the length. Give {longer}, for example on a GPU --model "
+        "llava-hf/llava-1.5-7b-hf --length 2048 --dtype bfloat16; `make bench` of a checkout times attention on a CPU"
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ DASHES = (  # of runs that may lie on each other: the first is wide and shows be
     {"linestyle": "-.", "linewidth": 1.5},
 )
 DEPTHS = ("shallow", "middle", "deep")
+FEW = 20  # points of a line, up to which each has a marker: a line through one point is not seen
 
 
 def _pyplot() -> Any:
@@ -35,10 +37,9 @@ def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> bool:
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in names:
-        rows = [(h["step"], h[name]) for h in history if name in h]
-        axes.plot(*zip(*rows), label=name)
+        _draw(axes, *series(history, name), label=name)
     axes.set(xlabel="optimizer step", ylabel="loss")
-    axes.legend()
+    _finish(axes)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
@@ -84,9 +85,9 @@ def plot_figure_3(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     )
     for axes, (name, lines) in zip(panels[0], runs.items()):
         for kind, colour in (("visual", "tab:red"), ("text", "tab:blue")):
-            axes.plot(*series(lines, L1.format(kind)), color=colour, label=f"{kind} tokens")
+            _draw(axes, *series(lines, L1.format(kind)), color=colour, label=f"{kind} tokens")
         axes.set(xlabel="optimizer step", title=name, yscale="log")
-        axes.legend()
+        _finish(axes)
     panels[0, 0].set_ylabel("mean gradient L1 per token")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -94,35 +95,62 @@ def plot_figure_3(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
 
 def plot_figure_4(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Gini coefficients: by depth in the first run, queries (left); by layer, mean over each run (middle); over all
-    layers, runs compared (right)."""
+    measured layers, runs compared (right). Runs that measured different layers have them in the legend."""
     plt = _pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     name, lines = next(iter(runs.items()))
     for depth in DEPTHS:
-        left.plot(*series(lines, AGGREGATE.format(depth, "q")), label=depth)
+        _draw(left, *series(lines, AGGREGATE.format(depth, "q")), label=depth)
     left.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q", title=f"{name}: by depth")
-    for number, (label, rows) in enumerate(runs.items()):
+    layers = {label: measured_layers(rows) for label, rows in runs.items()}
+    comparable = len({tuple(found) for found in layers.values()}) == 1
+    for number, (run, rows) in enumerate(runs.items()):
+        label = run if comparable else f"{run} ({describe_layers(layers[run])})"
         line = DASHES[number % len(DASHES)]
         for kind, marker in (("q", "o"), ("k", "s")):
-            layers, means = _means_by_layer(rows, kind)
-            middle.plot(layers, means, label=f"{label}, {kind}", marker=marker, markersize=3, **line)
-        right.plot(*series(rows, AGGREGATE.format("total", "q")), label=label, **line)
+            means = _means_by_layer(rows, layers[run], kind)
+            _draw(middle, [*means], [*means.values()], label=f"{label}, {kind}", **{"marker": marker, **line})
+        _draw(right, *series(rows, AGGREGATE.format("total", "q")), label=label, **line)
     middle.set(xlabel="layer", ylabel="Gini, mean over the run", title="by layer")
-    middle.xaxis.get_major_locator().set_params(integer=True)
-    right.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q, all layers", title="runs compared")
+    title = "runs compared" if comparable else "runs compared, each over its own layers"
+    right.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q, mean of layers", title=title)
     for axes in (left, middle, right):
-        axes.legend()
+        _finish(axes)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _means_by_layer(lines: Sequence[Mapping[str, Any]], kind: str) -> tuple[list[int], list[float]]:
-    layers, means = [], []
-    layer = 0
-    while any(PER_LAYER.format(layer, k) in lines[0] for k in ("q", "k")):
-        _, values = series(lines, PER_LAYER.format(layer, kind))
-        if values:
-            layers.append(layer)
-            means.append(sum(values) / len(values))
-        layer += 1
-    return layers, means
+def measured_layers(lines: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Layers with a Gini coefficient in any line: frozen ones have none."""
+    pattern = re.compile(re.escape(PER_LAYER.format("#", "@")).replace("\\#", r"(\d+)").replace("@", "[qk]"))
+    return sorted({int(found[1]) for line in lines for key in line if (found := pattern.fullmatch(key))})
+
+
+def describe_layers(layers: Sequence[int]) -> str:
+    """``layers 0-3, 6``: runs of numbers as their ends."""
+    if not layers:
+        return "no layer"
+    starts = [i for i, layer in enumerate(layers) if i == 0 or layers[i - 1] != layer - 1]
+    parts = [layers[start:end] for start, end in zip(starts, [*starts[1:], len(layers)])]
+    words = ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    return f"{'layer' if len(layers) == 1 else 'layers'} {words}"
+
+
+def _means_by_layer(lines: Sequence[Mapping[str, Any]], layers: Sequence[int], kind: str) -> dict[int, float]:
+    known = {layer: series(lines, PER_LAYER.format(layer, kind))[1] for layer in layers}
+    return {layer: sum(values) / len(values) for layer, values in known.items() if values}
+
+
+def _draw(axes: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """A line, with markers if it has few points; nothing, and no place in the legend, if it has none."""
+    if y:
+        axes.plot(x, y, **{"marker": "o" if len(y) <= FEW else None, "markersize": 4, **style})
+
+
+def _finish(axes: Any) -> None:
+    """Whole steps and layers, and the legend, or words in an empty frame."""
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "no value was logged", ha="center", va="center", transform=axes.transAxes)

@@ -16,6 +16,7 @@ from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
+from sar_fast import json_text
 from sar_fast.experiment_arguments import expand
 from sar_fast.extras import need
 from sar_fast.integrations.hf.structure import unwrap

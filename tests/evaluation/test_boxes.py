@@ -120,6 +120,7 @@ def test_refcoco_lists_what_it_cannot_use():
         ("row 0", "bbox [1.0, 2.0, 0.0, 5.0] has no area"),
         ("row 1", "expression 0 is empty"),
     ]
+    assert [s.kind for s in skips] == ["box has no area", "no expression"]
 
 
 def test_refcoco_objects_to_a_box_outside_of_the_picture():
@@ -141,7 +142,7 @@ def test_refcoco_counts_a_repeated_row_once():
     """An object may occur twice with other expressions, but not with the same."""
     samples, skips = make().samples([row(), row(answer=["mug"]), row()])
     assert [s.key for s in samples] == ["0/0", "0/1", "1/0"]
-    assert [(s.key, s.reason) for s in skips] == [("row 2", "repeats row 0")]
+    assert [(s.key, s.reason, s.kind) for s in skips] == [("row 2", "repeats row 0", "repeated row")]
 
 
 # --- replies in another format than the one in force

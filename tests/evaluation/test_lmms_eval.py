@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -15,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sar_fast.cli.loading import build_prompt
 from sar_fast.evaluation import benchmark
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.models import prepare_processor
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
-from sar_fast.miniature.checkpoint import load_miniature
+from sar_fast.miniature.checkpoint import MINIATURE_PATH, load_miniature
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +54,68 @@ def test_an_unknown_model_argument_is_an_error():
         refuse_unknown({"sar_betta": 1}, known)
 
 
+@pytest.fixture
+def harness(monkeypatch):
+    """The model's class, on stand-ins of the few names that it imports from lmms-eval."""
+    base = type("lmms", (), {"__init__": lambda self: None})
+    names = {"api.instance": {"Instance": object}, "api.model": {"lmms": base}, "protocol": {"ChatMessages": Chat}}
+    for name, content in {"": {}, "api": {}, **names}.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}".rstrip("."), module)
+    monkeypatch.delitem(sys.modules, "sar_fast.integrations.lmms_eval.model", raising=False)
+    yield importlib.import_module("sar_fast.integrations.lmms_eval.model").SARHuggingFace
+    sys.modules.pop("sar_fast.integrations.lmms_eval.model")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pretrained": "./nowhere"}, "pretrained './nowhere' is no folder on this machine"),
+        ({"pretrained": "{broken}"}, "pretrained '.*' cannot be loaded as an image-text-to-text model"),
+        ({"pretrained": "{silent}"}, "pretrained: its chat template cannot be rendered: .*; give one with template"),
+        ({"dtype": "int8"}, "dtype must be auto, float32"),
+        ({"device": "tpu:1"}, "device 'tpu:1' cannot be used here"),
+        ({"sar_activation_layer_k": 9}, "sar_activation_layer_k must be at most the number of attention layers, 4; g"),
+        ({"sar_activation_layer_k": -1}, "sar_activation_layer_k must be"),
+        ({"sar_beta": 0}, "sar_beta must be > 0"),
+        ({"sar_decode": "later"}, "sar_decode must be"),
+        ({"sar_normalize": "most"}, "sar_normalize must be"),
+        ({"sar_prior_source": "x"}, "sar_prior_source must be"),
+        ({"sar_backend": "x"}, "sar_backend must be"),
+        ({"template": "gone.jinja"}, "template is 'gone.jinja', needed a Jinja file"),
+        ({"use_sar": "maybe"}, "--model_args: use_sar"),
+        ({"sar_betta": 1}, "--model_args: sar_betta is unknown; did you mean sar_beta"),
+    ],
+)
+def test_errors_name_the_arguments_as_lmms_evals_users_write_them(harness, tmp_path, given, message):
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(MINIATURE_PATH, tmp_path / "silent")
+    (tmp_path / "silent" / "chat_template.jinja").write_text("{{ messages[7].content.x }}")
+    places = {name: str(tmp_path / name) for name in ("broken", "silent")}
+    given = {name: value.format(**places) if isinstance(value, str) else value for name, value in given.items()}
+    with pytest.raises((ValueError, TypeError), match="^" + message) as caught:
+        harness(**{"pretrained": "miniature", "device": "cpu", "sar_activation_layer_k": 2, **given})
+    assert not re.search(r"--(?!model_args)\w", str(caught.value))
+
+
+def test_a_document_that_the_processor_refuses_is_named(adapter, monkeypatch):
+    call = type(adapter.processor).__call__
+
+    def picky(self, images=None, text=None, **options):
+        if any(picture.size[0] < 4 for picture in images):
+            raise ZeroDivisionError("no patch")
+        return call(self, images=images, text=text, **options)
+
+    monkeypatch.setattr(type(adapter.processor), "__call__", picky)
+    text = build_prompt(adapter.processor, "What is this?")
+    good, narrow = Image.new("RGB", (20, 20)), Image.new("RGB", (2, 20))
+    names = ["task t, document 3", "task t, document 4"]
+    assert adapter._encode(names, [text, text], [[good], [good]])["input_ids"].shape[0] == 2
+    with pytest.raises(ValueError, match="task t, document 4: the processor refuses it: ZeroDivisionError: no patch"):
+        adapter._encode(names, [text, text], [[good], [narrow]])
+
+
 def test_stop_words_cut_the_reply():
     assert cut("yes\nUSER: and this?", ["USER:", "\n"]) == "yes"
     assert cut(" yes ", None) == "yes"
@@ -78,22 +143,12 @@ class Chat:
 
 
 @pytest.fixture
-def adapter(monkeypatch):
-    """The adapter on the miniature, on stand-ins of the few names that it imports from lmms-eval."""
-    names = {"api.instance": {"Instance": object}, "api.model": {"lmms": object}, "protocol": {"ChatMessages": Chat}}
-    for name in ("", "api"):
-        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}".rstrip("."), types.ModuleType(name))
-    for name, content in names.items():
-        module = types.ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}", module)
-    monkeypatch.delitem(sys.modules, "sar_fast.integrations.lmms_eval.model", raising=False)
-    module = importlib.import_module("sar_fast.integrations.lmms_eval.model")
-    model = object.__new__(module.SARHuggingFace)
+def adapter(harness):
+    """The adapter on the miniature."""
+    model = object.__new__(harness)
     model.model, model.processor = load_miniature()
     prepare_processor(model.processor)
-    yield model
-    sys.modules.pop("sar_fast.integrations.lmms_eval.model")
+    return model
 
 
 def request(model, picture, number=0):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sar_fast import SARConfig
 from sar_fast.cli import app
 from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.benchmark import MODES, _mode, sample_inputs, training_steps
+from sar_fast.training.benchmark import MODES, _mode, remark, sample_inputs, training_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +58,12 @@ def test_the_command():
     found = json.loads(done.stdout)
     assert found["length"] == 100
     assert [m["mode"] for m in found["modes"]] == list(MODES)
+    assert found["note"].startswith("100 tokens are too few to tell SAR from the eager formulation")
+    shown = CliRunner().invoke(app, ["bench", "train", "--steps", "1", "--k", "2"])
+    assert shown.output.splitlines()[-1].startswith("note: 200 tokens are too few")
+    assert "Give a --model that takes more" in shown.output
+    assert "Give --length 512 or more" in remark(300, 4096)
+    assert remark(512, 4096) is None
     wrong = CliRunner().invoke(app, ["bench", "train", "--length", "9999"])
     assert wrong.exit_code == 2
     assert "--length must be at most 256" in wrong.output

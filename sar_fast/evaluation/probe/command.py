@@ -129,7 +129,7 @@ def warnings(results: ProbeResults, training: HeadTraining) -> list[str]:
         epochs = math.ceil(ENOUGH_STEPS * training.epochs / results.steps)
         remedy = f"give more --probe_epochs ({epochs} make {ENOUGH_STEPS} steps) or a larger --probe_lr"
     else:
-        remedy = "give another --probe_lr"
+        remedy = "give another --probe_lr; if none helps, the features hold nothing that a linear head can read"
     return [f"{found}{remedy} (--overwrite_output_dir keeps the features)"]
 
 

@@ -25,6 +25,6 @@ def draw_scores(results: ProbeResults, task: str, path: Path) -> None:
     axes.set_xlabel("decoder layer")
     axes.set_ylabel(f"share with IoU ≥ {RIGHT_IOU}" if task == "grounding" else "accuracy")
     axes.set_ylim(0, 1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

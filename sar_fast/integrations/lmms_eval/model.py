@@ -16,7 +16,7 @@ from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import encode_texts, generate
 from sar_fast.evaluation.models import prepare_processor, start_processes
 from sar_fast.integrations.hf import apply_sar
-from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
+from sar_fast.integrations.lmms_eval.options import cut, generation_options, in_own_words, refuse_unknown
 from sar_fast.model_errors import ModelError
 from sar_fast.models import find_model, load_model
 from sar_fast.pictures import PictureError, open_picture
@@ -40,6 +40,7 @@ class SARHuggingFace(lmms):
 
     is_simple = False
 
+    @in_own_words
     def __init__(
         self,
         pretrained: str,
@@ -109,7 +110,7 @@ class SARHuggingFace(lmms):
         return replies
 
     def _answer(self, requests: Sequence[Instance]) -> list[str]:
-        texts, pictures = [], []
+        texts, pictures, documents = [], [], []
         for request in requests:
             _, to_messages, _, doc_id, task, split = request.args
             chat = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
@@ -120,14 +121,29 @@ class SARHuggingFace(lmms):
                 self.processor.apply_chat_template(chat.to_hf_messages(), add_generation_prompt=True, tokenize=False)
             )
             try:
-                pictures += [open_picture(image) for image in images]
+                pictures.append([open_picture(image) for image in images])
             except PictureError as error:
                 raise ValueError(f"task {task}: a picture of document {doc_id} {error}") from error
+            documents.append(f"task {task}, document {doc_id}")
         options = requests[0].args[2]
-        inputs = encode_texts(self.processor, pictures, texts).to(self.model.device, self.model.dtype)
+        inputs = self._encode(documents, texts, pictures).to(self.model.device, self.model.dtype)
         length = int(options.get("max_new_tokens", 128))
         replies = generate(self.model, self.processor, inputs, length, **generation_options(options))
         return [cut(reply, options.get("until")) for reply in replies]
+
+    def _encode(self, documents: Sequence[str], texts: Sequence[str], pictures: Sequence[list[Any]]) -> Any:
+        """Model inputs of a batch; ``ValueError`` names a document that the processor refuses."""
+        try:
+            return encode_texts(self.processor, [image for images in pictures for image in images], texts)
+        except Exception:
+            for document, text, images in zip(documents, texts, pictures):
+                try:
+                    encode_texts(self.processor, images, [text])
+                except Exception as error:
+                    raise ValueError(
+                        f"{document}: the processor refuses it: {type(error).__name__}: {error}"
+                    ) from error
+            raise
 
     # The harness's base class demands these two of every model, and stops a task that needs them with their error.
 

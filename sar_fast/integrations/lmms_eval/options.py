@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
+SAR_OPTIONS = ("activation_layer_k", "beta", "normalize", "decode", "prior_source", "backend")
+WORDS = (  # what the library and other commands call an argument -> what it is called here
+    (re.compile(r"--(?:model_name_or_path|model)(?![\w-])"), "pretrained"),
+    (re.compile(r"--(template|device|dtype|base_model)(?![\w-])"), r"\1"),
+    (re.compile(rf"^({'|'.join(SAR_OPTIONS)})\b|(?<![\w-])({'|'.join(SAR_OPTIONS)})(?==)"), r"sar_\1\2"),
+)
 ELSEWHERE = ("until", "max_new_tokens", "image_aspect_ratio")  # used by the caller; the last one is other models'
 
 
@@ -31,6 +39,22 @@ def cut(reply: str, until: Sequence[str] | str | None) -> str:
         if stop:
             reply = reply.split(stop)[0]
     return reply.strip()
+
+
+def in_own_words(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the arguments that its errors name called as in ``--model_args``."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **given: Any) -> Any:
+        try:
+            return function(*args, **given)
+        except (ValueError, TypeError) as error:
+            message = str(error)
+            for pattern, word in WORDS:
+                message = pattern.sub(word, message)
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
+
+    return call
 
 
 def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
