@@ -96,6 +96,7 @@ def attach(model: nn.Module, source: ModelSource, trainable: bool = False) -> Pe
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # errors below
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT asks by the old name
             wrapped = PeftModel.from_pretrained(model, source.adapter, adapter_name=NAME, is_trainable=trainable)
             _forget(wrapped)
             found = wrapped.load_adapter(source.adapter, NAME, is_trainable=trainable)

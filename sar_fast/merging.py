@@ -65,8 +65,10 @@ def check_output(path: Path, source: ModelSource, overwrite: bool) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"output_dir {str(path)!r} is not empty: choose another folder, or give --overwrite")
+        raise ValueError(
+            f"output_dir {str(path)!r} is not empty: choose another folder, or give --overwrite_output_dir"
+        )
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"output_dir {str(path)!r} holds no model that --overwrite could replace: choose another folder"
+            f"output_dir {str(path)!r} holds no model that --overwrite_output_dir could replace: choose another folder"
         )

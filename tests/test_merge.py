@@ -76,7 +76,9 @@ def test_nothing_is_replaced_before_the_new_model_is_whole(adapter, tmp_path, mo
     merge_into(find_model(str(adapter)), out)  # an empty folder is taken
     before = (out / "model.safetensors").read_bytes()
     line = fails("merge", str(adapter), "--output_dir", str(out))
-    assert line == f"error: --output_dir {str(out)!r} is not empty: choose another folder, or give --overwrite"
+    assert (
+        line == f"error: --output_dir {str(out)!r} is not empty: choose another folder, or give --overwrite_output_dir"
+    )
     other = write_adapter(tmp_path / "other", lora(r=2))
 
     def fail(*_, **__):
@@ -84,10 +86,10 @@ def test_nothing_is_replaced_before_the_new_model_is_whole(adapter, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("transformers.processing_utils.ProcessorMixin.save_pretrained", fail)
-        line = fails("merge", str(other), "--output_dir", str(out), "--overwrite")
+        line = fails("merge", str(other), "--output_dir", str(out), "--overwrite_output_dir")
     assert line == f"error: --output_dir {str(out)!r} cannot be written: No space left on device"
     assert (out / "model.safetensors").read_bytes() == before
-    run("merge", str(other), "--output_dir", str(out), "--overwrite")
+    run("merge", str(other), "--output_dir", str(out), "--overwrite_output_dir")
     assert (out / "model.safetensors").read_bytes() != before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "other"]
 
@@ -101,11 +103,11 @@ def test_folders_that_must_not_be_replaced(adapter, tmp_path):
         (tmp_path, "holds the adapter"),
         (own / CONFIG_FILE, "is a file, needed a folder"),
     ):
-        assert message in fails("merge", str(own), "--output_dir", str(output), "--overwrite")
+        assert message in fails("merge", str(own), "--output_dir", str(output), "--overwrite_output_dir")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("dear")
-    line = fails("merge", str(own), "--output_dir", str(tmp_path / "letters"), "--overwrite")
-    assert "holds no model that --overwrite could replace" in line
+    line = fails("merge", str(own), "--output_dir", str(tmp_path / "letters"), "--overwrite_output_dir")
+    assert "holds no model that --overwrite_output_dir could replace" in line
     assert (tmp_path / "letters" / "dear.txt").is_file()
     line = fails("merge", str(own), "--output_dir", str(own / CONFIG_FILE / "below"))
     assert "Not a directory" in line or "cannot be written" in line

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sar_fast.cli import loading, options
+from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+from sar_fast.extras import need
 
 
 def merge(
@@ -20,7 +21,9 @@ def merge(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the weights: 'auto' (the base's own), 'float32', 'bfloat16', 'float16'.")
     ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the folder.")] = False,
+    overwrite_output_dir: Annotated[
+        bool, typer.Option("--overwrite_output_dir", help="Replace a model that is in the folder.")
+    ] = False,
 ) -> None:
     """Add an adapter to its base's weights, and write a model that needs neither.
 
@@ -30,11 +33,13 @@ def merge(
 
     * `sar-fast merge results/lora --output_dir results/lora_merged`
     """
+    need("sar-fast merge", "peft")
+    from sar_fast.cli import loading
     from sar_fast.merging import merge_into
     from sar_fast.models import find_model
 
     try:
         with loading.options_named(model="ADAPTER"):
-            typer.echo(merge_into(find_model(adapter, base_model), output_dir, dtype, overwrite))
+            typer.echo(merge_into(find_model(adapter, base_model), output_dir, dtype, overwrite_output_dir))
     except ValueError as error:
         raise UserError.of(error) from error
