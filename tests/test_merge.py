@@ -76,9 +76,8 @@ def test_nothing_is_replaced_before_the_new_model_is_whole(adapter, tmp_path, mo
     merge_into(find_model(str(adapter)), out)  # an empty folder is taken
     before = (out / "model.safetensors").read_bytes()
     line = fails("merge", str(adapter), "--output_dir", str(out))
-    assert (
-        line == f"error: --output_dir {str(out)!r} is not empty: choose another folder, or give --overwrite_output_dir"
-    )
+    advice = "choose another folder, or give --overwrite_output_dir"
+    assert line == f"error: --output_dir {str(out)!r} is not empty: {advice}"
     other = write_adapter(tmp_path / "other", lora(r=2))
 
     def fail(*_, **__):

@@ -22,7 +22,7 @@ TRAIN = [
 
 @pytest.fixture
 def command(tmp_path):
-    """(program, words) -> stdout, or stderr of a failure, of ``sar-fast`` or of a script of ``experiments/``, run in an empty folder."""
+    """(program, words) -> stdout, or stderr of a failure; ``sar-fast`` or a script of ``experiments/``."""
 
     def run(program: str, *words: str | Path, code: int = 0) -> str:
         script = REPOSITORY / "experiments" / program
