@@ -29,7 +29,7 @@ ADVICE = {
     "disable_shuffling": "--train_sampling_strategy sequential; with --streaming, --buffer_size 1",
     # model
     "flash_attn": "--attn_implementation flash_attention_2, or --use_sar with --sar_backend",
-    "adapter_name_or_path": "merge it into its model (PEFT's merge_and_unload) and give that model",
+    "adapter_name_or_path": "--model_name_or_path takes an adapter's folder, --base_model its base",
     "shift_attn": "attention is the model's own, or SAR's with --use_sar",
     "rope_scaling": "change it in the model's config.json",
     "enable_liger_kernel": "the Trainer's name is --use_liger_kernel",
