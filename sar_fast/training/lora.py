@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,15 +25,26 @@ def add_lora(model: nn.Module, options: ModelArguments) -> PeftModel:
     """The model with a new adapter, as the flags say."""
     from peft import LoraConfig, get_peft_model
 
-    rank = options.lora_rank if options.lora_rank is not None else RANK
+    given = with_defaults(options)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=options.lora_alpha if options.lora_alpha is not None else 2 * rank,
-        lora_dropout=options.lora_dropout or 0.0,
-        target_modules=lora_targets(model, options.lora_target or "all"),
+        r=given["lora_rank"],
+        lora_alpha=given["lora_alpha"],
+        lora_dropout=given["lora_dropout"],
+        target_modules=lora_targets(model, given["lora_target"]),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def with_defaults(options: ModelArguments) -> dict[str, Any]:
+    """The flags of a new adapter, those that are left out at their defaults."""
+    rank = options.lora_rank if options.lora_rank is not None else RANK
+    return {
+        "lora_rank": rank,
+        "lora_alpha": options.lora_alpha if options.lora_alpha is not None else 2 * rank,
+        "lora_dropout": options.lora_dropout or 0.0,
+        "lora_target": options.lora_target or "all",
+    }
 
 
 def lora_targets(model: nn.Module, wanted: str) -> list[str]:

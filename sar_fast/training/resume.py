@@ -17,6 +17,7 @@ from sar_fast.chat_template import read_template
 from sar_fast.evaluation.stamps import content_stamp, model_facts, sampled_stamp
 from sar_fast.training.arguments import Arguments
 from sar_fast.training.checkpoints import SETTINGS, last_complete
+from sar_fast.training.lora import with_defaults
 from sar_fast.training.models import source_of
 from sar_fast.training.output_folder import earlier_run
 from sar_fast.training.registry import DatasetInfo
@@ -53,7 +54,7 @@ MAY_CHANGE = frozenset((
     "use_liger_kernel", "liger_kernel_config", "attn_implementation", "sar_backend", "trust_remote_code",
     "use_cache",
     # of no consequence here
-    "restore_callback_states_from_checkpoint", "label_names", "remove_unused_columns", "cutoff_len",
+    "restore_callback_states_from_checkpoint", "label_names", "remove_unused_columns", "cutoff_len", "stage",
 ))
 # fmt: on
 # The product of these with the number of ranks counts.
@@ -120,6 +121,8 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
     settings["total_train_batch_size"] = per_rank * training.world_size
     if arguments.control.custom_trainer is not None:  # its negatives are those of a micro-batch on all ranks
         settings["samples_per_micro_batch"] = training.per_device_train_batch_size * training.world_size
+    if model.finetuning_type == "lora" and source_of(model).adapter is None:
+        settings |= with_defaults(model)
     if data.streaming:  # which worker reads what decides the order
         settings["dataloader_num_workers"] = training.dataloader_num_workers
     facts = model_facts(source_of(model))

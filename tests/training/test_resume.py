@@ -67,8 +67,11 @@ def test_another_run_is_no_resume(half, changes, named):
 def test_another_rank_of_lora_is_no_resume(tmp_path):
     changes = {**RUN, "max_steps": 2, "finetuning_type": "lora", "lora_rank": 4}
     train(tmp_path, **changes)
-    with pytest.raises(ValueError, match="lora_rank is 8, was 4"):
-        build(parse(flags(tmp_path, **{**changes, "lora_rank": 8, "resume_from_checkpoint": "true"})))
+    changes["resume_from_checkpoint"] = "true"
+    for rank in (8, None):  # 8 is the default
+        with pytest.raises(ValueError, match="lora_rank is 8, was 4; lora_alpha is 16, was 8"):
+            build(parse(flags(tmp_path, **{**changes, "lora_rank": rank})))
+    build(parse(flags(tmp_path, **changes, lora_alpha=8, lora_target="all")))
 
 
 def test_changed_data_is_another_run(tmp_path):
