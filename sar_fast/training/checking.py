@@ -64,12 +64,15 @@ def bad(record: Mapping[str, Any], reason: Exception | str) -> BadRecord:
     return BadRecord(f"{record['source']}: {' '.join(str(reason).split())}")
 
 
-def check_records(records: Dataset, encoder: Encoder, num_proc: int | None = None) -> Dataset:
+def check_records(
+    records: Dataset, encoder: Encoder, num_proc: int | None = None, pictures: str | None = None
+) -> Dataset:
     """The records that fit, with a column ``length``; what is dropped is counted and logged.
 
+    ``pictures`` is their :func:`pictures_stamp`, if it is known.
     ``ValueError`` if none is left; :class:`BadRecord` names one that cannot be encoded.
     """
-    measure = _Measure(encoder, pictures_stamp(records))
+    measure = _Measure(encoder, pictures_stamp(records) if pictures is None else pictures)
     verdicts = records.map(measure, remove_columns=records.column_names, num_proc=num_proc, desc="Checking records")
     reasons = verdicts["dropped"][:]
     dropped = [reason for reason in reasons if reason]

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from sar_fast.evaluation.stamps import file_stamp
-from sar_fast.training.checking import LENGTH, bad, check_records, encode
+from sar_fast.training.checking import LENGTH, bad, check_records, encode, pictures_stamp
 from sar_fast.training.encoding import IGNORED, Encoder, TooLong
 from sar_fast.training.mixing import Mix, mixed
 from sar_fast.training.records import RecordError, id_in_messages, read_rows, to_record
@@ -121,7 +121,9 @@ def training_dataset(
     ``interleave`` strategies choose records that fit, once for the whole run, by ``seed``.
     """
     mix.check(len(infos))
-    parts = [check_records(_load(info, cache_dir), encoder, num_proc) for info in infos]
+    loaded = [_load(info, cache_dir) for info in infos]
+    pictures = [pictures_stamp(records) for records in loaded]
+    parts = [check_records(records, encoder, num_proc, stamp) for records, stamp in zip(loaded, pictures)]
     records = concatenate_datasets(parts)
     if len(parts) > 1:
         ends = list(itertools.accumulate(map(len, parts)))
@@ -129,7 +131,7 @@ def training_dataset(
         order = list(mixed([span.__iter__ for span in spans], mix, random.Random(seed), lambda n: None))
         records = records if mix.strategy == "concat" else records.select(order)
         _tell(mix, infos, spans, order)
-    return EncodedDataset(records, encoder)
+    return EncodedDataset(records, encoder, pictures)
 
 
 def training_stream(
@@ -165,11 +167,13 @@ class EncodedDataset(Dataset):
     """Checked records, encoded when they are asked for: rows are ``{"features": model inputs}``.
 
     The column ``length`` is read without encoding anything: the Trainer sorts by it.
+    ``pictures`` are hashes of what the picture files of its parts hold, where they were taken.
     """
 
-    def __init__(self, records: Dataset, encoder: Encoder) -> None:
+    def __init__(self, records: Dataset, encoder: Encoder, pictures: Sequence[str] | None = None) -> None:
         super().__init__(records.data, records.info, records.split, records._indices, records._fingerprint)
         self._lengths: list[int] = records[LENGTH][:]
+        self.pictures = pictures
         self.set_transform(_BatchEncoder(encoder))
 
     def __getitem__(self, key: Any) -> Any:

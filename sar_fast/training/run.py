@@ -99,6 +99,10 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     processor = load_processor(arguments)
     encoder = Encoder(processor, data.max_length, data.too_long)
     train = _dataset(arguments, data.dataset, encoder) if training.do_train else None
+    if settings is not None and (pictures := getattr(train, "pictures", None)) is not None:  # a stream is not read yet
+        settings["content of the pictures"] = pictures
+        if checkpoint is not None:
+            check_same_run(settings, checkpoint)
     evaluation = _dataset(arguments, data.eval_dataset, encoder, evaluation=True) if training.do_eval else None
     model = load_model(arguments)
     needs_blank = is_deepspeed_zero3_enabled()

@@ -37,7 +37,11 @@ def token_losses(trainer, batches, smoothing=0.0):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"gradient_accumulation_steps": 2}, CONTROL], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"packing": True}, {"gradient_accumulation_steps": 2}, {"finetuning_type": "lora"}, CONTROL],
+    ids=str,
+)
 def test_label_smoothing_is_that_of_the_definition(tmp_path, changes):
     common = {"max_samples": 4, "per_device_train_batch_size": 4, "max_steps": 1, "learning_rate": 0, **changes}
     common["per_device_train_batch_size"] //= changes.get("gradient_accumulation_steps", 1)

@@ -85,6 +85,19 @@ def test_changed_data_is_another_run(tmp_path):
         build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
 
 
+def test_a_replaced_picture_is_another_run(tmp_path):
+    rows = json.loads((DATA / "shapes_llava.json").read_text())[:4]
+    for number, row in enumerate(rows):
+        shutil.copy(DATA / row["image"], tmp_path / f"{number}.png")
+        row["image"] = f"{number}.png"
+    common = {**RUN, "max_steps": 2, "dataset": write_jsonl(tmp_path / "data.jsonl", rows)}
+    train(tmp_path / "run", **common)
+    build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
+    shutil.copy(tmp_path / "1.png", tmp_path / "0.png")
+    with pytest.raises(ValueError, match="content of the pictures is .*, was"):
+        build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
+
+
 def test_what_may_change(half, finished, tmp_path):
     """The total batch counts, not how it is divided; data and folders may have moved."""
     moved = tmp_path / "moved"
