@@ -94,7 +94,7 @@ def test_a_replaced_picture_is_another_run(tmp_path):
     train(tmp_path / "run", **common)
     build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
     shutil.copy(tmp_path / "1.png", tmp_path / "0.png")
-    with pytest.raises(ValueError, match="content of the pictures is .*, was"):
+    with pytest.raises(ValueError, match=r"content of the pictures is .*, was"):
         build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
 
 
