@@ -112,12 +112,15 @@ class SFTTrainer(WholeCheckpoints, PlainModels, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        evaluating = not self.model.training and "labels" in inputs
+        if evaluating:
+            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # Liger's: they are read
         smoothed = self._smoothed.on(unwrap(self.model)) if self._smoothed else contextlib.nullcontext()
         with smoothed:
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        if not self.model.training and "labels" in inputs:
+        if evaluating:
             packed = None if "attention_mask" in inputs else inputs.get("position_ids")
             self._samples = torch.stack(sample_losses(outputs["logits"], inputs["labels"], packed), -1)  # (samples, 2)
         return (loss, outputs) if return_outputs else loss
