@@ -13,6 +13,7 @@ CORE = [
     "transformers>=5.17,<6",
     "safetensors>=0.4",
     "pillow>=10.3",  # opens 16-bit grey as such
+    "huggingface_hub>=1.0",
     "jinja2>=3.1",  # chat templates
     "pyyaml>=6",
     "tqdm>=4.66",

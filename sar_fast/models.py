@@ -230,8 +230,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" can be named, and holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError("{device} {name!r} cannot be used here: {why}", name=name, why=first_line(error)) from error
     return device
 

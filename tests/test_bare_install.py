@@ -44,13 +44,14 @@ def declared() -> dict[str, list[Requirement]]:
 
 
 def imports(root: Path) -> Iterator[tuple[str, bool, Path]]:
-    """(top-level module, whether inside a function, file) of every import of a third party below a folder."""
+    """(top-level module, whether inside a function or for types alone, file) of each third party's import in a folder."""
     own = {*sys.stdlib_module_names, "sar_fast", "sar_kernels"}
     for file in sorted(root.rglob("*.py")):
         todo = [(ast.parse(file.read_text(encoding="utf-8")), False)]
         while todo:
             node, inside = todo.pop()
             inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            inside |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
@@ -138,6 +139,7 @@ COMMANDS = (  # (words, how the error of an installation without extras ends; ""
     (["paper"], f"needs {ALL}, matplotlib, scikit-image: pip install 'sar_fast[train,reports]'"),
     (["sweep", "--help"], f"needs {ALL}, matplotlib: pip install 'sar_fast[train,reports]'"),
     (["sweep", "--task", "mme"], f"needs {ALL}, matplotlib: pip install 'sar_fast[train,reports]'"),
+    (["merge", "adapter", "--output_dir", "merged"], "sar-fast merge needs peft: pip install 'sar_fast[train]'"),
     (["bench", "train"], f"sar-fast bench train needs {ALL}: pip install 'sar_fast[train]'"),
     (["data", "check", TABLE], "pip install 'sar_fast[train]'"),
     (["experiments/train.py", f"{YAMLS}/exp_sec3.2_grad_sparsity_sft_mini.yaml"], "pip install 'sar_fast[train]'"),

@@ -134,6 +134,7 @@ class Workplace:
         """What W&B was told."""
         import wandb
 
+        wandb.teardown()  # a process keeps the folder of its first run
         known = set(self.folder.glob("wandb/offline-run-*"))
         try:
             self.type(TRAIN.format(output_dir=output_dir, control=control))

@@ -13,7 +13,6 @@ from sar_fast import json_text
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
 from sar_fast.extras import need
-from sar_fast.pictures import picture_name
 
 LABELS = {
     "model_type": "model type",
@@ -81,6 +80,8 @@ def inspect(
     if picture is not None:
         inputs = loading.build_inputs(loaded, processor, [picture], [question])
         found |= _measure(loaded, inputs, config)
+        from sar_fast.pictures import picture_name
+
         found["input"] |= {"image": picture_name(image), "question": question}
     if heatmap is not None:
         _draw(found, heatmap)

@@ -16,7 +16,8 @@ from accelerate import PartialState
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.models import check_model_layers, dtype_name, source_of, start_processes
 from sar_fast.evaluation.results import ResultFolder
-from sar_fast.evaluation.stamps import file_stamp, model_facts
+from sar_fast.evaluation.stamps import file_stamp
+from sar_fast.evaluation.weights import model_facts
 from sar_fast.run_metadata import commit, versions
 
 logger = logging.getLogger(__name__)

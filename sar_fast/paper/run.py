@@ -20,7 +20,8 @@ from sar_fast import json_text
 from sar_fast.cli.loading import MINIATURE
 from sar_fast.config import SARConfig
 from sar_fast.evaluation.results import read_json
-from sar_fast.evaluation.stamps import files_stamp, weights_stamp
+from sar_fast.evaluation.stamps import files_stamp
+from sar_fast.evaluation.weights import weights_stamp
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from sar_fast.paper.stages import Stage, run_stage
 from sar_fast.run_metadata import versions

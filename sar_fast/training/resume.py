@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.chat_template import read_template
-from sar_fast.evaluation.stamps import content_stamp, model_facts, sampled_stamp
+from sar_fast.evaluation.stamps import content_stamp, sampled_stamp
+from sar_fast.evaluation.weights import model_facts
 from sar_fast.training.arguments import Arguments
 from sar_fast.training.checkpoints import SETTINGS, last_complete
 from sar_fast.training.lora import with_defaults

@@ -171,6 +171,7 @@ def test_wandb_gets_the_same_values(tmp_path, monkeypatch):
     """A Weights & Biases run without network, read back from its file."""
     wandb = pytest.importorskip("wandb")
 
+    wandb.teardown()  # a process keeps the folder of its first run
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     try:

@@ -12,6 +12,7 @@ RUN = {"max_steps": 1, "use_sar": True, "sar_activation_layer_k": 2, "sar_beta":
 
 def test_weights_and_biases_tells_two_groups_apart(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # a process keeps the folder of its first run
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     configs = []
@@ -31,6 +32,7 @@ def test_weights_and_biases_tells_two_groups_apart(tmp_path, monkeypatch):
 
 def test_an_evaluation_without_training_is_told_too(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # a process keeps the folder of its first run
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     train(tmp_path / "out", report_to="wandb", do_train=None, dataset=None, do_eval=True, eval_dataset="shapes_pairs")
     try:
