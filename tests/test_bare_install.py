@@ -44,7 +44,7 @@ def declared() -> dict[str, list[Requirement]]:
 
 
 def imports(root: Path) -> Iterator[tuple[str, bool, Path]]:
-    """(top-level module, whether inside a function or for types alone, file) of each third party's import in a folder."""
+    """(top-level module, whether in a function or for types alone, file) of each third party's import in a folder."""
     own = {*sys.stdlib_module_names, "sar_fast", "sar_kernels"}
     for file in sorted(root.rglob("*.py")):
         todo = [(ast.parse(file.read_text(encoding="utf-8")), False)]
