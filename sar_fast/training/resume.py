@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.chat_template import read_template
-from sar_fast.evaluation.stamps import content_stamp, sampled_stamp
+from sar_fast.evaluation.stamps import content_stamp, file_stamp
 from sar_fast.evaluation.weights import model_facts
 from sar_fast.training.arguments import Arguments
 from sar_fast.training.checkpoints import SETTINGS, last_complete
@@ -118,10 +118,10 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
     groups = (dataclasses.asdict(group) for group in (model, data, arguments.control))
     given = {name: value for group in (*groups, training.to_sanitized_dict()) for name, value in group.items()}
     settings = {name: value for name, value in given.items() if name not in MAY_CHANGE and name not in BY_PRODUCT}
-    per_rank = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    settings["total_train_batch_size"] = per_rank * training.world_size
+    micro_batch = training.train_batch_size * training.world_size
+    settings["total_train_batch_size"] = micro_batch * training.gradient_accumulation_steps
     if arguments.control.custom_trainer is not None:  # its negatives are those of a micro-batch on all ranks
-        settings["samples_per_micro_batch"] = training.per_device_train_batch_size * training.world_size
+        settings["samples_per_micro_batch"] = micro_batch
     if model.finetuning_type == "lora" and source_of(model).adapter is None:
         settings |= with_defaults(model)
     if data.streaming:  # which worker reads what decides the order
@@ -137,7 +137,7 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
 
 
 def _content(files: Iterable[Path]) -> str:
-    stamps = [sampled_stamp(path) for path in files]
+    stamps = [file_stamp(path) for path in files]
     return f" (content {', '.join(stamps)})" if stamps else ""
 
 
