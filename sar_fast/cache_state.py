@@ -43,6 +43,7 @@ class CacheState:
         snapshots: per layer, (cache length, state) after every call that changed it, for cropping.
         packed: the cache was filled by packed sequences, and cannot be continued.
         length: positions that passes under SAR filled, with pictures or without; not counted on static caches.
+        unseen: positions came while SAR was off; what tells on static caches.
         decode: ``SARConfig.decode`` of the layers' states.
         config: the options that it was filled under, once known.
         switch: off once SAR was removed from the model that filled it.
@@ -54,6 +55,7 @@ class CacheState:
     snapshots: dict[int, list[tuple[int, SARState]]] = dataclasses.field(default_factory=dict)
     packed: bool = False
     length: int = 0
+    unseen: bool = False
     decode: str = "running"
     config: SARConfig | None = None
     switch: Switch = dataclasses.field(default_factory=Switch)
@@ -166,13 +168,18 @@ class CacheState:
 
 
 class _SARCacheMixin:
-    """Cache methods that move batch rows or positions, extended to the SAR state. Mixed in before the cache's class."""
+    """Cache methods that add or move rows or positions, extended to the SAR state; before the cache's class."""
 
     sar_state: CacheState
 
     def __reduce__(self) -> tuple:
         """Classes made at run time cannot be found by name: a pickle has the cache's own, and takes the state along."""
         return _restore, (type(self).__mro__[2],), self.__dict__
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.sar_state.switch.on:
+            self.sar_state.unseen = True
+        return super().update(*args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         rows = self._sar_rows(beam_idx)

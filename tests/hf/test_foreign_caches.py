@@ -78,13 +78,32 @@ def test_a_second_picture_on_an_unseen_cache_is_an_error(model, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_turn_without_sar_in_between_is_an_error(model, mode):
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_turn_without_sar_in_between_is_an_error(model, mode, static):
     """The cache has a state, but not of the tokens that came while SAR was off."""
     with apply_sar(model, config_of(mode)):
-        cache = filled(model, row_of(llava_batch, [1], 0))
-    step(model, cache)
-    with apply_sar(model, config_of(mode)), pytest.raises(ValueError, match=UNSEEN):
+        cache = filled(model, row_of(llava_batch, [1], 0), static)
+    with apply_sar(model, config_of(mode)):  # nothing came in between
         step(model, cache)
+    step(model, cache)
+    with apply_sar(model, config_of(mode)):
+        with pytest.raises(ValueError, match=UNSEEN):
+            step(model, cache)
+        cache.reset()
+        with torch.no_grad():
+            model(**row_of(llava_batch, [1], 0), past_key_values=cache)
+        step(model, cache)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_turn_under_k_0_in_between_is_an_error(model, static):
+    with apply_sar(model, config_of("running")) as handle:
+        cache = filled(model, row_of(llava_batch, [1], 0), static)
+        handle.reconfigure(config_of("running").replace(activation_layer_k=0))
+        step(model, cache)
+        handle.reconfigure(config_of("running"))
+        with pytest.raises(ValueError, match=UNSEEN):
+            step(model, cache)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -251,3 +251,16 @@ def test_features_of_some_pictures_only_are_an_error(model):
     base.get_image_features = half
     with apply_sar(model, SAR), pytest.raises(RuntimeError, match="16 of 32 image tokens"):
         model(**batch, use_cache=False)
+
+
+def test_a_generated_placeholder_without_a_cache_fails_in_transformers_too():
+    """Every step is a prompt with the pictures again, and there are more placeholders than pictures by then."""
+    model, row = llava(), llava_batch([1])
+    row["input_ids"] = torch.cat([row["input_ids"], torch.tensor([[IMAGE]])], 1)
+    row["attention_mask"] = torch.ones_like(row["input_ids"])
+    for config in (None, SARConfig(activation_layer_k=2)):
+        handle = None if config is None else apply_sar(model, config)
+        with torch.no_grad(), pytest.raises(ValueError, match="[Ii]mage features and image tokens do not match"):
+            model(**row, use_cache=False)
+        if handle is not None:
+            handle.remove()

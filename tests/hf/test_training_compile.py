@@ -153,3 +153,23 @@ def test_compiled_decode_on_a_static_cache(mode):
         graphs = counter.frame_count
         decode(compiled, 12)
         assert counter.frame_count == graphs <= 2  # the growing mask is one dynamic dimension, nothing else recompiles
+
+
+def test_compiled_steps_without_sar_are_seen_on_a_static_cache():
+    """One graph without SAR, one with: noticing costs no compilation."""
+    from torch._dynamo.testing import CompileCounter
+
+    model, batch = llava(), llava_batch([1])
+    config, counter = SARConfig(activation_layer_k=2, beta=BETA), CompileCounter()
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend=counter, fullgraph=True)
+    step = lambda: compiled(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        with apply_sar(model, config):
+            model(**batch, past_key_values=cache, use_cache=True)
+        for _ in range(3):
+            step()
+        assert counter.frame_count == 1
+        with apply_sar(model, config), pytest.raises(ValueError, match="SAR filled not all of them"):
+            model(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)

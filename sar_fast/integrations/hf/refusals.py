@@ -29,7 +29,7 @@ def refuse_unseen_cache(
         new: positions of this pass.
         peft_configs: those of the PEFT wrapper by adapter; the prefix that one learned is a cache without pictures.
     """
-    if past is not None and (cache.is_compileable or past_length <= past.length):
+    if past is not None and (not past.unseen if cache.is_compileable else past_length <= past.length):
         return
     tracing = isinstance(past_length, Tensor) and torch.compiler.is_compiling()
     if new > 1 if tracing else not past_length:  # a counter cannot be read in a graph; decode steps have a past
@@ -37,9 +37,10 @@ def refuse_unseen_cache(
     learned = {c.num_virtual_tokens for c in peft_configs.values() if getattr(c, "is_prompt_learning", False)}
     if past is None and not tracing and past_length in learned:
         return
+    filled = 0 if past is None else "not all" if cache.is_compileable else past.length
     raise ValueError(
         f"past_key_values: holds {'some' if tracing else int(past_length)} positions, but passes under SAR filled "
-        f"{0 if past is None else past.length} of them, so SAR does not know its pictures and their prior: it was "
+        f"{filled} of them, so SAR does not know its pictures and their prior: it was "
         "filled without SAR, or rebuilt without the state that rides on the cache object. Needed: a new cache (or "
         f"cache.reset()) and the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, "
         "apply SAR to the PEFT model"
