@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from sar_fast.evaluation.stamps import file_stamp, stamp
 from sar_fast.run_metadata import versions
@@ -25,6 +26,7 @@ from sar_fast.training.records import RecordError
 
 logger = logging.getLogger(__name__)
 
+MANY = 1000  # pictures, from which on reading them shows its progress
 LENGTH = "length"  # column: tokens of the encoded record; the Trainer's name for it
 
 
@@ -93,7 +95,8 @@ def pictures_stamp(records: Dataset) -> str:
     paths = pc.struct_field(pc.list_flatten(records.data.column("images")), "path")
     files = paths.drop_null().unique().to_pylist()
     with ThreadPoolExecutor(8) as threads:
-        return stamp(list(threads.map(_content, files)))
+        read = tqdm(threads.map(_content, files), "Reading pictures", len(files), disable=len(files) < MANY)
+        return stamp(list(read))
 
 
 def _content(path: str) -> str | None:
