@@ -260,7 +260,7 @@ def test_a_generated_placeholder_without_a_cache_fails_in_transformers_too():
     row["attention_mask"] = torch.ones_like(row["input_ids"])
     for config in (None, SARConfig(activation_layer_k=2)):
         handle = None if config is None else apply_sar(model, config)
-        with torch.no_grad(), pytest.raises(ValueError, match="[Ii]mage features and image tokens do not match"):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"[Ii]mage features and image tokens do not match"):
             model(**row, use_cache=False)
         if handle is not None:
             handle.remove()
