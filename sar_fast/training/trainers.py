@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.training.checkpoints import SETTINGS, TOTALS, WholeCheckpoints
 from sar_fast.training.contrastive import OUTPUT_NAME, ContrastiveHead, ContrastiveSupervision
 from sar_fast.training.losses import SmoothedLoss, sample_losses
 from sar_fast.training.saving import PlainModels
+
+NOTHING = {"step": 0, "loss_sum": 0.0, "seconds": 0.0}
 
 
 class SFTTrainer(WholeCheckpoints, PlainModels, Trainer):
@@ -40,7 +43,7 @@ class SFTTrainer(WholeCheckpoints, PlainModels, Trainer):
         self._smoothed = SmoothedLoss(smoothing) if smoothing else None
         self.label_smoother = None  # the Trainer's own
         self.run_settings = run_settings
-        self._totals = {"step": 0, "loss_sum": 0.0, "seconds": 0.0}  # of the run before this process took over
+        self._totals = dict(NOTHING)  # of the run before this process took over
         self._loss_sum: Tensor | float = 0.0  # of this process, over micro-batches
         self._began = time.monotonic()
         self._evaluated: list[Tensor] = []
@@ -49,10 +52,11 @@ class SFTTrainer(WholeCheckpoints, PlainModels, Trainer):
     # the whole run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str):
-            path = Path(resume_from_checkpoint) / TOTALS
-            if path.is_file():
-                self._totals = json.loads(path.read_text(encoding="utf-8"))
+        found = resume_from_checkpoint
+        if found is True:  # as the Trainer finds it
+            found = get_last_checkpoint(self.args.output_dir)
+        path = Path(found) / TOTALS if found else None
+        self._totals = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else dict(NOTHING)
         self._loss_sum, self._began = 0.0, time.monotonic()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
