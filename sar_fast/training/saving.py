@@ -22,7 +22,10 @@ class PlainModels:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        config = unwrap(kwargs["model"] if "model" in kwargs else args[0]).config
+        model = kwargs.get("model", args[0] if args else None)
+        if model is None:
+            raise ValueError("model must be given: what it was before training is restored on saving; got None")
+        config = unwrap(model).config
         configs: list[PretrainedConfig] = [config, config.get_text_config()]
         self._given = [(c, vars(c)[USE_CACHE]) if USE_CACHE in vars(c) else (c, None) for c in configs]
         super().__init__(*args, **kwargs)
