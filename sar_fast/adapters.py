@@ -125,7 +125,7 @@ def merge(wrapped: PeftModel, source: ModelSource) -> nn.Module:
     kind = wrapped.peft_config[NAME].peft_type
     try:
         return wrapped.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+    except (AttributeError, NotImplementedError, ValueError) as error:  # no merge in PEFT's class, or NaN
         raise source.error("cannot be merged ({kind}): {reason}", kind=kind.value, reason=_reason(error)) from error
 
 

@@ -11,7 +11,14 @@ from sar_fast.wording import reason
 
 
 class ProcessorRefusal(ValueError):
-    """A model's processor makes no input of a picture or of words: a shape that it cannot resize, a placeholder."""
+    """A model's processor makes no input of a picture or of words: a shape that it cannot resize, a placeholder.
+
+    ``why`` is the processor's own error, type and words, on one line.
+    """
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
 def call_processor(processor: Any, texts: Sequence[str], pictures: Sequence[Image.Image], **options: Any) -> Any:
@@ -31,4 +38,5 @@ def call_processor(processor: Any, texts: Sequence[str], pictures: Sequence[Imag
     except Exception as error:  # processors refuse sizes and texts with whatever their arithmetic runs into
         sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
         shown = f"pictures of {sizes} pixels with their words" if pictures else "the words"
-        raise ProcessorRefusal(f"the model's processor refuses {shown}: {reason(error)}") from error
+        message = f"the model's processor refuses {shown}: {reason(error)}"
+        raise ProcessorRefusal(message, f"{type(error).__name__}: {reason(error)}") from error

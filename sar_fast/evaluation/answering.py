@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.cli.loading import build_prompt, tokenizer_of
+from sar_fast.processors import call_processor
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
@@ -23,12 +24,10 @@ def encode(processor: Any, pictures: Sequence[Any], prompts: Sequence[str]) -> A
 def encode_texts(processor: Any, pictures: Sequence[Any], texts: Sequence[str], **options: Any) -> Any:
     """Model inputs on the CPU of conversations in the model's template; ``pictures`` in the order of their places.
 
-    ``options`` are further ones of the processor.
+    ``options`` are further ones of the processor. :class:`~sar_fast.processors.ProcessorRefusal` if it makes none.
     """
-    if pictures:
-        options["images"] = list(pictures)
-    special = not marks_beginning(processor, texts)
-    return processor(text=list(texts), padding=True, return_tensors="pt", add_special_tokens=special, **options)
+    options |= {"padding": True, "return_tensors": "pt", "add_special_tokens": not marks_beginning(processor, texts)}
+    return call_processor(processor, texts, pictures, **options)
 
 
 def marks_beginning(processor: Any, texts: Sequence[str]) -> bool:

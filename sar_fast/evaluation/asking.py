@@ -23,6 +23,7 @@ from sar_fast.evaluation.tasks import Record, Sample, Task
 from sar_fast.integrations.hf import SARHandle, apply_sar
 from sar_fast.integrations.hf.branching import run_branches
 from sar_fast.integrations.hf.shared_prefix import PromptGroups, SharedPrefix, sharing_of
+from sar_fast.processors import ProcessorRefusal
 from sar_fast.training.records import RecordError
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Batches(Dataset):
             return [], [], None, unreadable
         try:
             groups = self.form.encode_groups(pictures, questions)
-        except Exception:
+        except ProcessorRefusal:
             found = {s.key: self.form.refusal(pictures[place], s.prompt) for s, place in zip(asked, places)}
             found = {key: reason for key, reason in found.items() if reason is not None}
             if not found:

@@ -14,6 +14,7 @@ from sar_fast.evaluation.answering import encode_texts, marks_beginning
 from sar_fast.integrations.hf import UnsupportedModelError
 from sar_fast.integrations.hf.families import find_family
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups
+from sar_fast.processors import ProcessorRefusal, call_processor
 
 PLAIN_PICTURE, PLAIN_WORDS = Image.new("RGB", (336, 336), "grey"), "What is this?"
 
@@ -77,28 +78,28 @@ class PromptFormat:
 
         ``ValueError`` if it makes none of a plain picture and plain words either: that is no matter of a sample.
         """
-        error = self._error(picture, question)
-        if error is None:
+        why = self._refused(picture, question)
+        if why is None:
             return None
-        if self._error(PLAIN_PICTURE, PLAIN_WORDS) is not None:
-            raise ValueError(f"the processor makes no prompt of any picture: {_describe(error)}") from error
+        if self._refused(PLAIN_PICTURE, PLAIN_WORDS) is not None:
+            raise ValueError(f"the processor makes no prompt of any picture: {why}")
         width, height = picture.size
-        alone = self._error(picture, PLAIN_WORDS) is not None
+        alone = self._refused(picture, PLAIN_WORDS) is not None
         what = f"its picture of {width} x {height} pixels" if alone else f"its words {question[:80]!r}"
-        return f"the processor refuses {what}: {_describe(error)}"
+        return f"the processor refuses {what}: {why}"
 
-    def _error(self, picture: Any, question: str) -> Exception | None:
+    def _refused(self, picture: Any, question: str) -> str | None:
         try:
             self.encode_groups([picture], [[question]])
-        except Exception as error:  # processors raise whatever their arithmetic runs into
-            return error
+        except ProcessorRefusal as error:
+            return error.why
         return None
 
     def _others(self, picture: Any, texts: Sequence[str], first: list[int]) -> list[list[int]]:
         """Tokens of all texts but the first about one picture, from those of the first."""
         end = max(i + 1 for i, token in enumerate(first) if token in self.visual_ids)
         tokenizer, special = tokenizer_of(self.processor), not marks_beginning(self.processor, texts)
-        raw = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+        raw = call_processor(tokenizer, texts, (), add_special_tokens=special)["input_ids"]
         start = len(raw[0]) - (len(first) - end)  # where the text after the picture begins, with one placeholder
         if start > 0 and raw[0][start:] == first[end:] and all(ids[:start] == raw[0][:start] for ids in raw):
             return [first[:end] + ids[start:] for ids in raw[1:]]
@@ -110,7 +111,3 @@ def _token_types(known: list[int], first: list[int], ids: list[int]) -> list[int
     """Types of a prompt's tokens: what the processor gave the same ids in the picture's first prompt, else text's."""
     types = dict(zip(first, known))
     return [types.get(token, 0) for token in ids]
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

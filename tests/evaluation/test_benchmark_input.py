@@ -10,6 +10,7 @@ import pytest
 from transformers import LlavaProcessor
 
 from sar_fast.evaluation import benchmark, focus, probe
+from sar_fast.evaluation.prompts import PromptFormat
 from sar_fast.miniature.checkpoint import MINIATURE_PATH
 from tests.evaluation.benchmarks import DATA, arguments, lines, mme_rows, picture_bytes, write_table
 
@@ -162,6 +163,40 @@ def test_a_processor_that_refuses_everything_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(LlavaProcessor, "__call__", broken)
     with pytest.raises(ValueError, match="the processor makes no prompt of any picture: KeyError: 'pixel'"):
         benchmark.run(arguments(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), ModuleNotFoundError("No module named 'torchvision'")])
+def test_what_is_no_refusal_is_no_skip(tmp_path, monkeypatch, error):
+    """Too little memory, a missing package: for one picture alone too, since the next one may pass."""
+    rows = mme_rows(4)
+    rows[2]["image"] = rows[3]["image"] = {"bytes": picture_bytes(size=(2, 90)), "path": None}
+    data = write_table(tmp_path / "data", rows)
+    call = LlavaProcessor.__call__
+
+    def failing(self, images=None, text=None, **options):
+        if any(picture.size == (2, 90) for picture in images or ()):
+            raise error
+        return call(self, images=images, text=text, **options)
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", failing)
+    with pytest.raises(type(error), match=str(error)):
+        benchmark.run(arguments(tmp_path / "out", data_dir=data))
+
+
+def test_a_fault_of_ours_is_no_refusal(tmp_path, monkeypatch):
+    """Only what the processor raises is: with any error taken for one, a bug would become a list of skips."""
+    rows = mme_rows(4)
+    rows[2]["image"] = rows[3]["image"] = {"bytes": picture_bytes(size=(2, 90)), "path": None}
+    encode = PromptFormat.encode_groups
+
+    def faulty(self, pictures, questions):
+        if any(picture.size == (2, 90) for picture in pictures):
+            raise IndexError("ours")
+        return encode(self, pictures, questions)
+
+    monkeypatch.setattr(PromptFormat, "encode_groups", faulty)
+    with pytest.raises(IndexError, match="ours"):
+        benchmark.run(arguments(tmp_path / "out", data_dir=write_table(tmp_path / "data", rows)))
 
 
 def test_the_analyses_name_what_the_processor_refuses(tmp_path, monkeypatch):

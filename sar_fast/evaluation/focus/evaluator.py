@@ -31,6 +31,7 @@ from sar_fast.evaluation.focus.samples import (
     check_size,
 )
 from sar_fast.evaluation.prompts import PromptFormat
+from sar_fast.processors import ProcessorRefusal
 
 Records = dict[str, dict[str, Any]]
 SFS, FI = "semantic_focus_score", "focus_instability"
@@ -101,7 +102,7 @@ class FocusMetricsEvaluator:
             form = PromptFormat.of(self.model, self.processor)
             try:
                 groups = form.encode_groups(pictures, questions)
-            except Exception:
+            except ProcessorRefusal:
                 refused = self._refused(form, kept)
                 if not refused:
                     raise

@@ -36,6 +36,7 @@ from sar_fast.evaluation.probe.heads import (
 from sar_fast.evaluation.prompts import PromptFormat
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers
+from sar_fast.processors import ProcessorRefusal
 
 TASKS = ("grounding", "classification")
 RIGHT_IOU = 0.5
@@ -185,11 +186,11 @@ class LayerwiseProbe:
         pictures, prompts = [_picture(s) for s in samples], [build_prompt(self.processor, s.query) for s in samples]
         try:
             inputs = encode_texts(self.processor, pictures, prompts, padding_side="left")
-        except Exception:
+        except ProcessorRefusal as error:
             form = PromptFormat.of(self.model, self.processor)
             for sample, picture in zip(samples, pictures):
                 if reason := form.refusal(picture, sample.query):
-                    raise ValueError(f"sample {sample.id}: {reason}; leave it out of the dataset") from None
+                    raise ValueError(f"sample {sample.id}: {reason}; leave it out of the dataset") from error
             raise
         return inputs.to(self.model.device, self.model.dtype)
 

@@ -20,6 +20,7 @@ from sar_fast.integrations.lmms_eval.options import cut, generation_options, in_
 from sar_fast.model_errors import ModelError
 from sar_fast.models import find_model, load_model
 from sar_fast.pictures import PictureError, open_picture
+from sar_fast.processors import ProcessorRefusal
 from sar_fast.validation import check_flag
 
 
@@ -135,14 +136,12 @@ class SARHuggingFace(lmms):
         """Model inputs of a batch; ``ValueError`` names a document that the processor refuses."""
         try:
             return encode_texts(self.processor, [image for images in pictures for image in images], texts)
-        except Exception:
+        except ProcessorRefusal:
             for document, text, images in zip(documents, texts, pictures):
                 try:
                     encode_texts(self.processor, images, [text])
-                except Exception as error:
-                    raise ValueError(
-                        f"{document}: the processor refuses it: {type(error).__name__}: {error}"
-                    ) from error
+                except ProcessorRefusal as error:
+                    raise ValueError(f"{document}: the processor refuses it: {error.why}") from error
             raise
 
     # The harness's base class demands these two of every model, and stops a task that needs them with their error.
