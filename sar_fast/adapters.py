@@ -100,6 +100,8 @@ def attach(model: nn.Module, source: ModelSource, trainable: bool = False) -> Pe
             wrapped = PeftModel.from_pretrained(model, source.adapter, adapter_name=NAME, is_trainable=trainable)
             _forget(wrapped)
             found = wrapped.load_adapter(source.adapter, NAME, is_trainable=trainable)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except KeyError as error:
         raise source.error("does not fit: the adapter has no weights for {key}", key=error) from error
     except Exception as error:  # a file can be broken in many ways

@@ -152,6 +152,8 @@ def _reading(source: ModelSource) -> Iterator[None]:
         reason = f"needs {needed}: pip install {needed}" if needed else f"needs a package: {first_line(error)}"
         build = " (the build that matches your torch)" if needed == "torchvision" else ""
         raise source.error("{reason}", reason=reason + build) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a folder can be broken in as many ways as there are files in it
         moved = "; if the base is elsewhere, say where with {base_model}" if source.adapter else ""
         reason = first_line(error)
@@ -200,7 +202,12 @@ def load_whole(source: ModelSource, dtype: torch.dtype | str, **options: Any) ->
     from transformers import AutoModelForImageTextToText
 
     with _reading(source):
-        return AutoModelForImageTextToText.from_pretrained(source.weights, dtype=dtype, **source.options, **options)
+        model = AutoModelForImageTextToText.from_pretrained(source.weights, dtype=dtype, **source.options, **options)
+    if getattr(
+        model, "_hf_peft_config_loaded", False
+    ):  # transformers reads adapters too, and goes on if they do not fit
+        raise source.error("is an adapter, which the hub did not say when it was asked; start again")
+    return model
 
 
 def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -> tuple[nn.Module, Any]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from sar_fast import SARConfig
 from sar_fast.adapters import CONFIG
 from sar_fast.model_errors import FLAGS, ModelError
-from sar_fast.models import MINIATURE_PATH, find_model, load_model, load_processor
+from sar_fast.models import MINIATURE_PATH, ModelSource, find_model, load_model, load_processor, load_whole
 from tests.adapters import TARGETS, base_model, logits, lora, write_adapter
 
 peft = pytest.importorskip("peft")
@@ -297,3 +297,20 @@ def test_a_hub_id_is_asked_once_and_without_waiting(monkeypatch, own):
     assert (source.adapter, source.is_miniature) == ("an/adapter", True)
     assert asked == [(name, CONFIG) for name in ("no/network", "a/model", "an/adapter")]
     adapters._hub_file.cache_clear()
+
+
+def test_an_adapter_that_the_hub_did_not_tell_of_is_no_whole_model(own):
+    """The hub fails when it is asked and answers when weights are read: transformers would take the adapter in."""
+    with pytest.raises(ModelError, match="is an adapter, which the hub did not say"):
+        load_whole(ModelSource("some/adapter", str(own)), torch.float32)
+
+
+def test_too_little_memory_is_not_called_a_broken_adapter(own, monkeypatch):
+    from peft import PeftModel
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError, match="^no room$"):
+        opens(own)
