@@ -203,9 +203,7 @@ def load_whole(source: ModelSource, dtype: torch.dtype | str, **options: Any) ->
 
     with _reading(source):
         model = AutoModelForImageTextToText.from_pretrained(source.weights, dtype=dtype, **source.options, **options)
-    if getattr(
-        model, "_hf_peft_config_loaded", False
-    ):  # transformers reads adapters too, and goes on if they do not fit
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers reads adapters too, however they fit
         raise source.error("is an adapter, which the hub did not say when it was asked; start again")
     return model
 

@@ -312,5 +312,5 @@ def test_too_little_memory_is_not_called_a_broken_adapter(own, monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(PeftModel, "from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError, match="^no room$"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no room$"):
         opens(own)
