@@ -16,7 +16,6 @@ from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
-from sar_fast.evaluation.stamps import file_stamp
 from sar_fast.training.checking import LENGTH, bad, check_records, encode, pictures_stamp
 from sar_fast.training.encoding import IGNORED, Encoder, TooLong
 from sar_fast.training.mixing import Mix, mixed
@@ -80,7 +79,7 @@ def _stream(infos: Sequence[DatasetInfo], **options: Any) -> RecordStream:
 
 def _load(info: DatasetInfo, cache_dir: str | None) -> Dataset:
     _refuse_empty(info)
-    arguments = {"info": info, "stamps": [file_stamp(path) for path in info.files]}
+    arguments = {"info": info, "stamps": info.content}
     try:
         return Dataset.from_generator(read_records, features=FEATURES, gen_kwargs=arguments, cache_dir=cache_dir)
     except DatasetGenerationError as error:

@@ -83,10 +83,13 @@ def sample_losses(logits: Tensor, labels: Tensor, position_ids: Tensor | None = 
     losses, counts = [], []
     for row, target in enumerate(targets):
         each = F.cross_entropy(logits[row].float(), target, ignore_index=IGNORED, reduction="none").double()  # (S,)
-        sample = torch.zeros_like(target)
-        if position_ids is not None:
-            sample = (position_ids[row].to(target.device) == 0).cumsum(0) - 1
+        counted = (target != IGNORED).double()
+        if position_ids is None:
+            losses.append(each.sum(0, keepdim=True))
+            counts.append(counted.sum(0, keepdim=True))
+            continue
+        sample = (position_ids[row].to(target.device) == 0).cumsum(0) - 1
         zeros = each.new_zeros(int(sample[-1]) + 1)
         losses.append(zeros.index_add(0, sample, each))
-        counts.append(zeros.index_add(0, sample, (target != IGNORED).double()))
+        counts.append(zeros.index_add(0, sample, counted))
     return torch.cat(losses), torch.cat(counts)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sar_fast.evaluation.stamps import file_stamp
 from sar_fast.training.records import SUFFIXES, Layout
 
 REGISTRY_NAME = "dataset_info.json"
@@ -30,6 +31,11 @@ class DatasetInfo:
     subset: str | None = None
     split: str = "train"
     num_samples: int | None = None
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """A hash of each file, as it is now."""
+        return tuple(file_stamp(path) for path in self.files)
 
 
 def find_datasets(

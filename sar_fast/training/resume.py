@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sar_fast.chat_template import read_template
-from sar_fast.evaluation.stamps import content_stamp, file_stamp
+from sar_fast.evaluation.stamps import content_stamp
 from sar_fast.evaluation.weights import model_facts
 from sar_fast.training.arguments import Arguments
 from sar_fast.training.checkpoints import SETTINGS, last_complete
@@ -130,15 +130,10 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
     for name, of in (("model_name_or_path", ""), ("base_model", "base_")):
         weights = facts.get(f"{of}weights")
         settings[name] = facts.get(f"{of}model") if weights is None else f"{facts[f'{of}model']} (content {weights})"
-    settings["dataset"] = [f"{info.name}{_content(info.files)}" for info in infos]
+    settings["dataset"] = [f"{i.name} (content {', '.join(i.content)})" if i.files else i.name for i in infos]
     settings["template"] = content_stamp(read_template(data.template).encode()) if data.template else None
     settings["deepspeed"] = _deepspeed(training.deepspeed)
     return json.loads(json.dumps(settings, default=str))
-
-
-def _content(files: Iterable[Path]) -> str:
-    stamps = [file_stamp(path) for path in files]
-    return f" (content {', '.join(stamps)})" if stamps else ""
 
 
 def _deepspeed(config: Any) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,21 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
         check_model_layers(arguments.model)
         check_backend(arguments.model, training.device, torch.bfloat16 if training.bf16 else torch.float32)
     checkpoint = find_checkpoint(arguments) if training.do_train else None
-    settings = run_settings(arguments, _infos(arguments, data.dataset)) if training.do_train else None
+    infos = _infos(arguments, data.dataset) if training.do_train else []
+    settings = run_settings(arguments, infos) if training.do_train else None
     if checkpoint is not None:
         check_same_run(settings, checkpoint)
     set_seed(training.seed)
     processor = load_processor(arguments)
     encoder = Encoder(processor, data.max_length, data.too_long)
-    train = _dataset(arguments, data.dataset, encoder) if training.do_train else None
+    train = _dataset(arguments, infos, encoder) if training.do_train else None
     if settings is not None and (pictures := getattr(train, "pictures", None)) is not None:  # a stream is not read yet
         settings["content of the pictures"] = pictures
         if checkpoint is not None:
             check_same_run(settings, checkpoint)
-    evaluation = _dataset(arguments, data.eval_dataset, encoder, evaluation=True) if training.do_eval else None
+    evaluation = None
+    if training.do_eval:
+        evaluation = _dataset(arguments, _infos(arguments, data.eval_dataset), encoder, evaluation=True)
     model = load_model(arguments)
     needs_blank = is_deepspeed_zero3_enabled()
     if data.packing:
@@ -261,10 +265,9 @@ def _infos(arguments: Arguments, names: str) -> list[DatasetInfo]:
     return find_datasets(names, folder, media, data.max_samples)
 
 
-def _dataset(arguments: Arguments, names: str, encoder: Encoder, evaluation: bool = False) -> Any:
-    """The datasets of a name list as one; records of an evaluation come once each, in order."""
+def _dataset(arguments: Arguments, infos: Sequence[DatasetInfo], encoder: Encoder, evaluation: bool = False) -> Any:
+    """The datasets as one; records of an evaluation come once each, in order."""
     data, training = arguments.data, arguments.training
-    infos = _infos(arguments, names)
     with training.main_process_first(desc="preparing data"):
         if evaluation and data.streaming:
             return encode_dataset(load_records(infos, streaming=True), encoder)
