@@ -89,8 +89,8 @@ def check_records(
 def pictures_stamp(records: Dataset) -> str:
     """A hash of what the records' picture files hold; a missing one counts as such.
 
-    Pictures inside the records are part of these and not read again. Files are read in threads, a few seconds per
-    gigabyte: an epoch reads them all anyway.
+    Pictures inside the records are part of these and not read again. Files are read in threads: an epoch reads
+    them all anyway.
     """
     paths = pc.struct_field(pc.list_flatten(records.data.column("images")), "path")
     files = paths.drop_null().unique().to_pylist()
