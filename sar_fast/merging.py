@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sar_fast import adapters
 from sar_fast.model_errors import ModelError
 from sar_fast.models import DTYPES, ModelSource, load_config, load_processor, load_whole
@@ -49,7 +51,7 @@ def merge_into(source: ModelSource, output: Path, dtype: str = "auto", overwrite
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
             open_to_readers(folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"output_dir {str(output)!r} cannot be written: {error}") from error
     return path
 

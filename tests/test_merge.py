@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -132,3 +134,18 @@ def test_what_cannot_be_merged(adapter, tmp_path):
     line = fails("merge", str(adapter), *out, "--base_model", str(base))
     assert "cannot be merged (LORA): NaNs detected" in line
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(adapter, tmp_path):
+    """The kernel lets no file grow to the weights' size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        line = fails("merge", str(adapter), "--output_dir", str(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "--output_dir" in line
+    assert "cannot be written" in line
+    assert list(tmp_path.iterdir()) == []

@@ -203,3 +203,10 @@ def test_lmms_eval_gives_its_own_score_and_ours(tmp_path):
     theirs = {r["doc_id"]: r["filtered_resps"] for r in map(json.loads, samples.read_text().splitlines())}
     mine = {int(r["key"]): r["reply"] for r in map(json.loads, (tmp_path / "ours/samples.jsonl").open())}
     assert theirs == mine
+
+
+def test_tasks_that_need_another_model_are_errors(adapter):
+    with pytest.raises(NotImplementedError, match="loglikelihood needs another model"):
+        adapter.loglikelihood([])
+    with pytest.raises(NotImplementedError, match="multi-round task needs another model"):
+        adapter.generate_until_multi_round([])
