@@ -1,9 +1,4 @@
-"""Head weights where a layer's heads or queries are split over ranks (docs/method.md, section 6).
-
-Weights are a softmax over all heads of the layer and their statistics are means over all text queries, so ranks first
-exchange the per-head sums: B x H floats per layer, in one collective. Every rank then computes the same weights from
-the same numbers.
-"""
+"""How a layer is split over ranks, and the collectives that its ranks exchange statistics by (docs/method.md, section 6)."""
 
 from __future__ import annotations
 
@@ -14,8 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sar_fast.types import AttentionOptions
-from sar_fast.weights import head_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,38 +37,14 @@ class Shards:
         if total % ranks:
             raise ValueError(f"shards.heads has {ranks} ranks, which do not share {total} heads evenly")
 
-    def weights(
-        self, av: Tensor, sa: Tensor, count: Tensor, options: AttentionOptions
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From this rank's means to its heads' weights, differentiable in av and sa.
 
-        Args:
-            av, sa: (B, H_local) means over this rank's counted queries. count: (B,) how many they are.
-
-        Returns:
-            (av, sa, c, count) of this rank's heads, the means over all ranks' queries.
-        """
-        if self.queries is not None:
-            sums = torch.cat([av * count[:, None], sa * count[:, None], count[:, None]], dim=1)  # [B, 2 H_local + 1]
-            av, sa, count = _AllReduce.apply(sums, self.queries).split([av.shape[1], sa.shape[1], 1], dim=1)
-            count = count[:, 0].detach()
-            av, sa = (x / count.clamp_min(1)[:, None] for x in (av, sa))
-        all_av, all_sa, own = av, sa, slice(None)
-        if self.heads is not None:
-            local = av.shape[1]
-            own = slice(dist.get_rank(self.heads) * local, (dist.get_rank(self.heads) + 1) * local)
-            all_av, all_sa = gather(torch.stack([av, sa]), self.heads)  # [2, B, H]
-        weigh = {"beta": options.beta, "protect_first_head": options.protect_first_head, "normalize": options.normalize}
-        return av, sa, head_weights(all_av, all_sa, count, **weigh)[:, own], count
-
-
-def without_weights(options: AttentionOptions) -> AttentionOptions:
-    """Options under which every head weighs 1: what ranks compute before they know each other's statistics."""
-    return dataclasses.replace(options, beta=float("inf"), protect_first_head=False, normalize="none")
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum over ranks; differentiable. Every rank uses the sum for its own outputs, so its gradient is their sum too."""
+    return _AllReduce.apply(x, group)
 
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over ranks. Every rank uses the sum for its own outputs, so the gradient is the sum over ranks too."""
+    """See :func:`all_reduce`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -94,7 +63,7 @@ class _AllReduce(torch.autograd.Function):
 def gather(x: Tensor, group: ProcessGroup, dim: int = -1) -> Tensor:
     """The tensors of all ranks, of one shape, side by side along ``dim`` in rank order; differentiable.
 
-    Backward as in :class:`_AllReduce`: every rank uses the whole for its own outputs.
+    Backward as in :func:`all_reduce`: every rank uses the whole for its own outputs.
     """
     return _AllGather.apply(x, group, dim)
 

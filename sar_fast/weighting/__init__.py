@@ -1,0 +1,23 @@
+"""Weightings: how a layer's statistics become the factor on each of its heads' outputs (docs/weighting.md).
+
+A weighting is any callable ``(statistics, layer) -> c``. The paper's, :class:`SoftmaxOverHeads`, and :class:`Equal` run
+inside the fused kernels; every other one costs one more pass over the output.
+"""
+
+from sar_fast.values import Statistics
+from sar_fast.weighting.constant import Equal, Fixed
+from sar_fast.weighting.protocol import Weighting
+from sar_fast.weighting.registry import find_weighting, register_weighting
+from sar_fast.weighting.softmax import SoftmaxOverHeads
+from sar_fast.weighting.split import Split
+
+__all__ = [
+    "Equal",
+    "Fixed",
+    "SoftmaxOverHeads",
+    "Split",
+    "Statistics",
+    "Weighting",
+    "find_weighting",
+    "register_weighting",
+]

@@ -1,0 +1,98 @@
+"""Weights that no statistic decides: the same for every head, or given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sar_fast.values import Statistics
+
+
+class Equal:
+    """c = 1: plain attention whose statistics are computed and returned. Runs inside the fused kernels."""
+
+    needs_statistics = True
+
+    def __call__(self, statistics: Statistics, layer: int | None = None) -> Tensor:
+        return torch.ones_like(statistics.av)
+
+    def vjp(self, grad_c: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Gradients (B, H) for AV and SA, given (B, H) for c: none."""
+        return torch.zeros_like(statistics.av), torch.zeros_like(statistics.sa)
+
+    def options(self) -> dict[str, object]:
+        return {}
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return "Equal()"
+
+
+class Fixed:
+    """Given weights, for every row of the batch, also those without pictures: head ablation, steering.
+
+    Args:
+        c: floating point weights (H,), or per sample (B, H), or per layer (layers, H); lists do too. A tensor that
+            ``requires_grad`` gets its gradient.
+        per_layer: whether the rows of a 2-dimensional ``c`` are layers. Default: where the caller has a layer index
+            (models, :class:`~sar_fast.SARAttention`) they are; in a function call, which has none, they are samples.
+
+    Raises:
+        TypeError, ValueError: ``c`` is no table of finite floating point numbers; per layer, a call without a layer
+            index or one that is not in the table.
+    """
+
+    needs_statistics = False
+
+    def __init__(self, c: Tensor | Sequence[float], *, per_layer: bool | None = None) -> None:
+        if not isinstance(c, Tensor):
+            c = torch.as_tensor(c)
+            c = c.to(torch.get_default_dtype()) if c.dtype in (torch.int64, torch.int32) else c
+        if not c.is_floating_point():
+            raise TypeError(f"c must be floating point; got {c.dtype}")
+        if c.dim() not in (1, 2) or c.numel() == 0:
+            raise ValueError(f"c must have shape (heads,), (batch, heads) or (layers, heads); got {tuple(c.shape)}")
+        if not bool(c.detach().isfinite().all()):
+            raise ValueError(f"c must be finite; got {int((~c.isfinite()).sum())} of {c.numel()} that are not")
+        if per_layer and c.dim() == 1:
+            raise ValueError(f"c must have shape (layers, heads) with per_layer=True; got {tuple(c.shape)}")
+        self.c, self.per_layer = c, per_layer
+
+    def __call__(self, statistics: Statistics, layer: int | None = None) -> Tensor:
+        c, (batch, heads) = self.c, statistics.av.shape
+        layers = layer is not None if self.per_layer is None else self.per_layer
+        if c.dim() == 2 and c.shape[0] > 1 and layers:
+            if layer is None:
+                raise ValueError(f"weighting: Fixed has a table per layer, {tuple(c.shape)}, and this call has no layer")
+            if layer >= c.shape[0]:
+                raise ValueError(f"weighting: Fixed has weights of {c.shape[0]} layers; got layer {layer}")
+            c = c[layer]
+        elif c.dim() == 2 and c.shape[0] not in (1, batch):
+            raise ValueError(
+                f"weighting: Fixed must have one row or one of each of the {batch} samples, for a call without a layer "
+                f"index; got {tuple(c.shape)}, a table per layer?"
+            )
+        if c.shape[-1] != heads:
+            raise ValueError(f"weighting: Fixed must have weights of {heads} heads; got {tuple(self.c.shape)}")
+        return c.to(statistics.av)
+
+    def options(self) -> dict[str, object]:
+        return {"c": self.c.tolist(), "per_layer": self.per_layer}
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.per_layer == other.per_layer and (self.c is other.c or torch.equal(self.c, other.c))
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(self.c.shape), self.per_layer))
+
+    def __repr__(self) -> str:
+        return f"Fixed(c {tuple(self.c.shape)})"
