@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sar_fast.config import SARConfig
     from sar_fast.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-    from sar_fast.functional import sar_attn_func, sar_attn_varlen_func
+    from sar_fast.functional import sar_attn_func, sar_attn_varlen_func, sar_attn_with_kvcache
     from sar_fast.integrations.hf import SARHandle, apply_sar, patch_model_for_sar, remove_sar
-    from sar_fast.kvcache import sar_attn_with_kvcache
     from sar_fast.modules import SARAttention
     from sar_fast.prior import semantic_prior
     from sar_fast.roles import TokenRoles, token_roles
@@ -37,7 +36,7 @@ _MODULE_OF = {
     "remove_sar": "sar_fast.integrations.hf",
     "sar_attn_func": "sar_fast.functional",
     "sar_attn_varlen_func": "sar_fast.functional",
-    "sar_attn_with_kvcache": "sar_fast.kvcache",
+    "sar_attn_with_kvcache": "sar_fast.functional",
     "semantic_prior": "sar_fast.prior",
     "token_roles": "sar_fast.roles",
 }

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
-from typing import Any, Literal, get_args
+import pickle
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sar_fast import json_text
 from sar_fast.scalars import is_integer, kind, number, plain
+
+if TYPE_CHECKING:
+    from sar_fast.weighting import Weighting
 
 Normalize = Literal["none", "standardize"]
 TextQueries = Literal["after_last_image", "after_first_image"]
@@ -23,6 +29,7 @@ CHOICES = {
     "backend": BackendName,
     "record_rows": RecordRows,
 }
+_PAPER = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # the options of the paper's rule
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -46,9 +53,9 @@ class SARConfig:
     Args:
         activation_layer_k: number K of final attention layers that are re-weighted; 0 switches SAR off, more than
             the model has is an error when the config meets the model.
-        beta: temperature of the softmax over heads.
-        protect_first_head: give head 0 the largest weight of its layer.
-        normalize: ``"none"`` (SAV / beta) or ``"standardize"`` (SAV standardised over heads, then / beta).
+        beta: temperature of the softmax over heads; default 0.5. None with a ``weighting``, as the next two.
+        protect_first_head: give head 0 the largest weight of its layer; default True.
+        normalize: ``"none"`` (SAV / beta; the default) or ``"standardize"`` (SAV standardised over heads, then / beta).
         text_queries: which positions are text queries: those after the sample's last visual token, or after its first.
         prior_source: ``"vision_layer"`` (norms of vision block ``min(2L//3, L-1)``) or ``"projected"`` (norms of the
             projected features that enter the language model).
@@ -58,12 +65,13 @@ class SARConfig:
         record: keep each layer's statistics of the last call in ``handle.stats``.
         record_rows: ``"last_text"`` keeps, per layer, each head's attention of the last text query over the visual
             keys in ``handle.rows``, without eager attention; ``"none"`` costs nothing.
+        weighting: any other rule for the heads' weights (docs/weighting.md), in place of the three options above.
     """
 
     activation_layer_k: int = 10
-    beta: float = 0.5
-    protect_first_head: bool = True
-    normalize: Normalize = "none"
+    beta: float | None = None
+    protect_first_head: bool | None = None
+    normalize: Normalize | None = None
     text_queries: TextQueries = "after_last_image"
     prior_source: PriorSource = "vision_layer"
     decode: DecodeMode = "running"
@@ -71,6 +79,7 @@ class SARConfig:
     backend: BackendName = "auto"
     record: bool = False
     record_rows: RecordRows = "none"
+    weighting: Weighting | None = None
 
     def __post_init__(self) -> None:
         k = plain(self.activation_layer_k)
@@ -79,21 +88,69 @@ class SARConfig:
         if k < 0:
             raise ValueError(f"activation_layer_k must be >= 0; got {k}")
         object.__setattr__(self, "activation_layer_k", k)  # Python's numbers, which JSON can hold
-        object.__setattr__(self, "beta", check_beta(self.beta))
-        for name in ("protect_first_head", "sav_grad", "record"):
+        self._check_rule()
+        for name in ("sav_grad", "record"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool; got {kind(getattr(self, name))}")
         for name, choices in CHOICES.items():
+            if name == "normalize" and self.weighting is not None:
+                continue
             check_choice(name, getattr(self, name), get_args(choices))
             object.__setattr__(self, name, str(getattr(self, name)))
 
+    def _check_rule(self) -> None:
+        """A weighting comes alone; without one the paper's options get their defaults."""
+        if self.weighting is not None:
+            from sar_fast.weighting.softmax import choose_weighting
+
+            choose_weighting(self.weighting, *(getattr(self, name) for name in _PAPER))
+            return
+        for name, default in _PAPER.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        object.__setattr__(self, "beta", check_beta(self.beta))
+        if not isinstance(self.protect_first_head, bool):
+            raise TypeError(f"protect_first_head must be a bool; got {kind(self.protect_first_head)}")
+
+    @functools.cached_property
+    def rule(self) -> Weighting:
+        """How statistics become weights: ``weighting``, or the paper's rule with its options."""
+        from sar_fast.weighting.softmax import choose_weighting
+
+        return choose_weighting(self.weighting, *(getattr(self, name) for name in _PAPER))
+
     def replace(self, **changes: Any) -> SARConfig:
-        """A validated copy with ``changes`` applied."""
+        """A validated copy with ``changes`` applied; a ``weighting`` takes the place of the paper's options."""
+        if changes.get("weighting") is not None:
+            changes = {**dict.fromkeys(_PAPER), **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``from_dict`` inverts it."""
-        return dataclasses.asdict(self)
+        """Plain values; ``from_dict`` inverts it.
+
+        Raises:
+            ValueError: a ``weighting`` that is not registered, which has no name to write.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.weighting is not None:
+            from sar_fast.weighting.registry import weighting_to_dict
+
+            values["weighting"] = weighting_to_dict(self.weighting)
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles, which find functions by name."""
+        try:
+            pickle.dumps(self.weighting)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise pickle.PicklingError(
+                f"weighting: {self.weighting!r} cannot be pickled ({error}); define it at the top of a module"
+            ) from error
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SARConfig:
+        """A copy of a model takes a copy of a rule with parameters along; what cannot be copied is shared."""
+        return self if self.weighting is None else self.replace(weighting=copy.deepcopy(self.weighting, memo))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SARConfig:
@@ -104,6 +161,10 @@ class SARConfig:
         unknown = sorted(set(values) - known, key=str)
         if unknown:
             raise ValueError(f"unknown SARConfig field(s) {unknown}; known: {sorted(known)}")
+        if isinstance(values.get("weighting"), (str, dict)):
+            from sar_fast.weighting.registry import find_weighting
+
+            values = {**values, "weighting": find_weighting(values["weighting"])}
         return cls(**values)
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""How a layer is split over ranks, and the collectives that its ranks exchange statistics by (docs/method.md, section 6)."""
+"""How a layer is split over ranks, and the collectives that they exchange statistics by (docs/method.md, section 6)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
 
 
 @dataclasses.dataclass(frozen=True)

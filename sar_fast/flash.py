@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from sar_fast import validation
-from sar_fast.backends import triton_backend
+from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
+from sar_fast.decode_op import decode
 from sar_fast.functional import check_packing, plain_attention
-from sar_fast.kvcache import cached_sequences, check_cache, check_pages, device_lengths, host_lengths, write_cache
+from sar_fast.kvcache import check_cache
+from sar_fast.values import Call
 
 
 def _reject(**arguments: object) -> None:
@@ -46,10 +48,10 @@ def flash_attn_func(
     return_attn_probs = validation.check_flag("return_attn_probs", return_attn_probs)
     _reject(alibi_slopes=alibi_slopes)
     validation.check_qkv(q, k, v)
-    options = validation.make_options(
+    scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
-    out, lse = plain_attention(q, k, v, options=options, backend=backend, need_lse=return_attn_probs)
+    out, lse = plain_attention(Call(q, k, v, scores), backend=backend, need_lse=return_attn_probs)
     return (out, lse.to(torch.float32), None) if return_attn_probs else out
 
 
@@ -81,20 +83,11 @@ def flash_attn_varlen_func(
     max_seqlens = check_packing(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.shape[0], k.shape[0], q.device
     )
-    options = validation.make_options(
+    scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
-    out, lse = plain_attention(
-        q,
-        k,
-        v,
-        options=options,
-        backend=backend,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlens=max_seqlens,
-        need_lse=return_attn_probs,
-    )
+    call = Call(q, k, v, scores, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlens=max_seqlens)
+    out, lse = plain_attention(call, backend=backend, need_lse=return_attn_probs)
     return (out, lse.to(torch.float32), None) if return_attn_probs else out
 
 
@@ -140,29 +133,11 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         alibi_slopes=alibi_slopes,
     )
-    capacity, cache_seqlens = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
-    new = 0 if k is None else k.shape[1]
-    options = validation.make_options(
+    cache = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
-    chosen = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=False)
+    chosen = choose_backend(backend, Request(q.device, q.dtype, scores))
     with torch.no_grad():
-        if chosen == triton_backend.name:
-            lengths = device_lengths(cache_seqlens, block_table, q, k_cache, capacity, new)
-            triton_backend.append(k_cache, v_cache, k, v, lengths, block_table)
-            out, lse = triton_backend.decode_plain(q, k_cache, v_cache, lengths, options, block_table)
-            return (out, lse.to(torch.float32)) if return_softmax_lse else out
-        lengths = host_lengths(cache_seqlens, q.shape[0], capacity, new)
-        check_pages(block_table, lengths, new, k_cache)
-        lengths = write_cache(k_cache, v_cache, k, v, lengths, block_table)
-        outs, lses = [], []
-        for b, (k_b, v_b) in enumerate(cached_sequences(k_cache, v_cache, lengths, block_table)):
-            out, lse = plain_attention(
-                q[b : b + 1], k_b[None], v_b[None], options=options, backend=chosen, need_lse=return_softmax_lse
-            )
-            outs.append(out)
-            lses.append(lse)
-        if not outs:
-            outs, lses = [q.new_empty(*q.shape[:-1], v_cache.shape[-1])], [q.new_empty(0, q.shape[2], q.shape[1])]
-        out = torch.cat(outs)
-        return (out, torch.cat(lses).to(torch.float32)) if return_softmax_lse else out
+        result = decode(chosen, q, cache, scores, need_lse=return_softmax_lse)
+    return (result.out, result.lse.to(torch.float32)) if return_softmax_lse else result.out

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import torch
 from torch import Tensor
 
-from sar_fast import ops, validation
+from sar_fast import decode_op, ops, validation, value_checks
+from sar_fast.backends.protocol import Backend, Request
 from sar_fast.backends.select import choose_backend
+from sar_fast.config import check_choice
 from sar_fast.distributed import Shards
-from sar_fast.types import AttentionOptions, SARStats
+from sar_fast.head_scaling import scale_heads
+from sar_fast.kvcache import Cache, check_cache
+from sar_fast.types import SARState, SARStats
+from sar_fast.values import Call, Result, Roles, Scores
+from sar_fast.weighting.constant import Equal
+from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics
+from sar_fast.weighting.softmax import Lowered, choose_weighting
+from sar_fast.weighting.split import refuse_split_queries, split_over
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -20,11 +32,6 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _stats(lse: Tensor, av: Tensor, sa: Tensor, c: Tensor, count: Tensor, backend: str) -> SARStats:
-    narrow = lambda t: t.to(torch.float32)
-    return SARStats(narrow(lse), narrow(av), narrow(sa), narrow(av * sa), narrow(c), narrow(count), backend)
-
-
 def sar_attn_func(
     q: Tensor,
     k: Tensor,
@@ -33,14 +40,15 @@ def sar_attn_func(
     text_mask: Tensor,
     prior: Tensor,
     *,
-    beta: float = 0.5,
+    beta: float | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    protect_first_head: bool = True,
-    normalize: str = "none",
+    protect_first_head: bool | None = None,
+    normalize: str | None = None,
+    weighting: Weighting | None = None,
     sav_grad: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
@@ -55,15 +63,18 @@ def sar_attn_func(
         visual_mask: (B, Sk) bool, the visual keys V.
         text_mask: (B, Sq) bool, the text queries T.
         prior: (B, Sk) floating point, non-negative and finite; sums to 1 over V, ignored elsewhere.
-        beta: temperature of the softmax over heads, > 0.
+        beta: temperature of the softmax over heads, > 0; default 0.5.
         causal: mask aligned bottom-right when Sq != Sk, as in FlashAttention.
         softmax_scale: default 1 / sqrt(D).
         key_padding_mask: (B, Sk) bool, True = real token.
         window_size: (left, right) keys that a query sees around its position; -1 = unbounded.
         softcap: scores become softcap * tanh(score / softcap); 0 = off.
-        protect_first_head: head 0 gets the largest weight.
-        normalize: ``"none"`` or ``"standardize"`` (SAV standardised over heads before the softmax).
-        sav_grad: gradients also flow through the weights, exactly; otherwise they are constants in backward.
+        protect_first_head: head 0 gets the largest weight; default True.
+        normalize: ``"none"`` (default) or ``"standardize"`` (SAV standardised over heads before the softmax).
+        weighting: another rule for the heads' weights (docs/weighting.md), in place of the three options of the
+            paper's: beta, protect_first_head and normalize.
+        sav_grad: gradients also flow through the statistics, exactly; otherwise they are constants in backward. A
+            weighting's own parameters get their gradients either way.
         backend: ``"auto"``, ``"triton"``, ``"composed"`` or ``"torch"``; ``SAR_BACKEND`` replaces ``"auto"``.
         return_stats: also return the statistics.
         attn_mask: (B or 1, 1, Sq, Sk) bool, True = may be seen, for patterns that the options above cannot say.
@@ -82,36 +93,15 @@ def sar_attn_func(
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     sav_grad = validation.check_flag("sav_grad", sav_grad)
     return_stats = validation.check_flag("return_stats", return_stats)
-    options = validation.make_options(
-        q,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        beta=beta,
-        protect_first_head=protect_first_head,
-        normalize=normalize,
+    rule = split_over(choose_weighting(weighting, beta, protect_first_head, normalize), shards)
+    scores = validation.make_scores(
+        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
-    q, k, v = autocast_inputs(q, k, v)
-    backend = choose_backend(
-        backend, q.device, q.dtype, options, padded=key_padding_mask is not None, masked=attn_mask is not None
-    )
-    out, *stats = ops.attention(
-        q,
-        k,
-        v,
-        visual_mask,
-        text_mask,
-        prior,
-        key_padding_mask=key_padding_mask,
-        attn_mask=attn_mask,
-        options=options,
-        backend=backend,
-        sav_grad=sav_grad,
-        need_lse=return_stats,
-        shards=shards,
-    )
-    return (out, _stats(*stats, backend)) if return_stats else out
+    roles = Roles(visual_mask, text_mask, prior)
+    call = Call(*autocast_inputs(q, k, v), scores, roles, key_padding_mask, attn_mask)
+    chosen = choose_backend(backend, Request.of(call))
+    result = ops.attention(call, rule, chosen, sav_grad=sav_grad, need_lse=return_stats, need_stats=return_stats)
+    return (result.out, SARStats.of(result, chosen.name)) if return_stats else result.out
 
 
 def sar_attn_varlen_func(
@@ -126,13 +116,14 @@ def sar_attn_varlen_func(
     text_mask: Tensor,
     prior: Tensor,
     *,
-    beta: float = 0.5,
+    beta: float | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    protect_first_head: bool = True,
-    normalize: str = "none",
+    protect_first_head: bool | None = None,
+    normalize: str | None = None,
+    weighting: Weighting | None = None,
     sav_grad: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
@@ -156,36 +147,23 @@ def sar_attn_varlen_func(
     validation.check_prior(prior, (total_k,), device)
     sav_grad = validation.check_flag("sav_grad", sav_grad)
     return_stats = validation.check_flag("return_stats", return_stats)
-    options = validation.make_options(
-        q,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        beta=beta,
-        protect_first_head=protect_first_head,
-        normalize=normalize,
+    rule = split_over(choose_weighting(weighting, beta, protect_first_head, normalize), shards)
+    scores = validation.make_scores(
+        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
     max_seqlens = check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_q, total_k, device)
-    q, k, v = autocast_inputs(q, k, v)
-    backend = choose_backend(backend, device, q.dtype, options, padded=False, masked=False)
-    out, *stats = ops.attention(
-        q,
-        k,
-        v,
-        visual_mask,
-        text_mask,
-        prior,
+    roles = Roles(visual_mask, text_mask, prior)
+    call = Call(
+        *autocast_inputs(q, k, v),
+        scores,
+        roles,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlens=max_seqlens,
-        options=options,
-        backend=backend,
-        sav_grad=sav_grad,
-        need_lse=return_stats,
-        shards=shards,
     )
-    return (out, _stats(*stats, backend)) if return_stats else out
+    chosen = choose_backend(backend, Request.of(call))
+    result = ops.attention(call, rule, chosen, sav_grad=sav_grad, need_lse=return_stats, need_stats=return_stats)
+    return (result.out, SARStats.of(result, chosen.name)) if return_stats else result.out
 
 
 def check_packing(
@@ -202,45 +180,138 @@ def check_packing(
     return validation.check_longest("max_seqlen_q", max_q), validation.check_longest("max_seqlen_k", max_k)
 
 
-def plain_attention(
+def plain_attention(call: Call, *, backend: str = "auto", need_lse: bool = False) -> tuple[Tensor, Tensor]:
+    """A validated call with SAR off: (out, lse)."""
+    q, k, v = autocast_inputs(call.q, call.k, call.v)
+    call = dataclasses.replace(call, q=q, k=k, v=v)
+    result = ops.attention(call, None, choose_backend(backend, Request.of(call)), need_lse=need_lse)
+    return result.out, result.lse
+
+
+def sar_attn_with_kvcache(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
-    options: AttentionOptions,
+    cache_seqlens: int | Tensor,
+    visual_mask: Tensor,
+    prior: Tensor,
+    state: SARState | None,
+    text_mask: Tensor | None = None,
+    decode: str = "running",
+    block_table: Tensor | None = None,
+    beta: float | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    protect_first_head: bool | None = None,
+    normalize: str | None = None,
+    weighting: Weighting | None = None,
     backend: str = "auto",
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlens: tuple[int, int] = (0, 0),
-    need_lse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The same kernels with SAR off, on validated arguments: (out, lse)."""
-    q, k, v = autocast_inputs(q, k, v)
-    backend = choose_backend(
-        backend,
-        q.device,
-        q.dtype,
-        options,
-        padded=key_padding_mask is not None,
-        masked=attn_mask is not None,
-        head_dim=max(q.shape[-1], v.shape[-1]),
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, SARStats]:
+    """SAR attention of new queries over a KV cache, which k and v, if given, extend in place.
+
+    Args:
+        q: (B, Sq, H, D), the newest Sq positions. k, v: (B, Snew, Hkv, D) or None.
+        k_cache, v_cache: (B, Smax, Hkv, D), or (blocks, page, Hkv, D) with ``block_table`` (B, pages) int32.
+        cache_seqlens: int or (B,) int32, keys in the cache before this call. It is not changed.
+        visual_mask, prior: (B, Smax) bool and floating point, over cache positions; Smax = pages * page when paged.
+        state: sums and weights of this layer so far; updated in place. ``SARState.empty`` before the first tokens,
+            ``SARState.from_stats`` after a prompt; None starts afresh and keeps nothing.
+        text_mask: (B, Sq) bool, which new queries count as text; default all.
+        decode: ``"running"`` (means over all text queries so far, these included), ``"step"`` (these alone),
+            ``"prompt"`` (``state.head_weights``, unchanged). A weighting that needs no statistics is the same in all
+            three; it neither reads nor writes the state.
+        Others: as :func:`sar_fast.sar_attn_func`. On a GPU the kernels read no value on the host: there a negative
+            prior, lengths beyond the cache and pages that it has not are the caller's to avoid.
+
+    Returns:
+        out (B, Sq, H, Dv), or (out, stats of the weights that were used). Inference only: nothing is differentiable,
+        and nothing that is written keeps a graph.
+    """
+    if cache_seqlens is None:
+        raise TypeError("cache_seqlens must be an int or (batch,) int32; got None")
+    return_stats = validation.check_flag("return_stats", return_stats)
+    check_choice("decode", decode, ("running", "step", "prompt"))
+    cache = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    rule = choose_weighting(weighting, beta, protect_first_head, normalize)
+    if state is None:
+        if decode == "prompt" and needs_statistics(rule):
+            raise ValueError('state must hold the prompt\'s weights for decode="prompt"; got None')
+        state = SARState.empty(q.shape[0], q.shape[2], q.device)
+    if not isinstance(state, SARState):
+        raise TypeError(f"state must be a SARState or None; got {type(state).__name__}")
+    B, Sq, H, _ = q.shape
+    validation.check_mask("visual_mask", visual_mask, (B, cache.capacity), q.device)
+    validation.check_prior(prior, (B, cache.capacity), q.device)
+    if text_mask is None:
+        text_mask = torch.ones(B, Sq, dtype=torch.bool, device=q.device)
+    validation.check_mask("text_mask", text_mask, (B, Sq), q.device)
+    check_state(state, B, H, q.device, written=decode == "running")
+    scores = validation.make_scores(
+        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
-    out, lse, *_ = ops.attention(
-        q,
-        k,
-        v,
-        None,
-        None,
-        None,
-        key_padding_mask=key_padding_mask,
-        attn_mask=attn_mask,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlens=max_seqlens,
-        options=options,
-        backend=backend,
-        need_lse=need_lse,
-    )
-    return out, lse
+    chosen = choose_backend(backend, Request(q.device, q.dtype, scores))
+    value_checks.raise_arrived()
+    if chosen.waits or q.device.type == "cpu":
+        value_checks.check_prior_values(prior)  # before the cache is written
+    with torch.no_grad():
+        roles = Roles(visual_mask, text_mask, prior)
+        result = _decode(q, cache, scores, roles, state, decode, rule, chosen, return_stats)
+    return (result.out, SARStats.of(result, chosen.name)) if return_stats else result.out
+
+
+def _decode(
+    q: Tensor,
+    cache: Cache,
+    scores: Scores,
+    roles: Roles,
+    state: SARState,
+    mode: str,
+    rule: Weighting,
+    backend: Backend,
+    need_stats: bool,
+) -> Result:
+    """A decode step under any rule; the state's sums go on in ``"running"``."""
+    decode = functools.partial(decode_op.decode, backend, q, cache, scores, need_lse=need_stats)
+    refuse_split_queries(rule)
+    if not needs_statistics(rule):
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        c = head_weights(rule, no_statistics(q.shape[0], q.shape[2], q, acc), None)
+        value_checks.check_weight_values(c, name_of(rule))  # before the cache is written
+        if not need_stats:
+            return decode(c=c)
+        result = decode(roles=roles, rule=Equal())
+        return result._replace(out=scale_heads(result.out, c, None, name_of(rule)), c=c)
+    if mode == "prompt":
+        result = decode(c=state.head_weights)
+        return result._replace(statistics=state.sums.means(), c=state.head_weights)
+    sums = state.sums if mode == "running" else None
+    if isinstance(rule, Lowered):
+        return decode(roles=roles, sums=sums, rule=rule)
+    result = decode(roles=roles, sums=sums, rule=Equal())
+    c = head_weights(rule, result.statistics, None)
+    return result._replace(out=scale_heads(result.out, c, None, name_of(rule)), c=c)
+
+
+def check_state(state: SARState, batch: int, heads: int, device: torch.device, *, written: bool) -> None:
+    """Raise unless all of ``state`` is fp32, of that many rows and heads, and can be written if it will be."""
+    shapes = {"av_sum": (batch, heads), "sa_sum": (batch, heads), "count": (batch,), "head_weights": (batch, heads)}
+    for name, shape in shapes.items():
+        tensor = getattr(state, name)
+        validation.check_tensor(f"state.{name}", tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"state must be for batch {batch} and {heads} heads; got {tuple(tensor.shape)} in {name}")
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"state.{name} must be float32; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"state must be on q's device {device}; got {tensor.device}")
+        shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+        if written and shared and name != "head_weights":
+            raise ValueError(
+                f"state.{name} is written: its entries must not share memory; got strides {tensor.stride()}"
+            )

@@ -1,22 +1,29 @@
 """torch.library operators of SAR attention and the autograd function around them.
 
 The operators are opaque to ``torch.compile`` (schema, fake, one implementation per call), so a compiled graph holds one
-node per attention call. Everything above them is traced, everything below them runs on real tensors.
+node per attention call. Everything above them is traced, everything below them runs on real tensors. Calls and rules
+are made flat here, and nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sar_fast import prior_check
-from sar_fast.backends import run
-from sar_fast.distributed import Shards, without_weights
-from sar_fast.types import AttentionOptions
+from sar_fast import value_checks
+from sar_fast.backends.protocol import Backend
+from sar_fast.backends.select import BACKENDS
+from sar_fast.head_scaling import scale_heads
 from sar_fast.validation import UNKNOWN_LENGTH
+from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
+from sar_fast.weighting.constant import Equal
+from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics
+from sar_fast.weighting.softmax import Lowered, SoftmaxOverHeads, flatten, unflatten
+from sar_fast.weighting.split import Split, refuse_split_queries
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? visual_mask, Tensor? text_mask, Tensor? prior, "
@@ -24,7 +31,7 @@ _TENSORS = (
 )
 _OPTIONS = (
     "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, float beta, "
-    "bool protect_first_head, str normalize, str backend"
+    "bool protect, str normalize, str backend"
 )
 _PACKED = "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 _library = torch.library.Library("sar_fast", "DEF")
@@ -40,12 +47,32 @@ _library.define(
 )
 
 
-def _options(scale, causal, left, right, softcap, beta, protect_first_head, normalize) -> AttentionOptions:
-    return AttentionOptions(scale, causal, (left, right), softcap, beta, protect_first_head, normalize)
+def _tensors(call: Call) -> tuple[Tensor | None, ...]:
+    """A call's tensors in the schemas' order."""
+    roles = (None, None, None) if call.roles is None else call.roles
+    return (
+        *(call.q, call.k, call.v),
+        *roles,
+        *(call.key_padding_mask, call.attn_mask, call.cu_seqlens_q, call.cu_seqlens_k),
+    )
 
 
-def _accumulate_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _options(call: Call, rule: Lowered, backend: Backend) -> tuple[object, ...]:
+    """What is static in a call, in the schemas' order."""
+    scores = call.scores
+    return (scores.scale, scores.causal, *scores.window, scores.softcap, *flatten(rule), backend.name)
+
+
+def _call_of(
+    q, k, v, visual, text, prior, key_padding_mask, attn_mask, cu_q, cu_k, options: tuple, max_seqlens: tuple[int, int]
+) -> tuple[Call, Lowered, Backend]:
+    """What :func:`_tensors` and :func:`_options` made flat."""
+    scale, causal, left, right, softcap, beta, protect, normalize, backend = options
+    roles = None if visual is None else Roles(visual, text, prior)
+    longest = _longest(max_seqlens[0], cu_q, q.shape[0]), _longest(max_seqlens[1], cu_k, k.shape[0])
+    scores = Scores(scale, causal, (left, right), softcap)
+    call = Call(q, k, v, scores, roles, key_padding_mask, attn_mask, cu_q, cu_k, longest)
+    return call, unflatten(beta, protect, normalize), BACKENDS[backend]
 
 
 def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
@@ -70,56 +97,44 @@ def _longest(known: int, cu_seqlens: Tensor | None, tokens: int) -> int:
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
 def _forward_impl(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
-    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
+    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend,
+    need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
+    options = (softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend)
+    tensors = (q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    call, rule, chosen = _call_of(*tensors, options, (max_seqlen_q, max_seqlen_k))
+    call.carried = None if av_sum is None else Sums(av_sum, sa_sum, count)
     if prior is not None and check_prior:
-        prior_check.check_prior_values(prior, wait=backend != "triton")  # the others wait in any case
-    carried = None if av_sum is None else (av_sum, sa_sum, count)
-    call = run.Call(
-        q,
-        k,
-        v,
-        visual_mask,
-        text_mask,
-        prior,
-        key_padding_mask,
-        attn_mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        carried,
-        (_longest(max_seqlen_q, cu_seqlens_q, q.shape[0]), _longest(max_seqlen_k, cu_seqlens_k, k.shape[0])),
-    )
-    options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
+        value_checks.check_prior_values(prior, wait=chosen.waits)
     with _no_autocast(q):
-        return run.forward(call, options, backend, need_lse=need_lse)
+        out, lse, statistics, c = chosen.forward(call, rule, need_lse=need_lse)
+    return out, lse, statistics.av, statistics.sa, c, statistics.count
 
 
 @torch.library.register_fake("sar_fast::attention_forward", lib=_library)
 def _forward_fake(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head,
-    normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
+    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend,
+    need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
-    acc, packed, sar = _accumulate_dtype(q), cu_seqlens_q is not None, visual_mask is not None
-    batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
-    heads = q.shape[-2]
+    call = Call(q, k, v, Scores(softmax_scale), cu_seqlens_q=cu_seqlens_q)
+    acc, batch, sar = call.accumulate_dtype, call.batch_size, visual_mask is not None
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse_shape = (heads, q.shape[0]) if packed else (batch, heads, q.shape[1])
-    lse = q.new_empty(lse_shape if need_lse else (0,), dtype=acc)
-    stats = lambda: q.new_empty((batch, heads) if sar else (0, 0), dtype=acc)
+    lse = q.new_empty(call.lse_shape if need_lse else (0,), dtype=acc)
+    stats = lambda: q.new_empty((batch, call.num_heads) if sar else (0, 0), dtype=acc)
     return out, lse, stats(), stats(), stats(), q.new_empty((batch if sar else 0,), dtype=acc)
 
 
-def _check_results(call: run.Call, grad_out: Tensor, out: Tensor, **statistics: Tensor) -> None:
+def _check_results(call: Call, grad_out: Tensor, result: Result) -> None:
     """Raise unless a backward is given what the forward of the same call returned."""
-    q, batch, acc = call.q, call.batch_size, _accumulate_dtype(call.q)
-    heads, sar = q.shape[-2], call.visual is not None
-    rows, per_head = (*q.shape[:-1], call.v.shape[-1]), (batch, heads) if sar else (0, 0)
-    shapes = {"lse": (heads, q.shape[0]) if call.packed else (batch, heads, q.shape[1])}
-    shapes |= {"av": per_head, "sa": per_head, "c": per_head, "count": per_head[:1]}
-    expected = {"grad_out": (grad_out, rows, q.dtype), "out": (out, rows, q.dtype)}
-    expected |= {name: (statistics[name], shape, acc) for name, shape in shapes.items()}
+    q, batch, acc = call.q, call.batch_size, call.accumulate_dtype
+    rows, per_head = (*q.shape[:-1], call.v.shape[-1]), (0, 0) if call.roles is None else (batch, call.num_heads)
+    statistics = result.statistics
+    expected = {"grad_out": (grad_out, rows, q.dtype), "out": (result.out, rows, q.dtype)}
+    expected["lse"] = (result.lse, call.lse_shape, acc)
+    per_head_results = {"av": statistics.av, "sa": statistics.sa, "c": result.c}
+    expected |= {name: (tensor, per_head, acc) for name, tensor in per_head_results.items()}
+    expected["count"] = (statistics.count, per_head[:1], acc)
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
@@ -133,104 +148,63 @@ def _check_results(call: run.Call, grad_out: Tensor, out: Tensor, **statistics: 
 def _backward_impl(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
-    beta, protect_first_head, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
+    beta, protect, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
-    call = run.Call(
-        q,
-        k,
-        v,
-        visual_mask,
-        text_mask,
-        prior,
-        key_padding_mask,
-        attn_mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        None,
-        (_longest(max_seqlen_q, cu_seqlens_q, q.shape[0]), _longest(max_seqlen_k, cu_seqlens_k, k.shape[0])),
-    )
-    prior_check.raise_arrived()
-    _check_results(call, grad_out, out, lse=lse, av=av, sa=sa, c=c, count=count)
-    options = _options(softmax_scale, causal, window_left, window_right, softcap, beta, protect_first_head, normalize)
-    grad_stats = None if grad_av is None else (grad_av, grad_sa, grad_c)
+    options = (softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend)
+    tensors = (q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    call, rule, chosen = _call_of(*tensors, options, (max_seqlen_q, max_seqlen_k))
+    result = Result(out, lse, Statistics(av, sa, count), c)
+    value_checks.raise_arrived()
+    _check_results(call, grad_out, result)
+    through = None if grad_av is None else (grad_av, grad_sa, grad_c)
     with _no_autocast(q):
-        return run.backward(call, options, backend, grad_out, out, lse, av, sa, c, count, grad_stats)
+        return chosen.backward(call, rule, grad_out, result, through)
 
 
 @torch.library.register_fake("sar_fast::attention_backward", lib=_library)
 def _backward_fake(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
     out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
-    beta, protect_first_head, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
+    beta, protect, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     through = visual_mask is not None and grad_av is not None
     dense = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dprior = q.new_empty(prior.shape if through else (0,), dtype=_accumulate_dtype(q))
-    return dense(q), dense(k), dense(v), dprior
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return dense(q), dense(k), dense(v), q.new_empty(prior.shape if through else (0,), dtype=acc)
 
 
 class SARAttentionFunction(torch.autograd.Function):
-    """Differentiable attention: (q, k, v, prior, static arguments) -> (out, lse, av, sa, c, count).
+    """Differentiable attention: (a call's tensors, sav_grad, its options, ...) -> (out, lse, av, sa, c, count).
 
     ``out`` is always differentiable; av, sa and c are when ``sav_grad``; lse and count never are.
     """
 
     @staticmethod
     def forward(
-        ctx, q, k, v, prior, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-        sav_grad, flat_options, max_seqlens, check_prior,
+        ctx, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+        sav_grad, options, max_seqlens, check_prior,
     ):  # fmt: skip
-        masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
-        out, lse, av, sa, c, count = torch.ops.sar_fast.attention_forward(
-            q,
-            k,
-            v,
-            visual_mask,
-            text_mask,
-            prior,
-            *masks,
-            None,
-            None,
-            None,
-            *flat_options,
-            True,
-            *max_seqlens,
-            check_prior,
+        tensors = (q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+        results = torch.ops.sar_fast.attention_forward(
+            *tensors, None, None, None, *options, True, *max_seqlens, check_prior
         )
-        ctx.save_for_backward(q, k, v, visual_mask, text_mask, prior, *masks, out, lse, av, sa, c, count)
-        ctx.flat_options, ctx.max_seqlens = flat_options, max_seqlens
+        ctx.save_for_backward(*tensors, *results)
+        ctx.options, ctx.max_seqlens = options, max_seqlens
         ctx.sav_grad = sav_grad and prior is not None
-        if ctx.sav_grad:
-            ctx.mark_non_differentiable(lse, count)
-        else:
-            ctx.mark_non_differentiable(lse, av, sa, c, count)
-        return out, lse, av, sa, c, count
+        _, lse, av, sa, c, count = results
+        ctx.mark_non_differentiable(*((lse, count) if ctx.sav_grad else (lse, av, sa, c, count)))
+        return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _grad_lse, grad_av, grad_sa, grad_c, _grad_count):
-        saved = ctx.saved_tensors
-        grads = (grad_av, grad_sa, grad_c) if ctx.sav_grad else (None, None, None)
+        through = (grad_av, grad_sa, grad_c) if ctx.sav_grad else (None, None, None)
         dq, dk, dv, dprior = torch.ops.sar_fast.attention_backward(
-            grad_out.contiguous(), *saved, *grads, *ctx.flat_options, *ctx.max_seqlens
+            grad_out.contiguous(), *ctx.saved_tensors, *through, *ctx.options, *ctx.max_seqlens
         )
-        prior = saved[5]
-        dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[3] else None
-        return (dq, dk, dv, dprior) + (None,) * 10
-
-
-def _flatten(options: AttentionOptions, backend: str) -> tuple:
-    """Options in the order of the schemas."""
-    return (
-        float(options.softmax_scale),
-        options.causal,
-        *options.window_size,
-        float(options.softcap),
-        float(options.beta),
-        options.protect_first_head,
-        options.normalize,
-        backend,
-    )
+        prior = ctx.saved_tensors[5]
+        dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[5] else None
+        return (dq, dk, dv, None, None, dprior) + (None,) * 8
 
 
 def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -244,57 +218,71 @@ def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visual: Tensor | None,
-    text: Tensor | None,
-    prior: Tensor | None,
+    call: Call,
+    weighting: Weighting | None,
+    backend: Backend,
     *,
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlens: tuple[int, int] = (0, 0),
-    carried: tuple[Tensor, Tensor, Tensor] | None = None,
-    options: AttentionOptions,
-    backend: str,
+    layer: int | None = None,
     sav_grad: bool = False,
     need_lse: bool = False,
-    shards: Shards | None = None,
+    need_stats: bool = False,
     check_prior: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Attention on validated arguments with a chosen backend: (out, lse, av, sa, c, count).
+) -> Result:
+    """A validated call on a chosen backend.
 
-    ``visual`` None means plain attention (statistics come back empty). ``carried`` (decode) is for inference only.
-    ``shards``: this rank holds some of the heads or queries; statistics come back for its heads, over all queries.
-    ``check_prior`` False: the caller knows its values to be finite and non-negative, so that no GPU is waited for.
+    The paper's rule and :class:`Equal` run inside the backend. Every other one is asked here, in traced PyTorch, with
+    the statistics of plain attention, and its heads are scaled after it.
+
+    Args:
+        weighting: None is plain attention, whose statistics come back empty.
+        layer: what the rule is told of where it is.
+        sav_grad: gradients also flow through the statistics that the rule is given.
+        need_stats: statistics are wanted even if the rule needs none.
+        check_prior: False: the caller knows its values to be finite and non-negative, so that no GPU is waited for.
     """
-    if shards is not None and visual is not None:
-        if carried is not None and shards.queries is not None:
-            raise ValueError("shards.queries must be None with a state: running sums are not split over ranks")
-        split = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlens": max_seqlens}
-        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "carried": carried, "need_lse": need_lse}
-        masks["check_prior"] = check_prior
-        neutral = {"options": without_weights(options), "backend": backend, "sav_grad": sav_grad}
-        out, lse, av, sa, _, count = attention(q, k, v, visual, text, prior, **split, **masks, **neutral)
-        av, sa, c, count = shards.weights(av, sa, count, options)
-        if cu_seqlens_q is None:
-            factors = c[:, None, :, None]
-        else:
-            lengths = cu_seqlens_q.diff().long()
-            factors = c.repeat_interleave(lengths, dim=0, output_size=q.shape[0])[..., None]
-        return (out * factors).to(out.dtype), lse, av, sa, c, count
+    if weighting is None:
+        return _run(dataclasses.replace(call, roles=None), Equal(), backend, need_lse=need_lse)
+    how = {"sav_grad": sav_grad, "need_lse": need_lse, "check_prior": check_prior}
+    if isinstance(weighting, (SoftmaxOverHeads, Equal)):
+        return _run(call, weighting, backend, **how)
+    if call.carried is not None:
+        refuse_split_queries(weighting)
+    if call.roles is not None and (need_stats or needs_statistics(weighting)):
+        out, lse, statistics, _ = _run(call, Equal(), backend, **how)
+        if isinstance(weighting, Split):
+            statistics = weighting.over_all_queries(statistics)
+    else:
+        out, lse, *_ = _run(dataclasses.replace(call, roles=None), Equal(), backend, need_lse=need_lse)
+        statistics = no_statistics(call.batch_size, call.num_heads, call.q, call.accumulate_dtype)
+    c = head_weights(weighting, statistics, layer)
+    rule = name_of(weighting) if layer is None else f"{name_of(weighting)}, layer {layer},"
+    return Result(scale_heads(out, c, call.cu_seqlens_q, rule), lse, statistics, c)
+
+
+def _run(
+    call: Call,
+    rule: Lowered,
+    backend: Backend,
+    *,
+    sav_grad: bool = False,
+    need_lse: bool = False,
+    check_prior: bool = True,
+) -> Result:
+    """A call under a rule that its backend knows."""
     differentiates = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, prior if sav_grad else None)
+        t is not None and t.requires_grad
+        for t in (call.q, call.k, call.v, call.roles.prior if sav_grad and call.roles else None)
     )
-    masks, flat = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k), _flatten(options, backend)
+    tensors, options = _tensors(call), _options(call, rule, backend)
     if differentiates:
-        if carried is not None:
+        if call.carried is not None:
             raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
-        tensors = _distinct(q, k, v, prior, visual, text, *masks)
-        return SARAttentionFunction.apply(*tensors, sav_grad, flat, max_seqlens, check_prior)
-    carried = carried or (None, None, None)
-    return torch.ops.sar_fast.attention_forward(
-        q, k, v, visual, text, prior, *masks, *carried, *flat, need_lse, *max_seqlens, check_prior
-    )
+        out, lse, av, sa, c, count = SARAttentionFunction.apply(
+            *_distinct(*tensors), sav_grad, options, call.max_seqlens, check_prior
+        )
+    else:
+        carried = (None, None, None) if call.carried is None else call.carried
+        out, lse, av, sa, c, count = torch.ops.sar_fast.attention_forward(
+            *tensors, *carried, *options, need_lse, *call.max_seqlens, check_prior
+        )
+    return Result(out, lse, Statistics(av, sa, count), c)

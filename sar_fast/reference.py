@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from sar_fast import validation
-from sar_fast.prior_check import check_prior_values
 from sar_fast.types import SARStats
+from sar_fast.value_checks import check_prior_values
+from sar_fast.values import Statistics
+from sar_fast.weighting.protocol import Weighting, head_weights
+from sar_fast.weighting.softmax import SoftmaxOverHeads, choose_weighting
 
 
 def sar_attention_reference(
@@ -23,14 +26,15 @@ def sar_attention_reference(
     text_mask: Tensor,
     prior: Tensor,
     *,
-    beta: float = 0.5,
+    beta: float | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    protect_first_head: bool = True,
-    normalize: str = "none",
+    protect_first_head: bool | None = None,
+    normalize: str | None = None,
+    weighting: Weighting | None = None,
     sav_grad: bool = False,
     return_stats: bool = False,
     attn_mask: Tensor | None = None,
@@ -44,23 +48,16 @@ def sar_attention_reference(
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     if not prior.requires_grad:  # finite differences step below zero
         check_prior_values(prior)
-    options = validation.make_options(
-        q,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        beta=beta,
-        protect_first_head=protect_first_head,
-        normalize=normalize,
+    rule = choose_weighting(weighting, beta, protect_first_head, normalize)
+    scores = validation.make_scores(
+        q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
-    causal, (left, right), softcap, beta = options.causal, options.window_size, options.softcap, options.beta
-    protect_first_head = options.protect_first_head
+    causal, (left, right), softcap = scores.causal, scores.window, scores.softcap
     sav_grad = validation.check_flag("sav_grad", sav_grad)
     return_stats = validation.check_flag("return_stats", return_stats)
     B, Sq, H, _ = q.shape
     Sk, Hkv = k.shape[1], k.shape[2]
-    scale, dtype = options.softmax_scale, q.dtype
+    scale, dtype = scores.scale, q.dtype
 
     # head h reads kv head h // (H // Hkv)
     k_h = k.repeat_interleave(H // Hkv, dim=2)  # [B, Sk, H, D]
@@ -116,19 +113,24 @@ def sar_attention_reference(
     sa = torch.where(V_i, p * prior_V[:, None, None, :], 0).sum(-1)  # [B, H, Sq]
     SA = torch.where(counts, sa, 0).to(stats_dtype).sum(-1) / T.clamp_min(1)  # [B, H]
 
-    # weights
+    # weights: the paper's rule, or the one that is asked for
     SAV = AV * SA
-    x = SAV - SAV.amax(-1, keepdim=True)  # the same softmax; SAV / beta itself may overflow
-    if normalize == "standardize":
-        std = SAV.std(dim=-1, correction=0, keepdim=True) if H > 1 else torch.zeros_like(SAV)
-        flat = std == 0  # heads that all agree stay equal
-        x = torch.where(flat, 0, x) / torch.where(flat, 1, std)
-    w = torch.softmax(x / beta, dim=-1)  # [B, H]
-    if protect_first_head:
-        w = torch.cat([w.amax(-1, keepdim=True), w[:, 1:]], dim=-1)
-    c = torch.where(T > 0, H * w, 1)
+    if isinstance(rule, SoftmaxOverHeads):
+        x = SAV - SAV.amax(-1, keepdim=True)  # the same softmax; SAV / beta itself may overflow
+        if rule.normalize == "standardize":
+            std = SAV.std(dim=-1, correction=0, keepdim=True) if H > 1 else torch.zeros_like(SAV)
+            flat = std == 0  # heads that all agree stay equal
+            x = torch.where(flat, 0, x) / torch.where(flat, 1, std)
+        w = torch.softmax(x / rule.beta, dim=-1)  # [B, H]
+        if rule.protect_first_head:
+            w = torch.cat([w.amax(-1, keepdim=True), w[:, 1:]], dim=-1)
+        c = torch.where(T > 0, H * w, 1)
+        c = c if sav_grad else c.detach()
+    else:
+        given = Statistics(AV, SA, T[:, 0].to(stats_dtype))
+        c = head_weights(rule, given if sav_grad else Statistics(*(t.detach() for t in given)), None)
 
-    out = (c if sav_grad else c.detach()).to(dtype)[:, None, :, None] * attention
+    out = c.to(dtype)[:, None, :, None] * attention
     if not return_stats:
         return out
     lse = torch.where(sees_any[..., 0], lse, -torch.inf)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
 from sar_fast.config import SARConfig
-from sar_fast.types import AttentionOptions
 
 DO_NOT_ATTEND = ("linear_attention", "conv", "mamba")  # transformers' names of such layers in a config's layer_types
 
@@ -51,8 +51,7 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
 def check_backend(group: Any, device: torch.device, dtype: torch.dtype) -> None:
     """``ValueError`` if the backend that is asked for cannot run on ``device`` in ``dtype``; nothing is loaded."""
     with naming_flags(flags_of(group)):
-        options = AttentionOptions(softmax_scale=1.0)
-        choose_backend(sar_config(group).backend, device, dtype, options, padded=False, masked=False)
+        choose_backend(sar_config(group).backend, Request(device, dtype))
 
 
 def check_layers(group: Any, config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Values that cross module borders: static options of an attention call, its statistics, its decode state."""
+"""What users keep of an attention call: its statistics, and its decode state."""
 
 from __future__ import annotations
 
@@ -7,25 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-
-@dataclasses.dataclass(frozen=True)
-class AttentionOptions:
-    """Static options of one attention call, after validation; what a compiled graph specialises on.
-
-    ``window_size`` is (left, right) in keys, -1 for unbounded; ``softcap`` 0.0 is off.
-    """
-
-    softmax_scale: float
-    causal: bool = True
-    window_size: tuple[int, int] = (-1, -1)
-    softcap: float = 0.0
-    beta: float = 0.5
-    protect_first_head: bool = True
-    normalize: str = "none"
-
-    @property
-    def windowed(self) -> bool:
-        return self.window_size != (-1, -1)
+from sar_fast.values import Result, Sums
 
 
 @dataclasses.dataclass
@@ -49,6 +31,18 @@ class SARStats:
     head_weights: Tensor
     query_count: Tensor
     backend: str
+
+    @classmethod
+    def of(cls, result: Result, backend: str) -> SARStats:
+        """As users read what ``result`` holds: fp32."""
+        narrow = lambda t: t.to(torch.float32)
+        found = result.statistics
+        av, sa, sav = (narrow(t) for t in (found.av, found.sa, found.sav))
+        return cls(narrow(result.lse), av, sa, sav, narrow(result.c), narrow(found.count), backend)
+
+    def detach(self) -> SARStats:
+        """The same without a graph."""
+        return dataclasses.replace(self, **{n: t.detach() for n, t in vars(self).items() if isinstance(t, Tensor)})
 
 
 @dataclasses.dataclass
@@ -96,6 +90,11 @@ class SARState:
         if not isinstance(stats, SARStats):
             raise TypeError(f"stats must be the SARStats of a prompt; got {type(stats).__name__}")
         return cls.from_means(stats.alignment_variance, stats.semantic_alignment, stats.head_weights, stats.query_count)
+
+    @property
+    def sums(self) -> Sums:
+        """The sums, as a call carries them."""
+        return Sums(self.av_sum, self.sa_sum, self.count)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(av_sum, sa_sum, count, head_weights)."""

@@ -1,7 +1,7 @@
 """Argument checks of the public functions: every error names the argument, what came and what is needed.
 
 They look at shapes, dtypes, devices and Python values only, so that they trace under ``torch.compile``; at a prior's
-values looks :mod:`sar_fast.prior_check`.
+values looks :mod:`sar_fast.value_checks`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import sys
 import torch
 from torch import Tensor
 
-from sar_fast.config import check_beta, check_choice
 from sar_fast.scalars import is_integer, kind, number, plain
-from sar_fast.types import AttentionOptions
+from sar_fast.values import Scores
 
 MAX_HEAD_DIM = 256
 UNKNOWN_LENGTH = -1  # a longest sequence whose value a traced graph cannot read: the operator looks at the sequences
@@ -136,20 +135,15 @@ def check_ends(side: str, ends: list[int], total: int, max_seqlen: int) -> None:
         raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {longest}; got {max_seqlen}")
 
 
-def make_options(
+def make_scores(
     q: Tensor,
     *,
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
     softcap: float,
-    beta: float = 0.5,
-    protect_first_head: bool = True,
-    normalize: str = "none",
-) -> AttentionOptions:
-    """Check the options of a call, in Python's types or NumPy's, and fill in the default scale, 1 / sqrt(head_dim)."""
-    beta = check_beta(beta)
-    check_choice("normalize", normalize, ("none", "standardize"))
+) -> Scores:
+    """Check how scores are to be made, in Python's types or NumPy's; the default scale is 1 / sqrt(head_dim)."""
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     softmax_scale = number("softmax_scale", softmax_scale, "a number or None")
@@ -159,13 +153,10 @@ def make_options(
     if not 0 <= softcap <= sys.float_info.max:
         raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r:.50}")
     causal = check_flag("causal", causal)
-    protect_first_head = check_flag("protect_first_head", protect_first_head)
     left, right = check_window(window_size)
     if causal and right >= 0:
         right = -1  # the causal mask is at least as strict
-    return AttentionOptions(
-        float(softmax_scale), causal, (left, right), float(softcap), float(beta), protect_first_head, normalize
-    )
+    return Scores(float(softmax_scale), causal, (left, right), float(softcap))
 
 
 def check_window(window_size: object) -> tuple[int, int]:

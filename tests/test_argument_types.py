@@ -182,11 +182,11 @@ def test_longest_sequence_in_a_compiled_graph(kind, backend):
 
 def test_a_length_that_is_not_known_costs_no_memory(monkeypatch):
     """The longest sequence sizes what is allocated per sequence; the packed length in its place would be far larger."""
-    from sar_fast.backends import triton_backend
+    from sar_fast.backends import triton
 
     seen = []
-    layout = triton_backend._layout
-    monkeypatch.setattr(triton_backend, "_layout", lambda call: seen.append(call.max_seqlens) or layout(call))
+    layout = triton._layout
+    monkeypatch.setattr(triton, "_layout", lambda call: seen.append(call.max_seqlens) or layout(call))
     torch._dynamo.reset()
     f = lambda q, k, v, n: flash_attn_varlen_func(q, k, v, ENDS, ENDS, n, n, causal=True, backend="triton")
     torch.compile(f, fullgraph=True, backend="eager")(*packed()[:3], torch.tensor(8))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 
 from sar_fast import sar_attn_func
+from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
-from sar_fast.types import AttentionOptions
 from tests.helpers import make_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,9 +98,8 @@ def test_the_debug_log_says_what_ran(caplog):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_head_dims_beyond_the_fused_kernels_run_on_torch(device):
     """Gemma 4's full layers have 512 dimensions; the public functions refuse them, models need them."""
-    options = AttentionOptions(softmax_scale=1.0)
-    call = (torch.device(device), torch.bfloat16, options)
-    choose = lambda name, head_dim: choose_backend(name, *call, padded=False, masked=False, head_dim=head_dim)
+    request = Request(torch.device(device), torch.bfloat16)
+    choose = lambda name, head_dim: choose_backend(name, dataclasses.replace(request, head_dim=head_dim)).name
     assert choose("auto", 256) != "torch"
     assert choose("auto", 257) == "torch"
     with pytest.raises(ValueError, match=r"does not support head_dim=512.*use backend='torch'"):

@@ -9,7 +9,7 @@ import torch
 
 from sar_fast import flash_attn_func, sar_attn_func
 from sar_fast.functional import plain_attention
-from sar_fast.validation import make_options
+from sar_fast.values import Call, Scores
 from tests.helpers import (
     BACKENDS,
     DTYPES,
@@ -157,14 +157,9 @@ def test_huge_beta_without_protection_is_plain_attention(backend, beta, dtype, H
 @pytest.mark.usefixtures("all_threads")
 def test_text_only_rows_are_plain_attention_bit_for_bit(backend, dtype, padding):
     case = make_case(50, H=7, Hkv=1, dtype=dtype, padding=padding)
-    plain, _ = plain_attention(
-        case.q,
-        case.k,
-        case.v,
-        options=make_options(case.q, softmax_scale=None, causal=True, window_size=(-1, -1), softcap=0.0),
-        backend=backend,
-        key_padding_mask=case.options.get("key_padding_mask"),
-    )
+    scores = Scores(case.q.shape[-1] ** -0.5)
+    padding_mask = case.options.get("key_padding_mask")
+    plain, _ = plain_attention(Call(case.q, case.k, case.v, scores, key_padding_mask=padding_mask), backend=backend)
     out, stats = case.run(backend)
     text_row = LAYOUTS.index("text_only")
     assert torch.equal(out[text_row], plain[text_row])

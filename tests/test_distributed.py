@@ -12,24 +12,26 @@ import torch
 import torch.distributed as dist
 
 from sar_fast import ops
+from sar_fast.backends.select import BACKENDS
 from sar_fast.distributed import Shards
 from sar_fast.process_group import leave_process_group
-from sar_fast.types import AttentionOptions
+from sar_fast.values import Call, Roles, Scores
+from sar_fast.weighting import SoftmaxOverHeads
+from sar_fast.weighting.split import split_over
 from tests.distributed_workers import run_ranks
 from tests.helpers import make_case, max_error, relative_error
 
-OPTIONS = [
-    AttentionOptions(0.2, beta=0.02),
-    AttentionOptions(0.2, beta=0.5, normalize="standardize", protect_first_head=False),
+RULES = [
+    SoftmaxOverHeads(beta=0.02),
+    SoftmaxOverHeads(beta=0.5, normalize="standardize", protect_first_head=False),
 ]
 
 
-def attend(tensors, options, backend, sav_grad, shards=None):
+def attend(tensors, rule, backend, sav_grad, shards=None):
     """(out, av, sa, c, count) and the gradients of q, k, v and the prior, for a loss on output and weights."""
     q, k, v, prior = (tensors[i].detach().clone().requires_grad_() for i in (0, 1, 2, 5))
-    out, _, av, sa, c, count = ops.attention(
-        q, k, v, tensors[3], tensors[4], prior, options=options, backend=backend, sav_grad=sav_grad, shards=shards
-    )
+    call = Call(q, k, v, Scores(0.2), Roles(tensors[3], tensors[4], prior))
+    out, _, (av, sa, count), c = ops.attention(call, split_over(rule, shards), BACKENDS[backend], sav_grad=sav_grad)
     g = torch.Generator().manual_seed(7)
     weight = torch.randn(tensors[6], generator=g, dtype=q.dtype)[tensors[7]]
     (out * weight).sum().backward()
@@ -39,15 +41,15 @@ def attend(tensors, options, backend, sav_grad, shards=None):
 def heads_worker(rank, world):
     shards = Shards(heads=dist.group.WORLD)
     assert copy.deepcopy(shards) is shards
-    cases = itertools.product((torch.float64, torch.float32), (2, 4), OPTIONS, ("torch", "composed"), (False, True))
-    for dtype, kv_heads, options, backend, sav_grad in cases:
+    cases = itertools.product((torch.float64, torch.float32), (2, 4), RULES, ("torch", "composed"), (False, True))
+    for dtype, kv_heads, rule, backend, sav_grad in cases:
         case = make_case(23, H=8, Hkv=kv_heads, D=16, dtype=dtype)
         everything = (*case.tensors, case.q.shape, slice(None))
-        whole, gradients = attend(everything, options, backend, sav_grad)
+        whole, gradients = attend(everything, rule, backend, sav_grad)
         part = lambda x: x.chunk(world, dim=2)[rank]
         own = (slice(None), slice(None), slice(rank * 4, rank * 4 + 4))
         local = (part(case.q), part(case.k), part(case.v), *case.tensors[3:], case.q.shape, own)
-        mine, mine_gradients = attend(local, options, backend, sav_grad, shards)
+        mine, mine_gradients = attend(local, rule, backend, sav_grad, shards)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-5
         assert max_error(mine[0], part(whole[0])) <= tolerance
         for got, expected in zip(mine[1:4], whole[1:4]):
@@ -65,18 +67,18 @@ def heads_worker(rank, world):
 def queries_worker(rank, world):
     """Rank 0 takes the older queries, which see only the keys up to their own: the causal mask stays bottom-right."""
     shards = Shards(queries=dist.group.WORLD)
-    cases = itertools.product((torch.float64, torch.float32), OPTIONS, ("torch", "composed"), (False, True))
-    for dtype, options, backend, sav_grad in cases:
+    cases = itertools.product((torch.float64, torch.float32), RULES, ("torch", "composed"), (False, True))
+    for dtype, rule, backend, sav_grad in cases:
         case = make_case(24, H=4, Hkv=2, D=16, dtype=dtype)
         text = case.text.clone()
         text[0, 15:17] = True
         text[:, 18:20] = False  # ranks count different numbers of queries, rank 0 none for the others
         tensors = (*case.tensors[:4], text & ~case.visual, case.prior)
-        whole, gradients = attend((*tensors, case.q.shape, slice(None)), options, backend, sav_grad)
+        whole, gradients = attend((*tensors, case.q.shape, slice(None)), rule, backend, sav_grad)
         rows, keys = slice(rank * 16, 16 + rank * 8), slice(0, 16 + rank * 8)
         q, k, v, visual, text, prior = tensors
         local = (q[:, rows], k[:, keys], v[:, keys], visual[:, keys], text[:, rows], prior[:, keys])
-        mine, mine_gradients = attend((*local, case.q.shape, (slice(None), rows)), options, backend, sav_grad, shards)
+        mine, mine_gradients = attend((*local, case.q.shape, (slice(None), rows)), rule, backend, sav_grad, shards)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-5
         assert max_error(mine[0], whole[0][:, rows]) <= tolerance
         for got, expected in zip(mine[1:], whole[1:]):

@@ -449,14 +449,13 @@ def test_dropout(function):
 
 def test_running_state_has_no_backward():
     from sar_fast import ops
-    from sar_fast.validation import make_options
+    from sar_fast.backends.select import BACKENDS
+    from sar_fast.values import Call, Roles, Scores, Sums
+    from sar_fast.weighting import SoftmaxOverHeads
 
     x = dense()
-    q = x["q"].requires_grad_()
-    options = make_options(q, softmax_scale=None, causal=True, window_size=(-1, -1), softcap=0.0)
-    carried = (zeros(B, H), zeros(B, H), zeros(B))
+    roles = Roles(x["visual_mask"], x["text_mask"], x["prior"])
+    carried = Sums(zeros(B, H), zeros(B, H), zeros(B))
+    call = Call(x["q"].requires_grad_(), x["k"], x["v"], Scores(0.25), roles, carried=carried)
     with pytest.raises(ValueError, match=r"state: .*no backward; call it under torch.no_grad"):
-        ops.attention(
-            q, x["k"], x["v"], x["visual_mask"], x["text_mask"], x["prior"], carried=carried, options=options,
-            backend="torch",
-        )  # fmt: skip
+        ops.attention(call, SoftmaxOverHeads(), BACKENDS["torch"])

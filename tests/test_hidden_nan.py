@@ -299,7 +299,7 @@ def test_slots_that_a_cache_has_not_filled(decode, queries, paged, bad, backend)
 @pytest.mark.parametrize("padding", ["left", "right", "holes"])
 def test_padding_where_results_are_not_looked_at(padding, bad, sav_grad, monkeypatch):
     """As on a GPU, where that would wait for it."""
-    monkeypatch.setattr("sar_fast.backends.run._is_looked_at", lambda seq: False)
+    monkeypatch.setattr("sar_fast.backends.host_loop._is_looked_at", lambda seq: False)
     tensors, options = case(padding=padding)
     hidden = (~options["key_padding_mask"],)
     where = dict.fromkeys("qkv" if padding == "left" else "kv", hidden)

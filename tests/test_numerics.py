@@ -7,7 +7,7 @@ import torch
 
 from sar_fast import SARState, flash_attn_with_kvcache, sar_attn_func, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
-from sar_fast.weights import head_weights, head_weights_vjp
+from sar_fast.weighting import SoftmaxOverHeads, Statistics
 from tests.helpers import max_error, relative_error
 
 BACKENDS = ("torch", "composed")
@@ -30,8 +30,8 @@ def test_gradient_of_standardised_heads_that_nearly_agree(protect):
     """Two standardised numbers are 1 and -1 whatever they were: the gradient is 0, 1 / std must not magnify noise."""
     sav = 0.1 + 1e-4 * torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
     grad_c = torch.tensor([[300.0, -200.0]]).expand(1000, 2)
-    options = {"beta": 0.5, "protect_first_head": protect, "normalize": "standardize"}
-    grad, _ = head_weights_vjp(grad_c, sav, torch.ones(1000, 2), torch.ones(1000), **options)
+    rule = SoftmaxOverHeads(0.5, protect, "standardize")
+    grad, _ = rule.vjp(grad_c, Statistics(sav, torch.ones(1000, 2), torch.ones(1000)))
     allowed = 300 * torch.finfo(torch.float32).eps / (sav - sav.mean(-1, keepdim=True)).abs().amax(-1)
     assert (grad.abs().amax(-1) <= 8 * allowed).all()
 
@@ -42,11 +42,11 @@ def test_gradient_of_weights_that_saturate(normalize, beta):
     """The largest weight may be all but 1: its gradient is what the others' leave."""
     sav = torch.rand(200, 6, generator=torch.Generator().manual_seed(0))
     grad_c = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
-    options = {"beta": beta, "protect_first_head": True, "normalize": normalize}
+    rule = SoftmaxOverHeads(beta, True, normalize)
     leaf = sav.double().requires_grad_()
-    c = head_weights(leaf, torch.ones(200, 6, dtype=torch.float64), torch.ones(200), **options)
+    c = rule(Statistics(leaf, torch.ones(200, 6, dtype=torch.float64), torch.ones(200)))
     (exact,) = torch.autograd.grad(c, leaf, grad_c.double())
-    got, _ = head_weights_vjp(grad_c, sav, torch.ones(200, 6), torch.ones(200), **options)
+    got, _ = rule.vjp(grad_c, Statistics(sav, torch.ones(200, 6), torch.ones(200)))
     std = sav.std(-1, correction=0) if normalize == "standardize" else 1.0
     rounding = (
         8 * torch.finfo(torch.float32).eps * (1 + 1 / (beta * std))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from sar_fast.analysis.overlay import head_average
 from sar_fast.config import SARConfig
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.types import SARStats
+from sar_fast.weighting import Equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def record(model: nn.Module, inputs: Mapping[str, Tensor], config: SARConfig) ->
 def recording_off(model: nn.Module, config: SARConfig) -> SARConfig:
     """The configuration that measures every layer and changes nothing: equal weights, so each factor c is 1."""
     layers = attention_layers(model)
-    return config.replace(activation_layer_k=layers, beta=math.inf, protect_first_head=False)
+    return config.replace(activation_layer_k=layers, weighting=Equal())
 
 
 def attention_layers(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """Backends: how attention, its statistics and its gradients are computed.
 
-A PyTorch backend is a module with ``unsupported``, ``attention`` and ``attention_backward`` for one sequence; the
-statistics are shared. The Triton backend computes whole batches in its own kernels. :mod:`.select` chooses one,
-:mod:`.run` runs it on real tensors; :mod:`sar_fast.ops` is their only caller.
+:mod:`.protocol` says what one is, :mod:`.select` holds and chooses them, and :mod:`sar_fast.ops` calls them. The Triton
+backend computes whole batches in its own kernels. The two of PyTorch are modules with ``unsupported``, ``attention``
+and ``attention_backward`` for one sequence, which :mod:`.host_loop` runs over a call's sequences.
 """

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.backends.blocks import row_blocks, scores
+from sar_fast.backends.protocol import Request
 from sar_fast.backends.sequence import Sequence
-from sar_fast.types import AttentionOptions
-
-name = "composed"
+from sar_fast.validation import MAX_HEAD_DIM
 
 _aten = torch.ops.aten
 _DTYPES = {
@@ -25,34 +24,34 @@ _DTYPES = {
 }
 
 
-def unsupported(
-    device: torch.device, dtype: torch.dtype, options: AttentionOptions, *, padded: bool, masked: bool
-) -> str | None:
-    """Why these options cannot run here, or None. Only what the fused kernels lack is refused."""
-    if device.type not in ("cpu", "cuda"):
-        return f"PyTorch's fused kernels with a log-sum-exp are for cpu and cuda, not {device.type}"
-    if dtype not in _DTYPES[device.type]:
-        return f"{dtype}: PyTorch's flash kernel for {device.type} does not take it"
-    if options.softcap > 0:
-        return f"softcap={options.softcap}: PyTorch's fused kernels have no soft-capping"
-    if options.windowed:
-        return f"window_size={options.window_size}: PyTorch's fused kernels have no sliding window"
-    if masked:
+def unsupported(request: Request) -> str | None:
+    """Why such a call cannot run here, or None. Only what the fused kernels lack is refused."""
+    if request.head_dim > MAX_HEAD_DIM:
+        return f"head_dim={request.head_dim}: fused kernels go to {MAX_HEAD_DIM}"
+    if request.device.type not in ("cpu", "cuda"):
+        return f"PyTorch's fused kernels with a log-sum-exp are for cpu and cuda, not {request.device.type}"
+    if request.dtype not in _DTYPES[request.device.type]:
+        return f"{request.dtype}: PyTorch's flash kernel for {request.device.type} does not take it"
+    if request.scores.softcap > 0:
+        return f"softcap={request.scores.softcap}: PyTorch's fused kernels have no soft-capping"
+    if request.scores.windowed:
+        return f"window_size={request.scores.window}: PyTorch's fused kernels have no sliding window"
+    if request.masked:
         return "attn_mask: a dense mask would be converted to a float tensor of the same shape"
-    if padded and device.type == "cuda":
+    if request.padded and request.device.type == "cuda":
         return "key_padding_mask: PyTorch's CUDA flash kernels take none (pack the batch and use sar_attn_varlen_func)"
     return None
 
 
-def attention(seq: Sequence, options: AttentionOptions, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+def attention(seq: Sequence, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Plain attention of one sequence: out (Sq, H, Dv) in the input dtype and lse (H, Sq), -inf for dead rows."""
     Sq, H, _ = seq.q.shape
     Sk, Dv = seq.k.shape[0], seq.v.shape[-1]
     if Sq == 0 or Sk == 0:
         return seq.q.new_zeros(Sq, H, Dv), seq.q.new_full((H, Sq), -torch.inf, dtype=seq.accumulate_dtype)
     out, lse = None, None
-    for rows, keys, causal in _calls(seq, options):
-        o, l = _kernel_forward(seq, rows, keys, causal, options.softmax_scale)
+    for rows, keys, causal in _calls(seq):
+        o, l = _kernel_forward(seq, rows, keys, causal)
         if rows.start > 0:  # queries older than every key see nothing
             o = F.pad(o, (0, 0, 0, 0, rows.start, 0))
             l = F.pad(l, (rows.start, 0), value=-torch.inf)
@@ -62,7 +61,6 @@ def attention(seq: Sequence, options: AttentionOptions, *, need_lse: bool) -> tu
 
 def attention_backward(
     seq: Sequence,
-    options: AttentionOptions,
     grad_out: Tensor,
     out: Tensor,
     c: Tensor,
@@ -82,19 +80,19 @@ def attention_backward(
     weight = c[:, None]
     grad = (grad_out * weight).to(grad_out.dtype)
     plain = torch.where(weight == 0, 0, out / torch.where(weight == 0, 1, weight)).to(out.dtype)
-    for rows, keys, causal in _calls(seq, options):
-        gq, gk, gv = _kernel_backward(seq, rows, keys, causal, options.softmax_scale, grad, plain, lse)
+    for rows, keys, causal in _calls(seq):
+        gq, gk, gv = _kernel_backward(seq, rows, keys, causal, grad, plain, lse)
         dq[rows] += gq
         dk[keys] += gk
         dv[keys] += gv
     if extra_delta is not None:
-        _delta_backward(seq, options, lse, extra_delta, dq, dk)
+        _delta_backward(seq, lse, extra_delta, dq, dk)
 
 
-def _calls(seq: Sequence, options: AttentionOptions) -> list[tuple[slice, slice, bool]]:
+def _calls(seq: Sequence) -> list[tuple[slice, slice, bool]]:
     """(query rows, keys, causal) of the kernel calls that make up one sequence; causal calls are square."""
     Sq, Sk = seq.q.shape[0], seq.k.shape[0]
-    if not options.causal or (Sq == 1 and Sk >= 1):
+    if not seq.scores.causal or (Sq == 1 and Sk >= 1):
         return [(slice(0, Sq), slice(0, Sk), False)]
     past = Sk - Sq
     square = (slice(max(0, -past), Sq), slice(max(0, past), Sk), True)
@@ -128,13 +126,15 @@ def _kernel_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[Tensor, Ten
     return q, spread(F.pad(seq.k, (0, width - D))), spread(F.pad(seq.v, (0, width - Dv)))
 
 
-def _kernel_forward(seq: Sequence, rows: slice, keys: slice, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _kernel_forward(seq: Sequence, rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
     """One fused call: out (r, H, Dv), lse (H, r)."""
     if seq.q.device.type == "cuda":
-        return _cuda_forward(seq, rows, keys, causal, scale)
+        return _cuda_forward(seq, rows, keys, causal)
     q, k, v = _kernel_inputs(seq, rows, keys)
     bias = _padding_bias(seq, keys)
-    o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=seq.scores.scale
+    )
     o = o.permute(2, 0, 1, 3).flatten(1, 2)[..., : seq.v.shape[-1]]
     lse = lse.flatten(0, 1).to(seq.accumulate_dtype)
     if seq.key_valid is not None:  # the kernel reports 0 for a row that sees nothing
@@ -153,14 +153,13 @@ def _kernel_backward(
     rows: slice,
     keys: slice,
     causal: bool,
-    scale: float,
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv) of one fused call, given the merged out and lse."""
     if seq.q.device.type == "cuda":
-        return _cuda_backward(seq, rows, keys, causal, scale, grad, out, lse)
+        return _cuda_backward(seq, rows, keys, causal, grad, out, lse)
     q, k, v = _kernel_inputs(seq, rows, keys)
     Hkv, G, _, width = q.shape
     D, Dv = seq.q.shape[-1], seq.v.shape[-1]
@@ -169,7 +168,7 @@ def _kernel_backward(
     l = torch.where(l.isinf(), 0, l).contiguous()
     bias = _padding_bias(seq, keys)
     gq, gk, gv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        group(grad), q, k, v, group(out), l, 0.0, causal, attn_mask=bias, scale=scale
+        group(grad), q, k, v, group(out), l, 0.0, causal, attn_mask=bias, scale=seq.scores.scale
     )
     gq = gq.permute(2, 0, 1, 3).flatten(1, 2)[..., :D]
     gk, gv = (x.sum(1, dtype=seq.accumulate_dtype).transpose(0, 1) for x in (gk, gv))
@@ -185,10 +184,10 @@ def _cuda_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[list[Tensor],
     return parts, [*bounds, *lengths]
 
 
-def _cuda_forward(seq: Sequence, rows: slice, keys: slice, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda_forward(seq: Sequence, rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
     """PyTorch's FlashAttention-2 on one sequence: out (r, H, Dv), lse (H, r)."""
     parts, bounds = _cuda_inputs(seq, rows, keys)
-    out, lse, *_ = _aten._flash_attention_forward(*parts, *bounds, 0.0, causal, False, scale=scale)
+    out, lse, *_ = _aten._flash_attention_forward(*parts, *bounds, 0.0, causal, False, scale=seq.scores.scale)
     return out[..., : seq.v.shape[-1]], lse.view(seq.q.shape[1], -1)
 
 
@@ -197,7 +196,6 @@ def _cuda_backward(
     rows: slice,
     keys: slice,
     causal: bool,
-    scale: float,
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -209,21 +207,21 @@ def _cuda_backward(
     rng = torch.zeros(2, dtype=torch.uint64, device=seq.q.device)  # read only under dropout
     unused = torch.empty(0, device=seq.q.device)
     l = lse[:, rows].contiguous()
-    gq, gk, gv = _aten._flash_attention_backward(grad, *parts, out, l, *bounds, 0.0, causal, rng, unused, scale=scale)
+    gq, gk, gv = _aten._flash_attention_backward(
+        grad, *parts, out, l, *bounds, 0.0, causal, rng, unused, scale=seq.scores.scale
+    )
     return gq[..., :D], gk[..., :D], gv[..., :Dv]
 
 
-def _delta_backward(
-    seq: Sequence, options: AttentionOptions, lse: Tensor, extra_delta: Tensor, dq: Tensor, dk: Tensor
-) -> None:
+def _delta_backward(seq: Sequence, lse: Tensor, extra_delta: Tensor, dq: Tensor, dk: Tensor) -> None:
     """``dS_ij -= p_ij * extra_delta_i`` on the rows where it is not 0: the text queries, against all their keys."""
     acc, (H, Hkv) = seq.accumulate_dtype, (seq.q.shape[1], seq.k.shape[1])
     rows = (extra_delta != 0).any(0).nonzero()[:, 0]
-    for block, (k0, k1) in row_blocks(seq, options, rows, copies=2):
-        s = scores(seq, options, block, (k0, k1))  # [Hkv, G, r, n]
+    for block, (k0, k1) in row_blocks(seq, rows, copies=2):
+        s = scores(seq, block, (k0, k1))  # [Hkv, G, r, n]
         delta = extra_delta[:, block].view(Hkv, H // Hkv, -1, 1)
         row_lse = lse[:, block].view(Hkv, H // Hkv, -1, 1)
-        ds = -options.softmax_scale * delta * torch.exp(s - row_lse)
+        ds = -seq.scores.scale * delta * torch.exp(s - row_lse)
         q = seq.q[block].to(acc).view(block.numel(), Hkv, H // Hkv, -1)
         dq[block] += torch.einsum("kgrn,nkd->rkgd", ds, seq.k[k0:k1].to(acc)).reshape(block.numel(), H, -1)
         dk[k0:k1] += torch.einsum("kgrn,rkgd->nkd", ds, q)

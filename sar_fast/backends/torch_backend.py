@@ -12,23 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.backends.blocks import row_blocks, scores, sees
+from sar_fast.backends.protocol import Request
 from sar_fast.backends.sequence import Sequence
-from sar_fast.types import AttentionOptions
-
-name = "torch"
 
 _FUSED_DTYPES = {"cpu": {torch.float16, torch.bfloat16, torch.float32, torch.float64}}
 _FUSED_DTYPES_DEVICE = {torch.float16, torch.bfloat16, torch.float32}
 
 
-def unsupported(
-    device: torch.device, dtype: torch.dtype, options: AttentionOptions, *, padded: bool, masked: bool
-) -> str | None:
-    """Why these options cannot run here, or None: this backend runs everything."""
+def unsupported(request: Request) -> str | None:
+    """Why such a call cannot run here, or None: this backend runs everything."""
     return None
 
 
-def attention(seq: Sequence, options: AttentionOptions, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def attention(seq: Sequence, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Plain attention of one sequence.
 
     Returns:
@@ -39,23 +35,23 @@ def attention(seq: Sequence, options: AttentionOptions, *, need_lse: bool) -> tu
     if Sq == 0 or seq.k.shape[0] == 0:
         lse = seq.q.new_full((H, Sq), -torch.inf, dtype=seq.accumulate_dtype) if need_lse else None
         return seq.q.new_zeros(Sq, H, Dv), lse
-    if _one_fused_call(seq, options):
-        out = _sdpa(seq.q, seq.k, seq.v, options.softmax_scale, causal=options.causal and Sq > 1)
+    if _one_fused_call(seq):
+        out = _sdpa(seq.q, seq.k, seq.v, seq.scores.scale, causal=seq.scores.causal and Sq > 1)
     else:
         out = seq.q.new_empty(Sq, H, Dv)
-        for rows, key_range in row_blocks(seq, options):
-            _attend_rows(seq, options, rows, key_range, out)
-    return out, log_sum_exp(seq, options) if need_lse else None
+        for rows, key_range in row_blocks(seq):
+            _attend_rows(seq, rows, key_range, out)
+    return out, log_sum_exp(seq) if need_lse else None
 
 
-def log_sum_exp(seq: Sequence, options: AttentionOptions, text_rows: Tensor | None = None) -> Tensor:
+def log_sum_exp(seq: Sequence, text_rows: Tensor | None = None) -> Tensor:
     """(H, r) natural log-sum-exp of every query, or of ``text_rows`` (r,) int64; -inf where nothing is visible."""
     H = seq.q.shape[1]
     count = seq.q.shape[0] if text_rows is None else text_rows.numel()
     lse = torch.full((H, count), -torch.inf, dtype=seq.accumulate_dtype, device=seq.q.device)
     at = 0
-    for rows, key_range in row_blocks(seq, options, text_rows):
-        s = scores(seq, options, rows, key_range)
+    for rows, key_range in row_blocks(seq, text_rows):
+        s = scores(seq, rows, key_range)
         lse[:, at : at + rows.numel()] = torch.logsumexp(s, dim=-1).view(H, -1)
         at += rows.numel()
     return lse
@@ -63,7 +59,6 @@ def log_sum_exp(seq: Sequence, options: AttentionOptions, text_rows: Tensor | No
 
 def attention_backward(
     seq: Sequence,
-    options: AttentionOptions,
     grad_out: Tensor,
     out: Tensor,
     c: Tensor,
@@ -81,9 +76,9 @@ def attention_backward(
     """
     H, Hkv = seq.q.shape[1], seq.k.shape[1]
     G, acc = H // Hkv, seq.accumulate_dtype
-    for rows, (k0, k1) in row_blocks(seq, options, copies=3):
+    for rows, (k0, k1) in row_blocks(seq, copies=3):
         i0, i1 = int(rows[0]), int(rows[-1]) + 1
-        s = scores(seq, options, rows, (k0, k1))  # [Hkv, G, r, n]
+        s = scores(seq, rows, (k0, k1))  # [Hkv, G, r, n]
         row_lse = lse[:, i0:i1].view(Hkv, G, -1, 1)
         p = torch.exp(s - torch.where(row_lse.isinf(), 0, row_lse))  # dead rows: exp(-inf) = 0
         g = grad_out[i0:i1].to(acc)  # [r, H, Dv]
@@ -101,27 +96,27 @@ def attention_backward(
         if seq.marks is not None:
             dp.masked_fill_(seq.marks.v[k0:k1].any(-1).T[:, None, None, :], torch.nan)
         ds = p * (dp - delta.view(Hkv, G, -1, 1))
-        if options.softcap > 0:
-            ds = torch.where(p == 0, 0, ds * (1 - (s / options.softcap).square()))
+        if seq.scores.softcap > 0:
+            ds = torch.where(p == 0, 0, ds * (1 - (s / seq.scores.softcap).square()))
         if hidden is not None:
             ds.masked_fill_(hidden, 0)
-        ds = ds * options.softmax_scale
+        ds = ds * seq.scores.scale
         k = seq.k[k0:k1].to(acc)
         q = seq.q[i0:i1].to(acc).view(-1, Hkv, G, seq.q.shape[-1])
         dq[i0:i1] += torch.einsum("kgrn,nkd->rkgd", ds, k).reshape(i1 - i0, H, -1)
         dk[k0:k1] += torch.einsum("kgrn,rkgd->nkd", ds, q)
 
 
-def _one_fused_call(seq: Sequence, options: AttentionOptions) -> bool:
+def _one_fused_call(seq: Sequence) -> bool:
     """One SDPA call without a mask, on a device whose SDPA has a fused kernel for it."""
     Sq, Sk, device = seq.q.shape[0], seq.k.shape[0], seq.q.device.type
     return (
-        options.softcap == 0
-        and not options.windowed
+        seq.scores.softcap == 0
+        and not seq.scores.windowed
         and seq.marks is None
         and seq.key_valid is None
         and seq.mask is None
-        and (not options.causal or Sq in (1, Sk))
+        and (not seq.scores.causal or Sq in (1, Sk))
         and seq.q.shape[-1] == seq.v.shape[-1]
         and seq.q.dtype in _FUSED_DTYPES.get(device, _FUSED_DTYPES_DEVICE)
     )
@@ -138,17 +133,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False
     return out.permute(2, 0, 1, 3).reshape(Sq, H, v.shape[-1])
 
 
-def _attend_rows(
-    seq: Sequence, options: AttentionOptions, rows: Tensor, key_range: tuple[int, int], out: Tensor
-) -> None:
+def _attend_rows(seq: Sequence, rows: Tensor, key_range: tuple[int, int], out: Tensor) -> None:
     """Plain attention of one block of rows into ``out``."""
     i0, i1 = int(rows[0]), int(rows[-1]) + 1
     k0, k1 = key_range
     if k1 <= k0:
         out[i0:i1] = 0
         return
-    if options.softcap > 0 or seq.marks is not None:
-        s = scores(seq, options, rows, key_range)  # [Hkv, G, r, n]
+    if seq.scores.softcap > 0 or seq.marks is not None:
+        s = scores(seq, rows, key_range)  # [Hkv, G, r, n]
         hidden = torch.isneginf(s)
         p = torch.softmax(s, dim=-1).masked_fill_(hidden, 0)
         o = torch.einsum("kgrn,nkd->rkgd", p, seq.v[k0:k1].to(p.dtype))
@@ -157,8 +150,8 @@ def _attend_rows(
             o.masked_fill_(sees_bad > 0, torch.nan)
         out[i0:i1] = o.reshape(i1 - i0, seq.q.shape[1], -1).to(out.dtype)
         return
-    visible = sees(seq, options, rows, torch.arange(k0, k1, device=rows.device))
-    block = _sdpa(seq.q[i0:i1], seq.k[k0:k1], seq.v[k0:k1], options.softmax_scale, mask=visible)
+    visible = sees(seq, rows, torch.arange(k0, k1, device=rows.device))
+    block = _sdpa(seq.q[i0:i1], seq.k[k0:k1], seq.v[k0:k1], seq.scores.scale, mask=visible)
     if visible is not None:
         block = block.masked_fill(~visible.any(-1)[:, None, None], 0)
     out[i0:i1] = block

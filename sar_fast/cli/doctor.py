@@ -100,15 +100,15 @@ def _trial(backend: str, device: str, dtype_name: str) -> dict[str, Any]:
     import torch
 
     from sar_fast.analysis.timing import attention_inputs
-    from sar_fast.backends.select import unsupported
+    from sar_fast.backends.protocol import Request
+    from sar_fast.backends.select import BACKENDS
     from sar_fast.functional import sar_attn_func
     from sar_fast.reference import sar_attention_reference
-    from sar_fast.types import AttentionOptions
+    from sar_fast.values import Scores
 
     dtype = getattr(torch, dtype_name)
     inputs = attention_inputs(128, 64, dtype, heads=4, kv_heads=2, head_dim=64, device=device)
-    options = AttentionOptions(softmax_scale=64**-0.5)
-    reason = unsupported(backend, inputs[0].device, dtype, options, padded=False, masked=False)
+    reason = BACKENDS[backend].unsupported(Request(inputs[0].device, dtype, Scores(64**-0.5), head_dim=64))
     if reason is not None:
         return {"status": "unavailable", "error": None, "reason": reason}
     try:

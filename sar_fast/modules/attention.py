@@ -13,8 +13,10 @@ from sar_fast.config import SARConfig
 from sar_fast.decoding import attend_with_state
 from sar_fast.functional import plain_attention
 from sar_fast.modules import conversion, inputs, positions
-from sar_fast.types import AttentionOptions, SARStats
+from sar_fast.types import SARStats
 from sar_fast.validation import MAX_HEAD_DIM
+from sar_fast.values import Call, Roles, Scores
+from sar_fast.weighting.protocol import needs_statistics
 
 
 class SARAttention(nn.Module):
@@ -155,11 +157,12 @@ class SARAttention(nn.Module):
                 visible; on a static cache also over all its columns.
             past_key_values: a transformers cache; it also carries this layer's decode state.
             visual_mask: (B, past + S) bool; text_mask: (B, S) bool; prior: (B, past + S). All three are needed for a
-                prompt. At decode steps the cache remembers V and the prior, and every new query that no 2D
-                attention_mask hides is text unless text_mask says so. For a second picture give all three again: V and
-                the prior of all pictures so far, the earlier ones where they were, and the text after the new one; T
-                starts afresh in the rows with new visual tokens, and weights frozen by ``decode="prompt"`` are computed
-                anew. Without new visual tokens T goes on, and frozen weights stay.
+                prompt, unless the config's weighting needs no statistics. At decode steps the cache remembers V and the
+                prior, and every new query that no 2D attention_mask hides is text unless text_mask says so. For a
+                second picture give all three again: V and the prior of all pictures so far, the earlier ones where they
+                were, and the text after the new one; T starts afresh in the rows with new visual
+                tokens, and weights frozen by ``decode="prompt"`` are computed anew. Without new
+                visual tokens T goes on, and frozen weights stay.
             keywords: what decoder layers pass down: those without effect on attention (``use_cache``,
                 ``cache_position``, ``output_hidden_states``, ``num_items_in_batch``, ...) and any that are None are
                 ignored; all others are errors, by name where they would change the result (``cu_seq_lens_q``,
@@ -179,8 +182,8 @@ class SARAttention(nn.Module):
         B, S = inputs.check_hidden(hidden_states)
         span = inputs.cache_span(past_key_values, self.layer_idx, S)
         padding, dense = inputs.split_mask(attention_mask, B, S, span, hidden_states.device, causal=self.is_causal)
-        roles = None
-        if self.sar_config.activation_layer_k > 0:
+        roles, weighs = None, self.sar_config.activation_layer_k > 0
+        if weighs and (needs_statistics(self.sar_config.rule) or (visual_mask is not None and span.past == 0)):
             roles = inputs.roles_of_call(
                 visual_mask,
                 text_mask,
@@ -202,11 +205,15 @@ class SARAttention(nn.Module):
             k, v = (x[:, :, : span.keys].transpose(1, 2) for x in (k, v))  # a static cache has unfilled slots
             if k.shape[1] != span.keys:
                 raise ValueError(f"past_key_values must keep all positions, {span.keys}; it gave {k.shape[1]}")
-        options = AttentionOptions(self.scaling, causal=self.is_causal and dense is None, softcap=self.softcap)
-        if roles is None:
-            out, _ = plain_attention(q, k, v, options=options, key_padding_mask=padding, attn_mask=dense)
+        scores = Scores(self.scaling, causal=self.is_causal and dense is None, softcap=self.softcap)
+        call = Call(q, k, v, scores, key_padding_mask=padding, attn_mask=dense)
+        if not weighs:
+            out, _ = plain_attention(call)
+        elif roles is None:  # weights that no statistic decides
+            layer = {"layer": self.layer_idx, "past": None, "keep_stats": False}
+            out, self.last_stats, _ = attend_with_state(call, config=self.sar_config, **layer)
         else:
-            out = self._reweighted(q, k, v, roles, padding, dense, options, span, past_key_values)
+            out = self._reweighted(call, roles, span, past_key_values)
         return self.o_proj(out.reshape(B, S, -1)), None
 
     def _project(self, hidden_states: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
@@ -238,36 +245,19 @@ class SARAttention(nn.Module):
             return self.model_positions(like, position_ids)
         return positions.half_split(like, position_ids, self.head_dim, self.rope_theta)
 
-    def _reweighted(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        roles: inputs.Roles,
-        padding: Tensor | None,
-        dense: Tensor | None,
-        options: AttentionOptions,
-        span: inputs.Span,
-        cache: Any,
-    ) -> Tensor:
+    def _reweighted(self, call: Call, roles: inputs.RolesOfCall, span: inputs.Span, cache: Any) -> Tensor:
         """SAR attention (B, S, H, D), with the cache's state read and written."""
+        call.roles = Roles(roles.visual_mask, roles.text_mask, roles.prior)
         out, self.last_stats, state = attend_with_state(
-            q,
-            k,
-            v,
-            roles.visual_mask,
-            roles.text_mask,
-            roles.prior,
+            call,
             config=self.sar_config,
-            options=options,
             past=roles.past,
+            layer=self.layer_idx,
             frozen=roles.frozen,
             carried_rows=roles.carried_rows,
-            key_padding_mask=padding,
-            attn_mask=dense,
             check_prior=roles.given,
         )
-        if cache is None:
+        if cache is None or state is None:
             return out
         on_cache = attach(cache)
         if not span.traced:

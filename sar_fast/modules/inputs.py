@@ -175,7 +175,7 @@ def check_not_packed(position_ids: Tensor | None, attention_mask: Any) -> None:
         raise ValueError(f"position_ids must not start anew inside a row: {_PACKED}")
 
 
-class Roles(NamedTuple):
+class RolesOfCall(NamedTuple):
     """SAR's part of a call, checked: the arguments of ``attend_with_state`` that say what the tokens are."""
 
     visual_mask: Tensor
@@ -203,7 +203,7 @@ def roles_of_call(
     cache: Any,
     layer: int,
     config: SARConfig,
-) -> Roles:
+) -> RolesOfCall:
     """Roles of a call's tokens, given or remembered by the cache; ``like``: hidden states (B, S, hidden_size)."""
     B, S = like.shape[:2]
     state = state_of(cache)
@@ -233,11 +233,11 @@ def roles_of_call(
         given = True
     _check_masks(visual_mask, text_mask, prior, like, span.keys)
     if not given or past is None:
-        return Roles(visual_mask, text_mask, prior, past, not given and config.decode == "prompt", None, given)
+        return RolesOfCall(visual_mask, text_mask, prior, past, not given and config.decode == "prompt", None, given)
     _check_kept(visual_mask, state, span.past)
     pictures = span.new_columns(visual_mask, S).any(-1)  # [B]
     frozen = config.decode == "prompt" and not bool(pictures.any())
-    return Roles(visual_mask, text_mask, prior, past, frozen, (~pictures).to(torch.float32), given)
+    return RolesOfCall(visual_mask, text_mask, prior, past, frozen, (~pictures).to(torch.float32), given)
 
 
 def _past_of(state: CacheState | None, layer: int, span: Span) -> Any:

@@ -18,10 +18,6 @@ class Equal:
     def __call__(self, statistics: Statistics, layer: int | None = None) -> Tensor:
         return torch.ones_like(statistics.av)
 
-    def vjp(self, grad_c: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """Gradients (B, H) for AV and SA, given (B, H) for c: none."""
-        return torch.zeros_like(statistics.av), torch.zeros_like(statistics.sa)
-
     def options(self) -> dict[str, object]:
         return {}
 
@@ -65,12 +61,21 @@ class Fixed:
             raise ValueError(f"c must have shape (layers, heads) with per_layer=True; got {tuple(c.shape)}")
         self.c, self.per_layer = c, per_layer
 
+    @classmethod
+    def of(cls, c: Tensor) -> Fixed:
+        """Weights (B, H) of each sample that the library computed: without a look at their values."""
+        fixed = cls.__new__(cls)
+        fixed.c, fixed.per_layer = c, False
+        return fixed
+
     def __call__(self, statistics: Statistics, layer: int | None = None) -> Tensor:
         c, (batch, heads) = self.c, statistics.av.shape
         layers = layer is not None if self.per_layer is None else self.per_layer
         if c.dim() == 2 and c.shape[0] > 1 and layers:
             if layer is None:
-                raise ValueError(f"weighting: Fixed has a table per layer, {tuple(c.shape)}, and this call has no layer")
+                raise ValueError(
+                    f"weighting: Fixed has a table per layer, {tuple(c.shape)}, and this call has no layer"
+                )
             if layer >= c.shape[0]:
                 raise ValueError(f"weighting: Fixed has weights of {c.shape[0]} layers; got layer {layer}")
             c = c[layer]

@@ -28,7 +28,7 @@ def register_weighting(name: str, rule: Any = None) -> Any:
     Args:
         name: any text without ``:``; a name that another rule has is an error.
         rule: a class whose instances are rules and whose keyword arguments are its options (a dataclass, or with a
-            method ``options()`` that gives them as JSON's values), or a rule without options. None: used as a decorator.
+            method ``options()`` that gives them as JSON's values), or a rule without options. None: as a decorator.
 
     Returns:
         The rule.
@@ -78,7 +78,9 @@ def find_weighting(spec: str | Mapping[str, Any], **sizes: int) -> Weighting:
     options = {**{n: size for n, size in sizes.items() if n in taken}, **options}
     unknown = sorted(set(options) - set(taken))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        raise ValueError(f"weighting: {name!r} has no option {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}")
+        raise ValueError(
+            f"weighting: {name!r} has no option {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}"
+        )
     missing = [n for n, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     missing = [n for n in missing if n not in options]
     if missing:

@@ -12,7 +12,7 @@ from sar_fast.config import check_beta, check_choice
 from sar_fast.scalars import kind, plain
 from sar_fast.values import Statistics
 from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.protocol import Weighting, check_weighting
+from sar_fast.weighting.protocol import Weighting, check_weighting, name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,18 @@ class SoftmaxOverHeads:
             w = torch.cat([w.amax(-1, keepdim=True), w[:, 1:]], dim=-1)
         return torch.where(statistics.count[:, None] > 0, w.shape[-1] * w, 1.0)
 
+    @property
+    def about_head_0(self) -> str:
+        """A sentence for readers of its weights."""
+        state = "protected: it takes the largest factor of its layer" if self.protect_first_head else "not protected"
+        return f"Head 0 is {state}."
+
     def _softmax(self, sav: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(w, x, std): weights before protection, the softmax's argument times beta, and what it was divided by."""
         x, std = sav, torch.ones_like(sav[:, :1])
         if self.normalize == "standardize":
             centred = sav - sav.mean(-1, keepdim=True)
-            # once more: the mean's own rounding is large beside heads that nearly agree, and the gradient divides by std
+            # once more: the mean's own rounding is large beside heads that nearly agree, and std is divided by
             centred = centred - centred.mean(-1, keepdim=True)
             variance = centred.square().mean(-1, keepdim=True)
             flat = variance == 0  # all heads agree: they stay equal
@@ -106,7 +112,6 @@ def choose_weighting(
     if given:
         came = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(
-            f"weighting must be given without beta, protect_first_head and normalize, which are the paper's rule's: "
-            f"SoftmaxOverHeads({came}); got both"
+            f"weighting must come without {', '.join(given)}, of the paper's rule; got {name_of(weighting)} and {came}"
         )
     return check_weighting(weighting)

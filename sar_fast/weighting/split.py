@@ -59,3 +59,9 @@ class Split:
 def split_over(weighting: Weighting, shards: Shards | None) -> Weighting:
     """The rule of one rank's share of a layer."""
     return weighting if shards is None else Split(weighting, shards.heads, shards.queries)
+
+
+def refuse_split_queries(weighting: Weighting) -> None:
+    """``ValueError`` for a rule over split queries, where sums are carried from call to call."""
+    if isinstance(weighting, Split) and weighting.queries is not None:
+        raise ValueError("shards.queries must be None with a state: running sums are not split over ranks")

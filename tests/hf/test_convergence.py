@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.decoding import with_config
 from sar_fast.integrations.hf import attention
 from sar_fast.miniature.checkpoint import load_miniature
 from sar_fast.miniature.questions import build_prompt, draw_questions
@@ -84,18 +83,19 @@ def assert_follows(got: Run, other: Run, truth: Run) -> None:
 def reference(monkeypatch):
     """Replace SAR's attention in the integration by the eager reference, differentiated by autograd."""
 
-    def attend(q, k, v, visual, text, prior, *, config, options, key_padding_mask=None, attn_mask=None, **_):
-        options = dataclasses.asdict(with_config(options, config))
+    def attend(call, *, config, **_):
         out, stats = sar_attention_reference(
-            q,
-            k,
-            v,
-            visual,
-            text,
-            prior,
-            **options,
-            key_padding_mask=key_padding_mask,
-            attn_mask=attn_mask,
+            call.q,
+            call.k,
+            call.v,
+            *call.roles,
+            weighting=config.rule,
+            softmax_scale=call.scores.scale,
+            causal=call.scores.causal,
+            window_size=call.scores.window,
+            softcap=call.scores.softcap,
+            key_padding_mask=call.key_padding_mask,
+            attn_mask=call.attn_mask,
             sav_grad=config.sav_grad,
             return_stats=True,
         )

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from sar_fast import SARConfig, apply_sar, prior_check
+from sar_fast import SARConfig, apply_sar, value_checks
 from tests.hf.test_caches import config_of, generate, moved_copy, row_of
 from tests.hf.test_wrappers import tuned
 from tests.hf.tiny import CASES, IMAGE, MODELS, OLDEST, VIDEO, llava, llava_batch, qwen2_5_vl
@@ -177,7 +177,7 @@ def test_no_layer_and_no_step_reads_the_prior_again(family, monkeypatch):
     """Its features were looked at once; a GPU would have to be waited for in every layer."""
     model, batch_of = family
     read = []
-    monkeypatch.setattr(prior_check, "check_prior_values", lambda prior, **_: read.append(prior))
+    monkeypatch.setattr(value_checks, "check_prior_values", lambda prior, **_: read.append(prior))
     with apply_sar(model, config_of("running")), torch.no_grad():
         model(**batch_of([1, 0]))
         generate(model, batch_of([1, 2]), 3)

@@ -83,20 +83,21 @@ def test_plain_attention_and_its_log_sum_exp():
 @pytest.mark.parametrize("carried", [False, True])
 def test_few_queries_run_the_decode_kernels(carried, monkeypatch):
     from sar_fast import ops
-    from sar_fast.backends import triton_backend
-    from sar_fast.types import AttentionOptions
+    from sar_fast.backends import triton
+    from sar_fast.backends.select import BACKENDS
+    from sar_fast.values import Call, Roles, Scores, Sums
+    from sar_fast.weighting import SoftmaxOverHeads
 
     q, k, v, visual, text, prior = inputs(S=40, dtype=torch.float32)
-    few = q[:, -2:], k, v, visual, text[:, -2:], prior
-    before = (torch.rand(2, 4), torch.rand(2, 4), torch.tensor([3.0, 0.0])) if carried else None
+    call = Call(q[:, -2:], k, v, Scores(0.25), Roles(visual, text[:, -2:], prior))
+    before = Sums(torch.rand(2, 4), torch.rand(2, 4), torch.tensor([3.0, 0.0])) if carried else None
+    call.carried = before
     kept = [t.clone() for t in before] if carried else []
     called = []
-    decode = triton_backend.decode
-    monkeypatch.setattr(triton_backend, "decode", lambda *a: called.append(1) or decode(*a))
+    decode = triton._decode
+    monkeypatch.setattr(triton, "_decode", lambda *a: called.append(1) or decode(*a))
     results = {
-        backend: ops.attention(
-            *few, carried=before, options=AttentionOptions(0.25, beta=0.05), backend=backend, need_lse=True
-        )
+        backend: ops.attention(call, SoftmaxOverHeads(beta=0.05), BACKENDS[backend], need_lse=True)
         for backend in ("torch", "triton")
     }
     assert called

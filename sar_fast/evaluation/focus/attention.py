@@ -8,7 +8,6 @@ computed, so from the first re-weighted layer on whole prompts run.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +18,7 @@ from sar_fast.config import SARConfig
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.hf.branching import run_branches
 from sar_fast.integrations.hf.shared_prefix import PromptGroups, SharedPrefix
+from sar_fast.weighting import Equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def prompt_attention(
         total = len(bare.attention_modules)
     chosen = layer_indices(layers, total, config)
     recording = {"record": True, "record_rows": "last_text"}
-    neutral = SARConfig(activation_layer_k=total - chosen[0], beta=math.inf, protect_first_head=False, **recording)
+    neutral = SARConfig(activation_layer_k=total - chosen[0], weighting=Equal(), **recording)
     with apply_sar(model, neutral if config is None else config.replace(**recording)) as handle:
         prefix = SharedPrefix(handle, groups)
         if config is None and prefix.shares:

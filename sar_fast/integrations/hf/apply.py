@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
 from sar_fast.cache_state import Switch
 from sar_fast.config import SARConfig
@@ -36,7 +37,7 @@ from sar_fast.integrations.hf.structure import (
     unwrapping,
 )
 from sar_fast.roles import TokenRoles
-from sar_fast.types import AttentionOptions, SARStats
+from sar_fast.types import SARStats
 
 HOOKS = (flow.before_forward, flow.after_forward, flow.before_layer, keep_patch_norms)
 
@@ -207,7 +208,7 @@ class SARHandle:
         heads = self.model.config.get_text_config().num_attention_heads
         parameter = next(self.model.parameters())
         head_dim = getattr(last, "qk_head_dim", None) or last.head_dim  # latent attention names it so
-        options = AttentionOptions(softmax_scale=1.0)
+        request = Request(parameter.device, parameter.dtype, head_dim=head_dim)
         return {
             "model_type": self.model.config.model_type,
             "family": self.family.name,
@@ -219,15 +220,7 @@ class SARHandle:
             "vision_blocks": len(self.vision_blocks),
             "prior_block": self.prior_block,
             "prior_source": self.config.prior_source,
-            "backend": choose_backend(
-                self.config.backend,
-                parameter.device,
-                parameter.dtype,
-                options,
-                padded=False,
-                masked=False,
-                head_dim=head_dim,
-            ),
+            "backend": choose_backend(self.config.backend, request).name,
             "image_token_ids": self.placeholder_ids,
         }
 

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from sar_fast.cache_state import attach
-from sar_fast.decoding import attend_with_state, with_config
+from sar_fast.decoding import attend_with_state
 from sar_fast.distributed import Shards
 from sar_fast.functional import plain_attention
 from sar_fast.integrations.hf.context import SARContext, running_pass
@@ -25,7 +25,8 @@ from sar_fast.integrations.hf.packing import packed_attention
 from sar_fast.integrations.hf.refusals import refuse_slices
 from sar_fast.integrations.hf.split_queries import keys_of_all_ranks
 from sar_fast.rows import visual_attention_rows
-from sar_fast.types import AttentionOptions
+from sar_fast.values import Call, Roles, Scores
+from sar_fast.weighting.split import split_over
 
 ATTENTION_NAME = "sar"
 LAYER_MARK = "_sar_layer"  # attribute of re-weighted attention modules and all inside them: their layer index
@@ -129,7 +130,7 @@ def sar_attention_forward(
         )
     if sar_context is not None and sar_context.shards is not None and sar_context.shards.queries is not None:
         key, value, sar_context = keys_of_all_ranks(query, key, value, attention_mask, sar_context)
-    reweighted = layer is not None and sar_context.active and sar_context.config.activation_layer_k > 0
+    reweighted = layer is not None and sar_context.reweights
     packing = sar_context.packing if sar_context is not None else None
     if packing is not None and packing.causal:
         attention_mask = None
@@ -152,61 +153,45 @@ def sar_attention_forward(
     else:
         key_padding = attention_mask
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    options = AttentionOptions(
-        softmax_scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=bool(causal) and dense is None,
-        softcap=softcap or 0.0,
-    )
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = Scores(scale, causal=bool(causal) and dense is None, softcap=softcap or 0.0)
+    call = Call(q, k, v, scores, key_padding_mask=key_padding, attn_mask=dense)
     if reweighted:
         _check_heads(module, q.shape[2], sar_context.shards)
         rows, positions = sar_context.roles.text_mask.shape
         refuse_slices(module, layer, q.shape[:2], (rows, sar_context.queries or positions))
         sar_context.reached.add(layer)
     if packing is not None:
-        return _packed(layer if reweighted else None, q, k, v, dense, options, sar_context), None
+        return _packed(layer if reweighted else None, call, sar_context), None
     if not reweighted:
-        out, _ = plain_attention(q, k, v, options=options, key_padding_mask=key_padding, attn_mask=dense)
-        return out, None
-    return _reweighted(layer, q, k, v, key_padding, dense, options, sar_context), None
+        return plain_attention(call)[0], None
+    return _reweighted(layer, call, sar_context), None
 
 
-def _reweighted(
-    layer: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    dense: Tensor | None,
-    options: AttentionOptions,
-    context: SARContext,
-) -> Tensor:
+def _reweighted(layer: int, call: Call, context: SARContext) -> Tensor:
     """SAR attention of one marked layer, with the cache's state read and written."""
     config = context.config
+    if not context.needs_roles:
+        return attend_with_state(call, config=config, past=None, layer=layer, shards=context.shards, keep_stats=False)[
+            0
+        ]
     _check_prior(context)
-    here = context.on(q.device)
-    visual, prior = here.over_keys(k.shape[1])
-    Sq = q.shape[1]
-    text = here.roles.text_mask[:, -Sq:]
+    here = context.on(call.q.device)
+    Sq = call.q.shape[1]
+    visual, prior = here.over_keys(call.k.shape[1])
+    call.roles = Roles(visual, here.roles.text_mask[:, -Sq:], prior)
     length = context.past_length + context.roles.text_mask.shape[1]
     state = context.past.layers.get(layer) if context.past is not None else None
     outs, lses = [], []
     for start, stop in context.pieces(Sq):
-        keys = k.shape[1] - (Sq - stop)
         frozen = config.decode == "prompt" and state is not None and (start > 0 or not context.placeholders)
         out, stats, state = attend_with_state(
-            q[:, start:stop],
-            k[:, :keys],
-            v[:, :keys],
-            visual[:, :keys],
-            text[:, start:stop],
-            prior[:, :keys],
+            _piece(call, start, stop),
             config=config,
-            options=options,
             past=state,
+            layer=layer,
             frozen=frozen,
             carried_rows=here.carried_rows() if start == 0 else None,
-            key_padding_mask=key_padding[:, :keys] if key_padding is not None else None,
-            attn_mask=dense[..., start:stop, :keys] if dense is not None else None,
             keep_stats=config.record,
             shards=context.shards,
             check_prior=_unchecked(),
@@ -214,7 +199,7 @@ def _reweighted(
         outs.append(out)
         if config.record:
             lses.append(stats.lse)
-        if context.cache is not None and not frozen:
+        if context.cache is not None and not frozen and state is not None:
             on_cache = attach(context.cache)
             if context.placeholders:
                 on_cache.visual_mask, on_cache.norms = context.visual_mask, context.norms
@@ -223,36 +208,44 @@ def _reweighted(
     if config.record:  # the last piece's, but of all queries
         context.recorder.record(layer, dataclasses.replace(stats, lse=torch.cat(lses, -1)) if len(lses) > 1 else stats)
     if config.record_rows == "last_text":
-        rows = visual_attention_rows(q.detach(), k.detach(), text, visual, key_padding, dense, options)
-        context.recorder.record_rows(layer, rows)
+        rows = dataclasses.replace(call, q=call.q.detach(), k=call.k.detach())
+        context.recorder.record_rows(layer, visual_attention_rows(rows))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _packed(
-    layer: int | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dense: Tensor | None,
-    options: AttentionOptions,
-    context: SARContext,
-) -> Tensor:
+def _piece(call: Call, start: int, stop: int) -> Call:
+    """The queries ``start`` to ``stop`` of a dense call, and the keys up to the last of them."""
+    keys = call.k.shape[1] - (call.q.shape[1] - stop)
+    padding, dense, roles = call.key_padding_mask, call.attn_mask, call.roles
+    return dataclasses.replace(
+        call,
+        q=call.q[:, start:stop],
+        k=call.k[:, :keys],
+        v=call.v[:, :keys],
+        roles=Roles(roles.visual[:, :keys], roles.text[:, start:stop], roles.prior[:, :keys]),
+        key_padding_mask=None if padding is None else padding[:, :keys],
+        attn_mask=None if dense is None else dense[..., start:stop, :keys],
+    )
+
+
+def _packed(layer: int | None, call: Call, context: SARContext) -> Tensor:
     """Attention of one layer over packed sequences; ``layer`` None = plain. A cache of them cannot be continued."""
-    config, sar, here = context.config, {}, context.on(q.device)
+    config, sar, here = context.config, {}, context.on(call.q.device)
     if layer is not None:
-        _check_prior(context)
         if config.record_rows != "none":
             raise ValueError(f"record_rows={config.record_rows!r}: rows of packed sequences are not kept; use 'none'")
-        options = with_config(options, config)
+        if context.needs_roles:
+            _check_prior(context)
+            call.roles = Roles(*here.roles, here.prior)
         sar = {
-            "roles": (*here.roles, here.prior),
+            "weighting": split_over(config.rule, context.shards),
+            "layer": layer,
             "backend": config.backend,
             "sav_grad": config.sav_grad,
-            "keep_stats": config.record,
-            "shards": context.shards,
+            "keep_stats": config.record and context.needs_roles,
             "check_prior": _unchecked(),
         }
-    out, stats = packed_attention(here.packing, q, k, v, options=options, attn_mask=dense, **sar)
+    out, stats = packed_attention(here.packing, call, **sar)
     if context.cache is not None:
         attach(context.cache).packed = True
     if stats is not None:

@@ -21,6 +21,7 @@ from sar_fast.distributed import Shards
 from sar_fast.integrations.hf.packing import Packing
 from sar_fast.integrations.hf.refusals import refuse_features_not_finite
 from sar_fast.roles import TokenRoles, roles_from_visual
+from sar_fast.weighting.protocol import needs_statistics
 
 HERE = os.path.dirname(__file__)
 
@@ -130,6 +131,17 @@ class SARContext:
     def active(self) -> bool:
         """Whether any visual token is in sight."""
         return bool(self.placeholders) or self.past_visual
+
+    @property
+    def needs_roles(self) -> bool:
+        """Whether re-weighting needs to know where pictures and text are: for statistics, to weigh by or to keep."""
+        keeps = self.config.record or self.config.record_rows != "none"
+        return self.active and (keeps or needs_statistics(self.config.rule))
+
+    @property
+    def reweights(self) -> bool:
+        """Whether the marked layers do in this pass: without a visual token only under weights that need none."""
+        return self.config.activation_layer_k > 0 and (self.active or not needs_statistics(self.config.rule))
 
     def on(self, device: torch.device) -> SARContext:
         """This context for layers on ``device``; only a model spread over several has more than one."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.cache_state import attach, state_of
+from sar_fast.config import SARConfig
 from sar_fast.integrations.hf.context import SARContext, enter_pass, leave_pass, roles_of_pass
 from sar_fast.integrations.hf.features import encoded_norms, handle_of
 from sar_fast.integrations.hf.masks import read_mask
@@ -25,6 +26,7 @@ from sar_fast.integrations.hf.refusals import (
 )
 from sar_fast.integrations.hf.speculation import drafting, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
+from sar_fast.weighting.protocol import needs_statistics
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -59,7 +61,7 @@ def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContex
         raise ValueError("past_key_values: packed sequences filled this cache; it cannot be continued")
     if past is not None and not torch.compiler.is_compiling():
         past.leave_inference_mode()
-    if config.activation_layer_k:
+    if _looks(config):
         refuse_unseen_cache(cache, past, past_length, shape[1], handle.peft_configs)
         if past is not None:
             past.belong_to(config, handle.switch)
@@ -82,6 +84,12 @@ def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContex
         if encoded.get(modality) is not None:
             context.add_encoded_norms(modality, encoded_norms(encoded[modality], modality, handle))
     return context
+
+
+def _looks(config: SARConfig) -> bool:
+    """Whether what a pass brings, and what its cache holds, decides on weights or is recorded."""
+    records = config.record or config.record_rows != "none"
+    return config.activation_layer_k > 0 and (records or needs_statistics(config.rule))
 
 
 def _encoded(module: nn.Module, handle: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     leave_pass(context)
     if context.placeholders:
         handle.prior = context.prior
-    if output is not None and context.active:
+    if output is not None and context.reweights:
         refuse_unreached(handle.sar_layers, context.reached)
 
 

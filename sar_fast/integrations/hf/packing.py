@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sar_fast import ops
+from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
 from sar_fast.config import TextQueries
-from sar_fast.decoding import recorded
-from sar_fast.distributed import Shards
 from sar_fast.functional import autocast_inputs
 from sar_fast.roles import TokenRoles
-from sar_fast.types import AttentionOptions, SARStats
+from sar_fast.types import SARStats
+from sar_fast.values import Call, Result, Roles, Statistics
+from sar_fast.weighting.protocol import Weighting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,56 +143,55 @@ def _from_positions(positions: Tensor, shape: torch.Size) -> Packing | None:
 
 def packed_attention(
     packing: Packing,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    roles: tuple[Tensor, Tensor, Tensor] | None = None,
+    call: Call,
     *,
-    options: AttentionOptions,
+    weighting: Weighting | None = None,
+    layer: int | None = None,
     backend: str = "auto",
-    attn_mask: Tensor | None = None,
     sav_grad: bool = False,
-    shards: Shards | None = None,
     keep_stats: bool = False,
     check_prior: bool = True,
 ) -> tuple[Tensor, SARStats | None]:
-    """Attention in which every sequence sees only itself, re-weighted with ``roles``, plain without.
+    """Attention in which every sequence sees only itself, re-weighted by ``weighting``, plain without.
 
     Args:
-        q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv). roles: (visual_mask, text_mask, prior), each (B, S).
-        attn_mask: (B or 1, 1, S, S) bool, patterns inside the sequences that ``options`` do not say; the sequences
-            are then attended to one by one.
-        check_prior: as in ``ops.attention``.
+        call: dense, q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), roles (B, S). With an attn_mask (B or 1, 1, S,
+            S), patterns inside the sequences that ``scores`` do not say, they are attended to one by one.
+        layer, check_prior: as in ``ops.attention``.
 
     Returns:
         (out (B, S, H, Dv), statistics with one row per sequence and lse (H, B * S), or None unless ``keep_stats``).
     """
-    B, S = q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in autocast_inputs(q, k, v))
-    backend = choose_backend(backend, q.device, q.dtype, options, padded=False, masked=attn_mask is not None)
-    flat = (q, k, v, *([None] * 3 if roles is None else [x.flatten() for x in roles]))
-    call = {"options": options, "backend": backend, "sav_grad": sav_grad, "shards": shards, "need_lse": keep_stats}
-    call["check_prior"] = check_prior
-    if attn_mask is None:
-        out, *stats = ops.attention(
-            *flat,
-            cu_seqlens_q=packing.cu_seqlens,
-            cu_seqlens_k=packing.cu_seqlens,
-            max_seqlens=(packing.max_seqlen, packing.max_seqlen),
-            **call,
-        )
-        return out.view(B, S, *out.shape[1:]), recorded(*stats, backend) if keep_stats else None
-    outs, lses, stats = [], [], []
-    ends = packing.cu_seqlens.tolist()
-    for start, stop in itertools.pairwise(ends):
-        row, inside = start // S, slice(start % S, start % S + stop - start)
-        mask = attn_mask[row if attn_mask.shape[0] > 1 else 0, None, :, inside, inside]
-        out, lse, *part = ops.attention(
-            *(None if x is None else x[None, start:stop] for x in flat), attn_mask=mask, **call
-        )
-        outs.append(out[0])
-        lses.append(lse[0] if keep_stats else lse)
-        stats.append(part)
-    out = torch.cat(outs)
-    whole = [torch.cat(lses, -1), *(torch.cat(parts) for parts in zip(*stats))] if keep_stats else None
-    return out.view(B, S, *out.shape[1:]), recorded(*whole, backend) if keep_stats else None
+    B, S = call.q.shape[:2]
+    q, k, v = autocast_inputs(call.q, call.k, call.v)
+    call = dataclasses.replace(call, q=q, k=k, v=v)
+    chosen = choose_backend(backend, Request.of(call))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    roles = None if call.roles is None else Roles(*(x.flatten() for x in call.roles))
+    how = {"layer": layer, "sav_grad": sav_grad, "need_lse": keep_stats, "need_stats": keep_stats}
+    how["check_prior"] = check_prior
+    if call.attn_mask is None:
+        ends, longest = packing.cu_seqlens, (packing.max_seqlen, packing.max_seqlen)
+        packed = Call(q, k, v, call.scores, roles, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlens=longest)
+        result = ops.attention(packed, weighting, chosen, **how)
+    else:
+        results = []
+        for start, stop in itertools.pairwise(packing.cu_seqlens.tolist()):
+            row, inside = start // S, slice(start % S, start % S + stop - start)
+            mask = call.attn_mask[row if call.attn_mask.shape[0] > 1 else 0, None, :, inside, inside]
+            one = lambda x, a=start, b=stop: x[None, a:b]
+            own = None if roles is None else Roles(*map(one, roles))
+            alone = Call(one(q), one(k), one(v), call.scores, own, attn_mask=mask)
+            results.append(ops.attention(alone, weighting, chosen, **how))
+        result = _one_after_the_other(results, keep_stats)
+    out = result.out.view(B, S, *result.out.shape[1:])
+    return out, SARStats.of(result, chosen.name).detach() if keep_stats else None
+
+
+def _one_after_the_other(results: list[Result], keep_stats: bool) -> Result:
+    """The results of dense calls of one sequence each, as of a packed call."""
+    out = torch.cat([r.out[0] for r in results])
+    if not keep_stats:
+        return results[0]._replace(out=out)
+    statistics = Statistics(*(torch.cat(parts) for parts in zip(*(r.statistics for r in results))))
+    return Result(out, torch.cat([r.lse[0] for r in results], -1), statistics, torch.cat([r.c for r in results]))

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from sar_fast import prior_check, sar_attn_func, sar_attn_varlen_func
+from sar_fast import sar_attn_func, sar_attn_varlen_func, value_checks
 from sar_fast.analysis.timing import attention_inputs
-from sar_fast.prior_check import LaterChecks, check_prior_values
+from sar_fast.value_checks import LaterChecks, check_prior_values
 
 
 class Travelling:
@@ -65,10 +65,10 @@ def test_a_call_and_a_backward_pass_tell_of_an_earlier_prior(monkeypatch):
     q = inputs[0].requires_grad_()
     out = sar_attn_func(q, *inputs[1:])
     later = LaterChecks()
-    monkeypatch.setattr(prior_check, "_later", later)
+    monkeypatch.setattr(value_checks, "_later", later)
 
     def bad_arrives() -> None:
-        later._pending.append(found := Travelling(-1.0, 1.0))
+        later.add(found := Travelling(-1.0, 1.0))
         found.here = True
 
     bad_arrives()

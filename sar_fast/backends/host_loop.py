@@ -1,0 +1,230 @@
+"""A backend out of attention for one sequence: the loop over the sequences of a call, once for all kinds of calls."""
+
+from __future__ import annotations
+
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sar_fast.backends import torch_backend
+from sar_fast.backends.protocol import Gradients, Request, nothing_computed
+from sar_fast.backends.sequence import Sequence, dense_last, sequences_of
+from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
+from sar_fast.backends.torch_backend import log_sum_exp
+from sar_fast.head_scaling import scale_heads_
+from sar_fast.kvcache import Cache
+from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
+from sar_fast.weighting.constant import Equal
+from sar_fast.weighting.softmax import Lowered
+
+logger = logging.getLogger("sar_fast")
+
+
+class HostLoop:
+    """The backend of a module with ``unsupported``, ``attention`` and ``attention_backward`` for one sequence.
+
+    Statistics come from the text-by-visual block, whatever attends.
+    """
+
+    waits = True
+    on_cpu = True
+
+    def __init__(self, name: str, kernel: ModuleType) -> None:
+        self.name, self.kernel = name, kernel
+
+    def unsupported(self, request: Request) -> str | None:
+        return self.kernel.unsupported(request)
+
+    def forward(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result:
+        return self._attend(call, sequences_of(call), rule, need_lse=need_lse)
+
+    def _attend(self, call: Call, sequences: list[Sequence], rule: Lowered, *, need_lse: bool) -> Result:
+        """Attention of a call's sequences, one after the other."""
+        logger.debug("attention: backend=%s q=%s k=%s", self.name, tuple(call.q.shape), tuple(call.k.shape))
+        q, acc, sar = call.q, call.accumulate_dtype, call.roles is not None
+        lse = q.new_empty(call.lse_shape if need_lse else (0,), dtype=acc)
+        av, sa, count, c = _start(call)
+        out_shape = (*q.shape[:-1], call.v.shape[-1])
+        out = None if len(sequences) == 1 else q.new_empty(out_shape)
+        for b, seq in enumerate(sequences):
+            o, row_lse, *sums = _attend_safely(self.kernel, seq, need_lse)
+            if sar:
+                for total, part in zip((av, sa, count), sums):
+                    total[b] += part
+                total = count[b : b + 1].clamp_min(1)
+                av[b] /= total
+                sa[b] /= total
+                c[b] = rule(Statistics(av[b : b + 1], sa[b : b + 1], count[b : b + 1]), None)[0]
+            if need_lse:
+                _lse_part(call, lse, b).copy_(row_lse)
+            if out is None:
+                out = o.contiguous().view(out_shape)
+            else:
+                _part(call, out, b).copy_(o)
+            if sar:
+                scale_heads_(_part(call, out, b), c[b])
+        return Result(out, lse, Statistics(av, sa, count), c)
+
+    def backward(
+        self, call: Call, rule: Lowered, grad_out: Tensor, result: Result, through: Gradients | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, acc, sar = call.q, call.accumulate_dtype, call.roles is not None
+        dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, call.k, call.v))
+        through = through if sar else None
+        dprior = q.new_empty(0, dtype=acc)
+        if through is not None:
+            dprior = torch.zeros(call.roles.prior.shape, dtype=acc, device=q.device)
+            grad_av, grad_sa = _statistics_gradients(call, rule, grad_out, result, through)
+
+        for b, seq in enumerate(sequences_of(call)):
+            row_lse = _lse_part(call, result.lse, b)
+            weight = result.c[b] if sar else q.new_ones(q.shape[-2], dtype=acc)
+            given = (_part(call, grad_out, b), _part(call, result.out, b), weight, row_lse)
+            grads = [_part(call, dq, b), *(_part(call, x, b, keys=True) for x in (dk, dv))]
+            statistics = None
+            if through is not None:
+                statistics = (grad_av[b], grad_sa[b], _part(call, dprior, b, keys=True))
+            if not _is_looked_at(seq) and seq.key_valid is not None:
+                seq = seq.without_padding(row_lse)
+            _attend_backward(self.kernel, seq, given, grads, statistics)
+            if _is_looked_at(seq) and not _finite(*grads, *(statistics or ())[2:]):
+                marked = seq.marked()
+                if marked is not None:
+                    for x in (*grads, *(statistics or ())[2:]):
+                        x.zero_()
+                    _attend_backward(torch_backend, marked, given, grads, statistics)
+        return dq.to(q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), dprior
+
+    def decode(
+        self,
+        q: Tensor,
+        cache: Cache,
+        scores: Scores,
+        *,
+        roles: Roles | None = None,
+        sums: Sums | None = None,
+        rule: Lowered | None = None,
+        c: Tensor | None = None,
+        need_lse: bool,
+    ) -> Result:
+        lengths = cache.write()
+        q, sequences = dense_last(q), []
+        for b, (k, v) in enumerate(cache.sequences(lengths)):
+            own = []
+            if roles is not None:
+                own = [roles.visual[b, : lengths[b]], roles.text[b], roles.prior[b, : lengths[b]]]
+            sequences.append(Sequence(q[b], k, v, scores, *own))
+        call = Call(q, cache.k, cache.v, scores, roles, carried=sums)
+        result = self._attend(call, sequences, rule, need_lse=need_lse)
+        if c is not None:
+            for b in range(q.shape[0]):
+                scale_heads_(result.out[b], c[b])
+        if sums is not None:
+            for kept, new in zip(sums, result.statistics.sums()):
+                kept.copy_(new)
+        return result
+
+
+def _start(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(av, sa, count) to add a call's sums to, and weights 1; empty for plain attention."""
+    q, acc = call.q, call.accumulate_dtype
+    if call.roles is None:
+        (av, sa, count), c = nothing_computed(q, acc)
+        return av, sa, count, c
+    B, H = call.batch_size, call.num_heads
+    av, sa, count = (q.new_zeros(shape, dtype=acc) for shape in ((B, H), (B, H), (B,)))
+    if call.carried is not None:
+        for total, before in zip((av, sa, count), call.carried):
+            total += before
+    return av, sa, count, q.new_ones((B, H), dtype=acc)
+
+
+def _part(call: Call, x: Tensor, b: int, *, keys: bool = False) -> Tensor:
+    """Sequence ``b`` of a tensor laid out as q (or as k), (S, ...)."""
+    if not call.packed:
+        return x[b]
+    ends = call.cu_seqlens_k if keys else call.cu_seqlens_q
+    return x[int(ends[b]) : int(ends[b + 1])]
+
+
+def _lse_part(call: Call, lse: Tensor, b: int) -> Tensor:
+    """(H, Sq) of sequence ``b`` from (B, H, Sq) or (H, total_q)."""
+    if not call.packed:
+        return lse[b]
+    return lse[:, int(call.cu_seqlens_q[b]) : int(call.cu_seqlens_q[b + 1])]
+
+
+def _is_looked_at(seq: Sequence) -> bool:
+    """Whether results are looked at, and computed again pair by pair where what a mask hides has shown in them.
+
+    On a GPU that would wait for it; there zeros stand for what padding hides.
+    """
+    return seq.q.device.type == "cpu"
+
+
+def _finite(*results: Tensor) -> bool:
+    """Whether all entries are, at the price of a sum; huge ones may look infinite."""
+    return all(bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) for x in results)
+
+
+def _attend_safely(kernel: ModuleType, seq: Sequence, need_lse: bool) -> tuple[Tensor, ...]:
+    """As :func:`_attend_one`; what a mask hides need not be finite."""
+    if not _is_looked_at(seq):
+        return _attend_one(kernel, seq if seq.key_valid is None else seq.without_padding(), need_lse)
+    found = _attend_one(kernel, seq, need_lse)
+    out, _, *sums = found
+    marked = None if _finite(out, *sums) else seq.marked()
+    return found if marked is None else _attend_one(torch_backend, marked, need_lse)
+
+
+def _attend_one(kernel: ModuleType, seq: Sequence, need_lse: bool) -> tuple[Tensor, ...]:
+    """(out, lse) of one sequence and, with roles, (av_sum, sa_sum, count) over its text queries."""
+    out, lse = kernel.attention(seq, need_lse=need_lse)
+    if seq.visual is None:
+        return out, lse
+    block = text_visual_block(seq)
+    text_lse = log_sum_exp(seq, block.rows) if lse is None else lse[:, block.rows]
+    return out, lse, *statistics_forward(seq, block, text_lse), block.counted.sum()
+
+
+def _attend_backward(
+    kernel: ModuleType,
+    seq: Sequence,
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: list[Tensor],
+    statistics: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """Add one sequence's gradients to (dq, dk, dv) and, with ``statistics`` (grad_av, grad_sa, dprior), to dprior.
+
+    given: (grad_out, out, c, lse) of the sequence.
+    """
+    extra_delta = None
+    if statistics is not None:
+        block = text_visual_block(seq)
+        grad_av, grad_sa, dprior = statistics
+        extra_delta = statistics_backward(seq, block, given[3][:, block.rows], grad_av, grad_sa, *grads[:2], dprior)
+    kernel.attention_backward(seq, *given, extra_delta, *grads)
+
+
+def _statistics_gradients(
+    call: Call, rule: Lowered, grad_out: Tensor, result: Result, through: Gradients
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, H) of each counted query's variance and alignment.
+
+    ``dL/dc_h = sum_i delta_i / c_h``; where c_h underflowed to 0 it only ever meets a factor c_h, so 0 is exact.
+    """
+    grad_av, grad_sa, grad_c = through
+    statistics, c = result.statistics, result.c
+    acc = c.dtype
+    per_query = 1 / statistics.count.clamp_min(1)[:, None]
+    if isinstance(rule, Equal):
+        return grad_av * per_query, grad_sa * per_query
+    # reduced by sum, not by a product: the softmax over heads then cancels most of it, so its rounding counts
+    from_out = torch.zeros_like(grad_c)
+    for b in range(call.batch_size):
+        from_out[b] = (_part(call, grad_out, b).to(acc) * _part(call, result.out, b).to(acc)).sum(-1).sum(0)
+    grad_c = grad_c + torch.where(c == 0, 0, from_out / torch.where(c == 0, 1, c))
+    through_av, through_sa = rule.vjp(grad_c, statistics)
+    return (grad_av + through_av) * per_query, (grad_sa + through_sa) * per_query

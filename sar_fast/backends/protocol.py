@@ -1,0 +1,97 @@
+"""What a backend is: whole calls in, outputs, statistics and gradients out, on real tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sar_fast.kvcache import Cache
+from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
+from sar_fast.weighting.softmax import Lowered
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a backend must know of a call to say whether it can run it; no values of tensors.
+
+    Attributes:
+        padded, masked: whether a key_padding_mask or a dense attn_mask is given.
+        head_dim: the larger of the keys' and the values'; 0 = any that the public functions take.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    scores: Scores = Scores(scale=1.0)  # noqa: RUF009  (frozen)
+    padded: bool = False
+    masked: bool = False
+    head_dim: int = 0
+
+    @classmethod
+    def of(cls, call: Call) -> Request:
+        padded, masked = call.key_padding_mask is not None, call.attn_mask is not None
+        return cls(call.q.device, call.q.dtype, call.scores, padded, masked, call.head_dim)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # of av, sa and c, each [B, H]
+
+
+class Backend(Protocol):
+    """One way to compute attention. ``sar_fast.ops`` calls it below ``torch.compile`` and autograd.
+
+    Attributes:
+        name: what users call it.
+        waits: whether its calls wait for a GPU anyway, so that values may be looked at on the way.
+        on_cpu: whether ``"auto"`` may choose it for CPU tensors.
+    """
+
+    name: str
+    waits: bool
+    on_cpu: bool
+
+    def unsupported(self, request: Request) -> str | None:
+        """Why such a call cannot run here, or None."""
+        ...
+
+    def forward(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result:
+        """Attention; with roles, re-weighted by ``rule``. ``lse`` is empty unless needed."""
+        ...
+
+    def backward(
+        self, call: Call, rule: Lowered, grad_out: Tensor, result: Result, through: Gradients | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(dq, dk, dv, dprior) of what the forward returned; dprior is empty without ``through``.
+
+        Args:
+            through: gradients of av, sa and c themselves: they flow through the weights too. None: c is constant.
+        """
+        ...
+
+    def decode(
+        self,
+        q: Tensor,
+        cache: Cache,
+        scores: Scores,
+        *,
+        roles: Roles | None = None,
+        sums: Sums | None = None,
+        rule: Lowered | None = None,
+        c: Tensor | None = None,
+        need_lse: bool,
+    ) -> Result:
+        """Attention of new queries (B, Sq, H, D) over a cache, which its new keys and values extend in place.
+
+        Args:
+            roles: of the cache's positions and of the new queries: weights by ``rule``. None: plain, or by ``c``.
+            sums: (B, H), (B, H), (B,) fp32 that the means go on from; updated in place. None: of these queries alone.
+            c: (B, H) fp32, weights that are known; without roles.
+        """
+        ...
+
+
+def nothing_computed(q: Tensor, dtype: torch.dtype) -> tuple[Statistics, Tensor]:
+    """Statistics and weights of a call without roles: empty."""
+    none = lambda *shape: q.new_empty(shape, dtype=dtype)  # operators may not return one tensor twice
+    return Statistics(none(0, 0), none(0, 0), none(0)), none(0, 0)
