@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,18 +58,23 @@ def registered() -> list[str]:
     return sorted({*_rules, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
-def find_weighting(spec: str | Mapping[str, Any], **sizes: int) -> Weighting:
+def find_weighting(spec: str | os.PathLike[str] | Mapping[str, Any], **sizes: int) -> Weighting:
     """The rule that a text or a mapping names.
 
     Args:
         spec: ``NAME`` of a registered rule, ``FILE.py:NAME`` of one in a file, or ``{"name": ..., "options": {...}}``,
-            also as JSON, where ``name`` is either.
+            also as JSON, where ``name`` is either; or a folder that a training left, for the rule and what it learned.
         sizes: what a model says of itself (``layers``, ``heads``); given to rules that ask for it and were not told.
 
     Raises:
         ValueError, TypeError: unknown names, files that cannot be read, options that the rule does not take.
     """
-    name, options = _read(spec)
+    from sar_fast.weighting import files
+
+    folder = files.folder_of(spec)
+    if folder is not None:
+        return files.load_weighting(folder, **sizes)
+    name, options = read_spec(spec)
     rule = _from_file(name) if ":" in name else _by_name(name)
     if not inspect.isclass(rule):
         if options:
@@ -88,7 +94,8 @@ def find_weighting(spec: str | Mapping[str, Any], **sizes: int) -> Weighting:
     return check_weighting(rule(**options))
 
 
-def _read(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def read_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, options) of what a text or a mapping says; ``ValueError`` or ``TypeError`` if it says nothing."""
     needed = 'a name, FILE.py:NAME, or {"name": ..., "options": {...}}'
     if isinstance(spec, str) and spec.lstrip().startswith("{"):
         try:

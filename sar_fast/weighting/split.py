@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sar_fast.distributed import Shards, all_reduce, gather
@@ -30,6 +33,9 @@ class Split:
             raise ValueError("heads or queries must be a process group; got None for both")
         self.inner, self.heads, self.queries = inner, heads, queries
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Split:
+        return Split(copy.deepcopy(self.inner, memo), self.heads, self.queries)  # groups belong to the process
+
     @property
     def needs_statistics(self) -> bool:
         return needs_statistics(self.inner)
@@ -54,6 +60,12 @@ class Split:
         else:  # NaN: nothing to exchange
             av, sa = (x[:, :1].expand(batch, local * ranks) for x in (statistics.av, statistics.sa))
         return head_weights(self.inner, Statistics(av, sa, statistics.count), layer)[:, first : first + local]
+
+
+def module_of(weighting: Weighting | None) -> nn.Module | None:
+    """The rule, or the one inside a :class:`Split`, if it is a module; else None."""
+    inner = weighting.inner if isinstance(weighting, Split) else weighting
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def split_over(weighting: Weighting, shards: Shards | None) -> Weighting:

@@ -49,7 +49,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 
 def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContext:
-    config, cache = handle.config, given.get("past_key_values")
+    config, cache = handle.config_of(module), given.get("past_key_values")
     past_length, past = 0 if cache is None else cache.get_seq_length(), state_of(cache)
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
