@@ -199,10 +199,11 @@ class SARAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, _grad_lse, grad_av, grad_sa, grad_c, _grad_count):
         through = (grad_av, grad_sa, grad_c) if ctx.sav_grad else (None, None, None)
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
         dq, dk, dv, dprior = torch.ops.sar_fast.attention_backward(
-            grad_out.contiguous(), *ctx.saved_tensors, *through, *ctx.options, *ctx.max_seqlens
+            grad_out.contiguous(), *saved, *through, *ctx.options, *ctx.max_seqlens
         )
-        prior = ctx.saved_tensors[5]
+        prior = saved[5]
         dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[5] else None
         return (dq, dk, dv, None, None, dprior) + (None,) * 8
 
