@@ -65,7 +65,8 @@ def _same_source(known: Any, rule: Any) -> bool:
     if hasattr(known, "__qualname__") and hasattr(rule, "__qualname__"):
         distinct = "<lambda>" not in rule.__qualname__ and getattr(rule, "__closure__", None) is None
         return distinct and (known.__module__, known.__qualname__) == (rule.__module__, rule.__qualname__)
-    return _same_source(type(known), type(rule)) and repr(vars(known)) == repr(vars(rule))
+    values = lambda x: repr(getattr(x, "__dict__", x))  # with __slots__ it is the dataclass's own text
+    return _same_source(type(known), type(rule)) and values(known) == values(rule)
 
 
 def registered() -> list[str]:

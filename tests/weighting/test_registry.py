@@ -91,6 +91,14 @@ class Mine:
         return statistics.sav * self.scale
 
 
+@dataclasses.dataclass(slots=True)
+class Slots:
+    scale: float = 1.0
+
+    def __call__(self, statistics, layer):
+        return statistics.av
+
+
 def plain_rule(statistics, layer):
     return statistics.sa
 
@@ -291,6 +299,10 @@ def test_the_same_source_may_register_again():
     register_weighting("cell of values", first(2.0))
     register_weighting("cell of values", second(2.0))
     assert type(find_weighting("cell of values")) is second
+    register_weighting("slots", Slots(2.0))
+    register_weighting("slots", Slots(2.0))
+    with pytest.raises(ValueError, match="'slots' is another weighting's"):
+        register_weighting("slots", Slots(3.0))
 
 
 def test_another_source_may_not():

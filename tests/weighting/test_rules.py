@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from sar_fast.values import Statistics, StatisticsWithRows
-from sar_fast.weighting import Equal, Fixed, HeadScales, SuppressHeads, ThresholdHeads, TopHeads, find_weighting
+from sar_fast.weighting import (
+    Equal,
+    Fixed,
+    HeadScales,
+    ReinforceHeads,
+    SuppressHeads,
+    ThresholdHeads,
+    TopHeads,
+    find_weighting,
+)
 from sar_fast.weighting.protocol import head_weights
 from sar_fast.weighting.registry import weighting_to_dict
 
@@ -263,8 +272,30 @@ def test_what_is_chosen_is_constant(rule):
     leaves = [x.clone().requires_grad_() for x in (found.av, found.sa, found.rows["score_sum"])]
     c = head_weights(rule, StatisticsWithRows(*leaves[:2], found.count, {"score_sum": leaves[2]}), 0)
     assert not c.requires_grad
+    assert not SuppressHeads().statistic(StatisticsWithRows(*leaves, {"score_sum": leaves[2]})).requires_grad
     assert (c[2] == 1).all()
     assert (c[:2] != 1).any(-1).all()
+
+
+RULES = {
+    "top": TopHeads(2),
+    "top of rows": TopHeads(0.5, by="mass"),
+    "threshold": ThresholdHeads(0.9),
+    "suppress": SuppressHeads(2),
+    "reinforce": ReinforceHeads({0: torch.rand(HEADS), 1: torch.rand(BATCH, HEADS)}),
+    "scales": HeadScales(2, HEADS),
+    "fixed": Fixed(torch.rand(2, HEADS)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_compile_in_one_graph(name):
+    def weigh(statistics, layer):
+        return head_weights(RULES[name], statistics, layer)
+
+    compiled = torch.compile(weigh, fullgraph=True, backend="eager")
+    for layer in (0, 1):
+        assert torch.equal(compiled(measured(), layer), weigh(measured(), layer))
 
 
 @pytest.mark.parametrize("rule", [TopHeads(2), ThresholdHeads(0.9, 0.1), SuppressHeads(0.5)])
