@@ -279,7 +279,7 @@ BAD = {
     "inf": (lambda s, layer: torch.full((H,), torch.inf), ValueError, r"must return finite weights; got .*inf"),
     "heads": (Fixed(torch.ones(5)), ValueError, r"Fixed must have weights of 4 heads; got \(5,\)"),
     "per layer": (Fixed(torch.ones(7, H)), ValueError, r"a call without a layer index; got \(7, 4\)"),
-    "told per layer": (Fixed(torch.ones(3, H), per_layer=True), ValueError, r"and this call has no layer"),
+    "told per layer": (Fixed(torch.ones(3, H), per_layer=True), ValueError, r"; this call has no layer"),
 }
 
 
