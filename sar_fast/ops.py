@@ -199,7 +199,7 @@ class SARAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, _grad_lse, grad_av, grad_sa, grad_c, _grad_count):
         through = (grad_av, grad_sa, grad_c) if ctx.sav_grad else (None, None, None)
-        saved = ctx.saved_tensors  # once: a checkpointed layer gives them a single time
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
         dq, dk, dv, dprior = torch.ops.sar_fast.attention_backward(
             grad_out.contiguous(), *saved, *through, *ctx.options, *ctx.max_seqlens
         )
