@@ -71,7 +71,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     if not split:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(split):
+    with deepspeed.zero.GatheredParameters(split):
         yield

@@ -13,10 +13,10 @@ from torch import nn
 from sar_fast import SARConfig, apply_sar
 from sar_fast.integrations.hf.features import handle_of
 from sar_fast.integrations.hf.rule_module import NAME, rule_of
-from sar_fast.weighting import Fixed, Split
+from sar_fast.weighting import Fixed, HeadScales, Split
 from tests.hf.oracle import Oracle, eager_oracle, llava_prior, qwen_prior
 from tests.hf.tiny import MODELS, llava, llava_batch
-from tests.training.head_scales import HeadScales, Slopes
+from tests.training.own_rules import Slopes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,6 +272,7 @@ def test_a_frozen_model_learns_its_rule():
     assert not torch.equal(logits(model, batch), plain)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_its_rule():
     model, batch, rule = llava().train(), llava_batch([1]), drawn()
     compiled = torch.compile(model, backend="aot_eager")
