@@ -8,20 +8,19 @@ import torch
 from torch import Tensor
 
 from sar_fast.backends.sequence import Sequence
-from sar_fast.types import AttentionOptions
 
 _BLOCK_BYTES = 32 << 20
 
 
-def sees(seq: Sequence, options: AttentionOptions, rows: Tensor, keys: Tensor) -> Tensor | None:
+def sees(seq: Sequence, rows: Tensor, keys: Tensor) -> Tensor | None:
     """Which of ``keys`` (n,) each query of ``rows`` (r,) may see: bool (r, n), or None if all see all.
 
     Indices are int64 positions within the sequence; only the (r, n) block is built.
     """
     position, key = rows[:, None] + seq.offset, keys[None, :]  # [r, 1], [1, n]
-    left, right = options.window_size
+    left, right = seq.scores.window
     parts = []
-    if options.causal:
+    if seq.scores.causal:
         parts.append(key <= position)
     if left >= 0:
         parts.append(key >= position - left)
@@ -40,7 +39,7 @@ def sees(seq: Sequence, options: AttentionOptions, rows: Tensor, keys: Tensor) -
 
 
 def row_blocks(
-    seq: Sequence, options: AttentionOptions, rows: Tensor | None = None, copies: int = 1
+    seq: Sequence, rows: Tensor | None = None, copies: int = 1
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """Blocks of query rows, each with the run of keys [k0, k1) that it can see at all.
 
@@ -52,29 +51,29 @@ def row_blocks(
     if rows is None:
         rows = torch.arange(seq.q.shape[0], device=device)
     size = max(16, _BLOCK_BYTES // (4 * H * copies * max(1, Sk)))
-    left, right = options.window_size
+    left, right = seq.scores.window
     for block in rows.split(size):
         if block.numel() == 0:
             continue
         first, last = int(block[0]) + seq.offset, int(block[-1]) + seq.offset
-        end = last + 1 if options.causal else Sk
+        end = last + 1 if seq.scores.causal else Sk
         if right >= 0:
             end = min(end, last + right + 1)
         start = first - left if left >= 0 else 0
         yield block, (min(max(start, 0), Sk), min(max(end, 0), Sk))
 
 
-def scores(seq: Sequence, options: AttentionOptions, rows: Tensor, key_range: tuple[int, int]) -> Tensor:
+def scores(seq: Sequence, rows: Tensor, key_range: tuple[int, int]) -> Tensor:
     """Scores of a block in the accumulate dtype, (Hkv, G, r, n); -inf where the key is not visible."""
     k0, k1 = key_range
     Hkv, acc = seq.k.shape[1], seq.accumulate_dtype
     i0, i1 = int(rows[0]), int(rows[-1]) + 1
     q = seq.q[i0:i1] if i1 - i0 == rows.numel() else seq.q[rows]
     q = q.to(acc).view(q.shape[0], Hkv, -1, q.shape[-1])
-    s = torch.einsum("rkgd,nkd->kgrn", q * options.softmax_scale, seq.k[k0:k1].to(acc))
-    if options.softcap > 0:
-        s = s.div_(options.softcap).tanh_().mul_(options.softcap)
+    s = torch.einsum("rkgd,nkd->kgrn", q * seq.scores.scale, seq.k[k0:k1].to(acc))
+    if seq.scores.softcap > 0:
+        s = s.div_(seq.scores.softcap).tanh_().mul_(seq.scores.softcap)
     if seq.marks is not None:
         seq.marks.spoil_(s, rows, slice(k0, k1))
-    visible = sees(seq, options, rows, torch.arange(k0, k1, device=rows.device))
+    visible = sees(seq, rows, torch.arange(k0, k1, device=rows.device))
     return s if visible is None else s.masked_fill_(~visible, -torch.inf)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.validation import check_ends
+from sar_fast.values import Scores
 
 
 def dense_last(x: Tensor) -> Tensor:
@@ -45,6 +46,7 @@ class Sequence:
     q: Tensor  # [Sq, H, D]
     k: Tensor  # [Sk, Hkv, D]
     v: Tensor  # [Sk, Hkv, Dv]
+    scores: Scores
     visual: Tensor | None = None  # [Sk] bool
     text: Tensor | None = None  # [Sq] bool
     prior: Tensor | None = None  # [Sk]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sar_fast.backends.blocks import sees
 from sar_fast.backends.sequence import Sequence
-from sar_fast.types import AttentionOptions
 
 _BLOCK_BYTES = {"cpu": 8 << 20}  # stays within a shared CPU cache; measured best between 4 and 16 MB
 _BLOCK_BYTES_DEVICE = 256 << 20
@@ -40,19 +39,19 @@ class TextVisualBlock:
         return self.visible_count >= 2
 
 
-def text_visual_block(seq: Sequence, options: AttentionOptions) -> TextVisualBlock:
+def text_visual_block(seq: Sequence) -> TextVisualBlock:
     """Find the text rows and visual keys of ``seq`` and whether the block needs a mask."""
     valid = seq.visual if seq.key_valid is None else seq.visual & seq.key_valid
     rows, keys = seq.text.nonzero()[:, 0], valid.nonzero()[:, 0]
     n = keys.numel()
-    all_visible = seq.mask is None and not options.windowed
-    if all_visible and options.causal and n and rows.numel():
+    all_visible = seq.mask is None and not seq.scores.windowed
+    if all_visible and seq.scores.causal and n and rows.numel():
         all_visible = bool(keys[-1] <= rows[0] + seq.offset)
     if all_visible or n == 0:
         visible_count = torch.full_like(rows, n)
     else:
         visible_count = torch.cat(
-            [sees(seq, options, part, keys).sum(-1) for part in rows.split(_rows_per_block(1, n, rows.device))]
+            [sees(seq, part, keys).sum(-1) for part in rows.split(_rows_per_block(1, n, rows.device))]
             or [rows]
         )
     others = None
@@ -75,7 +74,7 @@ def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def statistics_forward(
-    seq: Sequence, options: AttentionOptions, block: TextVisualBlock, lse: Tensor
+    seq: Sequence, block: TextVisualBlock, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums over the counted text queries of variance and semantic alignment.
 
@@ -90,20 +89,20 @@ def statistics_forward(
     if block.rows.numel() == 0 or n < 2:
         return seq.q.new_zeros(H, dtype=acc), seq.q.new_zeros(H, dtype=acc)
     # with few keys the direct way is cheap
-    closed_form = block.all_visible and options.softcap == 0 and n > D and seq.marks is None
-    groups = [_group_statistics(seq, options, block, lse, kv, closed_form) for kv in range(Hkv)]
+    closed_form = block.all_visible and seq.scores.softcap == 0 and n > D and seq.marks is None
+    groups = [_group_statistics(seq, block, lse, kv, closed_form) for kv in range(Hkv)]
     if closed_form:
         # an error of at most eps x bound / sum stays below 1e-3; tests/test_numerics.py looks on both sides
         limit = 2**-10 / torch.finfo(acc).eps
         cancels = [(bound > limit * av_sum).any() for av_sum, _, bound in groups]
         for kv in torch.stack(cancels).nonzero()[:, 0].tolist():
-            groups[kv] = _group_statistics(seq, options, block, lse, kv, False)
+            groups[kv] = _group_statistics(seq, block, lse, kv, False)
     av_sum, sa_sum, _ = (torch.cat(parts) for parts in zip(*groups))
     return av_sum, sa_sum
 
 
 def _group_statistics(
-    seq: Sequence, options: AttentionOptions, block: TextVisualBlock, lse: Tensor, kv: int, closed_form: bool
+    seq: Sequence, block: TextVisualBlock, lse: Tensor, kv: int, closed_form: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(av_sum, sa_sum, bound), each (G,), of one kv head's query heads.
 
@@ -112,7 +111,7 @@ def _group_statistics(
     the products cancel, and av_sum is far smaller.
     """
     H, D, Hkv = seq.q.shape[1], seq.q.shape[2], seq.k.shape[1]
-    G, t, n, acc, scale = H // Hkv, block.rows.numel(), block.keys.numel(), seq.accumulate_dtype, options.softmax_scale
+    G, t, n, acc, scale = H // Hkv, block.rows.numel(), block.keys.numel(), seq.accumulate_dtype, seq.scores.scale
     heads = slice(kv * G, (kv + 1) * G)
     av_sum, sa_sum, bound = seq.q.new_zeros(3, G, dtype=acc)
     sums = torch.stack([seq.prior[block.keys].to(acc), seq.q.new_ones(n, dtype=acc)], -1)  # [n, 2]: alignment, mass
@@ -140,13 +139,13 @@ def _group_statistics(
         else:
             s = (q_b.reshape(G * r, D) @ k_c[:, :D].T).view(G, r, n)  # centred scores
             _spoil_(seq, s, block.rows[part], block.keys, kv)
-            var, p = _masked_statistics(seq, options, block, part, s, shift, row_lse)
+            var, p = _masked_statistics(seq, block, part, s, shift, row_lse)
             av_sum += var.sum(-1)
         alignment, mass = (p @ sums).unbind(-1)  # [G, r]
         if k_other is not None:
             s = (q_b.reshape(G * r, D) @ (k_other - centre).T).view(G, r, -1)
             _spoil_(seq, s, block.rows[part], block.others, kv)
-            mass = mass + _other_mass(seq, options, block, part, s, shift, row_lse)
+            mass = mass + _other_mass(seq, block, part, s, shift, row_lse)
             alignment = alignment / torch.where(mass == 0, 1, mass)
         sa_sum += torch.where(block.counted[part], alignment, 0).sum(-1)
     return av_sum, sa_sum, bound
@@ -160,7 +159,6 @@ def _spoil_(seq: Sequence, s: Tensor, rows: Tensor, keys: Tensor, kv: int) -> No
 
 def _masked_statistics(
     seq: Sequence,
-    options: AttentionOptions,
     block: TextVisualBlock,
     part: slice,
     s: Tensor,
@@ -168,7 +166,7 @@ def _masked_statistics(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Per-row variance (G, r) and probabilities (G, r, n) from centred scores ``s`` (G, r, n); overwrites ``s``."""
-    s, shift, visible, counts = _visible_scores(seq, options, block, part, s, shift)
+    s, shift, visible, counts = _visible_scores(seq, block, part, s, shift)
     mean, inverse = _row_mean(s, visible, counts)
     deviation = s - mean[..., None]
     if visible is not None:
@@ -182,7 +180,6 @@ def _masked_statistics(
 
 def _other_mass(
     seq: Sequence,
-    options: AttentionOptions,
     block: TextVisualBlock,
     part: slice,
     s: Tensor,
@@ -190,28 +187,28 @@ def _other_mass(
     lse: Tensor,
 ) -> Tensor:
     """Per row the probability (G, r) of the keys that are not visual, from their centred scores; overwrites ``s``."""
-    s, shift = _soft_capped(options, s, shift)
+    s, shift = _soft_capped(seq, s, shift)
     p = s.add_((shift - lse)[..., None]).exp_()
-    visible = sees(seq, options, block.rows[part], block.others)
+    visible = sees(seq, block.rows[part], block.others)
     return (p if visible is None else p.masked_fill_(~visible, 0)).sum(-1)
 
 
-def _soft_capped(options: AttentionOptions, s: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _soft_capped(seq: Sequence, s: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Scores as ``s + shift`` after soft-capping; the cap acts on the sum, which leaves no shift."""
-    if options.softcap > 0:
-        s = s.add_(shift[..., None]).div_(options.softcap).tanh_().mul_(options.softcap)
+    if seq.scores.softcap > 0:
+        s = s.add_(shift[..., None]).div_(seq.scores.softcap).tanh_().mul_(seq.scores.softcap)
         shift = torch.zeros_like(shift)
     return s, shift
 
 
 def _visible_scores(
-    seq: Sequence, options: AttentionOptions, block: TextVisualBlock, part: slice, s: Tensor, shift: Tensor
+    seq: Sequence, block: TextVisualBlock, part: slice, s: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Soft-capped scores (as s + shift), visibility (r, n) or None, and |V_i| (r,)."""
-    s, shift = _soft_capped(options, s, shift)
+    s, shift = _soft_capped(seq, s, shift)
     visible = None
     if not block.all_visible:
-        visible = sees(seq, options, block.rows[part], block.keys)
+        visible = sees(seq, block.rows[part], block.keys)
     return s, shift, visible, block.visible_count[part]
 
 
@@ -223,7 +220,6 @@ def _row_mean(s: Tensor, visible: Tensor | None, counts: Tensor) -> tuple[Tensor
 
 def statistics_backward(
     seq: Sequence,
-    options: AttentionOptions,
     block: TextVisualBlock,
     lse: Tensor,
     grad_av: Tensor,
@@ -247,7 +243,7 @@ def statistics_backward(
     extra_delta = seq.q.new_zeros(H, seq.q.shape[0], dtype=acc)
     if t == 0 or n < 2:
         return extra_delta
-    scale, prior = options.softmax_scale, seq.prior[block.keys].to(acc)
+    scale, prior = seq.scores.scale, seq.prior[block.keys].to(acc)
     q_text, k_visual = seq.q[block.rows], seq.k[block.keys]
     step = min(t, _rows_per_block(4 * G, n, seq.q.device))
 
@@ -262,7 +258,7 @@ def statistics_backward(
             row_lse = lse[heads, part]
             s = scale * (q_b @ (k_f - centre).T)  # [G, r, n]
             _spoil_(seq, s, rows, block.keys, kv)
-            s, shift, visible, counts = _visible_scores(seq, options, block, part, s, scale * (q_b @ centre))
+            s, shift, visible, counts = _visible_scores(seq, block, part, s, scale * (q_b @ centre))
             counted = block.counted[part].to(acc)  # [r]
             if seq.marks is not None:  # a row that does not count may be NaN: 0 times it would be too
                 sees_it = block.counted[part][:, None].expand(-1, n)
@@ -279,8 +275,8 @@ def statistics_backward(
             if visible is not None:
                 deviation.masked_fill_(~visible, 0)
             ds += deviation * (2 * g_av * inverse)[..., None]
-            if options.softcap > 0:
-                ds *= 1 - (s / options.softcap).square()
+            if seq.scores.softcap > 0:
+                ds *= 1 - (s / seq.scores.softcap).square()
                 if seq.marks is not None:
                     ds.masked_fill_(~visible, 0)
             dq[rows, heads] += scale * (ds @ k_f).transpose(0, 1)
