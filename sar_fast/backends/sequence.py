@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.validation import check_ends
-from sar_fast.values import Scores
+from sar_fast.values import Call, Scores
 
 
 def dense_last(x: Tensor) -> Tensor:
@@ -86,47 +86,28 @@ class Sequence:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 
-def dense_sequences(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visual_mask: Tensor | None,
-    text_mask: Tensor | None,
-    prior: Tensor | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-) -> Iterator[Sequence]:
-    """The samples of a dense (B, S, H, D) batch."""
-    at = lambda t, b: None if t is None else t[b]
-    for b in range(q.shape[0]):
-        mask = None if attn_mask is None else attn_mask[b if attn_mask.shape[0] > 1 else 0, 0]
-        yield Sequence(
-            q[b], k[b], v[b], at(visual_mask, b), at(text_mask, b), at(prior, b), at(key_padding_mask, b), mask
-        )
+def sequences_of(call: Call) -> list[Sequence]:
+    """The samples of a dense call, or the sequences of a packed one."""
+    return list(_packed_sequences(call) if call.packed else _dense_sequences(call))
 
 
-def packed_sequences(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visual_mask: Tensor | None,
-    text_mask: Tensor | None,
-    prior: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlens: tuple[int, int],
-) -> Iterator[Sequence]:
-    """The sequences of a packed (total, H, D) call; ``max_seqlens`` are the longest query and key lengths claimed."""
-    part = lambda t, a, b: None if t is None else t[a:b]
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    check_ends("q", q_ends, q.shape[0], max_seqlens[0])  # the ends are on the host here anyway
-    check_ends("k", k_ends, k.shape[0], max_seqlens[1])
+def _dense_sequences(call: Call) -> Iterator[Sequence]:
+    q, k, v = (dense_last(x) for x in (call.q, call.k, call.v))
+    at = lambda x, b: None if x is None else x[b]
+    for b in range(call.batch_size):
+        mask = call.attn_mask
+        mask = None if mask is None else mask[b if mask.shape[0] > 1 else 0, 0]
+        roles = [None] * 3 if call.roles is None else [x[b] for x in call.roles]
+        yield Sequence(q[b], k[b], v[b], call.scores, *roles, at(call.key_padding_mask, b), mask)
+
+
+def _packed_sequences(call: Call) -> Iterator[Sequence]:
+    q, k, v = (dense_last(x) for x in (call.q, call.k, call.v))
+    q_ends, k_ends = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    check_ends("q", q_ends, q.shape[0], call.max_seqlens[0])  # the ends are on the host here anyway
+    check_ends("k", k_ends, k.shape[0], call.max_seqlens[1])
     for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:]):
-        yield Sequence(
-            q[q0:q1],
-            k[k0:k1],
-            v[k0:k1],
-            part(visual_mask, k0, k1),
-            part(text_mask, q0, q1),
-            part(prior, k0, k1),
-        )
+        roles = [None] * 3
+        if call.roles is not None:
+            roles = call.roles.visual[k0:k1], call.roles.text[q0:q1], call.roles.prior[k0:k1]
+        yield Sequence(q[q0:q1], k[k0:k1], v[k0:k1], call.scores, *roles)
