@@ -97,6 +97,9 @@ class HostLoop:
                     _attend_backward(torch_backend, marked, given, grads, statistics)
         return dq.to(q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), dprior
 
+    def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
+        return None
+
     def decode(
         self,
         q: Tensor,

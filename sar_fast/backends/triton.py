@@ -100,6 +100,16 @@ class Triton:
         )
         return *grads, empty if dprior is None else dprior
 
+    def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
+        """With the chosen keys' indicator for a prior, semantic alignment is the mean mass."""
+        from sar_kernels import attention as kernels
+
+        q, k, _ = _dense_qkv(call)
+        roles = call.roles._replace(prior=chosen.to(lse.dtype))
+        layout = {"options": _attention_options(call.scores), **_layout(call)}
+        _, means, _, count = kernels.attention_statistics(q, k, lse, *roles, weights=_weight_options(Equal()), **layout)
+        return means * count[:, None]
+
     def decode(
         self,
         q: Tensor,

@@ -7,21 +7,17 @@ v through them. Only :class:`HeadScales` has something to learn.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sar_fast.scalars import is_integer, kind, number
 from sar_fast.values import Statistics, StatisticsWithRows
-
-if TYPE_CHECKING:
-    from sar_fast.weighting.rows import RowStatistic
+from sar_fast.weighting.rows import Entropy, Mass, RowStatistic, ScoreSum
 
 STATISTICS = ("sav", "av", "sa")
-ROW_STATISTICS = {"mass": "Mass", "entropy": "Entropy", "score_sum": "ScoreSum"}  # their classes in weighting.rows
+ROW_STATISTICS = {s.name: s for s in (Mass(), Entropy(), ScoreSum())}  # one each: a compiled graph knows it by its id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,15 +227,7 @@ def _read(statistics: Statistics | StatisticsWithRows, by: str) -> Tensor:
 
 def _row_statistics(by: str) -> tuple[RowStatistic, ...]:
     """The row statistic of that name; none for AV, SA and SAV."""
-    return () if by in STATISTICS else (_row_statistic(by),)
-
-
-@functools.cache
-def _row_statistic(name: str) -> RowStatistic:
-    """One for all rules: a compiled graph knows a statistic by its identity."""
-    from sar_fast.weighting import rows  # only rules that ask for one need it
-
-    return getattr(rows, ROW_STATISTICS[name])()
+    return () if by in STATISTICS else (ROW_STATISTICS[by],)
 
 
 def _check_by(by: object) -> None:
