@@ -125,7 +125,7 @@ class HostLoop:
             for b in range(q.shape[0]):
                 scale_heads_(result.out[b], c[b])
         if sums is not None:
-            for kept, new in zip(sums, result.statistics.sums()):
+            for kept, new in zip(sums[:3], result.statistics.sums()):
                 kept.copy_(new)
         return result
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from sar_fast.scalars import is_integer, kind, number
 from sar_fast.values import Statistics, StatisticsWithRows
-from sar_fast.weighting.rows import Entropy, Mass, RowStatistic, ScoreSum
+from sar_fast.weighting.rows import BY_NAME, RowStatistic
 
 STATISTICS = ("sav", "av", "sa")
-ROW_STATISTICS = {s.name: s for s in (Mass(), Entropy(), ScoreSum())}  # one each: a compiled graph knows it by its id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,11 +226,11 @@ def _read(statistics: Statistics | StatisticsWithRows, by: str) -> Tensor:
 
 def _row_statistics(by: str) -> tuple[RowStatistic, ...]:
     """The row statistic of that name; none for AV, SA and SAV."""
-    return () if by in STATISTICS else (ROW_STATISTICS[by],)
+    return () if by in STATISTICS else (BY_NAME[by],)
 
 
 def _check_by(by: object) -> None:
-    known = (*STATISTICS, *ROW_STATISTICS)
+    known = (*STATISTICS, *BY_NAME)
     if not isinstance(by, str) or by not in known:
         raise ValueError(f"by must be one of {', '.join(map(repr, known))}; got {by!r}")
 

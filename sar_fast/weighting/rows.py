@@ -241,6 +241,14 @@ def check_row_statistics(statistics: object) -> tuple[RowStatistic, ...]:
     return tuple(statistics)
 
 
+def recorded_rows(statistics: object, records: bool) -> tuple[RowStatistic, ...]:
+    """The row statistics that a caller wants to be returned; ``ValueError`` where nothing is."""
+    found = check_row_statistics(statistics)
+    if found and not records:
+        raise ValueError("row_statistics must come with return_stats=True, which returns them; got return_stats=False")
+    return found
+
+
 def all_row_statistics(weighting: object, recorded: tuple[RowStatistic, ...] = ()) -> tuple[RowStatistic, ...]:
     """What a rule asks for and what is to be recorded, each once."""
     own = getattr(weighting, "row_statistics", ())
@@ -257,3 +265,24 @@ def find_row_statistic(key: str) -> RowStatistic:
     if statistic is None:
         raise RuntimeError(f"row statistic {key!r} is gone; a rule must hold what a compiled graph computes with")
     return statistic
+
+
+BY_NAME = {statistic.name: statistic for statistic in (Mass(), Entropy(), ScoreSum())}  # of the whole picture
+
+
+def named(statistics: object) -> tuple[RowStatistic, ...]:
+    """Row statistics of which those of the whole picture may be given by name: "mass", "entropy", "score_sum"."""
+    if isinstance(statistics, str) or not isinstance(statistics, (tuple, list)):
+        raise TypeError(f"row_statistics must be a tuple of names or RowStatistic; got {type(statistics).__name__}")
+    unknown = [s for s in statistics if isinstance(s, str) and s not in BY_NAME]
+    if unknown:
+        raise ValueError(f"row_statistics: {unknown[0]!r} is not known by name; known are {', '.join(BY_NAME)}")
+    return check_row_statistics(tuple(BY_NAME[s] if isinstance(s, str) else s for s in statistics))
+
+
+def names_of(statistics: tuple[RowStatistic, ...]) -> list[str]:
+    """What :func:`named` inverts; ``ValueError`` for one that has no name there."""
+    for statistic in statistics:
+        if BY_NAME.get(statistic.name) is not statistic:
+            raise ValueError(f"row_statistics: {statistic!r} cannot be written by name; known are {', '.join(BY_NAME)}")
+    return [statistic.name for statistic in statistics]

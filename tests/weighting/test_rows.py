@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sar_fast.backends import statistics as statistics_module
-from sar_fast.row_statistics import row_means, row_statistics
-from sar_fast.values import Call, Roles
+from sar_fast.row_statistics import join_rows, row_statistics, row_sums
+from sar_fast.values import Call, Roles, Statistics
 from sar_fast.weighting.rows import Entropy, Mass, ScoreSum
 from tests.weighting.row_cases import (
     PATTERNS,
@@ -265,7 +265,9 @@ def test_means():
     statistics = asked(box_of(call))
     sums = row_statistics(call, lse_of(call), statistics, "torch", differentiable=False)
     count = torch.tensor([5.0, 4.0, 0.0, 0.0]).double()
-    means = row_means(sums, count, statistics)
+    found = join_rows(Statistics(sums[:, 0], sums[:, 0], count), sums, statistics, None)
+    means = found.rows
+    torch.testing.assert_close(row_sums(found, statistics), sums)
     assert list(means) == ["mass", "box", "entropy", "score_sum", "all", "peak"]
     assert torch.equal(means["mass"][:2], sums[:2, 0] / count[:2, None])
     assert torch.equal(means["score_sum"], sums[:, 3])
