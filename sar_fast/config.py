@@ -141,21 +141,22 @@ class SARConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``from_dict`` inverts it.
+        """Plain values; ``from_dict`` inverts it. What the paper's rule has no use for is left out.
 
         Raises:
             ValueError: a ``weighting`` or a row statistic that is not registered, which has no name to write.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if self.weighting is not None:
+        rule, rows = values.pop("weighting"), values.pop("row_statistics")
+        if rule is not None:
             from sar_fast.weighting.registry import weighting_to_dict
 
-            values["weighting"] = weighting_to_dict(self.weighting)
-        if self.row_statistics:
+            values = {**{n: v for n, v in values.items() if n not in _PAPER}, "weighting": weighting_to_dict(rule)}
+        if rows:
             from sar_fast.weighting.rows import names_of
 
-            values["row_statistics"] = names_of(self.row_statistics)
-        return {**values, "row_statistics": list(values["row_statistics"])}
+            values["row_statistics"] = names_of(rows)
+        return values
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles, which find functions by name."""

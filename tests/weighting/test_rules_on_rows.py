@@ -127,7 +127,7 @@ def test_decode_goes_on_from_the_rows_of_the_prompt(backend, mode):
     k_cache[:, :start], v_cache[:, :start] = case.k[:, :start], case.v[:, :start]
     visual, prior = (torch.nn.functional.pad(x, (0, 2)) for x in (case.visual, case.prior))
     if mode == "running":
-        with pytest.raises(ValueError, match=r"state must hold the sums of 3 row statistics .* got 0"):
+        with pytest.raises(ValueError, match=r"state must hold the sums of 3 row statistics, .* got 0"):
             sar_attn_with_kvcache(
                 *(case.q[:, :1], k_cache, v_cache), cache_seqlens=start, visual_mask=visual, prior=prior,
                 state=forgetful, weighting=rule, backend=backend,
