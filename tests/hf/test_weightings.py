@@ -183,7 +183,7 @@ def test_another_rule_on_a_cache_that_holds_pictures_is_an_error():
         token = batch["input_ids"][:, -1:]
         model(input_ids=token, past_key_values=cache)
         handle.reconfigure(SARConfig(activation_layer_k=2, weighting=TopHeads(3)))
-        with pytest.raises(ValueError, match=r"was filled under SARConfig\(rule=TopHeads\(keep=2.* continued under"):
+        with pytest.raises(ValueError, match=r"was filled under SARConfig\(weighting=TopHeads\(keep=2.* continued under"):
             model(input_ids=token, past_key_values=cache)
 
 
