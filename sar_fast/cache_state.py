@@ -24,7 +24,7 @@ SAME_CONFIG = (  # fields of the config that a cache's state depends on
 
 @dataclasses.dataclass
 class Switch:
-    """Whether SAR is on where a cache's state came from; one for a model's every cache, and for their copies."""
+    """Whether weights go on from a cache's state where it came from; one for a model's every cache, and their copies."""
 
     on: bool = True
 
