@@ -24,7 +24,7 @@ SAME_CONFIG = (  # fields of the config that a cache's state depends on
 
 @dataclasses.dataclass
 class Switch:
-    """Whether weights go on from a cache's state where it came from; one for a model's every cache, and their copies."""
+    """Whether weights go on from the state of a cache that came from here; one for all caches of a model, and copies."""
 
     on: bool = True
 
