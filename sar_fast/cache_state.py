@@ -18,13 +18,13 @@ from sar_fast.config import SARConfig
 from sar_fast.types import SARState
 
 SAME_CONFIG = (  # fields of the config that a cache's state depends on
-    "activation_layer_k", "rule", "text_queries", "prior_source", "decode"
+    "activation_layer_k", "rule", "row_statistics", "text_queries", "prior_source", "decode"
 )  # fmt: skip
 
 
 @dataclasses.dataclass
 class Switch:
-    """Whether SAR is on where a cache's state came from; one for a model's every cache, and for their copies."""
+    """Whether weights go on from the state of a cache that came from here; one for a model's caches and their copies."""
 
     on: bool = True
 
@@ -67,7 +67,7 @@ class CacheState:
             return
         if self.config is not None and self.visual_mask is not None:
             other = {
-                name: (getattr(self.config, name), getattr(config, name))
+                "weighting" if name == "rule" else name: (getattr(self.config, name), getattr(config, name))
                 for name in SAME_CONFIG
                 if getattr(self.config, name) != getattr(config, name)
             }

@@ -7,21 +7,16 @@ v through them. Only :class:`HeadScales` has something to learn.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sar_fast.scalars import is_integer, kind, number
 from sar_fast.values import Statistics, StatisticsWithRows
-
-if TYPE_CHECKING:
-    from sar_fast.weighting.rows import RowStatistic
+from sar_fast.weighting.rows import BY_NAME, RowStatistic
 
 STATISTICS = ("sav", "av", "sa")
-ROW_STATISTICS = {"mass": "Mass", "entropy": "Entropy", "score_sum": "ScoreSum"}  # their classes in weighting.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,19 +226,11 @@ def _read(statistics: Statistics | StatisticsWithRows, by: str) -> Tensor:
 
 def _row_statistics(by: str) -> tuple[RowStatistic, ...]:
     """The row statistic of that name; none for AV, SA and SAV."""
-    return () if by in STATISTICS else (_row_statistic(by),)
-
-
-@functools.cache
-def _row_statistic(name: str) -> RowStatistic:
-    """One for all rules: a compiled graph knows a statistic by its identity."""
-    from sar_fast.weighting import rows  # only rules that ask for one need it
-
-    return getattr(rows, ROW_STATISTICS[name])()
+    return () if by in STATISTICS else (BY_NAME[by],)
 
 
 def _check_by(by: object) -> None:
-    known = (*STATISTICS, *ROW_STATISTICS)
+    known = (*STATISTICS, *BY_NAME)
     if not isinstance(by, str) or by not in known:
         raise ValueError(f"by must be one of {', '.join(map(repr, known))}; got {by!r}")
 

@@ -59,6 +59,11 @@ def name_of(weighting: object) -> str:
     return getattr(weighting, "__name__", type(weighting).__name__)
 
 
+def where(weighting: object, layer: int | None) -> str:
+    """A rule's name, and the layer's, for messages."""
+    return name_of(weighting) if layer is None else f"{name_of(weighting)}, layer {layer},"
+
+
 def no_statistics(batch: int, heads: int, like: Tensor, dtype: torch.dtype) -> Statistics:
     """What a rule that needs no statistics is called with: NaN, so that one which uses them all the same shows."""
     nothing = torch.full((), torch.nan, dtype=dtype, device=like.device)
@@ -71,7 +76,12 @@ def head_weights(weighting: Weighting, statistics: Statistics, layer: int | None
     Raises:
         TypeError, ValueError: naming the rule and what it returned. Its values are looked at where c is used.
     """
-    c = weighting(statistics, layer)
+    device = statistics.av.device.type
+    if torch.is_autocast_enabled(device):  # its dtype would round fp32 statistics
+        with torch.autocast(device, enabled=False):
+            c = weighting(statistics, layer)
+    else:
+        c = weighting(statistics, layer)
     batch, heads = statistics.av.shape
     rule = f"weighting: {name_of(weighting)}"
     if not isinstance(c, Tensor):
