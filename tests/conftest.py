@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def _no_backend_from_the_environment(monkeypatch):
 @pytest.fixture(scope="session")
 def _threads():
     return torch.get_num_threads()
+
+
+@pytest.fixture
+def own_rule_names(monkeypatch):
+    """Rules that a test registers or loads are gone after it."""
+    from sar_fast.weighting import registry
+
+    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("sar_fast_weighting_"):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from sar_fast.weighting import (
 )
 from sar_fast.weighting.registry import registered, weighting_to_dict
 
+pytestmark = pytest.mark.usefixtures("own_rule_names")
+
 SHIPPED = {
     "softmax": SoftmaxOverHeads(0.25, False, "standardize"),
     "equal": Equal(),
@@ -59,17 +61,6 @@ square = Power(2.0)
 number = 3
 LOADED = "LOADED" in globals()
 """
-
-
-@pytest.fixture(autouse=True)
-def _own_names(monkeypatch):
-    """What a test registers or loads is gone after it."""
-    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.startswith("sar_fast_weighting_"):
-            del sys.modules[name]
 
 
 @pytest.fixture
