@@ -45,6 +45,14 @@ Normalize = Annotated[
         "visual tokens. Default: none.",
     ),
 ]
+WeightingRule = Annotated[
+    str | None,
+    typer.Option(
+        "--weighting",
+        help="Another rule for the heads' weights, in place of --beta and --normalize: a NAME, FILE.py:NAME, "
+        '{"name": ..., "options": {...}}, or a folder that train.py saved.',
+    ),
+]
 Decode = Annotated[
     str | None,
     typer.Option(
@@ -73,9 +81,8 @@ def make_folder(output_dir: Path) -> None:
 
 def check_sar(k: int | None, **given: Any) -> None:
     """What can be wrong with the options of SAR whatever the model is, before one is loaded."""
-    fields = {"activation_layer_k": k, **given}
     try:
-        SARConfig(**{name: value for name, value in fields.items() if value is not None})
+        SARConfig(**_fields({"activation_layer_k": k, **given})).to_dict()  # as results keep it
     except (ValueError, TypeError) as error:
         raise UserError.of(error) from error
 
@@ -84,14 +91,25 @@ def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:
     """The configuration that the options ask for, tried on the model; an option left at None takes its default."""
     from sar_fast.analysis.recording import attention_layers
     from sar_fast.integrations.hf import apply_sar
+    from sar_fast.sar_flags import rule_on
 
-    fields = {name: value for name, value in given.items() if value is not None}
     try:
         if k is None:
             k = min(SARConfig().activation_layer_k, max(1, attention_layers(model) // 2))
-        config = SARConfig(activation_layer_k=k, **fields)
+        config = rule_on(SARConfig(activation_layer_k=k, **_fields(given, model.config)), model.device)
         with apply_sar(model, config) as handle:
             handle.describe()  # chooses the backend, or says why it cannot run here
     except (ValueError, TypeError) as error:
         raise UserError.of(error) from error
     return config
+
+
+def _fields(given: dict[str, Any], model_config: Any = None) -> dict[str, Any]:
+    """The options that are given, as fields of ``SARConfig``; a rule by its name or file is found."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    if "weighting" in fields:
+        from sar_fast.sar_flags import find_rule, refuse_papers
+
+        refuse_papers("--weighting", [f"--{name}" for name in ("beta", "normalize") if name in fields])
+        fields["weighting"] = find_rule(fields["weighting"], model_config)
+    return fields
