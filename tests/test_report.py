@@ -161,6 +161,10 @@ def test_shares_and_head_average():
     rows = torch.tensor([[0.2, 0.0], [0.0, 0.4]])
     torch.testing.assert_close(overlay.head_average(rows), torch.tensor([0.1, 0.2]))
     torch.testing.assert_close(overlay.head_average(rows, torch.tensor([3.0, 1.0])), torch.tensor([0.15, 0.1]))
+    torch.testing.assert_close(overlay.head_average(rows, torch.tensor([3.0, -1.0])), torch.tensor([0.15, 0.1]))
+    nothing = overlay.head_average(rows, torch.zeros(2))  # every head is held back
+    assert torch.equal(nothing, torch.zeros(2))
+    assert overlay.share_on_mask(np.zeros((8, 8), dtype=np.float32), mask) == 0
 
 
 def test_overlays_share_a_scale():

@@ -19,13 +19,14 @@ LONGEST = 40  # characters
 
 
 def rule_settings(spec: str, config: SARConfig) -> dict[str, Any]:
-    """``config.to_dict()``, and of a rule that lies on disk its content: the same names may hold another one.
+    """``config.to_dict()`` of a config with the rule that ``spec`` names, and what tells it from others of that name.
 
     A file goes by its last name, as it may move; ``file`` is a hash of its bytes, ``state`` one of parameters.
     """
     values = config.to_dict()
     rule = values["weighting"]
-    if (file := _file_of(spec)) is not None:
+    file = next(filter(None, map(_file_of, (_parts(spec)[0], rule["name"]))), None)
+    if file is not None:
         rule |= {"name": Path(rule["name"]).name, "file": file_stamp(file)}
     if isinstance(config.weighting, nn.Module) and (state := config.weighting.state_dict()):
         rule |= {"state": state_stamp(state)}
@@ -62,7 +63,7 @@ def _parts(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return spec["name"], spec.get("options") or {}
 
 
-def _file_of(spec: str) -> Path | None:
-    """The file of ``FILE.py:NAME``; None for other rules."""
-    path, colon, _ = _parts(spec)[0].rpartition(":")
-    return Path(path) if colon else None
+def _file_of(name: str) -> Path | None:
+    """The file of a rule that is called ``FILE.py:NAME``; None for others."""
+    path, colon, _ = name.rpartition(":")
+    return Path(path) if colon and Path(path).is_file() else None

@@ -19,7 +19,7 @@ from sar_fast.evaluation.arguments import parse
 from sar_fast.evaluation.models import load, sar_config_of, start_processes
 from sar_fast.evaluation.results import METADATA, differences, read_json, write_json
 from sar_fast.evaluation.rules import rule_label, rule_settings, rule_slug
-from sar_fast.evaluation.stamps import state_stamp
+from sar_fast.evaluation.stamps import file_stamp, state_stamp
 from sar_fast.evaluation.tables import open_table
 from sar_fast.evaluation.tasks import TaskOptions, find_task
 from sar_fast.experiment_arguments import expand
@@ -217,6 +217,17 @@ def test_a_changed_file_does_not_continue_a_moved_one_does(tmp_path, rules):
     moved.write_text(RULES.replace("0.25", "0.5"))
     with pytest.raises(ValueError, match=r'sar\.weighting\.file was "\w+", now "\w+"'):
         benchmark.run(ruled(out, f"{moved}:halves"))
+
+
+def test_a_file_that_registers_its_rule_is_stamped(rules):
+    """It is known by the other name then."""
+    rules.write_text(
+        f"{RULES}\nfrom sar_fast.weighting import register_weighting\nregister_weighting('mine', halves)\n"
+    )
+    arguments = ruled("x", f"{rules}:halves")
+    found = rule_settings(arguments.sar_weighting, sar_config_of(arguments))["weighting"]
+    assert (found["name"], found["file"]) == ("mine", file_stamp(rules))
+    assert "file" not in rule_settings("equal", SARConfig(weighting=Equal()))["weighting"]
 
 
 def test_other_parameters_do_not_continue(rules):
