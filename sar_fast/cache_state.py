@@ -18,7 +18,7 @@ from sar_fast.config import SARConfig
 from sar_fast.types import SARState
 
 SAME_CONFIG = (  # fields of the config that a cache's state depends on
-    "activation_layer_k", "rule", "text_queries", "prior_source", "decode"
+    "activation_layer_k", "rule", "row_statistics", "text_queries", "prior_source", "decode"
 )  # fmt: skip
 
 

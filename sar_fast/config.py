@@ -14,6 +14,7 @@ from sar_fast.scalars import is_integer, kind, number, plain
 
 if TYPE_CHECKING:
     from sar_fast.weighting import Weighting
+    from sar_fast.weighting.rows import RowStatistic
 
 Normalize = Literal["none", "standardize"]
 TextQueries = Literal["after_last_image", "after_first_image"]
@@ -66,6 +67,8 @@ class SARConfig:
         record_rows: ``"last_text"`` keeps, per layer, each head's attention of the last text query over the visual
             keys in ``handle.rows``, without eager attention; ``"none"`` costs nothing.
         weighting: any other rule for the heads' weights (docs/weighting.md), in place of the three options above.
+        row_statistics: with ``record``, statistics to be kept beside AV and SA (docs/row_statistics.md), as objects or
+            by name: "mass", "entropy", "score_sum".
     """
 
     activation_layer_k: int = 10
@@ -80,6 +83,7 @@ class SARConfig:
     record: bool = False
     record_rows: RecordRows = "none"
     weighting: Weighting | None = None
+    row_statistics: tuple[RowStatistic, ...] = ()
 
     def __post_init__(self) -> None:
         k = plain(self.activation_layer_k)
@@ -89,6 +93,7 @@ class SARConfig:
             raise ValueError(f"activation_layer_k must be >= 0; got {k}")
         object.__setattr__(self, "activation_layer_k", k)  # Python's numbers, which JSON can hold
         self._check_rule()
+        self._check_rows()
         for name in ("sav_grad", "record"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool; got {kind(getattr(self, name))}")
@@ -112,6 +117,16 @@ class SARConfig:
         if not isinstance(self.protect_first_head, bool):
             raise TypeError(f"protect_first_head must be a bool; got {kind(self.protect_first_head)}")
 
+    def _check_rows(self) -> None:
+        if isinstance(self.row_statistics, (tuple, list)) and not self.row_statistics:
+            object.__setattr__(self, "row_statistics", ())
+            return
+        from sar_fast.weighting.rows import named
+
+        object.__setattr__(self, "row_statistics", named(self.row_statistics))
+        if not self.record:
+            raise ValueError("row_statistics must come with record=True, which keeps them; got record=False")
+
     @functools.cached_property
     def rule(self) -> Weighting:
         """How statistics become weights: ``weighting``, or the paper's rule with its options."""
@@ -126,16 +141,21 @@ class SARConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``from_dict`` inverts it.
+        """Plain values; ``from_dict`` inverts it. What the paper's rule has no use for is left out.
 
         Raises:
-            ValueError: a ``weighting`` that is not registered, which has no name to write.
+            ValueError: a ``weighting`` or a row statistic that is not registered, which has no name to write.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if self.weighting is not None:
+        rule, rows = values.pop("weighting"), values.pop("row_statistics")
+        if rule is not None:
             from sar_fast.weighting.registry import weighting_to_dict
 
-            values["weighting"] = weighting_to_dict(self.weighting)
+            values = {**{n: v for n, v in values.items() if n not in _PAPER}, "weighting": weighting_to_dict(rule)}
+        if rows:
+            from sar_fast.weighting.rows import names_of
+
+            values["row_statistics"] = names_of(rows)
         return values
 
     def __getstate__(self) -> dict[str, Any]:

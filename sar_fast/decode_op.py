@@ -77,7 +77,7 @@ def decode(
     out, lse, av, sa, used, count = torch.ops.sar_fast.decode(
         *(q, cache.k, cache.v, cache.new_k, cache.new_v, seqlens, length, cache.block_table),
         *(roles or (None, None, None)),
-        *(sums or (None, None, None)),
+        *(sums or (None, None, None))[:3],
         *(c, scores.scale, scores.causal, *scores.window, scores.softcap),
         *(*flatten(rule or Equal()), backend.name, need_lse),
     )

@@ -14,10 +14,12 @@ from sar_fast.backends.select import choose_backend
 from sar_fast.config import SARConfig
 from sar_fast.distributed import Shards
 from sar_fast.functional import autocast_inputs
+from sar_fast.row_statistics import row_sums
 from sar_fast.types import SARState, SARStats
 from sar_fast.values import Call, Sums
 from sar_fast.weighting.constant import Fixed
 from sar_fast.weighting.protocol import needs_statistics
+from sar_fast.weighting.rows import all_row_statistics
 from sar_fast.weighting.split import split_over
 
 
@@ -52,19 +54,23 @@ def attend_with_state(
     call = dataclasses.replace(call, q=q, k=k, v=v)
     backend = choose_backend(config.backend, Request.of(call))
     rule = split_over(config.rule, shards)
-    counted = needs_statistics(rule)
+    counted, recorded = needs_statistics(rule), config.row_statistics if keep_stats else ()
     attend = functools.partial(ops.attention, backend=backend, layer=layer, need_lse=keep_stats)
     if frozen and counted:
         result = attend(call, Fixed.of(past.head_weights))._replace(statistics=past.sums.means())
     else:
         if past is not None and counted and config.decode != "step":
             keep = torch.ones_like(past.count) if carried_rows is None else carried_rows
-            sums = past.av_sum * keep[:, None], past.sa_sum * keep[:, None], past.count * keep
-            call = dataclasses.replace(call, carried=Sums(*sums))
+            rows = past.row_sums * keep[:, None, None] if past.row_sums.shape[1] else None
+            sums = Sums(past.av_sum * keep[:, None], past.sa_sum * keep[:, None], past.count * keep, rows)
+            call = dataclasses.replace(call, carried=sums)
         how = {"sav_grad": config.sav_grad, "need_stats": keep_stats, "check_prior": check_prior}
-        result = attend(call, rule, **how)
+        result = attend(call, rule, recorded=recorded, **how)
         if counted:
-            av, sa, count = result.statistics
-            past = SARState.from_means(av, sa, result.c, count)
+            found = result.statistics
+            past = SARState.from_means(found.av, found.sa, result.c, found.count)
+            asked = all_row_statistics(rule, recorded)
+            if asked:
+                past.row_sums = row_sums(found, asked).detach().to(torch.float32)
     stats = SARStats.of(result, backend.name).detach() if keep_stats else None
     return result.out, stats, past

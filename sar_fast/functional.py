@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ from sar_fast.config import check_choice
 from sar_fast.distributed import Shards
 from sar_fast.head_scaling import scale_heads
 from sar_fast.kvcache import Cache, check_cache
+from sar_fast.row_statistics import join_rows, row_sums
+from sar_fast.row_statistics import row_statistics as row_statistics_of
 from sar_fast.types import SARState, SARStats
 from sar_fast.values import Call, Result, Roles, Scores
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics
+from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
 from sar_fast.weighting.softmax import Lowered, choose_weighting
 from sar_fast.weighting.split import refuse_split_queries, split_over
 
@@ -52,6 +56,7 @@ def sar_attn_func(
     sav_grad: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
+    row_statistics: Sequence[RowStatistic] = (),
     attn_mask: Tensor | None = None,
     shards: Shards | None = None,
 ) -> Tensor | tuple[Tensor, SARStats]:
@@ -77,6 +82,7 @@ def sar_attn_func(
             weighting's own parameters get their gradients either way.
         backend: ``"auto"``, ``"triton"``, ``"composed"`` or ``"torch"``; ``SAR_BACKEND`` replaces ``"auto"``.
         return_stats: also return the statistics.
+        row_statistics: with ``return_stats``, others beside AV and SA to be returned (docs/row_statistics.md).
         attn_mask: (B or 1, 1, Sq, Sk) bool, True = may be seen, for patterns that the options above cannot say.
         shards: q, k and v hold this rank's heads or queries only (:class:`~sar_fast.distributed.Shards`).
 
@@ -93,6 +99,7 @@ def sar_attn_func(
     validation.check_roles(visual_mask, text_mask, prior, q, k, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
     sav_grad = validation.check_flag("sav_grad", sav_grad)
     return_stats = validation.check_flag("return_stats", return_stats)
+    recorded = recorded_rows(row_statistics, return_stats)
     rule = split_over(choose_weighting(weighting, beta, protect_first_head, normalize), shards)
     scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
@@ -100,7 +107,9 @@ def sar_attn_func(
     roles = Roles(visual_mask, text_mask, prior)
     call = Call(*autocast_inputs(q, k, v), scores, roles, key_padding_mask, attn_mask)
     chosen = choose_backend(backend, Request.of(call))
-    result = ops.attention(call, rule, chosen, sav_grad=sav_grad, need_lse=return_stats, need_stats=return_stats)
+    result = ops.attention(
+        call, rule, chosen, sav_grad=sav_grad, need_lse=return_stats, need_stats=return_stats, recorded=recorded
+    )
     return (result.out, SARStats.of(result, chosen.name)) if return_stats else result.out
 
 
@@ -127,6 +136,7 @@ def sar_attn_varlen_func(
     sav_grad: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
+    row_statistics: Sequence[RowStatistic] = (),
     shards: Shards | None = None,
 ) -> Tensor | tuple[Tensor, SARStats]:
     """:func:`sar_attn_func` on sequences packed without padding; statistics are per sequence.
@@ -147,6 +157,7 @@ def sar_attn_varlen_func(
     validation.check_prior(prior, (total_k,), device)
     sav_grad = validation.check_flag("sav_grad", sav_grad)
     return_stats = validation.check_flag("return_stats", return_stats)
+    recorded = recorded_rows(row_statistics, return_stats)
     rule = split_over(choose_weighting(weighting, beta, protect_first_head, normalize), shards)
     scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
@@ -162,7 +173,9 @@ def sar_attn_varlen_func(
         max_seqlens=max_seqlens,
     )
     chosen = choose_backend(backend, Request.of(call))
-    result = ops.attention(call, rule, chosen, sav_grad=sav_grad, need_lse=return_stats, need_stats=return_stats)
+    result = ops.attention(
+        call, rule, chosen, sav_grad=sav_grad, need_lse=return_stats, need_stats=return_stats, recorded=recorded
+    )
     return (result.out, SARStats.of(result, chosen.name)) if return_stats else result.out
 
 
@@ -242,7 +255,7 @@ def sar_attn_with_kvcache(
     if state is None:
         if decode == "prompt" and needs_statistics(rule):
             raise ValueError('state must hold the prompt\'s weights for decode="prompt"; got None')
-        state = SARState.empty(q.shape[0], q.shape[2], q.device)
+        state = SARState.empty(q.shape[0], q.shape[2], q.device, rule)
     if not isinstance(state, SARState):
         raise TypeError(f"state must be a SARState or None; got {type(state).__name__}")
     B, Sq, H, _ = q.shape
@@ -252,6 +265,12 @@ def sar_attn_with_kvcache(
         text_mask = torch.ones(B, Sq, dtype=torch.bool, device=q.device)
     validation.check_mask("text_mask", text_mask, (B, Sq), q.device)
     check_state(state, B, H, q.device, written=decode == "running")
+    rows = len(all_row_statistics(rule))
+    if decode == "running" and state.row_sums.shape[1] != rows:
+        raise ValueError(
+            f"state must hold the sums of {rows} row statistics, for which weighting asks, as SARState.empty(..., "
+            f"weighting=rule) and SARState.from_stats(stats, rule) do; got {state.row_sums.shape[1]}"
+        )
     scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
@@ -293,9 +312,35 @@ def _decode(
     sums = state.sums if mode == "running" else None
     if isinstance(rule, Lowered):
         return decode(roles=roles, sums=sums, rule=rule)
-    result = decode(roles=roles, sums=sums, rule=Equal())
+    asked = all_row_statistics(rule)
+    before = None if sums is None else sums._replace(count=sums.count.clone())
+    result = decode(roles=roles, sums=sums, rule=Equal(), need_lse=need_stats or bool(asked))
+    if asked:
+        rows = _row_sums_over_cache(q, cache, scores, roles, result.lse, asked, backend)
+        result = result._replace(statistics=join_rows(result.statistics, rows, asked, before))
+        if sums is not None:
+            state.row_sums = row_sums(result.statistics, asked).to(torch.float32)
     c = head_weights(rule, result.statistics, None)
     return result._replace(out=scale_heads(result.out, c, None, name_of(rule)), c=c)
+
+
+def _row_sums_over_cache(
+    q: Tensor,
+    cache: Cache,
+    scores: Scores,
+    roles: Roles,
+    lse: Tensor,
+    asked: tuple[RowStatistic, ...],
+    backend: Backend,
+) -> Tensor:
+    """(B, R, H) of a cache that holds the new keys by now, a sample at a time: a GPU is waited for."""
+    lengths = [n + cache.new for n in cache.host_lengths()]
+    found = []
+    for b, (k, v) in enumerate(cache.sequences(lengths)):
+        own = Roles(roles.visual[b, None, : lengths[b]], roles.text[b, None], roles.prior[b, None, : lengths[b]])
+        call = Call(q[b, None], k[None], v[None], scores, own)
+        found.append(row_statistics_of(call, lse[b, None], asked, backend.name, differentiable=False))
+    return torch.cat(found) if found else lse.new_zeros(0, len(asked), q.shape[2])
 
 
 def check_state(state: SARState, batch: int, heads: int, device: torch.device, *, written: bool) -> None:

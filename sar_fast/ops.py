@@ -7,9 +7,6 @@ are made flat here, and nowhere else.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,10 +15,12 @@ from sar_fast import value_checks
 from sar_fast.backends.protocol import Backend
 from sar_fast.backends.select import BACKENDS
 from sar_fast.head_scaling import scale_heads
-from sar_fast.validation import UNKNOWN_LENGTH
+from sar_fast.row_statistics import join_rows, row_statistics
+from sar_fast.tracing import distinct, longest, no_autocast
 from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics
+from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, where
+from sar_fast.weighting.rows import RowStatistic, all_row_statistics
 from sar_fast.weighting.softmax import Lowered, SoftmaxOverHeads, flatten, unflatten
 from sar_fast.weighting.split import Split, refuse_split_queries
 
@@ -69,29 +68,10 @@ def _call_of(
     """What :func:`_tensors` and :func:`_options` made flat."""
     scale, causal, left, right, softcap, beta, protect, normalize, backend = options
     roles = None if visual is None else Roles(visual, text, prior)
-    longest = _longest(max_seqlens[0], cu_q, q.shape[0]), _longest(max_seqlens[1], cu_k, k.shape[0])
+    lengths = longest(max_seqlens[0], cu_q, q.shape[0]), longest(max_seqlens[1], cu_k, k.shape[0])
     scores = Scores(scale, causal, (left, right), softcap)
-    call = Call(q, k, v, scores, roles, key_padding_mask, attn_mask, cu_q, cu_k, longest)
+    call = Call(q, k, v, scores, roles, key_padding_mask, attn_mask, cu_q, cu_k, lengths)
     return call, unflatten(beta, protect, normalize), BACKENDS[backend]
-
-
-def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
-    """Inputs are cast before the operator; inside, autocast would round the fp32 statistics to its dtype."""
-    device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
-def _longest(known: int, cu_seqlens: Tensor | None, tokens: int) -> int:
-    """The longest sequence, where a traced graph could not read what the caller gave for it.
-
-    Not simply the packed length, which is an upper bound too: what kernels allocate per sequence grows with it (second
-    moments by 64 KiB per head and 2,048 tokens). Only a captured graph, which cannot look, takes it.
-    """
-    if known != UNKNOWN_LENGTH:
-        return known
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return tokens
-    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
@@ -106,7 +86,7 @@ def _forward_impl(
     call.carried = None if av_sum is None else Sums(av_sum, sa_sum, count)
     if prior is not None and check_prior:
         value_checks.check_prior_values(prior, wait=chosen.waits)
-    with _no_autocast(q):
+    with no_autocast(q):
         out, lse, statistics, c = chosen.forward(call, rule, need_lse=need_lse)
     return out, lse, statistics.av, statistics.sa, c, statistics.count
 
@@ -157,7 +137,7 @@ def _backward_impl(
     value_checks.raise_arrived()
     _check_results(call, grad_out, result)
     through = None if grad_av is None else (grad_av, grad_sa, grad_c)
-    with _no_autocast(q):
+    with no_autocast(q):
         return chosen.backward(call, rule, grad_out, result, through)
 
 
@@ -199,22 +179,13 @@ class SARAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, _grad_lse, grad_av, grad_sa, grad_c, _grad_count):
         through = (grad_av, grad_sa, grad_c) if ctx.sav_grad else (None, None, None)
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
         dq, dk, dv, dprior = torch.ops.sar_fast.attention_backward(
-            grad_out.contiguous(), *ctx.saved_tensors, *through, *ctx.options, *ctx.max_seqlens
+            grad_out.contiguous(), *saved, *through, *ctx.options, *ctx.max_seqlens
         )
-        prior = ctx.saved_tensors[5]
+        prior = saved[5]
         dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[5] else None
         return (dq, dk, dv, None, None, dprior) + (None,) * 8
-
-
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, each once: ``torch.compile`` refuses an autograd function that is given one twice."""
-    if not torch.compiler.is_compiling():
-        return list(tensors)
-    seen: list[Tensor | None] = []
-    for t in tensors:
-        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
-    return seen
 
 
 def attention(
@@ -226,6 +197,7 @@ def attention(
     sav_grad: bool = False,
     need_lse: bool = False,
     need_stats: bool = False,
+    recorded: tuple[RowStatistic, ...] = (),
     check_prior: bool = True,
 ) -> Result:
     """A validated call on a chosen backend.
@@ -238,25 +210,35 @@ def attention(
         layer: what the rule is told of where it is.
         sav_grad: gradients also flow through the statistics that the rule is given.
         need_stats: statistics are wanted even if the rule needs none.
+        recorded: row statistics that are wanted beside those that the rule asks for.
         check_prior: False: the caller knows its values to be finite and non-negative, so that no GPU is waited for.
     """
     if weighting is None:
-        return _run(dataclasses.replace(call, roles=None), Equal(), backend, need_lse=need_lse)
-    how = {"sav_grad": sav_grad, "need_lse": need_lse, "check_prior": check_prior}
-    if isinstance(weighting, (SoftmaxOverHeads, Equal)):
-        return _run(call, weighting, backend, **how)
+        return _run(call.plain(), Equal(), backend, need_lse=need_lse)
     if call.carried is not None:
         refuse_split_queries(weighting)
-    if call.roles is not None and (need_stats or needs_statistics(weighting)):
-        out, lse, statistics, _ = _run(call, Equal(), backend, **how)
+    how = {"sav_grad": sav_grad, "check_prior": check_prior}
+    asked = all_row_statistics(weighting, recorded)
+    lowered = isinstance(weighting, (SoftmaxOverHeads, Equal))
+    if lowered and not asked:
+        return _run(call, weighting, backend, need_lse=need_lse, **how)
+    if call.roles is not None and (need_stats or asked or needs_statistics(weighting)):
+        rule = weighting if lowered else Equal()
+        result = _run(call, rule, backend, need_lse=need_lse or bool(asked), **how)
+        statistics = result.statistics
+        if asked:
+            sums = row_statistics(call, result.lse, asked, backend.name, differentiable=sav_grad)
+            statistics = join_rows(statistics, sums, asked, call.carried)
+        if lowered:
+            return result._replace(statistics=statistics)
         if isinstance(weighting, Split):
             statistics = weighting.over_all_queries(statistics)
     else:
-        out, lse, *_ = _run(dataclasses.replace(call, roles=None), Equal(), backend, need_lse=need_lse)
+        result = _run(call.plain(), Equal(), backend, need_lse=need_lse)
         statistics = no_statistics(call.batch_size, call.num_heads, call.q, call.accumulate_dtype)
     c = head_weights(weighting, statistics, layer)
-    rule = name_of(weighting) if layer is None else f"{name_of(weighting)}, layer {layer},"
-    return Result(scale_heads(out, c, call.cu_seqlens_q, rule), lse, statistics, c)
+    out = scale_heads(result.out, c, call.cu_seqlens_q, where(weighting, layer))
+    return Result(out, result.lse, statistics, c)
 
 
 def _run(
@@ -278,10 +260,10 @@ def _run(
         if call.carried is not None:
             raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
         out, lse, av, sa, c, count = SARAttentionFunction.apply(
-            *_distinct(*tensors), sav_grad, options, call.max_seqlens, check_prior
+            *distinct(*tensors), sav_grad, options, call.max_seqlens, check_prior
         )
     else:
-        carried = (None, None, None) if call.carried is None else call.carried
+        carried = (None, None, None) if call.carried is None else call.carried[:3]
         out, lse, av, sa, c, count = torch.ops.sar_fast.attention_forward(
             *tensors, *carried, *options, need_lse, *call.max_seqlens, check_prior
         )

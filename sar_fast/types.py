@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sar_fast.values import Result, Sums
+
+if TYPE_CHECKING:
+    from sar_fast.weighting import Weighting
 
 
 @dataclasses.dataclass
@@ -22,6 +26,7 @@ class SARStats:
         head_weights: (B, H) fp32, c, the factor on each head's output.
         query_count: (B,) fp32, number of text queries that the means run over; 0 means ``head_weights`` is 1.
         backend: name of the backend that ran.
+        rows: name of each row statistic that was asked for -> (B, H) fp32 (docs/row_statistics.md).
     """
 
     lse: Tensor
@@ -31,6 +36,7 @@ class SARStats:
     head_weights: Tensor
     query_count: Tensor
     backend: str
+    rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, result: Result, backend: str) -> SARStats:
@@ -38,11 +44,13 @@ class SARStats:
         narrow = lambda t: t.to(torch.float32)
         found = result.statistics
         av, sa, sav = (narrow(t) for t in (found.av, found.sa, found.sav))
-        return cls(narrow(result.lse), av, sa, sav, narrow(result.c), narrow(found.count), backend)
+        rows = {name: narrow(x) for name, x in getattr(found, "rows", {}).items()}
+        return cls(narrow(result.lse), av, sa, sav, narrow(result.c), narrow(found.count), backend, rows)
 
     def detach(self) -> SARStats:
         """The same without a graph."""
-        return dataclasses.replace(self, **{n: t.detach() for n, t in vars(self).items() if isinstance(t, Tensor)})
+        tensors = {name: x.detach() for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **tensors, rows={name: x.detach() for name, x in self.rows.items()})
 
 
 @dataclasses.dataclass
@@ -53,22 +61,35 @@ class SARState:
         av_sum, sa_sum: (B, H) fp32, sums of each query's variance and semantic alignment.
         count: (B,) fp32, number of queries in the sums.
         head_weights: (B, H) fp32, the prompt's weights (used by ``decode="prompt"``).
+        row_sums: (B, R, H) fp32, the same of a rule's row statistics, of the last query their values; R may be 0.
     """
 
     av_sum: Tensor
     sa_sum: Tensor
     count: Tensor
     head_weights: Tensor
+    row_sums: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.row_sums is None:
+            self.row_sums = self.av_sum.new_zeros(self.av_sum.shape[0], 0, self.av_sum.shape[1])
 
     @classmethod
-    def empty(cls, batch_size: int, num_heads: int, device: torch.device | str = "cpu") -> SARState:
-        """State before any query was counted: zero sums, weights 1."""
+    def empty(
+        cls,
+        batch_size: int,
+        num_heads: int,
+        device: torch.device | str = "cpu",
+        weighting: Weighting | None = None,
+    ) -> SARState:
+        """State before any query was counted: zero sums, weights 1. ``weighting``: a rule with row statistics."""
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=device)
         return cls(
             zeros(batch_size, num_heads),
             zeros(batch_size, num_heads),
             zeros(batch_size),
             torch.ones(batch_size, num_heads, dtype=torch.float32, device=device),
+            zeros(batch_size, len(getattr(weighting, "row_statistics", ())), num_heads),
         )
 
     @classmethod
@@ -85,20 +106,26 @@ class SARState:
         return cls(av * n[:, None], sa * n[:, None], n.clone(), c.clone())
 
     @classmethod
-    def from_stats(cls, stats: SARStats) -> SARState:
-        """State after a prompt whose statistics are ``stats``."""
+    def from_stats(cls, stats: SARStats, weighting: Weighting | None = None) -> SARState:
+        """State after a prompt whose statistics are ``stats``. ``weighting``: its rule, if that has row statistics."""
         if not isinstance(stats, SARStats):
             raise TypeError(f"stats must be the SARStats of a prompt; got {type(stats).__name__}")
-        return cls.from_means(stats.alignment_variance, stats.semantic_alignment, stats.head_weights, stats.query_count)
+        count = stats.query_count
+        state = cls.from_means(stats.alignment_variance, stats.semantic_alignment, stats.head_weights, count)
+        asked = getattr(weighting, "row_statistics", ())
+        if asked:
+            times = [stats.rows[s.name] * (count[:, None] if s.queries == "text" else 1) for s in asked]
+            state.row_sums = torch.stack(times, dim=1).detach()
+        return state
 
     @property
     def sums(self) -> Sums:
         """The sums, as a call carries them."""
-        return Sums(self.av_sum, self.sa_sum, self.count)
+        return Sums(self.av_sum, self.sa_sum, self.count, self.row_sums if self.row_sums.shape[1] else None)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(av_sum, sa_sum, count, head_weights)."""
-        return self.av_sum, self.sa_sum, self.count, self.head_weights
+    def tensors(self) -> tuple[Tensor, ...]:
+        """(av_sum, sa_sum, count, head_weights, row_sums)."""
+        return self.av_sum, self.sa_sum, self.count, self.head_weights, self.row_sums
 
     def index_select(self, rows: Tensor) -> SARState:
         """State of the batch rows ``rows`` (int64), as beam search reorders them."""

@@ -59,11 +59,15 @@ class StatisticsWithRows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over counted text queries: (B, H), (B, H) and (B,)."""
+    """Sums over counted text queries: (B, H), (B, H) and (B,), and (B, R, H) of row statistics where there are any.
+
+    Of those of the last query ``rows`` holds the value.
+    """
 
     av: Tensor
     sa: Tensor
     count: Tensor
+    rows: Tensor | None = None
 
     def means(self) -> Statistics:
         """Their means; 0 where nothing counted."""
@@ -110,6 +114,11 @@ class Call:
     cu_seqlens_k: Tensor | None = None
     max_seqlens: tuple[int, int] = (0, 0)
     carried: Sums | None = None
+
+    def plain(self) -> Call:
+        """The same without roles."""
+        masks = (self.key_padding_mask, self.attn_mask, self.cu_seqlens_q, self.cu_seqlens_k)
+        return Call(self.q, self.k, self.v, self.scores, None, *masks, self.max_seqlens)
 
     @property
     def packed(self) -> bool:

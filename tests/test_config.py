@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
 import yaml
 
 from sar_fast import SARConfig, json_text
+from sar_fast.weighting import Entropy, Equal, Fixed, SoftmaxOverHeads
 
 
 def test_defaults_are_those_of_the_method():
@@ -33,15 +36,14 @@ EVERY_FIELD_CHANGED = {
     "record": True,
     "record_rows": "last_text",
 }
-RULE = ("beta", "protect_first_head", "normalize")  # which a weighting takes the place of
 
 
 def test_every_field_round_trips():
     config = SARConfig(**EVERY_FIELD_CHANGED)
     default = SARConfig()
-    assert {f.name for f in dataclasses.fields(SARConfig)} == {*EVERY_FIELD_CHANGED, "weighting"}
+    assert {f.name for f in dataclasses.fields(SARConfig)} == {*EVERY_FIELD_CHANGED, "weighting", "row_statistics"}
     assert all(getattr(config, name) != getattr(default, name) for name in EVERY_FIELD_CHANGED)
-    assert config.to_dict() == {**EVERY_FIELD_CHANGED, "weighting": None}
+    assert config.to_dict() == EVERY_FIELD_CHANGED
     assert SARConfig.from_dict(config.to_dict()) == config
     assert SARConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json()) == EVERY_FIELD_CHANGED
@@ -141,3 +143,45 @@ def test_unknown_fields_list_the_known_ones():
         SARConfig.from_dict({"temperature": 0.5, "K": 3})
     with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \['temperature'\]"):
         SARConfig.from_json('{"temperature": 0.5}')
+
+
+def test_a_weighting_takes_the_place_of_the_papers_options():
+    config = SARConfig(beta=0.25).replace(weighting=Fixed([1.0, 0.5]))
+    assert (config.beta, config.protect_first_head, config.normalize) == (None, None, None)
+    assert config.rule is config.weighting
+    assert SARConfig.from_json(config.to_json()) == config
+    assert config.to_dict()["weighting"] == {"name": "fixed", "options": {"c": [1.0, 0.5], "per_layer": None}}
+    assert config.replace(weighting=None) == SARConfig()
+    assert SARConfig(beta=0.25).rule == SoftmaxOverHeads(0.25)
+    with pytest.raises(ValueError, match="weighting must come without beta"):
+        config.replace(beta=1.0)
+
+
+def test_a_rule_that_has_no_name_cannot_be_written():
+    config = SARConfig(weighting=lambda statistics, layer: statistics.sav)
+    with pytest.raises(ValueError, match="is not registered, so that it cannot be written by name"):
+        config.to_dict()
+
+
+def test_a_rule_that_cannot_be_pickled_says_so():
+    config = SARConfig(weighting=lambda statistics, layer: statistics.sav)
+    with pytest.raises(pickle.PicklingError, match=r"weighting: .*lambda.* cannot be pickled .*; define it at the top"):
+        pickle.dumps(config)
+    assert copy.deepcopy(config) == config  # a copy of a model needs no pickle
+    for rule in (Fixed([1.0]), SoftmaxOverHeads(0.25), Equal()):
+        assert pickle.loads(pickle.dumps(SARConfig(weighting=rule))).weighting == rule
+
+
+def test_row_statistics_are_kept_by_name():
+    config = SARConfig(record=True, row_statistics=["mass", Entropy()])
+    assert [s.name for s in config.row_statistics] == ["mass", "entropy"]
+    with pytest.raises(ValueError, match=r"row_statistics: Entropy.* cannot be written by name"):
+        config.to_dict()
+    named = SARConfig(record=True, row_statistics=("mass", "score_sum"))
+    assert SARConfig.from_json(named.to_json()) == named
+    with pytest.raises(ValueError, match="row_statistics must come with record=True"):
+        SARConfig(row_statistics=("mass",))
+    with pytest.raises(ValueError, match="row_statistics: 'sink' is not known by name; known are mass, entropy"):
+        SARConfig(record=True, row_statistics=("sink",))
+    with pytest.raises(TypeError, match="row_statistics must be a tuple of names or RowStatistic; got str"):
+        SARConfig(record=True, row_statistics="mass")

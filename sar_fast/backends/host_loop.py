@@ -97,6 +97,9 @@ class HostLoop:
                     _attend_backward(torch_backend, marked, given, grads, statistics)
         return dq.to(q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), dprior
 
+    def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
+        return None
+
     def decode(
         self,
         q: Tensor,
@@ -122,7 +125,7 @@ class HostLoop:
             for b in range(q.shape[0]):
                 scale_heads_(result.out[b], c[b])
         if sums is not None:
-            for kept, new in zip(sums, result.statistics.sums()):
+            for kept, new in zip(sums[:3], result.statistics.sums()):
                 kept.copy_(new)
         return result
 

@@ -69,6 +69,15 @@ class Backend(Protocol):
         """
         ...
 
+    def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
+        """Sums over the counted text queries of their attention on ``chosen`` visual keys, (B, H); None if the backend
+        leaves that to PyTorch.
+
+        Args:
+            lse: of the call. chosen: bool, as ``roles.visual``.
+        """
+        ...
+
     def decode(
         self,
         q: Tensor,

@@ -51,7 +51,7 @@ def text_visual_block(seq: Sequence) -> TextVisualBlock:
         visible_count = torch.full_like(rows, n)
     else:
         visible_count = torch.cat(
-            [sees(seq, part, keys).sum(-1) for part in rows.split(_rows_per_block(1, n, rows.device))] or [rows]
+            [sees(seq, part, keys).sum(-1) for part in rows.split(rows_per_block(1, n, rows.device))] or [rows]
         )
     others = None
     if seq.q.dtype == torch.float32:
@@ -60,7 +60,7 @@ def text_visual_block(seq: Sequence) -> TextVisualBlock:
     return TextVisualBlock(rows, keys, all_visible, visible_count, others)
 
 
-def _rows_per_block(heads: int, num_keys: int, device: torch.device) -> int:
+def rows_per_block(heads: int, num_keys: int, device: torch.device) -> int:
     budget = _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_DEVICE)
     return max(16, budget // (4 * max(1, heads) * max(1, num_keys)))
 
@@ -114,7 +114,7 @@ def _group_statistics(
     sums = torch.stack([seq.prior[block.keys].to(acc), seq.q.new_ones(n, dtype=acc)], -1)  # [n, 2]: alignment, mass
     q_text, k_visual = _gather_rows(seq.q[:, heads], block.rows), _gather_rows(seq.k[:, kv], block.keys)
     k_other = None if block.others is None else _gather_rows(seq.k[:, kv], block.others)  # [m, D]
-    step = min(t, _rows_per_block(G, n if k_other is None else n + k_other.shape[0], seq.q.device))
+    step = min(t, rows_per_block(G, n if k_other is None else n + k_other.shape[0], seq.q.device))
     k_c = torch.empty(n, D + 1, dtype=acc, device=seq.k.device)
     centre = k_visual.mean(0, dtype=acc)  # [D]
     torch.sub(k_visual, centre, out=k_c[:, :D])
@@ -242,7 +242,7 @@ def statistics_backward(
         return extra_delta
     scale, prior = seq.scores.scale, seq.prior[block.keys].to(acc)
     q_text, k_visual = seq.q[block.rows], seq.k[block.keys]
-    step = min(t, _rows_per_block(4 * G, n, seq.q.device))
+    step = min(t, rows_per_block(4 * G, n, seq.q.device))
 
     for kv in range(Hkv):
         heads = slice(kv * G, (kv + 1) * G)

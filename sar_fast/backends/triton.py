@@ -100,6 +100,18 @@ class Triton:
         )
         return *grads, empty if dprior is None else dprior
 
+    def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
+        """With the chosen keys' indicator for a prior, semantic alignment is the mean mass."""
+        if call.attn_mask is not None:
+            return None
+        from sar_kernels import attention as kernels
+
+        q, k, _ = _dense_qkv(call)
+        roles = call.roles._replace(prior=chosen.to(lse.dtype))
+        layout = {"options": _attention_options(call.scores), **_layout(call)}
+        _, means, _, count = kernels.attention_statistics(q, k, lse, *roles, weights=_weight_options(Equal()), **layout)
+        return means * count[:, None]
+
     def decode(
         self,
         q: Tensor,
@@ -192,7 +204,7 @@ def _decode_call(call: Call, rule: Lowered) -> Result:
     lengths = torch.full((call.batch_size,), k.shape[1], dtype=torch.int32, device=q.device)
     sums = None
     if call.carried is not None:  # the kernels add to the sums in place: the caller keeps its own
-        sums = Sums(*(t.to(torch.float32).contiguous().clone() for t in call.carried))
+        sums = Sums(*(t.to(torch.float32).contiguous().clone() for t in call.carried[:3]))
     return _decode(q, k, v, lengths, call.scores, call.roles, sums, rule, None, None)
 
 
@@ -226,7 +238,7 @@ def _decode(
         out, lse = decode_forward(q, k_cache, v_cache, lengths, **given)
         return Result(out, lse, *nothing_computed(q, lse.dtype))
     B, H = q.shape[0], q.shape[-2]
-    written = _no_sums(B, H, q.device) if sums is None else Sums(*(t.contiguous() for t in sums))
+    written = _no_sums(B, H, q.device) if sums is None else Sums(*(t.contiguous() for t in sums[:3]))
     weights = torch.ones(B, H, dtype=torch.float32, device=q.device) if c is None else c.float().contiguous()
     out, lse, av, sa, used, count = sar_decode_forward(
         q,
@@ -234,13 +246,13 @@ def _decode(
         v_cache,
         lengths,
         *([None] * 3 if roles is None else [dense_last(x) for x in roles]),
-        *written,
+        *written[:3],
         weights,
         weights=_weight_options(rule or Equal()),
         mode="prompt" if roles is None else "step" if sums is None else "running",
         **given,
     )
-    for kept, new in zip(sums or (), written):
+    for kept, new in zip((sums or ())[:3], written):
         if new is not kept:
             kept.copy_(new)
     if roles is None:

@@ -6,17 +6,30 @@ inside the fused kernels; every other one costs one more pass over the output.
 
 from sar_fast.values import Statistics
 from sar_fast.weighting.constant import Equal, Fixed
+from sar_fast.weighting.heads import HeadScales, SuppressHeads, ThresholdHeads, TopHeads
 from sar_fast.weighting.protocol import Weighting
 from sar_fast.weighting.registry import find_weighting, register_weighting
+from sar_fast.weighting.rows import Entropy, Mass, Rows, RowStatistic, ScoreSum
 from sar_fast.weighting.softmax import SoftmaxOverHeads
 from sar_fast.weighting.split import Split
+from sar_fast.weighting.vision_aware import ReinforceHeads
 
 __all__ = [
+    "Entropy",
     "Equal",
     "Fixed",
+    "HeadScales",
+    "Mass",
+    "ReinforceHeads",
+    "RowStatistic",
+    "Rows",
+    "ScoreSum",
     "SoftmaxOverHeads",
     "Split",
     "Statistics",
+    "SuppressHeads",
+    "ThresholdHeads",
+    "TopHeads",
     "Weighting",
     "find_weighting",
     "register_weighting",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sar_fast.scalars import kind
 from sar_fast.values import Statistics
 
 
@@ -35,8 +36,8 @@ class Fixed:
     """Given weights, for every row of the batch, also those without pictures: head ablation, steering.
 
     Args:
-        c: floating point weights (H,), or per sample (B, H), or per layer (layers, H); lists do too. A tensor that
-            ``requires_grad`` gets its gradient.
+        c: floating point weights (H,), or per sample (B, H), or per layer (layers, H); lists do too, kept in fp64. A
+            tensor that ``requires_grad`` gets its gradient.
         per_layer: whether the rows of a 2-dimensional ``c`` are layers. Default: where the caller has a layer index
             (models, :class:`~sar_fast.SARAttention`) they are; in a function call, which has none, they are samples.
 
@@ -49,14 +50,15 @@ class Fixed:
 
     def __init__(self, c: Tensor | Sequence[float], *, per_layer: bool | None = None) -> None:
         if not isinstance(c, Tensor):
-            c = torch.as_tensor(c)
-            c = c.to(torch.get_default_dtype()) if c.dtype in (torch.int64, torch.int32) else c
+            c = _table(c)
         if not c.is_floating_point():
             raise TypeError(f"c must be floating point; got {c.dtype}")
         if c.dim() not in (1, 2) or c.numel() == 0:
             raise ValueError(f"c must have shape (heads,), (batch, heads) or (layers, heads); got {tuple(c.shape)}")
         if not bool(c.detach().isfinite().all()):
             raise ValueError(f"c must be finite; got {int((~c.isfinite()).sum())} of {c.numel()} that are not")
+        if per_layer is not None and not isinstance(per_layer, bool):
+            raise TypeError(f"per_layer must be a bool or None; got {kind(per_layer)}")
         if per_layer and c.dim() == 1:
             raise ValueError(f"c must have shape (layers, heads) with per_layer=True; got {tuple(c.shape)}")
         self.c, self.per_layer = c, per_layer
@@ -71,12 +73,12 @@ class Fixed:
     def __call__(self, statistics: Statistics, layer: int | None = None) -> Tensor:
         c, (batch, heads) = self.c, statistics.av.shape
         layers = layer is not None if self.per_layer is None else self.per_layer
-        if c.dim() == 2 and c.shape[0] > 1 and layers:
+        if c.dim() == 2 and layers and (c.shape[0] > 1 or self.per_layer):  # one row holds for all unless it is a layer
             if layer is None:
                 raise ValueError(
-                    f"weighting: Fixed has a table per layer, {tuple(c.shape)}, and this call has no layer"
+                    f"weighting: Fixed has a table per layer, {tuple(c.shape)}; this call has no layer index"
                 )
-            if layer >= c.shape[0]:
+            if not 0 <= layer < c.shape[0]:
                 raise ValueError(f"weighting: Fixed has weights of {c.shape[0]} layers; got layer {layer}")
             c = c[layer]
         elif c.dim() == 2 and c.shape[0] not in (1, batch):
@@ -94,10 +96,21 @@ class Fixed:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return self.per_layer == other.per_layer and (self.c is other.c or torch.equal(self.c, other.c))
+        return self.per_layer == other.per_layer and self.c.tolist() == other.c.tolist()  # whatever type and device
 
     def __hash__(self) -> int:
         return hash((type(self), tuple(self.c.shape), self.per_layer))
 
     def __repr__(self) -> str:
         return f"Fixed(c {tuple(self.c.shape)})"
+
+
+def _table(c: object) -> Tensor:
+    """Lists of numbers in fp64, so that weights of every type come back from JSON as they were."""
+    try:
+        found = torch.as_tensor(c)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"c must be a tensor, or lists of numbers of one length; got {kind(c)} ({error})") from error
+    if found.dtype == torch.bool or found.is_complex():
+        raise TypeError(f"c must be numbers; got {found.dtype}")
+    return torch.as_tensor(c, dtype=torch.float64)

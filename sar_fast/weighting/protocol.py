@@ -59,6 +59,11 @@ def name_of(weighting: object) -> str:
     return getattr(weighting, "__name__", type(weighting).__name__)
 
 
+def where(weighting: object, layer: int | None) -> str:
+    """A rule's name, and the layer's, for messages."""
+    return name_of(weighting) if layer is None else f"{name_of(weighting)}, layer {layer},"
+
+
 def no_statistics(batch: int, heads: int, like: Tensor, dtype: torch.dtype) -> Statistics:
     """What a rule that needs no statistics is called with: NaN, so that one which uses them all the same shows."""
     nothing = torch.full((), torch.nan, dtype=dtype, device=like.device)

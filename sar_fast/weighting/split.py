@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sar_fast.distributed import Shards, all_reduce, gather
-from sar_fast.values import Statistics, Sums
+from sar_fast.values import Statistics, StatisticsWithRows
 from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics
+from sar_fast.weighting.rows import RowStatistic
 
 
 class Split:
@@ -34,26 +35,48 @@ class Split:
     def needs_statistics(self) -> bool:
         return needs_statistics(self.inner)
 
-    def over_all_queries(self, statistics: Statistics) -> Statistics:
+    @property
+    def row_statistics(self) -> tuple[RowStatistic, ...]:
+        return getattr(self.inner, "row_statistics", ())
+
+    def over_all_queries(self, statistics: Statistics | StatisticsWithRows) -> Statistics | StatisticsWithRows:
         """This rank's heads, their means over the queries of all ranks; differentiable."""
         if self.queries is None:
             return statistics
-        av, sa, count = statistics.sums()
-        sums = all_reduce(torch.cat([av, sa, count[:, None]], dim=1), self.queries)  # [B, 2 H_local + 1]
-        av, sa, count = sums.split([av.shape[1], sa.shape[1], 1], dim=1)
-        return Sums(av, sa, count[:, 0].detach()).means()
+        if any(s.queries == "last" for s in self.row_statistics):
+            raise ValueError("weighting: row statistics of the last query are not known where queries are split")
+        count = statistics.count[:, None]
+        heads = _stacked(statistics)  # [S, B, H_local]
+        sums = [*(heads * count).unbind(), count]
+        *heads, count = all_reduce(torch.cat(sums, dim=1), self.queries).split([x.shape[1] for x in sums], dim=1)
+        count = count.detach()
+        return _like(statistics, torch.stack(heads) / count.clamp_min(1), count[:, 0])
 
-    def __call__(self, statistics: Statistics, layer: int | None) -> Tensor:
+    def __call__(self, statistics: Statistics | StatisticsWithRows, layer: int | None) -> Tensor:
         """c (B, H_local) of this rank's heads, from their means over all queries; differentiable."""
         if self.heads is None:
             return head_weights(self.inner, statistics, layer)
         batch, local = statistics.av.shape
         ranks, first = dist.get_world_size(self.heads), dist.get_rank(self.heads) * local
         if self.needs_statistics:
-            av, sa = gather(torch.stack([statistics.av, statistics.sa]), self.heads)  # [2, B, H]
+            everything = gather(_stacked(statistics), self.heads)  # [S, B, H]
         else:  # NaN: nothing to exchange
-            av, sa = (x[:, :1].expand(batch, local * ranks) for x in (statistics.av, statistics.sa))
-        return head_weights(self.inner, Statistics(av, sa, statistics.count), layer)[:, first : first + local]
+            everything = statistics.av[:, :1].expand(2, batch, local * ranks)
+            statistics = Statistics(*statistics[:3])
+        given = _like(statistics, everything, statistics.count)
+        return head_weights(self.inner, given, layer)[:, first : first + local]
+
+
+def _stacked(statistics: Statistics | StatisticsWithRows) -> Tensor:
+    """(S, B, H): AV, SA and the row statistics."""
+    return torch.stack([statistics.av, statistics.sa, *getattr(statistics, "rows", {}).values()])
+
+
+def _like(statistics: Statistics | StatisticsWithRows, heads: Tensor, count: Tensor) -> Statistics | StatisticsWithRows:
+    """What :func:`_stacked` made one tensor of."""
+    if isinstance(statistics, Statistics):
+        return Statistics(heads[0], heads[1], count)
+    return StatisticsWithRows(heads[0], heads[1], count, dict(zip(statistics.rows, heads[2:])))
 
 
 def split_over(weighting: Weighting, shards: Shards | None) -> Weighting:

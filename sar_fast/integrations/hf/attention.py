@@ -243,6 +243,7 @@ def _packed(layer: int | None, call: Call, context: SARContext) -> Tensor:
             "backend": config.backend,
             "sav_grad": config.sav_grad,
             "keep_stats": config.record and context.needs_roles,
+            "recorded": config.row_statistics,
             "check_prior": _unchecked(),
         }
     out, stats = packed_attention(here.packing, call, **sar)

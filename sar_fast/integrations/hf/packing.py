@@ -17,8 +17,9 @@ from sar_fast.config import TextQueries
 from sar_fast.functional import autocast_inputs
 from sar_fast.roles import TokenRoles
 from sar_fast.types import SARStats
-from sar_fast.values import Call, Result, Roles, Statistics
+from sar_fast.values import Call, Result, Roles, Statistics, StatisticsWithRows
 from sar_fast.weighting.protocol import Weighting
+from sar_fast.weighting.rows import RowStatistic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,7 @@ def packed_attention(
     backend: str = "auto",
     sav_grad: bool = False,
     keep_stats: bool = False,
+    recorded: tuple[RowStatistic, ...] = (),
     check_prior: bool = True,
 ) -> tuple[Tensor, SARStats | None]:
     """Attention in which every sequence sees only itself, re-weighted by ``weighting``, plain without.
@@ -157,7 +159,7 @@ def packed_attention(
     Args:
         call: dense, q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), roles (B, S). With an attn_mask (B or 1, 1, S,
             S), patterns inside the sequences that ``scores`` do not say, they are attended to one by one.
-        layer, check_prior: as in ``ops.attention``.
+        layer, recorded, check_prior: as in ``ops.attention``.
 
     Returns:
         (out (B, S, H, Dv), statistics with one row per sequence and lse (H, B * S), or None unless ``keep_stats``).
@@ -169,7 +171,7 @@ def packed_attention(
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     roles = None if call.roles is None else Roles(*(x.flatten() for x in call.roles))
     how = {"layer": layer, "sav_grad": sav_grad, "need_lse": keep_stats, "need_stats": keep_stats}
-    how["check_prior"] = check_prior
+    how |= {"check_prior": check_prior, "recorded": recorded if keep_stats else ()}
     if call.attn_mask is None:
         ends, longest = packing.cu_seqlens, (packing.max_seqlen, packing.max_seqlen)
         packed = Call(q, k, v, call.scores, roles, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlens=longest)
@@ -193,5 +195,14 @@ def _one_after_the_other(results: list[Result], keep_stats: bool) -> Result:
     out = torch.cat([r.out[0] for r in results])
     if not keep_stats:
         return results[0]._replace(out=out)
-    statistics = Statistics(*(torch.cat(parts) for parts in zip(*(r.statistics for r in results))))
+    statistics = _one_batch([r.statistics for r in results])
     return Result(out, torch.cat([r.lse[0] for r in results], -1), statistics, torch.cat([r.c for r in results]))
+
+
+def _one_batch(parts: list[Statistics | StatisticsWithRows]) -> Statistics | StatisticsWithRows:
+    """The statistics of single sequences as those of a batch."""
+    av, sa, count = (torch.cat([getattr(p, name) for p in parts]) for name in ("av", "sa", "count"))
+    if isinstance(parts[0], Statistics):
+        return Statistics(av, sa, count)
+    rows = {name: torch.cat([p.rows[name] for p in parts]) for name in parts[0].rows}
+    return StatisticsWithRows(av, sa, count, rows)
