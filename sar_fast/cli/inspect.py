@@ -153,10 +153,11 @@ def _print(found: dict[str, Any], heatmap: Path | None) -> None:
             value = ", ".join(f"{name} {number}" for name, number in value.items())
         facts.add_row(label, str(value))
     config = found["config"]
-    if config["weighting"] is None:
+    rule = config.get("weighting")
+    if rule is None:
         facts.add_row("beta, normalize", f"{config['beta']}, {config['normalize']}")
     else:
-        facts.add_row("weighting", escape(cut(json.dumps(config["weighting"]))))
+        facts.add_row("weighting", escape(cut(json.dumps(rule))))
     if "input" in found:
         sizes = found["input"]
         facts.add_row("prompt", f"{sizes['prompt_tokens']} tokens")
@@ -177,7 +178,7 @@ def _print(found: dict[str, Any], heatmap: Path | None) -> None:
             *(f"{mean(row[name]):.4g}" for name in ("alignment_variance", "semantic_alignment", "sav")),
             f"{min(c):.3f}",
             f"{max(c):.3f}",
-            str(_strongest_head(row, by="sav" if config["weighting"] is None else "head_weights")),
+            str(_strongest_head(row, by="sav" if rule is None else "head_weights")),
         )
     console.print(table)
     if heatmap is not None:

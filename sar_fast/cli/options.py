@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,8 +82,10 @@ def make_folder(output_dir: Path) -> None:
 
 def check_sar(k: int | None, **given: Any) -> None:
     """What can be wrong with the options of SAR whatever the model is, before one is loaded."""
+    from sar_fast.sar_flags import check_rule
+
     try:
-        SARConfig(**_fields({"activation_layer_k": k, **given})).to_dict()  # as results keep it
+        SARConfig(**_fields({"activation_layer_k": k, **given}, check_rule)).to_dict()  # as results keep it
     except (ValueError, TypeError) as error:
         raise UserError.of(error) from error
 
@@ -91,12 +94,12 @@ def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:
     """The configuration that the options ask for, tried on the model; an option left at None takes its default."""
     from sar_fast.analysis.recording import attention_layers
     from sar_fast.integrations.hf import apply_sar
-    from sar_fast.sar_flags import rule_on
+    from sar_fast.sar_flags import find_rule
 
     try:
         if k is None:
             k = min(SARConfig().activation_layer_k, max(1, attention_layers(model) // 2))
-        config = rule_on(SARConfig(activation_layer_k=k, **_fields(given, model.config)), model.device)
+        config = SARConfig(activation_layer_k=k, **_fields(given, lambda spec: find_rule(spec, model.config)))
         with apply_sar(model, config) as handle:
             handle.describe()  # chooses the backend, or says why it cannot run here
     except (ValueError, TypeError) as error:
@@ -104,12 +107,12 @@ def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:
     return config
 
 
-def _fields(given: dict[str, Any], model_config: Any = None) -> dict[str, Any]:
-    """The options that are given, as fields of ``SARConfig``; a rule by its name or file is found."""
+def _fields(given: dict[str, Any], find: Callable[[str], Any]) -> dict[str, Any]:
+    """The options that are given, as fields of ``SARConfig``; ``find`` the rule that a text names."""
     fields = {name: value for name, value in given.items() if value is not None}
     if "weighting" in fields:
-        from sar_fast.sar_flags import find_rule, refuse_papers
+        from sar_fast.sar_flags import refuse_papers
 
         refuse_papers("--weighting", [f"--{name}" for name in ("beta", "normalize") if name in fields])
-        fields["weighting"] = find_rule(fields["weighting"], model_config)
+        fields["weighting"] = find(fields["weighting"])
     return fields

@@ -12,7 +12,7 @@ from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.experiment_arguments import above, at_least, need, parse_groups, refuse
 from sar_fast.output_dir import check_output_dir
-from sar_fast.sar_flags import RULE_HELP, flags_of, naming_flags, sar_config
+from sar_fast.sar_flags import RULE_HELP, check_sar_flags, sar_config
 from sar_fast.training.registry import is_file_name
 
 SCORINGS = ("generate", "first_token")
@@ -151,8 +151,7 @@ class EvaluationArguments:
         at_least(self, 1, "probe_epochs", "probe_batch_size", "probe_seeds")
         above(self, 0, "probe_lr")
         if self.use_sar:
-            with naming_flags(flags_of(self)):
-                self.sar_config().to_dict()  # as results keep it: a rule that cannot be written is refused here
+            check_sar_flags(self)
         if self.template is not None:
             read_template(self.template)
 
@@ -173,8 +172,7 @@ class EvaluationArguments:
                 raise ValueError(f"sam_model_type must be {', '.join(SAM_MODEL_TYPES)}; got {self.sam_model_type!r}")
 
     def sar_config(self, model_config: Any = None) -> SARConfig:
-        """The options of SAR, a rule's for the model of this configuration; ``ValueError`` for a bad one names its
-        flag."""
+        """The options of SAR, with a rule for the model of a configuration; ``ValueError`` names a bad flag."""
         return sar_config(self, model_config)
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +184,7 @@ def sar_flags_given(group: Any) -> list[str]:
     """SAR's flags that say something else than ``SARConfig`` does by itself: 0.5, its beta, is as good as none."""
     own = SARConfig().to_dict()
     names = [name for name in vars(group) if name.startswith("sar_")]
-    return [name for name in names if getattr(group, name) not in (None, own[name.removeprefix("sar_")])]
+    return [name for name in names if getattr(group, name) not in (None, own.get(name.removeprefix("sar_")))]
 
 
 def parse(argv: Sequence[str]) -> EvaluationArguments:

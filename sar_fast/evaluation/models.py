@@ -19,7 +19,7 @@ from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
 from sar_fast.model_errors import flags_named
 from sar_fast.models import ModelSource, find_model, load_config, load_model, load_processor
-from sar_fast.sar_flags import check_layers, flags_of, naming_flags, rule_on
+from sar_fast.sar_flags import check_layers, flags_of, naming_flags
 
 
 def dtype_name(arguments: EvaluationArguments) -> str:
@@ -73,9 +73,8 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
     prepare_processor(processor, arguments.template)
     if not arguments.use_sar:
         return model, processor, None
-    config = rule_on(arguments.sar_config(model.config), model.device)
     with naming_flags(flags_of(arguments)):
-        handle = apply_sar(model, config)
+        handle = apply_sar(model, arguments.sar_config(model.config))
         handle.describe()  # chooses the backend, or says why it cannot run here
     return model, processor, handle
 

@@ -33,7 +33,7 @@ from sar_fast.evaluation.tasks import Record, Sample
 from sar_fast.experiment_arguments import parse_groups
 from sar_fast.integrations.hf.branching import layer_passes
 from sar_fast.output_dir import check_output_dir
-from sar_fast.sar_flags import find_rule, naming_flags, rule_on
+from sar_fast.sar_flags import check_rule, naming_flags
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class SweepArguments(EvaluationArguments):
             for k, beta in itertools.product(self.k, self.beta or [None]):
                 SARConfig(activation_layer_k=k, beta=beta)
             for spec in self.weighting:
-                SARConfig(weighting=find_rule(spec)).to_dict()
+                SARConfig(weighting=check_rule(spec)).to_dict()
         if len(set(map(canonical, self.weighting))) != len(self.weighting):
             raise ValueError(f"--weighting must be different rules; got {', '.join(self.weighting)}")
         if not self.beta and "sar_normalize" in sar_flags_given(self):
@@ -133,8 +133,7 @@ class SweepArguments(EvaluationArguments):
     def configs(self, model: nn.Module) -> list[SARConfig]:
         """The settings as SAR's options on a model; K = 0 is the model without SAR."""
         plain = self.sar_config().replace(activation_layer_k=0)
-        settings = self.settings()
-        return [rule_on(s.sar_config(model.config), model.device) if s.use_sar else plain for s in settings]
+        return [setting.sar_config(model.config) if setting.use_sar else plain for setting in self.settings()]
 
 
 def _shortest(value: float) -> str:

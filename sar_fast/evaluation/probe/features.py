@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sar_fast.evaluation.results import differences
 from sar_fast.integrations.hf.structure import find_decoder_layers
 
 DONE = "features_done.bin"  # a byte per sample, 1 if its features are there
@@ -78,7 +77,7 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in header if differences({key: known.get(key)}, {key: header[key]})]
+            differing = [key for key in header if known.get(key) != header[key]]
             done = folder / DONE
             worked = done.is_file() and any(done.read_bytes())
             if differing and worked and not overwrite:

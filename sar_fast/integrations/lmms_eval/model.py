@@ -21,7 +21,7 @@ from sar_fast.model_errors import ModelError
 from sar_fast.models import find_model, load_model
 from sar_fast.pictures import PictureError, open_picture
 from sar_fast.processors import ProcessorRefusal
-from sar_fast.sar_flags import find_rule, refuse_papers, rule_on
+from sar_fast.sar_flags import find_rule, refuse_papers
 from sar_fast.validation import check_flag
 
 
@@ -94,7 +94,7 @@ class SARHuggingFace(lmms):
                 prior_source=sar_prior_source,
                 backend=sar_backend,
             )
-            self.handle = apply_sar(self.model, rule_on(config, self.model.device))
+            self.handle = apply_sar(self.model, config)
 
     @property
     def device(self) -> Any:
