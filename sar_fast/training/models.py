@@ -11,16 +11,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sar_fast import adapters, models
 from sar_fast.chat_template import read_template
-from sar_fast.config import SARConfig
 from sar_fast.integrations.hf.apply import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers, unwrap
 from sar_fast.model_errors import flags_named
 from sar_fast.models import ModelSource, find_model
-from sar_fast.sar_flags import check_layers, count_attention_layers, flags_of, naming_flags
+from sar_fast.sar_flags import check_layers, flags_of, naming_flags
 from sar_fast.training.arguments import Arguments, ModelArguments, SFTArguments
 from sar_fast.training.lora import add_lora, check_lora_flags, go_on_with_lora
 from sar_fast.training.rules import is_trained
-from sar_fast.weighting.registry import find_weighting
 from sar_fast.weighting.split import module_of
 
 logger = logging.getLogger(__name__)
@@ -49,7 +47,7 @@ def check_model_layers(options: ModelArguments) -> None:
     with flags_named():
         config = models.load_config(source_of(options), trust_remote_code=options.trust_remote_code)
     check_layers(options, config)
-    weighting = sar_config_for(options, config).weighting
+    weighting = options.sar_config(config).weighting
     if options.finetuning_type == "rule" and not is_trained(module_of(weighting)):
         raise ValueError(
             f"--finetuning_type rule trains the parameters of --sar_weighting; {options.sar_weighting!r} has none"
@@ -72,7 +70,7 @@ def load_model(arguments: Arguments) -> nn.Module:
     model = _load_trainable(options, _dtype(options, training))
     if options.use_sar:
         with naming_flags(flags_of(options)):
-            apply_sar(model, sar_config_for(options, unwrap(model).config))
+            apply_sar(model, options.sar_config(unwrap(model).config))
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
     trained = sum(
@@ -82,18 +80,6 @@ def load_model(arguments: Arguments) -> nn.Module:
         raise ValueError(f"finetuning_type {options.finetuning_type!r} leaves no parameter to train")
     logger.info("%s: %d parameters are trained", options.finetuning_type, trained)
     return model
-
-
-def sar_config_for(options: ModelArguments, model_config: Any) -> SARConfig:
-    """The options of SAR, with the rule of ``--sar_weighting`` made for a model; ``ValueError`` names a bad flag."""
-    config = options.sar_config()
-    if options.sar_weighting is None:
-        return config
-    heads = getattr(model_config.get_text_config(), "num_attention_heads", None)
-    sizes = {"layers": count_attention_layers(model_config), "heads": heads}
-    with naming_flags(flags_of(options)):
-        rule = find_weighting(options.sar_weighting, **{name: n for name, n in sizes.items() if n})
-    return config.replace(weighting=rule)
 
 
 def _dtype(options: ModelArguments, training: SFTArguments) -> torch.dtype:

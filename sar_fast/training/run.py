@@ -92,8 +92,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     check_model(arguments)
     if arguments.model.use_sar:
         check_model_layers(arguments.model)
-        dtype = torch.bfloat16 if training.bf16 else torch.float32
-        check_backend(arguments.model.without_weighting(), training.device, dtype)
+        check_backend(arguments.model, training.device, torch.bfloat16 if training.bf16 else torch.float32)
     checkpoint = find_checkpoint(arguments) if training.do_train else None
     infos = _infos(arguments, data.dataset) if training.do_train else []
     settings = run_settings(arguments, infos) if training.do_train else None
