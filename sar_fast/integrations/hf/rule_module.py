@@ -50,10 +50,7 @@ def take_off(model: nn.Module, rule: nn.Module) -> None:
         return
     delattr(model.base_model, NAME)
     for owner, names in _saved_names(model, rule):
-        left = set(owner._keys_to_ignore_on_save or ()) - names
-        owner._keys_to_ignore_on_save = left
-        if left == set(type(owner)._keys_to_ignore_on_save or ()):
-            del owner._keys_to_ignore_on_save  # the class's own again
+        owner._keys_to_ignore_on_save = set(owner._keys_to_ignore_on_save or ()) - names
 
 
 def _saved_names(model: nn.Module, rule: nn.Module) -> list[tuple[Any, set[str]]]:
