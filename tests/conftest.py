@@ -46,19 +46,6 @@ def _threads():
 
 
 @pytest.fixture
-def own_rule_names(monkeypatch):
-    """Rules that a test registers or loads are gone after it."""
-    from sar_fast.weighting import registry
-
-    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.startswith("sar_fast_weighting_"):
-            del sys.modules[name]
-
-
-@pytest.fixture
 def one_thread(_threads):
     """Tensors of a few kilobytes: more threads only wait for each other."""
     torch.set_num_threads(1)

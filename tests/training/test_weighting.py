@@ -24,7 +24,7 @@ from tests.adapters import logits
 from tests.training.runs import flags, history, launch, parameters, train
 from tests.training.samples import REPOSITORY, write_jsonl
 
-pytestmark = pytest.mark.usefixtures("one_thread", "own_rule_names")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_rules")
 
 LAYERS, HEADS, K = 4, 8, 2
 SLOPES = f"{REPOSITORY}/tests/training/own_rules.py:Slopes"

@@ -15,7 +15,7 @@ from sar_fast.weighting import Fixed, HeadScales, SoftmaxOverHeads, Split, find_
 from sar_fast.weighting.files import PARAMETERS, RULE, files_of, read_parameters, save_weighting
 from tests.training.samples import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("own_rule_names")
+pytestmark = pytest.mark.usefixtures("own_rules")
 
 SLOPES = f"{REPOSITORY}/tests/training/own_rules.py:Slopes"
 

@@ -30,7 +30,7 @@ from sar_fast.weighting import (
 )
 from sar_fast.weighting.registry import registered, weighting_to_dict
 
-pytestmark = pytest.mark.usefixtures("own_rule_names")
+pytestmark = pytest.mark.usefixtures("own_rules")
 
 SHIPPED = {
     "softmax": SoftmaxOverHeads(0.25, False, "standardize"),
