@@ -41,9 +41,9 @@ def register_weighting(name: str, rule: Any = None) -> Any:
 
     Args:
         name: any text without ``:``; a name that another rule has is an error.
-        rule: a class whose instances are rules and whose keyword arguments are its options (a dataclass, or with a
-            method ``options()`` that gives them as JSON's values), or a rule without options. None: used as a
-            decorator.
+        rule: a class whose instances are rules and whose keyword arguments are its options (a dataclass, a class that
+            keeps them as attributes, or one with a method ``options()`` that gives them as JSON's values), or a rule
+            without options. None: used as a decorator.
 
     Returns:
         The rule.
@@ -199,12 +199,13 @@ def _options(weighting: Any) -> Mapping[str, Any]:
     if dataclasses.is_dataclass(weighting):
         return {f.name: getattr(weighting, f.name) for f in dataclasses.fields(weighting) if f.init}
     taken, _ = _parameters(type(weighting))
-    if taken:
+    unsaid = [n for n in taken if not hasattr(weighting, n)]
+    if unsaid:
         raise ValueError(
-            f"weighting: {type(weighting).__qualname__} takes {', '.join(taken)}, and does not say which it got; make "
-            "it a dataclass or give it a method options()"
+            f"weighting: {type(weighting).__qualname__} takes {', '.join(unsaid)}, and does not say which it got; make "
+            "it a dataclass, keep its arguments as attributes, or give it a method options()"
         )
-    return {}
+    return {n: getattr(weighting, n) for n in taken}
 
 
 def _plain(rule: str, option: str, value: Any) -> Any:

@@ -200,10 +200,11 @@ def test_options_by_keyword_alone():
     with pytest.raises(ValueError, match="'keyword' needs the option scale"):
         find_weighting("keyword")
     assert find_weighting({"name": "keyword", "options": {"scale": 3.0}}).scale == 3.0
-    with pytest.raises(
-        ValueError, match=r"Keyword takes scale, shift, and does not say which it got; make it a datacl"
-    ):
-        weighting_to_dict(Keyword(scale=1.0))
+    rule = Keyword(scale=2.0)
+    assert weighting_to_dict(rule) == {"name": "keyword", "options": {"scale": 2.0, "shift": 0.0}}
+    del rule.scale
+    with pytest.raises(ValueError, match=r"Keyword takes scale, and does not say which it got; make it a datacl"):
+        weighting_to_dict(rule)
 
 
 def test_options_without_names():
