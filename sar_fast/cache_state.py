@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sar_fast.config import SARConfig
+from sar_fast.config import PAPER_OPTIONS, SARConfig
 from sar_fast.types import SARState
 
-SAME_CONFIG = (  # fields of the config that a cache's state depends on
-    "activation_layer_k", "rule", "row_statistics", "text_queries", "prior_source", "decode"
-)  # fmt: skip
+RULE = (*PAPER_OPTIONS, "weighting")  # fields of the config that make one rule
+SAME_CONFIG = ("activation_layer_k", *RULE, "row_statistics", "text_queries", "prior_source", "decode")  # for one state
 
 
 @dataclasses.dataclass
@@ -66,11 +65,9 @@ class CacheState:
         if config is self.config:
             return
         if self.config is not None and self.visual_mask is not None:
-            other = {
-                "weighting" if name == "rule" else name: (getattr(self.config, name), getattr(config, name))
-                for name in SAME_CONFIG
-                if getattr(self.config, name) != getattr(config, name)
-            }
+            same = () if self.config.rule != config.rule else RULE  # however it is written
+            differs = lambda name: name not in same and getattr(self.config, name) != getattr(config, name)
+            other = {name: (getattr(self.config, name), getattr(config, name)) for name in filter(differs, SAME_CONFIG)}
             if other:
                 filled, now = (", ".join(f"{n}={both[i]!r}" for n, both in other.items()) for i in (0, 1))
                 raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import pickle
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,7 +29,7 @@ CHOICES = {
     "backend": BackendName,
     "record_rows": RecordRows,
 }
-_PAPER = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # the options of the paper's rule
+PAPER_OPTIONS = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # the options of the paper's rule
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -108,9 +107,9 @@ class SARConfig:
         if self.weighting is not None:
             from sar_fast.weighting.softmax import choose_weighting
 
-            choose_weighting(self.weighting, *(getattr(self, name) for name in _PAPER))
+            choose_weighting(self.weighting, *(getattr(self, name) for name in PAPER_OPTIONS))
             return
-        for name, default in _PAPER.items():
+        for name, default in PAPER_OPTIONS.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         object.__setattr__(self, "beta", check_beta(self.beta))
@@ -127,17 +126,17 @@ class SARConfig:
         if not self.record:
             raise ValueError("row_statistics must come with record=True, which keeps them; got record=False")
 
-    @functools.cached_property
+    @property
     def rule(self) -> Weighting:
         """How statistics become weights: ``weighting``, or the paper's rule with its options."""
         from sar_fast.weighting.softmax import choose_weighting
 
-        return choose_weighting(self.weighting, *(getattr(self, name) for name in _PAPER))
+        return choose_weighting(self.weighting, *(getattr(self, name) for name in PAPER_OPTIONS))
 
-    @functools.cached_property
+    @property
     def weighs_by_statistics(self) -> bool:
         """Whether weights come from the statistics of what a model was shown, and a cache carries them on."""
-        return self.activation_layer_k > 0 and getattr(self.rule, "needs_statistics", True)
+        return self.activation_layer_k > 0 and getattr(self.weighting, "needs_statistics", True)
 
     @property
     def measures(self) -> bool:
@@ -148,7 +147,7 @@ class SARConfig:
     def replace(self, **changes: Any) -> SARConfig:
         """A validated copy with ``changes`` applied; a ``weighting`` takes the place of the paper's options."""
         if changes.get("weighting") is not None:
-            changes = {**dict.fromkeys(_PAPER), **changes}
+            changes = {**dict.fromkeys(PAPER_OPTIONS), **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,7 +161,10 @@ class SARConfig:
         if rule is not None:
             from sar_fast.weighting.registry import weighting_to_dict
 
-            values = {**{n: v for n, v in values.items() if n not in _PAPER}, "weighting": weighting_to_dict(rule)}
+            values = {
+                **{n: v for n, v in values.items() if n not in PAPER_OPTIONS},
+                "weighting": weighting_to_dict(rule),
+            }
         if rows:
             from sar_fast.weighting.rows import names_of
 

@@ -124,8 +124,9 @@ class SARState:
         return Sums(self.av_sum, self.sa_sum, self.count, self.row_sums if self.row_sums.shape[1] else None)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """(av_sum, sa_sum, count, head_weights, row_sums)."""
-        return self.av_sum, self.sa_sum, self.count, self.head_weights, self.row_sums
+        """(av_sum, sa_sum, count, head_weights), and row_sums where there are any."""
+        rows = (self.row_sums,) if self.row_sums.shape[1] else ()
+        return self.av_sum, self.sa_sum, self.count, self.head_weights, *rows
 
     def index_select(self, rows: Tensor) -> SARState:
         """State of the batch rows ``rows`` (int64), as beam search reorders them."""

@@ -16,7 +16,6 @@ from sar_fast.modules import conversion, inputs, positions
 from sar_fast.types import SARStats
 from sar_fast.validation import MAX_HEAD_DIM
 from sar_fast.values import Call, Roles, Scores
-from sar_fast.weighting.protocol import needs_statistics
 
 
 class SARAttention(nn.Module):
@@ -183,7 +182,7 @@ class SARAttention(nn.Module):
         span = inputs.cache_span(past_key_values, self.layer_idx, S)
         padding, dense = inputs.split_mask(attention_mask, B, S, span, hidden_states.device, causal=self.is_causal)
         roles, weighs = None, self.sar_config.activation_layer_k > 0
-        if weighs and (needs_statistics(self.sar_config.rule) or (visual_mask is not None and span.past == 0)):
+        if weighs and (self.sar_config.weighs_by_statistics or (visual_mask is not None and span.past == 0)):
             roles = inputs.roles_of_call(
                 visual_mask,
                 text_mask,
