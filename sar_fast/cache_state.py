@@ -67,7 +67,7 @@ class CacheState:
             return
         if self.config is not None and self.visual_mask is not None:
             other = {
-                name: (getattr(self.config, name), getattr(config, name))
+                "weighting" if name == "rule" else name: (getattr(self.config, name), getattr(config, name))
                 for name in SAME_CONFIG
                 if getattr(self.config, name) != getattr(config, name)
             }

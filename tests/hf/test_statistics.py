@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from sar_fast import SARConfig, apply_sar, decoding
+from sar_fast import SARConfig, SARStats, apply_sar, decoding
 from sar_fast.integrations.hf import attention
 from tests.hf.test_batching import pack, row_of
 from tests.hf.test_caches import sliding_llava
@@ -38,7 +38,7 @@ def test_off_computes_nothing(monkeypatch):
     """Neither function that builds what users read is called, and attention runs as often."""
     calls = {"stats": 0, "rows": 0, "attention": 0}
     counted = {
-        (decoding, "recorded"): "stats",
+        (SARStats, "of"): "stats",
         (attention, "visual_attention_rows"): "rows",
         (decoding.ops, "attention"): "attention",
     }
