@@ -24,7 +24,7 @@ SAME_CONFIG = (  # fields of the config that a cache's state depends on
 
 @dataclasses.dataclass
 class Switch:
-    """Whether SAR is on where a cache's state came from; one for a model's every cache, and for their copies."""
+    """Whether weights go on from the state of a cache that came from here; one for a model's caches and copies."""
 
     on: bool = True
 

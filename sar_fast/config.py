@@ -134,6 +134,17 @@ class SARConfig:
 
         return choose_weighting(self.weighting, *(getattr(self, name) for name in _PAPER))
 
+    @functools.cached_property
+    def weighs_by_statistics(self) -> bool:
+        """Whether weights come from the statistics of what a model was shown, and a cache carries them on."""
+        return self.activation_layer_k > 0 and getattr(self.rule, "needs_statistics", True)
+
+    @property
+    def measures(self) -> bool:
+        """Whether statistics of pictures are needed, to weigh by or to be kept."""
+        records = self.record or self.record_rows != "none"
+        return self.weighs_by_statistics or (self.activation_layer_k > 0 and records)
+
     def replace(self, **changes: Any) -> SARConfig:
         """A validated copy with ``changes`` applied; a ``weighting`` takes the place of the paper's options."""
         if changes.get("weighting") is not None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sar_fast import value_checks
 from sar_fast.backends.protocol import Backend
 from sar_fast.backends.select import BACKENDS
-from sar_fast.kvcache import Cache
+from sar_fast.kvcache import Cache, Step
 from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.softmax import Lowered, flatten, unflatten
+from sar_fast.weighting.softmax import flatten, unflatten
 
 _FULL = -1  # for ``length``: the cache is full, or ``seqlens`` says
 _library = torch.library.Library("sar_fast", "FRAGMENT")
@@ -38,9 +37,8 @@ def _impl(
     roles = None if visual_mask is None else Roles(visual_mask, text_mask, prior)
     sums = None if av_sum is None else Sums(av_sum, sa_sum, count)
     scores = Scores(softmax_scale, causal, (window_left, window_right), softcap)
-    rule = unflatten(beta, protect, normalize)
-    how = {"roles": roles, "sums": sums, "rule": rule, "c": head_weights, "need_lse": need_lse}
-    out, lse, statistics, c = chosen.decode(q, cache, scores, **how)
+    step = Step(q, cache, scores, roles, sums, unflatten(beta, protect, normalize), head_weights)
+    out, lse, statistics, c = chosen.decode(step, need_lse=need_lse)
     return out, lse if need_lse else lse.new_empty(0), statistics.av, statistics.sa, c, statistics.count
 
 
@@ -58,27 +56,17 @@ def _fake(
     return out, lse, stats(), stats(), stats(), q.new_empty((batch if sar else 0,), dtype=acc)
 
 
-def decode(
-    backend: Backend,
-    q: Tensor,
-    cache: Cache,
-    scores: Scores,
-    *,
-    roles: Roles | None = None,
-    sums: Sums | None = None,
-    rule: Lowered | None = None,
-    c: Tensor | None = None,
-    need_lse: bool,
-) -> Result:
+def decode(backend: Backend, step: Step, *, need_lse: bool) -> Result:
     """``backend.decode``, as an operator where a graph is traced."""
     if not torch.compiler.is_compiling():
-        return backend.decode(q, cache, scores, roles=roles, sums=sums, rule=rule, c=c, need_lse=need_lse)
+        return backend.decode(step, need_lse=need_lse)
+    cache, scores = step.cache, step.scores
     seqlens, length = (None, cache.seqlens) if isinstance(cache.seqlens, int) else (cache.seqlens, _FULL)
     out, lse, av, sa, used, count = torch.ops.sar_fast.decode(
-        *(q, cache.k, cache.v, cache.new_k, cache.new_v, seqlens, length, cache.block_table),
-        *(roles or (None, None, None)),
-        *(sums or (None, None, None))[:3],
-        *(c, scores.scale, scores.causal, *scores.window, scores.softcap),
-        *(*flatten(rule or Equal()), backend.name, need_lse),
+        *(step.q, cache.k, cache.v, cache.new_k, cache.new_v, seqlens, length, cache.block_table),
+        *(step.roles or (None, None, None)),
+        *(step.sums or (None, None, None))[:3],
+        *(step.c, scores.scale, scores.causal, *scores.window, scores.softcap),
+        *(*flatten(step.rule or Equal()), backend.name, need_lse),
     )
     return Result(out, lse, Statistics(av, sa, count), used)

@@ -61,7 +61,7 @@ def expand(argv: Sequence[str]) -> list[str]:
     for word in argv:
         if not word.startswith("-") and word.endswith((".yaml", ".yml", ".json")) and not _is_value(words):
             words += _file_flags(Path(word))
-        elif not word.startswith("-") and "=" in word and not _is_value(words):
+        elif not word.startswith(("-", "{")) and "=" in word and not _is_value(words):
             words += ["--" + word.split("=", 1)[0], word.split("=", 1)[1]]
         else:
             words.append(word)
@@ -82,12 +82,13 @@ def _file_flags(path: Path) -> list[str]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, needed names and values")
+    text = lambda value: json.dumps(value) if isinstance(value, dict) else str(value)
     words: list[str] = []
     for name, value in values.items():
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *map(text, value)]
         elif value is not None:
-            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            words += [f"--{name}", text(value)]
     return words
 
 

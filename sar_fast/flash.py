@@ -13,7 +13,7 @@ from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
 from sar_fast.decode_op import decode
 from sar_fast.functional import check_packing, plain_attention
-from sar_fast.kvcache import check_cache
+from sar_fast.kvcache import Step, check_cache
 from sar_fast.values import Call
 
 
@@ -139,5 +139,5 @@ def flash_attn_with_kvcache(
     )
     chosen = choose_backend(backend, Request(q.device, q.dtype, scores))
     with torch.no_grad():
-        result = decode(chosen, q, cache, scores, need_lse=return_softmax_lse)
+        result = decode(chosen, Step(q, cache, scores), need_lse=return_softmax_lse)
     return (result.out, result.lse.to(torch.float32)) if return_softmax_lse else result.out

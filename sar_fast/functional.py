@@ -15,11 +15,11 @@ from sar_fast.backends.select import choose_backend
 from sar_fast.config import check_choice
 from sar_fast.distributed import Shards
 from sar_fast.head_scaling import scale_heads
-from sar_fast.kvcache import Cache, check_cache
+from sar_fast.kvcache import Step, check_cache
 from sar_fast.row_statistics import join_rows, row_sums
 from sar_fast.row_statistics import row_statistics as row_statistics_of
 from sar_fast.types import SARState, SARStats
-from sar_fast.values import Call, Result, Roles, Scores
+from sar_fast.values import Call, Result, Roles
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
@@ -280,14 +280,12 @@ def sar_attn_with_kvcache(
         value_checks.check_prior_values(prior)  # before the cache is written
     with torch.no_grad():
         roles = Roles(visual_mask, text_mask, prior)
-        result = _decode(q, cache, scores, roles, state, decode, rule, chosen, return_stats)
+        result = _decode(Step(q, cache, scores), roles, state, decode, rule, chosen, return_stats)
     return (result.out, SARStats.of(result, chosen.name)) if return_stats else result.out
 
 
 def _decode(
-    q: Tensor,
-    cache: Cache,
-    scores: Scores,
+    plain: Step,
     roles: Roles,
     state: SARState,
     mode: str,
@@ -296,27 +294,28 @@ def _decode(
     need_stats: bool,
 ) -> Result:
     """A decode step under any rule; the state's sums go on in ``"running"``."""
-    decode = functools.partial(decode_op.decode, backend, q, cache, scores, need_lse=need_stats)
+    q, step = plain.q, functools.partial(dataclasses.replace, plain)
+    decode = functools.partial(decode_op.decode, backend, need_lse=need_stats)
     refuse_split_queries(rule)
     if not needs_statistics(rule):
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         c = head_weights(rule, no_statistics(q.shape[0], q.shape[2], q, acc), None)
         value_checks.check_weight_values(c, name_of(rule))  # before the cache is written
         if not need_stats:
-            return decode(c=c)
-        result = decode(roles=roles, rule=Equal())
+            return decode(step(c=c))
+        result = decode(step(roles=roles, rule=Equal()))
         return result._replace(out=scale_heads(result.out, c, None, name_of(rule)), c=c)
     if mode == "prompt":
-        result = decode(c=state.head_weights)
+        result = decode(step(c=state.head_weights))
         return result._replace(statistics=state.sums.means(), c=state.head_weights)
     sums = state.sums if mode == "running" else None
     if isinstance(rule, Lowered):
-        return decode(roles=roles, sums=sums, rule=rule)
+        return decode(step(roles=roles, sums=sums, rule=rule))
     asked = all_row_statistics(rule)
     before = None if sums is None else sums._replace(count=sums.count.clone())
-    result = decode(roles=roles, sums=sums, rule=Equal(), need_lse=need_stats or bool(asked))
+    result = decode(step(roles=roles, sums=sums, rule=Equal()), need_lse=need_stats or bool(asked))
     if asked:
-        rows = _row_sums_over_cache(q, cache, scores, roles, result.lse, asked, backend)
+        rows = _row_sums_over_cache(plain, roles, result.lse, asked, backend)
         result = result._replace(statistics=join_rows(result.statistics, rows, asked, before))
         if sums is not None:
             state.row_sums = row_sums(result.statistics, asked).to(torch.float32)
@@ -325,22 +324,16 @@ def _decode(
 
 
 def _row_sums_over_cache(
-    q: Tensor,
-    cache: Cache,
-    scores: Scores,
-    roles: Roles,
-    lse: Tensor,
-    asked: tuple[RowStatistic, ...],
-    backend: Backend,
+    step: Step, roles: Roles, lse: Tensor, asked: tuple[RowStatistic, ...], backend: Backend
 ) -> Tensor:
     """(B, R, H) of a cache that holds the new keys by now, a sample at a time: a GPU is waited for."""
-    lengths = [n + cache.new for n in cache.host_lengths()]
+    lengths = [n + step.cache.new for n in step.cache.host_lengths()]
     found = []
-    for b, (k, v) in enumerate(cache.sequences(lengths)):
+    for b, (k, v) in enumerate(step.cache.sequences(lengths)):
         own = Roles(roles.visual[b, None, : lengths[b]], roles.text[b, None], roles.prior[b, None, : lengths[b]])
-        call = Call(q[b, None], k[None], v[None], scores, own)
+        call = Call(step.q[b, None], k[None], v[None], step.scores, own)
         found.append(row_statistics_of(call, lse[b, None], asked, backend.name, differentiable=False))
-    return torch.cat(found) if found else lse.new_zeros(0, len(asked), q.shape[2])
+    return torch.cat(found) if found else lse.new_zeros(0, len(asked), step.q.shape[2])
 
 
 def check_state(state: SARState, batch: int, heads: int, device: torch.device, *, written: bool) -> None:

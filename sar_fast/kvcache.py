@@ -1,4 +1,4 @@
-"""A KV cache as a value: what a call writes into it, and each sample's keys and values in it."""
+"""A KV cache and a step over it as values: what a call writes, and each sample's keys and values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sar_fast import validation
 from sar_fast.scalars import is_integer, kind, plain
+from sar_fast.values import Roles, Scores, Sums
+from sar_fast.weighting.softmax import Lowered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,26 @@ class Cache:
             else:
                 pages = self.block_table[b, : -(-length // self.k.shape[1])].long()
                 yield self.k[pages].flatten(0, 1)[:length], self.v[pages].flatten(0, 1)[:length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Attention of new queries over a cache.
+
+    Attributes:
+        q: (B, Sq, H, D), the newest positions.
+        roles: of the cache's positions and of the new queries: heads are weighed by ``rule``. None: plain, or by ``c``.
+        sums: fp32 that the means go on from; updated in place. None: of these queries alone.
+        c: (B, H) fp32, weights that are known; without roles.
+    """
+
+    q: Tensor
+    cache: Cache
+    scores: Scores
+    roles: Roles | None = None
+    sums: Sums | None = None
+    rule: Lowered | None = None
+    c: Tensor | None = None
 
 
 def check_cache(

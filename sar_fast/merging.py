@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,10 +12,12 @@ from sar_fast import adapters
 from sar_fast.model_errors import ModelError
 from sar_fast.models import DTYPES, ModelSource, load_config, load_processor, load_whole
 from sar_fast.saving import open_to_readers, whole_folder
+from sar_fast.weighting.files import PARAMETERS, RULE
 
 
 def merge_into(source: ModelSource, output: Path, dtype: str = "auto", overwrite: bool = False) -> Path:
-    """Writes the base's weights with the adapter added, processor, chat template and generation config.
+    """Writes the base's weights with the adapter added, processor, chat template and generation config, and copies the
+    head weights that were learned beside the adapter.
 
     The folder is there when all of it is: it is written beside ``output`` and takes its place at the end.
 
@@ -50,6 +53,8 @@ def merge_into(source: ModelSource, output: Path, dtype: str = "auto", overwrite
         with whole_folder(path) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
+            for file in weighting_files(source.adapter):  # head weights that were learned beside the adapter
+                shutil.copy(file, folder)
             open_to_readers(folder)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"output_dir {str(output)!r} cannot be written: {error}") from error
@@ -74,3 +79,8 @@ def check_output(path: Path, source: ModelSource, overwrite: bool) -> None:
         raise ValueError(
             f"output_dir {str(path)!r} holds no model that --overwrite_output_dir could replace: choose another folder"
         )
+
+
+def weighting_files(adapter: str) -> list[Path]:
+    """The files of a rule that was trained with an adapter (docs/training.md), where there are any."""
+    return [path for name in (RULE, PARAMETERS) if (path := Path(adapter) / name).is_file()]

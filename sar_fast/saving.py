@@ -30,9 +30,14 @@ def adapter_weights(folder: Path) -> list[Path]:
 
 def open_to_readers(folder: Path) -> None:
     """Gives the weights in a folder the mode that any new file gets: safetensors writes them for the owner alone."""
+    give_usual_mode(*whole_weights(folder), *adapter_weights(folder))
+
+
+def give_usual_mode(*files: Path) -> None:
+    """Gives files the mode that any new file gets."""
     mask = os.umask(0o077)
     os.umask(mask)
-    for file in (*whole_weights(folder), *adapter_weights(folder)):
+    for file in files:
         file.chmod(0o666 & ~mask)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -56,3 +57,16 @@ def one_thread(_threads):
 def all_threads(one_thread, _threads):
     """Undo ``one_thread`` for one test: what must hold however work is split."""
     torch.set_num_threads(_threads)
+
+
+@pytest.fixture
+def own_rules(monkeypatch):
+    """Rules that a test registers, or reads from files, are unknown after it."""
+    from sar_fast.weighting import registry
+
+    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("sar_fast_weighting_"):
+            del sys.modules[name]

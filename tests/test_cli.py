@@ -60,8 +60,9 @@ def test_help_has_examples(command):
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_sweep_lists_its_flags(word):
     text = run("sweep", word)
-    assert all(f"--{name} " in text for name in ("k", "beta", "task", "data_dir", "output_dir", "sar_normalize"))
+    assert all(f"--{name} " in text for name in ("k", "beta", "weighting", "task", "data_dir", "sar_normalize"))
     assert "--sar_beta" not in text
+    assert "--sar_weighting" not in text
     assert "--probe_lr" not in text
 
 
@@ -133,6 +134,102 @@ def test_inspect_measures_an_input(picture, tmp_path):
     with Image.open(png) as drawn:
         assert drawn.format == "PNG"
     assert "largest c" in run("inspect", *given)
+
+
+RULES = """
+import torch
+
+def signed(statistics, layer):
+    return torch.tensor([2.0, -1.0, 0.5, 0.0, 1.0, 3.0, 0.25, 1.5]) + layer
+
+signed.needs_statistics = False
+
+def rank(statistics, layer):
+    return statistics.sa.argsort(-1).argsort(-1).to(statistics.sa)
+"""
+
+
+@pytest.fixture
+def rules(tmp_path, own_rules):
+    path = tmp_path / "rules.py"
+    path.write_text(RULES)
+    return str(path)
+
+
+def test_inspect_shows_a_rule_and_measures_for_it(picture, rules, tmp_path):
+    """Also for a rule that needs no statistics, and one whose weights are not positive."""
+    given = ("--image", picture, "--question", QUESTION, "--k", "2", "--json")
+    papers = json.loads(run("inspect", *given))
+    png = tmp_path / "heads.png"
+    found = json.loads(run("inspect", *given, "--weighting", f"{rules}:signed", "--heatmap", str(png)))
+    assert found["config"]["weighting"] == {"name": f"{rules}:signed", "options": {}}
+    assert not {"beta", "normalize"} & set(found["config"])
+    assert "weighting" not in papers["config"]
+    first, _ = found["layers"]
+    for name in ("alignment_variance", "semantic_alignment", "sav"):  # plain layers are below: the same statistics
+        assert first[name] == pytest.approx(papers["layers"][0][name], rel=1e-5)
+    for row in found["layers"]:
+        assert row["head_weights"] == [c + row["layer"] for c in (2.0, -1.0, 0.5, 0.0, 1.0, 3.0, 0.25, 1.5)]
+    assert png.stat().st_size > 1000
+    for row in json.loads(run("inspect", *given, "--weighting", f"{rules}:rank"))["layers"]:
+        assert row["head_weights"] == torch.tensor(row["semantic_alignment"]).argsort().argsort().tolist()
+
+
+def test_the_table_of_a_rule_names_it_and_its_largest_head(picture, rules):
+    text = run("inspect", "--image", picture, "--question", QUESTION, "--k", "1", "--weighting", f"{rules}:signed")
+    assert "weighting" in text
+    assert "beta, normalize" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("│     3 ")]
+    assert row.split("│")[5:8] == [" 2.000 ", " 6.000 ", "                 5 "]
+
+
+def test_a_rule_of_the_model_may_ask_for_its_sizes(rules):
+    with open(rules, "a") as file:
+        file.write("""
+class Sized(torch.nn.Module):
+    needs_statistics = False
+    def __init__(self, layers, heads):
+        super().__init__()
+        self.sizes = {"layers": layers, "heads": heads}
+    def options(self):
+        return self.sizes
+    def forward(self, statistics, layer):
+        return statistics.av.new_ones(self.sizes["heads"])
+""")
+    found = json.loads(run("inspect", "--weighting", f"{rules}:Sized", "--json"))
+    assert found["config"]["weighting"]["options"] == {"layers": 4, "heads": 8}
+
+
+def test_generate_takes_a_rule(picture, rules):
+    given = ("generate", "--image", picture, "--question", QUESTION)
+    plain = run(*given)
+    assert run(*given, "--use_sar", "--weighting", "equal") == plain
+    assert run(*given, "--use_sar", "--k", "4", "--weighting", f"{rules}:signed") != plain
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nope"], "--weighting: 'nope' is not known; known are "),
+        (["gone.py:f"], "--weighting: 'gone.py:f' must be FILE.py:NAME; no such Python file 'gone.py'"),
+        (["{"], "--weighting must be a name, FILE.py:NAME, or "),
+        (
+            ['{"name": "softmax", "options": {"beta": 0}}'],
+            '--weighting {"name": "softmax", "options": {"beta": 0}}: beta',
+        ),
+        (["equal", "--beta", "0.5"], "--weighting must come without --beta, of the paper's rule"),
+        (["equal", "--normalize", "none"], "--weighting must come without --normalize, of the paper's rule"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "generate", "demo"])
+def test_errors_of_rules_name_the_option(picture, tmp_path, command, words, message):
+    where = {"generate": ("--use_sar",), "demo": ("--output_dir", str(tmp_path / "demo")), "inspect": ()}[command]
+    line = fails(command, "--image", picture, "--question", QUESTION, *where, "--weighting", *words)
+    assert line.startswith(f"error: {message}")
+    assert not (tmp_path / "demo").exists()
+    if command == "generate":
+        line = fails(command, "--image", picture, "--question", QUESTION, "--weighting", words[0])
+        assert line == "error: --weighting has no effect without --use_sar; add it"
 
 
 def test_doctor_compares_backends():

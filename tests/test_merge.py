@@ -14,6 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sar_fast.merging import merge_into
 from sar_fast.models import MINIATURE_PATH, find_model, load_model
+from sar_fast.weighting import HeadScales, find_weighting
+from sar_fast.weighting.files import save_weighting
 from tests.adapters import TARGETS, base_model, logits, lora, usual_mode, write_adapter
 from tests.test_cli import fails, run
 
@@ -63,6 +65,15 @@ def test_a_merged_folder_is_like_its_bases(adapter, tmp_path):
     assert generation[0]["max_new_tokens"] == generation[1]["max_new_tokens"] == 8
     assert set(load_file(out / "model.safetensors")) == set(load_file(MINIATURE_PATH / "model.safetensors"))
     assert AutoProcessor.from_pretrained(out).chat_template == (adapter / "chat_template.jinja").read_text()
+
+
+def test_head_weights_that_were_learned_with_the_adapter_come_along(tmp_path):
+    folder = write_adapter(tmp_path / "adapter")
+    rule = HeadScales(4, 4)
+    rule.scales.data.uniform_(0.5, 2)
+    save_weighting(rule, folder)
+    merge_into(find_model(str(folder)), tmp_path / "merged")
+    assert torch.equal(find_weighting(str(tmp_path / "merged")).scales, rule.scales)
 
 
 def test_a_dtype_can_be_given(adapter, tmp_path):

@@ -96,6 +96,22 @@ def test_own_picture_and_timings(tmp_path, monkeypatch):
     assert "What it costs" in page
 
 
+def test_a_page_of_another_rule_names_it(drawn, tmp_path, own_rules):
+    """The paper's sentence about head 0 is the paper's rule's, and so is the eager formulation."""
+    assert "Head 0 is protected: it takes the largest factor of its layer." in drawn[0]
+    assert "how sharply" in drawn[0]
+    (tmp_path / "rules.py").write_text(
+        "import torch\n\ndef some(statistics, layer):\n    return torch.tensor([0.0] * 7 + [-2.0])\n"
+    )
+    small = ("--num-questions", "2", "--sample-size", "1", "--k", "2", "--weighting", f"{tmp_path}/rules.py:some")
+    page, found = demo(tmp_path, *small)
+    assert "The rule is rules.py:some." in page
+    assert not re.search("Head 0 is|how sharply|eager formulation", page)
+    assert found["meta"]["config"]["weighting"]["name"] == f"{tmp_path}/rules.py:some"
+    assert found["head_weights"] == {layer: [0.0] * 7 + [-2.0] for layer in ("2", "3")}
+    assert [timing["short"] for timing in found["timings"]] == ["own prefill"]
+
+
 def test_recording_off_changes_nothing():
     model, processor = loading.load_model("miniature")
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -145,6 +161,10 @@ def test_shares_and_head_average():
     rows = torch.tensor([[0.2, 0.0], [0.0, 0.4]])
     torch.testing.assert_close(overlay.head_average(rows), torch.tensor([0.1, 0.2]))
     torch.testing.assert_close(overlay.head_average(rows, torch.tensor([3.0, 1.0])), torch.tensor([0.15, 0.1]))
+    torch.testing.assert_close(overlay.head_average(rows, torch.tensor([3.0, -1.0])), torch.tensor([0.15, 0.1]))
+    nothing = overlay.head_average(rows, torch.zeros(2))  # every head is held back
+    assert torch.equal(nothing, torch.zeros(2))
+    assert overlay.share_on_mask(np.zeros((8, 8), dtype=np.float32), mask) == 0
 
 
 def test_overlays_share_a_scale():

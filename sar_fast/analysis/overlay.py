@@ -17,18 +17,19 @@ LEAST_OPACITY, MOST_OPACITY = 0.25, 0.85  # of the heat; the picture stays visib
 
 
 def head_average(rows: Tensor, head_weights: Tensor | None = None) -> Tensor:
-    """Mean over heads of attention rows, weighted by the factors that the heads' outputs get.
+    """Mean over heads of attention rows, weighted by the size of the factors that the heads' outputs get.
 
     Args:
         rows: (H, V) attention of one query over its visual keys.
-        head_weights: (H,) c; None weighs all heads alike.
+        head_weights: (H,) c of any sign; all 0 leaves nothing, zeros. None weighs all heads alike.
 
     Returns:
         (V,) in the units of ``rows``: the share of the query's attention that each visual token receives.
     """
     if head_weights is None:
         return rows.mean(0)
-    return (head_weights[:, None] * rows).sum(0) / head_weights.sum()
+    size = head_weights.abs()
+    return (size[:, None] * rows).sum(0) / torch.where(size.sum() > 0, size.sum(), 1)
 
 
 def visual_grid(inputs: Mapping[str, Tensor], visual_tokens: int, merge_size: int = 1) -> tuple[int, int]:
@@ -89,9 +90,9 @@ def heat_overlay(picture: Image.Image, values: np.ndarray, peak: float) -> Image
 
 def share_on_mask(values: np.ndarray, mask: np.ndarray) -> float:
     """Share of ``values`` (rows, columns) that falls on ``mask`` (height, width) bool, each token spread evenly over
-    the pixels that it covers. A uniform map gets the mask's share of the picture."""
+    the pixels that it covers. A uniform map gets the mask's share of the picture, zeros get 0."""
     covered = Image.fromarray(mask.astype(np.float32)).resize(values.shape[::-1], Image.Resampling.BOX)
-    return float((values * np.asarray(covered)).sum() / values.sum())
+    return float((values * np.asarray(covered)).sum() / (values.sum() or 1))
 
 
 def grid_of(row: Tensor, grid: tuple[int, int]) -> np.ndarray:

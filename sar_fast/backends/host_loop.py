@@ -14,8 +14,8 @@ from sar_fast.backends.sequence import Sequence, dense_last, sequences_of
 from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
 from sar_fast.backends.torch_backend import log_sum_exp
 from sar_fast.head_scaling import scale_heads_
-from sar_fast.kvcache import Cache
-from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
+from sar_fast.kvcache import Step
+from sar_fast.values import Call, Result, Statistics
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.softmax import Lowered
 
@@ -100,32 +100,21 @@ class HostLoop:
     def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
         return None
 
-    def decode(
-        self,
-        q: Tensor,
-        cache: Cache,
-        scores: Scores,
-        *,
-        roles: Roles | None = None,
-        sums: Sums | None = None,
-        rule: Lowered | None = None,
-        c: Tensor | None = None,
-        need_lse: bool,
-    ) -> Result:
-        lengths = cache.write()
-        q, sequences = dense_last(q), []
+    def decode(self, step: Step, *, need_lse: bool) -> Result:
+        lengths, cache, roles = step.cache.write(), step.cache, step.roles
+        q, sequences = dense_last(step.q), []
         for b, (k, v) in enumerate(cache.sequences(lengths)):
             own = []
             if roles is not None:
                 own = [roles.visual[b, : lengths[b]], roles.text[b], roles.prior[b, : lengths[b]]]
-            sequences.append(Sequence(q[b], k, v, scores, *own))
-        call = Call(q, cache.k, cache.v, scores, roles, carried=sums)
-        result = self._attend(call, sequences, rule, need_lse=need_lse)
-        if c is not None:
+            sequences.append(Sequence(q[b], k, v, step.scores, *own))
+        call = Call(q, cache.k, cache.v, step.scores, roles, carried=step.sums)
+        result = self._attend(call, sequences, step.rule, need_lse=need_lse)
+        if step.c is not None:
             for b in range(q.shape[0]):
-                scale_heads_(result.out[b], c[b])
-        if sums is not None:
-            for kept, new in zip(sums[:3], result.statistics.sums()):
+                scale_heads_(result.out[b], step.c[b])
+        if step.sums is not None:
+            for kept, new in zip(step.sums[:3], result.statistics.sums()):
                 kept.copy_(new)
         return result
 

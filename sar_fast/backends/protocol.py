@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sar_fast.kvcache import Cache
-from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
+from sar_fast.kvcache import Step
+from sar_fast.values import Call, Result, Scores, Statistics
 from sar_fast.weighting.softmax import Lowered
 
 
@@ -78,25 +78,8 @@ class Backend(Protocol):
         """
         ...
 
-    def decode(
-        self,
-        q: Tensor,
-        cache: Cache,
-        scores: Scores,
-        *,
-        roles: Roles | None = None,
-        sums: Sums | None = None,
-        rule: Lowered | None = None,
-        c: Tensor | None = None,
-        need_lse: bool,
-    ) -> Result:
-        """Attention of new queries (B, Sq, H, D) over a cache, which its new keys and values extend in place.
-
-        Args:
-            roles: of the cache's positions and of the new queries: weights by ``rule``. None: plain, or by ``c``.
-            sums: (B, H), (B, H), (B,) fp32 that the means go on from; updated in place. None: of these queries alone.
-            c: (B, H) fp32, weights that are known; without roles.
-        """
+    def decode(self, step: Step, *, need_lse: bool) -> Result:
+        """Attention of a step's queries over its cache, which its new keys and values extend in place."""
         ...
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.sequence import dense_last
-from sar_fast.kvcache import Cache
+from sar_fast.kvcache import Cache, Step
 from sar_fast.validation import MAX_HEAD_DIM, check_ends
-from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
+from sar_fast.values import Call, Result, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.softmax import Lowered, flatten
 
@@ -112,22 +112,9 @@ class Triton:
         _, means, _, count = kernels.attention_statistics(q, k, lse, *roles, weights=_weight_options(Equal()), **layout)
         return means * count[:, None]
 
-    def decode(
-        self,
-        q: Tensor,
-        cache: Cache,
-        scores: Scores,
-        *,
-        roles: Roles | None = None,
-        sums: Sums | None = None,
-        rule: Lowered | None = None,
-        c: Tensor | None = None,
-        need_lse: bool,
-    ) -> Result:
+    def decode(self, step: Step, *, need_lse: bool) -> Result:
         """As the protocol's; on a GPU no value is read on the host."""
-        lengths = _append(q, cache)
-        table = None if cache.block_table is None else dense_last(cache.block_table)
-        return _decode(dense_last(q), cache.k, cache.v, lengths, scores, roles, sums, rule, c, table)
+        return _decode(step, _append(step.q, step.cache))
 
 
 def _attention_options(scores: Scores) -> Any:
@@ -205,7 +192,8 @@ def _decode_call(call: Call, rule: Lowered) -> Result:
     sums = None
     if call.carried is not None:  # the kernels add to the sums in place: the caller keeps its own
         sums = Sums(*(t.to(torch.float32).contiguous().clone() for t in call.carried[:3]))
-    return _decode(q, k, v, lengths, call.scores, call.roles, sums, rule, None, None)
+    cache = Cache(k, v, None, None, None, None, call.batch_size)
+    return _decode(Step(q, cache, call.scores, call.roles, sums, rule), lengths)
 
 
 def _append(q: Tensor, cache: Cache) -> Tensor:
@@ -219,36 +207,28 @@ def _append(q: Tensor, cache: Cache) -> Tensor:
     return lengths
 
 
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    scores: Scores,
-    roles: Roles | None,
-    sums: Sums | None,
-    rule: Lowered | None,
-    c: Tensor | None,
-    block_table: Tensor | None,
-) -> Result:
+def _decode(step: Step, lengths: Tensor) -> Result:
+    """A step over a cache whose samples have ``lengths`` (B,) int32 keys, the new ones written."""
     from sar_kernels.decode_call import decode_forward, sar_decode_forward
 
-    given = {"options": _attention_options(scores), "block_table": block_table}
+    q, cache, roles, sums, c = dense_last(step.q), step.cache, step.roles, step.sums, step.c
+    table = None if cache.block_table is None else dense_last(cache.block_table)
+    given = {"options": _attention_options(step.scores), "block_table": table}
     if roles is None and c is None:
-        out, lse = decode_forward(q, k_cache, v_cache, lengths, **given)
+        out, lse = decode_forward(q, cache.k, cache.v, lengths, **given)
         return Result(out, lse, *nothing_computed(q, lse.dtype))
     B, H = q.shape[0], q.shape[-2]
     written = _no_sums(B, H, q.device) if sums is None else Sums(*(t.contiguous() for t in sums[:3]))
     weights = torch.ones(B, H, dtype=torch.float32, device=q.device) if c is None else c.float().contiguous()
     out, lse, av, sa, used, count = sar_decode_forward(
         q,
-        k_cache,
-        v_cache,
+        cache.k,
+        cache.v,
         lengths,
         *([None] * 3 if roles is None else [dense_last(x) for x in roles]),
         *written[:3],
         weights,
-        weights=_weight_options(rule or Equal()),
+        weights=_weight_options(step.rule or Equal()),
         mode="prompt" if roles is None else "step" if sums is None else "running",
         **given,
     )

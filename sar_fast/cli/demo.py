@@ -33,6 +33,7 @@ def demo(
     k: options.K = None,
     beta: options.Beta = None,
     normalize: options.Normalize = None,
+    weighting: options.WeightingRule = None,
     backend: options.Backend = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the drawn pictures and of the timed inputs.")] = 0,
     num_questions: Annotated[
@@ -42,7 +43,8 @@ def demo(
         int, typer.Option("--sample_size", min=0, help="Questions per kind and background that are counted; 0 = none.")
     ] = 100,
     timings: Annotated[
-        bool, typer.Option("--timings/--no_timings", help="Time SAR against the eager formulation.")
+        bool,
+        typer.Option("--timings/--no_timings", help="Time SAR, and the eager formulation unless --weighting is given."),
     ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -70,13 +72,14 @@ def demo(
         raise UserError("--model needs --image and --question: the drawn questions are the shipped model's own")
     need("the report", "matplotlib", *(["skimage"] if image is None else []))
     picture = None if image is None else loading.open_image(image)
-    options.check_sar(k, beta=beta, normalize=normalize, backend=backend)
+    given = {"beta": beta, "normalize": normalize, "weighting": weighting, "backend": backend}
+    options.check_sar(k, **given)
     options.make_folder(output_dir)
     console = Console()
     with one_thread_for(model), _progress(console) as say:
         say("loading the model")
         loaded, processor = loading.load_model(model, device, dtype, base_model)
-        config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
+        config = options.sar_config(loaded, k, **given)
 
         from sar_fast.analysis.examples import Prompt, drawn_prompts
         from sar_fast.cli import demo_results as work

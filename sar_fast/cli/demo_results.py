@@ -22,6 +22,7 @@ from sar_fast.analysis.recording import attention_layers, record, recording_off
 from sar_fast.analysis.report import colour_stops, write_report
 from sar_fast.cli.loading import answer, build_inputs
 from sar_fast.config import SARConfig
+from sar_fast.evaluation.rules import rule_label
 from sar_fast.integrations.hf import apply_sar
 from sar_fast.miniature.questions import draw_questions
 
@@ -59,6 +60,13 @@ class Results:
     @property
     def verdict(self) -> str:
         return accuracy.verdict(self.total)
+
+    @property
+    def about_weights(self) -> str:
+        """A sentence on where the factors come from."""
+        if self.config.weighting is None:
+            return self.config.rule.about_head_0
+        return f"The rule is {rule_label(self.config.to_dict()['weighting'])}."
 
 
 def ask_both(
@@ -116,6 +124,8 @@ def time_everything(results: Results, model: nn.Module, processor: Any, say: Cal
         "prefill": lambda: measurements.time_prefill(device, dtype, results.config, seed=results.seed),
         "the whole model": lambda: measurements.time_model(model, inputs, results.config),
     }
+    if results.config.weighting is not None:  # the eager formulation is of the paper's rule
+        kinds = {"the whole model": kinds["the whole model"]}
     for name, measure in kinds.items():
         say(f"timing {name}")
         results.timings.append(measure())

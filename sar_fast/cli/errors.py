@@ -15,6 +15,7 @@ OPTION_OF = {  # names that library errors begin with, as the option that sets t
     "beta": "--beta",
     "decode": "--decode",
     "normalize": "--normalize",
+    "weighting": "--weighting",
     "backend": "--backend",
     "model": "--model",
     "k": "--k",

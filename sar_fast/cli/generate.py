@@ -20,6 +20,7 @@ def generate(
     k: options.K = None,
     beta: options.Beta = None,
     normalize: options.Normalize = None,
+    weighting: options.WeightingRule = None,
     decode: options.Decode = None,
     backend: options.Backend = None,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer, in tokens.")] = 128,
@@ -28,7 +29,7 @@ def generate(
 ) -> None:
     """Answer a question about a picture, word by word on stdout.
 
-    Decoding is greedy. --k, --beta, --normalize, --decode and --backend need --use_sar.
+    Decoding is greedy. --k, --beta, --normalize, --weighting, --decode and --backend need --use_sar.
 
     **Examples**
 
@@ -36,7 +37,14 @@ def generate(
 
     * `sar-fast generate --model llava-hf/llava-1.5-7b-hf --image photo.jpg --question "What is this?" --use_sar`
     """
-    chosen = {"k": k, "beta": beta, "normalize": normalize, "decode": decode, "backend": backend}
+    chosen = {
+        "k": k,
+        "beta": beta,
+        "normalize": normalize,
+        "weighting": weighting,
+        "decode": decode,
+        "backend": backend,
+    }
     if not use_sar and any(value is not None for value in chosen.values()):
         name = next(name for name, value in chosen.items() if value is not None)
         raise UserError(f"--{name} has no effect without --use_sar; add it")

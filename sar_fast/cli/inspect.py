@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sar_fast import json_text
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
 from sar_fast.extras import need
+from sar_fast.wording import cut
 
 LABELS = {
     "model_type": "model type",
@@ -38,6 +41,7 @@ def inspect(
     k: options.K = None,
     beta: options.Beta = None,
     normalize: options.Normalize = None,
+    weighting: options.WeightingRule = None,
     backend: options.Backend = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     heatmap: Annotated[
@@ -68,10 +72,11 @@ def inspect(
             raise UserError(f"--heatmap must be a .png file in a folder that exists; got {str(heatmap)!r}")
     from sar_fast.cli import loading
 
-    options.check_sar(k, beta=beta, normalize=normalize, backend=backend)
+    given = {"beta": beta, "normalize": normalize, "weighting": weighting, "backend": backend}
+    options.check_sar(k, **given)
     picture = None if image is None else loading.open_image(image)
     loaded, processor = loading.load_model(model, device, dtype, base_model)
-    config = options.sar_config(loaded, k, beta=beta, normalize=normalize, backend=backend)
+    config = options.sar_config(loaded, k, **given)
 
     from sar_fast.integrations.hf import apply_sar
 
@@ -148,7 +153,11 @@ def _print(found: dict[str, Any], heatmap: Path | None) -> None:
             value = ", ".join(f"{name} {number}" for name, number in value.items())
         facts.add_row(label, str(value))
     config = found["config"]
-    facts.add_row("beta, normalize", f"{config['beta']}, {config['normalize']}")
+    rule = config.get("weighting")
+    if rule is None:
+        facts.add_row("beta, normalize", f"{config['beta']}, {config['normalize']}")
+    else:
+        facts.add_row("weighting", escape(cut(json.dumps(rule))))
     if "input" in found:
         sizes = found["input"]
         facts.add_row("prompt", f"{sizes['prompt_tokens']} tokens")
@@ -169,13 +178,13 @@ def _print(found: dict[str, Any], heatmap: Path | None) -> None:
             *(f"{mean(row[name]):.4g}" for name in ("alignment_variance", "semantic_alignment", "sav")),
             f"{min(c):.3f}",
             f"{max(c):.3f}",
-            str(_strongest_head(row)),
+            str(_strongest_head(row, by="sav" if rule is None else "head_weights")),
         )
     console.print(table)
     if heatmap is not None:
         console.print(f"Heatmap: {heatmap}")
 
 
-def _strongest_head(row: dict[str, Any]) -> int:
-    """The head whose SAV is largest; its c is the layer's largest (the protected head 0 copies it)."""
-    return max(range(len(row["sav"])), key=row["sav"].__getitem__)
+def _strongest_head(row: dict[str, Any], by: str) -> int:
+    """The head with the layer's largest c: by SAV for the paper's rule, whose protected head 0 copies it."""
+    return max(range(len(row[by])), key=row[by].__getitem__)

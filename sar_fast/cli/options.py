@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,14 @@ Normalize = Annotated[
         "visual tokens. Default: none.",
     ),
 ]
+WeightingRule = Annotated[
+    str | None,
+    typer.Option(
+        "--weighting",
+        help="Another rule for the heads' weights, in place of --beta and --normalize: a NAME, FILE.py:NAME, "
+        '{"name": ..., "options": {...}}, or a folder that train.py saved.',
+    ),
+]
 Decode = Annotated[
     str | None,
     typer.Option(
@@ -73,9 +82,10 @@ def make_folder(output_dir: Path) -> None:
 
 def check_sar(k: int | None, **given: Any) -> None:
     """What can be wrong with the options of SAR whatever the model is, before one is loaded."""
-    fields = {"activation_layer_k": k, **given}
+    from sar_fast.sar_flags import check_rule
+
     try:
-        SARConfig(**{name: value for name, value in fields.items() if value is not None})
+        SARConfig(**_fields({"activation_layer_k": k, **given}, check_rule)).to_dict()  # as results keep it
     except (ValueError, TypeError) as error:
         raise UserError.of(error) from error
 
@@ -84,14 +94,25 @@ def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:
     """The configuration that the options ask for, tried on the model; an option left at None takes its default."""
     from sar_fast.analysis.recording import attention_layers
     from sar_fast.integrations.hf import apply_sar
+    from sar_fast.sar_flags import find_rule
 
-    fields = {name: value for name, value in given.items() if value is not None}
     try:
         if k is None:
             k = min(SARConfig().activation_layer_k, max(1, attention_layers(model) // 2))
-        config = SARConfig(activation_layer_k=k, **fields)
+        config = SARConfig(activation_layer_k=k, **_fields(given, lambda spec: find_rule(spec, model.config)))
         with apply_sar(model, config) as handle:
             handle.describe()  # chooses the backend, or says why it cannot run here
     except (ValueError, TypeError) as error:
         raise UserError.of(error) from error
     return config
+
+
+def _fields(given: dict[str, Any], find: Callable[[str], Any]) -> dict[str, Any]:
+    """The options that are given, as fields of ``SARConfig``; ``find`` the rule that a text names."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    if "weighting" in fields:
+        from sar_fast.sar_flags import refuse_papers
+
+        refuse_papers("--weighting", [f"--{name}" for name in ("beta", "normalize") if name in fields])
+        fields["weighting"] = find(fields["weighting"])
+    return fields

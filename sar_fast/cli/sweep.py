@@ -11,10 +11,11 @@ from sar_fast.extras import TRAINING, need
 
 
 def sweep(context: typer.Context) -> None:
-    """Score a benchmark for several K and beta, computing what the settings share once.
+    """Score a benchmark for several K and beta or rules, computing what the settings share once.
 
     Takes the flags and YAML files of `experiments/evaluate.py --task`, and in place of one setting
-    `--k 0 5 10 15 --beta 0.1 0.5 1.0`. Every setting's folder equals that of a separate run; `sweep.json` and
+    `--k 0 5 10 15 --beta 0.1 0.5 1.0`. `--weighting equal my_rules.py:mine` takes other rules in place of the paper's,
+    or beside its betas where they are given. Every setting's folder equals that of a separate run; `sweep.json` and
     `figure6.png` lie beside them. `--compare_batches N` measures the speed-up over separate runs.
 
     **Example**
@@ -37,8 +38,8 @@ def sweep(context: typer.Context) -> None:
         raise UserError(str(error)) from error
     for row in summary.get("settings", ()):
         scores = "  ".join(f"{n} {v:.2f}" for n, v in row["scores"].items() if isinstance(v, int | float))
-        beta = "" if row["beta"] is None else f" beta {row['beta']:g}"
-        typer.echo(f"K {row['k']}{beta}: {scores}")
+        rule = sweeping.rule_of(row)
+        typer.echo(f"K {row['k']}{rule and f' {rule}'}: {scores}")
     if "layer_passes" in summary:
         passes = summary["layer_passes"]
         typer.echo(f"layer passes per batch: {passes['branched']} instead of {passes['separate']}")

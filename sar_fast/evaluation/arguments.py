@@ -12,7 +12,7 @@ from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.experiment_arguments import above, at_least, need, parse_groups, refuse
 from sar_fast.output_dir import check_output_dir
-from sar_fast.sar_flags import sar_config
+from sar_fast.sar_flags import RULE_HELP, check_sar_flags, sar_config
 from sar_fast.training.registry import is_file_name
 
 SCORINGS = ("generate", "first_token")
@@ -60,8 +60,9 @@ class EvaluationArguments:
     template: str | None = _flag(None, "A Jinja file to use instead of the model's own chat template.")
     use_sar: bool = _flag(False, "Re-weight attention heads.")
     sar_activation_layer_k: int = _flag(10, "Last K attention layers.")
-    sar_beta: float = _flag(0.5, "Temperature of the softmax over heads.")
-    sar_normalize: Normalize = _flag("none", "none, or standardize: SAV standardised over heads.")
+    sar_beta: float | None = _flag(None, "Temperature of the softmax over heads. Default: 0.5.")
+    sar_normalize: Normalize | None = _flag(None, "none (default), or standardize: SAV standardised over heads.")
+    sar_weighting: str | None = _flag(None, RULE_HELP)
     sar_decode: DecodeMode = _flag("running", "Weights while generating: running, step or prompt.")
     sar_prior_source: PriorSource = _flag("vision_layer", "vision_layer or projected.")
     sar_backend: BackendName = _flag("auto", "auto, triton, composed or torch.")
@@ -125,7 +126,7 @@ class EvaluationArguments:
         if len(wanted) != 1:
             came = " and ".join(f"--{name}" for name in wanted) or "none"
             raise ValueError(f"needed one of --task, --do_sfs_fi_eval, --do_layerwise_probe; got {came}")
-        need(self, "use_sar", True, [f.name for f in dataclasses.fields(self) if f.name.startswith("sar_")])
+        need(self, "use_sar", True, sar_flags_given(self))
         need(self, "do_sfs_fi_eval", True, [n for n in vars(self) if n.startswith(("gd_", "sam_", "focus_"))])
         need(self, "do_layerwise_probe", True, [n for n in vars(self) if n.startswith(("probe_", "layerwise_"))])
         if self.task and self.dataset:
@@ -150,7 +151,7 @@ class EvaluationArguments:
         at_least(self, 1, "probe_epochs", "probe_batch_size", "probe_seeds")
         above(self, 0, "probe_lr")
         if self.use_sar:
-            self.sar_config()
+            check_sar_flags(self)
         if self.template is not None:
             read_template(self.template)
 
@@ -170,13 +171,20 @@ class EvaluationArguments:
             if self.sam_model_type not in SAM_MODEL_TYPES:
                 raise ValueError(f"sam_model_type must be {', '.join(SAM_MODEL_TYPES)}; got {self.sam_model_type!r}")
 
-    def sar_config(self) -> SARConfig:
-        """The options of SAR; ``ValueError`` for a bad one names its flag."""
-        return sar_config(self)
+    def sar_config(self, model_config: Any = None) -> SARConfig:
+        """The options of SAR, with a rule for the model of a configuration; ``ValueError`` names a bad flag."""
+        return sar_config(self, model_config)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored beside the results."""
         return dataclasses.asdict(self)
+
+
+def sar_flags_given(group: Any) -> list[str]:
+    """SAR's flags that say something else than ``SARConfig`` does by itself: 0.5, its beta, is as good as none."""
+    own = SARConfig().to_dict()
+    names = [name for name in vars(group) if name.startswith("sar_")]
+    return [name for name in names if getattr(group, name) not in (None, own.get(name.removeprefix("sar_")))]
 
 
 def parse(argv: Sequence[str]) -> EvaluationArguments:

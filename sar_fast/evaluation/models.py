@@ -13,6 +13,7 @@ from torch import nn
 from sar_fast.chat_template import read_template
 from sar_fast.cli.errors import UserError
 from sar_fast.cli.loading import build_prompt, tokenizer_of
+from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import GRID, encode_texts
 from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.integrations.hf import SARHandle, apply_sar
@@ -38,11 +39,12 @@ def model_type_of(arguments: EvaluationArguments) -> str:
         return load_config(source_of(arguments)).model_type
 
 
-def check_model_layers(arguments: EvaluationArguments) -> None:
-    """``ValueError`` if K is more than the model's layers; the model is not loaded."""
+def sar_config_of(arguments: EvaluationArguments) -> SARConfig:
+    """The options of SAR, a rule's for the model, which is not loaded; ``ValueError`` if they do not fit it."""
     with flags_named():
         config = load_config(source_of(arguments))
     check_layers(arguments, config)
+    return arguments.sar_config(config)
 
 
 def reports_frames(arguments: EvaluationArguments) -> bool:
@@ -72,7 +74,7 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
     if not arguments.use_sar:
         return model, processor, None
     with naming_flags(flags_of(arguments)):
-        handle = apply_sar(model, arguments.sar_config())
+        handle = apply_sar(model, arguments.sar_config(model.config))
         handle.describe()  # chooses the backend, or says why it cannot run here
     return model, processor, handle
 

@@ -14,8 +14,9 @@ import torch
 from accelerate import PartialState
 
 from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.models import check_model_layers, dtype_name, source_of, start_processes
+from sar_fast.evaluation.models import dtype_name, sar_config_of, source_of, start_processes
 from sar_fast.evaluation.results import ResultFolder
+from sar_fast.evaluation.rules import rule_settings
 from sar_fast.evaluation.stamps import file_stamp
 from sar_fast.evaluation.weights import model_facts
 from sar_fast.run_metadata import commit, versions
@@ -34,7 +35,7 @@ class Session:
     def __init__(self, arguments: EvaluationArguments) -> None:
         self.arguments, self._clock = arguments, time.time()
         if arguments.use_sar:
-            check_model_layers(arguments)
+            sar_config_of(arguments)
         self.state: PartialState = start_processes(arguments.device)
         self.folders: list[ResultFolder] = []
         self.metadata: dict[str, Any] = {}
@@ -101,10 +102,17 @@ def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
     return {
         **model_facts(source_of(arguments)),
         "dtype": dtype_name(arguments),
-        "sar": arguments.sar_config().to_dict() if arguments.use_sar else None,
+        "sar": sar_settings(arguments) if arguments.use_sar else None,
         "template": file_stamp(Path(arguments.template)) if arguments.template else None,  # None: the model's own
         "max_samples": arguments.max_samples,
     }
+
+
+def sar_settings(arguments: EvaluationArguments) -> dict[str, Any]:
+    """SAR's options, and of a rule what tells it from others of its name."""
+    if arguments.sar_weighting is None:
+        return arguments.sar_config().to_dict()
+    return rule_settings(arguments.sar_weighting, sar_config_of(arguments))
 
 
 def now() -> str:

@@ -1,4 +1,4 @@
-"""``sar-fast sweep``: one benchmark under many settings of K and beta, sharing what the settings share.
+"""``sar-fast sweep``: one benchmark under many settings of K and beta or rule, sharing what the settings share.
 
 Every setting gets a folder like the one that ``experiments/evaluate.py`` makes of it, with the same records, so that
 either can continue the other's work. Only the time differs.
@@ -22,17 +22,18 @@ from torch import nn
 
 from sar_fast.config import SARConfig
 from sar_fast.evaluation import benchmark
-from sar_fast.evaluation.arguments import EvaluationArguments
+from sar_fast.evaluation.arguments import EvaluationArguments, sar_flags_given
 from sar_fast.evaluation.asking import Asker, ask_all, cut_batches, pending
 from sar_fast.evaluation.models import load
 from sar_fast.evaluation.results import ResultFolder, read_json, write_json
+from sar_fast.evaluation.rules import canonical, rule_label, rule_slug
 from sar_fast.evaluation.session import Session
 from sar_fast.evaluation.tables import Table
 from sar_fast.evaluation.tasks import Record, Sample
 from sar_fast.experiment_arguments import parse_groups
 from sar_fast.integrations.hf.branching import layer_passes
 from sar_fast.output_dir import check_output_dir
-from sar_fast.sar_flags import naming_flags
+from sar_fast.sar_flags import check_rule, naming_flags
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +43,38 @@ _DEFAULTS = {
 }
 
 _DEFAULT_BETA = 0.5
-_VARIED = ("use_sar", "sar_activation_layer_k", "sar_beta")  # what --k and --beta stand for
+_VARIED = ("use_sar", "sar_activation_layer_k", "sar_beta", "sar_weighting")
+_FLAGS = {"activation_layer_k": "k", "beta": "beta", "weighting": "weighting"}  # that vary them
 SUMMARY = "sweep.json"
 COST = ("layer_passes", "seconds_per_batch", "speed_up", "compared_batches")
 FIGURE = "figure6.png"
 PANELS_IN_A_ROW = 4
 
 
+class _Setting(EvaluationArguments):
+    """One setting of a sweep, whose errors name the sweep's flags."""
+
+    sar_flag_names: ClassVar[dict[str, str]] = _FLAGS
+
+
 @dataclasses.dataclass
 class SweepArguments(EvaluationArguments):
-    """A benchmark's arguments, with several values of K and beta in place of one."""
+    """A benchmark's arguments, with several values of K, and of beta or the rule, in place of one."""
 
-    sar_flag_names: ClassVar[dict[str, str]] = {"activation_layer_k": "k", "beta": "beta"}
+    sar_flag_names: ClassVar[dict[str, str]] = _FLAGS
 
     k: list[int] = dataclasses.field(
         default_factory=lambda: [0, 5, 10, 15], metadata={"help": "Values of K; 0 is the model without SAR."}
     )
-    beta: list[float] = dataclasses.field(default_factory=lambda: [_DEFAULT_BETA], metadata={"help": "Values of beta."})
+    beta: list[float] = dataclasses.field(
+        default_factory=list, metadata={"help": "Values of beta. Default: 0.5, or none with --weighting."}
+    )
+    weighting: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "Other rules (NAME, FILE.py:NAME, JSON, a folder): in place of --beta 0.5, or beside --beta."
+        },
+    )
     compare_batches: int = dataclasses.field(
         default=0, metadata={"help": "Also answer so many batches setting by setting, and print how long both take."}
     )
@@ -66,51 +82,70 @@ class SweepArguments(EvaluationArguments):
     def __post_init__(self) -> None:
         if not self.task:
             raise ValueError("a sweep needs --task")
+        given = [*(["use_sar"] if self.use_sar else []), *sar_flags_given(self)]
         for name in _VARIED:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise ValueError(f"--{name} is what a sweep varies; give --k and --beta")
-        for name in ("k", "beta"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"--{name} must be one or more different values; got {values}")
-        if not any(self.k) and self.beta != [_DEFAULT_BETA]:
-            raise ValueError("--beta has no effect on --k 0, which is the model without SAR; leave it out")
-        if self.compare_batches < 0:
-            raise ValueError(f"compare_batches must be at least 0; got {self.compare_batches}")
-        with naming_flags(self.sar_flag_names):
-            for k, beta in itertools.product(self.k, self.beta):
-                SARConfig(activation_layer_k=k, beta=beta)
+            if name in given:
+                raise ValueError(f"--{name} is what a sweep varies; give --k and --beta or --weighting")
+        self.sar_beta = None
+        self._check_values()
         self.use_sar, self.sar_activation_layer_k = True, max(self.k)
         super().__post_init__()
         self.settings()
 
-    def settings(self) -> list[EvaluationArguments]:
-        """The arguments of a separate run of every setting, in order of K, then beta."""
-        common = {name: getattr(self, name) for name in _DEFAULTS}
-        plain = {"use_sar": False, **{n: v for n, v in _DEFAULTS.items() if n.startswith("sar_")}}
-        found = []
-        for k, beta in [(0, None), *itertools.product(sorted(self.k), sorted(self.beta))]:
-            if k not in self.k or (k == 0 and beta is not None):
-                continue
-            options = {"sar_activation_layer_k": k, "sar_beta": beta} if k else plain
-            folder = Path(self.output_dir) / (f"k{k}_beta{_shortest(beta)}" if k else "k0")
-            found.append(EvaluationArguments(**{**common, **options, "output_dir": str(folder)}))
-        return found
+    def _check_values(self) -> None:
+        """``ValueError`` for values that are none, come twice or change nothing."""
+        for name in ("weighting", "beta"):
+            if not any(self.k) and getattr(self, name) not in ([], [_DEFAULT_BETA]):
+                raise ValueError(f"--{name} has no effect on --k 0, which is the model without SAR; leave it out")
+        self.beta = self.beta or ([] if self.weighting else [_DEFAULT_BETA])
+        for name, needed in (("k", True), ("beta", not self.weighting)):
+            values = getattr(self, name)
+            if (needed and not values) or len(set(values)) != len(values):
+                raise ValueError(f"--{name} must be one or more different values; got {values}")
+        if self.compare_batches < 0:
+            raise ValueError(f"compare_batches must be at least 0; got {self.compare_batches}")
+        with naming_flags(self.sar_flag_names):
+            for k, beta in itertools.product(self.k, self.beta or [None]):
+                SARConfig(activation_layer_k=k, beta=beta)
+            for spec in self.weighting:
+                SARConfig(weighting=check_rule(spec)).to_dict()
+        if len(set(map(canonical, self.weighting))) != len(self.weighting):
+            raise ValueError(f"--weighting must be different rules; got {', '.join(self.weighting)}")
+        if not self.beta and "sar_normalize" in sar_flags_given(self):
+            raise ValueError("--sar_normalize has no effect on --weighting alone; leave it out, or add --beta")
 
-    def configs(self) -> list[SARConfig]:
-        """The settings as SAR's options; K = 0 is the model without SAR."""
-        options = self.sar_config()
-        return [
-            options.replace(activation_layer_k=s.sar_activation_layer_k, beta=s.sar_beta)
-            if s.use_sar
-            else options.replace(activation_layer_k=0)
-            for s in self.settings()
+    def settings(self) -> list[EvaluationArguments]:
+        """The arguments of a separate run of every setting, in order of K, then beta, then the rules as given."""
+        papers = {n: v for n, v in _DEFAULTS.items() if n in ("sar_beta", "sar_normalize")}
+        rules = [(f"beta{_shortest(beta)}", {"sar_beta": beta}) for beta in sorted(self.beta)]
+        rules += [(rule_slug(spec), {**papers, "sar_weighting": spec}) for spec in self.weighting]
+        plain = {"use_sar": False, **{n: v for n, v in _DEFAULTS.items() if n.startswith("sar_")}}
+        found = [("k0", plain)] if 0 in self.k else []
+        found += [
+            (f"k{k}_{name}", {"sar_activation_layer_k": k, **rule}) for k in sorted(self.k) if k for name, rule in rules
         ]
+        common = {name: getattr(self, name) for name in _DEFAULTS}
+        return [
+            _Setting(**{**common, **options, "output_dir": str(Path(self.output_dir) / folder)})
+            for folder, options in found
+        ]
+
+    def configs(self, model: nn.Module) -> list[SARConfig]:
+        """The settings as SAR's options on a model; K = 0 is the model without SAR."""
+        plain = self.sar_config().replace(activation_layer_k=0)
+        return [setting.sar_config(model.config) if setting.use_sar else plain for setting in self.settings()]
 
 
 def _shortest(value: float) -> str:
     """The fewest digits that tell a number from all others: 0.5, 1, 0.50000001."""
     return repr(float(value)).removesuffix(".0")
+
+
+def rule_of(row: Mapping[str, Any]) -> str:
+    """A setting's rule as tables and figures name it, of a row of ``sweep.json``; empty without SAR."""
+    if row.get("weighting") is not None:
+        return rule_label(row["weighting"])
+    return "" if row["beta"] is None else f"beta {_shortest(row['beta'])}"
 
 
 def flags() -> list[tuple[str, str]]:
@@ -142,9 +177,10 @@ def run(arguments: SweepArguments) -> dict[str, Any]:
     before = read_json(known) if known.is_file() else {}
     same = [row["folder"] for row in before.get("settings", ())] == [folder.path.name for folder in folders]
     timing = {name: before[name] for name in COST if same and name in before}
-    ask, configs = None, arguments.configs()
+    ask, configs = None, []
     if batches or arguments.compare_batches:
         ask = Asker(arguments, task, scoring, *load(arguments, session.state))
+        configs = arguments.configs(ask.model)
         for config in configs:
             ask.handle.check_options(config)
     session.begin(f"{task.name}, {len(folders)} settings", len(samples), sum(map(len, batches)))
@@ -160,9 +196,9 @@ def run(arguments: SweepArguments) -> dict[str, Any]:
     rows = []
     for setting, folder in zip(settings, folders):
         scores = benchmark.finish(task, samples, skips, folder)
-        k, beta = (setting.sar_activation_layer_k, setting.sar_beta) if setting.use_sar else (0, None)
-        row = {"k": k, "beta": beta, "folder": folder.path.name, "scores": dict(task.headline(scores))}
-        rows.append(row | {"partial": scores["partial"]})
+        k = setting.sar_activation_layer_k if setting.use_sar else 0
+        row = {"k": k, "beta": setting.sar_beta, "weighting": setting.sar_weighting, "folder": folder.path.name}
+        rows.append(row | {"scores": dict(task.headline(scores)), "partial": scores["partial"]})
     session.finish()
     summary = {"task": task.name, "settings": rows, **timing, "session": session.metadata}
     write_json(Path(arguments.output_dir) / SUMMARY, summary)
@@ -229,7 +265,7 @@ def _clock(model: nn.Module) -> float:
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Figure 6: each headline score against K, a line per beta; K = 0 is the model without SAR."""
+    """Figure 6: each headline score against K, a line per beta and per rule; K = 0 is the model without SAR."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,12 +285,10 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
         axes.remove()
     base = next((row for row in rows if row["k"] == 0), None)
     for axes, name in zip(panels.flat, names):
-        for beta in sorted({row["beta"] for row in rows if row["beta"] is not None}):
-            line = [row for row in rows if row["beta"] == beta]
-            line = ([base] if base else []) + line
-            axes.plot(
-                [row["k"] for row in line], [row["scores"][name] for row in line], "o-", label=f"beta {_shortest(beta)}"
-            )
+        for rule in dict.fromkeys((row["beta"], row.get("weighting")) for row in rows if row["k"]):
+            line = [row for row in rows if (row["beta"], row.get("weighting")) == rule]
+            label, line = rule_of(line[0]), ([base] if base else []) + line
+            axes.plot([row["k"] for row in line], [row["scores"][name] for row in line], "o-", label=label)
         if base:
             axes.axhline(base["scores"][name], color="grey", linewidth=0.8, linestyle="--", label="without SAR")
         part = rows[0].get("partial", {}).get(name)

@@ -15,7 +15,7 @@ from sar_fast.chat_template import read_template
 from sar_fast.config import BackendName, Normalize, SARConfig
 from sar_fast.experiment_arguments import above, arguments_of_process, at_least, below_one, need, parse_groups
 from sar_fast.output_dir import check_output_dir
-from sar_fast.sar_flags import sar_config
+from sar_fast.sar_flags import RULE_HELP, check_sar_flags, sar_config
 from sar_fast.training.checking import LENGTH
 from sar_fast.training.distributed import refuse_split_models
 from sar_fast.training.mixing import STRATEGIES, Mix
@@ -49,7 +49,11 @@ class ModelArguments:
         default="sft", metadata={"choices": ["sft"], "help": "LLaMA-Factory's name for what this command does."}
     )
     finetuning_type: str = dataclasses.field(
-        default="full", metadata={"choices": ["full", "lora", "freeze"], "help": "full, lora, or freeze (last layers)."}
+        default="full",
+        metadata={
+            "choices": ["full", "lora", "freeze", "rule"],
+            "help": "full, lora, freeze (last layers), or rule (the parameters of --sar_weighting alone).",
+        },
     )
     freeze_vision_tower: bool = dataclasses.field(
         default=True, metadata={"help": "full and freeze: leave it as it is."}
@@ -75,20 +79,23 @@ class ModelArguments:
     sar_activation_layer_k: int = dataclasses.field(default=10, metadata={"help": "Last K attention layers."})
     sar_beta: float = dataclasses.field(default=0.5, metadata={"help": "Temperature of the softmax over heads."})
     sar_normalize: Normalize = dataclasses.field(default="none")
+    sar_weighting: str | None = dataclasses.field(default=None, metadata={"help": RULE_HELP + " It is trained."})
     sar_backend: BackendName = dataclasses.field(default="auto")
     sav_grad: bool = dataclasses.field(default=False, metadata={"help": "Let gradients flow through SAR's weights."})
 
     def __post_init__(self) -> None:
-        sar_fields = ("sar_activation_layer_k", "sar_beta", "sar_normalize", "sar_backend", "sav_grad")
+        sar_fields = ("sar_activation_layer_k", "sar_beta", "sar_normalize", "sar_weighting", "sar_backend", "sav_grad")
         need(self, "use_sar", True, sar_fields)
+        if self.finetuning_type == "rule" and self.sar_weighting is None:
+            raise ValueError("--finetuning_type rule needs --use_sar and --sar_weighting, whose parameters it trains")
         need(self, "finetuning_type", "lora", ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"))
         need(self, "finetuning_type", "freeze", ("freeze_trainable_layers",))
         at_least(self, 1, "lora_rank", "lora_alpha", "freeze_trainable_layers")
         below_one(self, "lora_dropout")
 
-    def sar_config(self) -> SARConfig:
-        """The options of SAR; ``ValueError`` for a bad one names its flag."""
-        return sar_config(self)
+    def sar_config(self, model_config: Any = None) -> SARConfig:
+        """The options of SAR, with a rule for the model of a configuration; ``ValueError`` names a bad flag."""
+        return sar_config(self, model_config)
 
 
 @dataclasses.dataclass
@@ -305,7 +312,7 @@ def check(arguments: Arguments) -> None:
     deepspeed = getattr(training, "hf_deepspeed_config", None)
     refuse_split_models(deepspeed.config if deepspeed else None, training.parallelism_config)
     if model.use_sar:
-        model.sar_config()
+        check_sar_flags(model)
         if model.attn_implementation is not None:
             raise ValueError("--use_sar sets the attention itself; leave out --attn_implementation")
 

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from sar_fast.training.rules import load_rule
+
 SETTINGS = "run_settings.json"  # in a checkpoint: what decides which weights its run ends with
 TOTALS = "run_totals.json"  # in a checkpoint: loss and seconds up to it
 REPLACED = "replaced_run"  # folder in the output folder: an earlier run, until this one's first save is whole
@@ -35,9 +37,12 @@ def last_complete(output_dir: Path) -> Path | None:
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Read a checkpoint's weights into ``model``, in place; ``ValueError`` if one of the model's is not there."""
+    """Read a checkpoint's weights into ``model``, in place; ``ValueError`` if one of the model's is not there.
+
+    What the model is saved without is not asked for: the parameters of SAR's rule, which have a file of their own.
+    """
     weights = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-    missing = set(model.load_state_dict(weights, strict=False).missing_keys)
+    missing = set(model.load_state_dict(weights, strict=False).missing_keys) - set(model._keys_to_ignore_on_save or ())
     for file in sorted(folder.glob("*.safetensors")):  # parameters that were added to the model: the temperature
         with safe_open(file, "pt") as tensors:
             added = {name: tensors.get_tensor(name) for name in missing & set(tensors.keys())}
@@ -59,16 +64,25 @@ class WholeCheckpoints:
 
     def _load_from_checkpoint(self: Trainer, resume_from_checkpoint: str, model: Any = None) -> None:
         target = self.model if model is None else model
-        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_weights(target, Path(resume_from_checkpoint))
+        if isinstance(target, PreTrainedModel):
+            load_weights(target, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_rule(target, Path(resume_from_checkpoint))
 
     def _load_best_model(self: Trainer) -> None:
-        if isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            load_weights(self.model, Path(self.state.best_model_checkpoint))
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # their own checkpoints hold all parameters
+            super()._load_best_model()
+            return
+        best = Path(self.state.best_model_checkpoint)
+        if isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, best)
         else:
             super()._load_best_model()
+        load_rule(self.model, best)
 
     def save_beside(self, folder: Path) -> None:
         """Write what else belongs into a checkpoint; every rank enters."""

@@ -211,6 +211,7 @@ class Collator:
             samples apart.
         blank: encoded sample of a blank image whose tokens are appended, masked out, to the first row of a batch
             without any image. ZeRO-3 needs it: a rank that skips the vision encoder would leave the others waiting.
+            So do SAR's rules that learn from statistics: a pass without pictures has none.
     """
 
     def __init__(

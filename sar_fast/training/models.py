@@ -12,12 +12,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sar_fast import adapters, models
 from sar_fast.chat_template import read_template
 from sar_fast.integrations.hf.apply import apply_sar
-from sar_fast.integrations.hf.structure import find_decoder_layers
+from sar_fast.integrations.hf.structure import find_decoder_layers, unwrap
 from sar_fast.model_errors import flags_named
 from sar_fast.models import ModelSource, find_model
 from sar_fast.sar_flags import check_layers, flags_of, naming_flags
 from sar_fast.training.arguments import Arguments, ModelArguments, SFTArguments
 from sar_fast.training.lora import add_lora, check_lora_flags, go_on_with_lora
+from sar_fast.training.rules import is_trained
+from sar_fast.weighting.split import module_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +43,15 @@ def check_model(arguments: Arguments) -> None:
 
 
 def check_model_layers(options: ModelArguments) -> None:
-    """``ValueError`` if K is more than the model's layers; the model is not loaded."""
+    """``ValueError`` if K is more than the model's layers, or the rule does not fit; the model is not loaded."""
     with flags_named():
         config = models.load_config(source_of(options), trust_remote_code=options.trust_remote_code)
     check_layers(options, config)
+    weighting = options.sar_config(config).weighting
+    if options.finetuning_type == "rule" and not is_trained(module_of(weighting)):
+        raise ValueError(
+            f"--finetuning_type rule trains the parameters of --sar_weighting; {options.sar_weighting!r} has none"
+        )
 
 
 def load_processor(arguments: Arguments) -> Any:
@@ -63,7 +70,7 @@ def load_model(arguments: Arguments) -> nn.Module:
     model = _load_trainable(options, _dtype(options, training))
     if options.use_sar:
         with naming_flags(flags_of(options)):
-            apply_sar(model, options.sar_config())
+            apply_sar(model, options.sar_config(unwrap(model).config))
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
     trained = sum(
@@ -107,6 +114,8 @@ def set_trainable(model: nn.Module, options: ModelArguments) -> nn.Module:
     """Freeze what the fine-tuning type does not train; LoRA returns the PEFT model."""
     if options.finetuning_type == "lora":
         return add_lora(model, options)
+    if options.finetuning_type == "rule":  # SAR comes after
+        return model.requires_grad_(False)
     vision, projector = vision_modules(model)
     if options.finetuning_type == "freeze":
         layers = find_decoder_layers(model)

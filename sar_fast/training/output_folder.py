@@ -9,6 +9,7 @@ from pathlib import Path
 from sar_fast.evaluation.stamps import MODEL_FILES
 from sar_fast.saving import adapter_weights, whole_weights
 from sar_fast.training.checkpoints import REPLACED, checkpoints
+from sar_fast.weighting.files import RULE
 
 RESULTS = ("train_results.json", "trainer_state.json")
 BESIDE = (  # belongs to a run, and is no loss alone
@@ -20,6 +21,7 @@ BESIDE = (  # belongs to a run, and is no loss alone
     "gradient_sparsity.jsonl",
     "throughput.jsonl",
     "runs",
+    RULE,
     *MODEL_FILES,
 )
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sar_fast.chat_template import read_template
-from sar_fast.evaluation.stamps import content_stamp
+from sar_fast.evaluation.stamps import content_stamp, files_stamp
 from sar_fast.evaluation.weights import model_facts
 from sar_fast.training.arguments import Arguments
 from sar_fast.training.checkpoints import SETTINGS, last_complete
@@ -22,6 +23,7 @@ from sar_fast.training.lora import with_defaults
 from sar_fast.training.models import source_of
 from sar_fast.training.output_folder import earlier_run
 from sar_fast.training.registry import DatasetInfo
+from sar_fast.weighting.files import files_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +134,15 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
         settings[name] = facts.get(f"{of}model") if weights is None else f"{facts[f'{of}model']} (content {weights})"
     settings["dataset"] = [f"{i.name} (content {', '.join(i.content)})" if i.files else i.name for i in infos]
     settings["template"] = content_stamp(read_template(data.template).encode()) if data.template else None
+    settings["sar_weighting"] = _weighting(model.sar_weighting)
     settings["deepspeed"] = _deepspeed(training.deepspeed)
     return json.loads(json.dumps(settings, default=str))
+
+
+def _weighting(spec: str | None) -> str | None:
+    """A rule's spec; one of files by their names and content, wherever they lie."""
+    files = [] if spec is None else files_of(spec)
+    return f"{spec.rstrip(os.sep).rpartition(os.sep)[2]} (content {files_stamp(files)})" if files else spec
 
 
 def _deepspeed(config: Any) -> dict[str, Any] | None:

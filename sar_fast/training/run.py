@@ -44,6 +44,7 @@ from sar_fast.training.output_folder import move_aside
 from sar_fast.training.plots import plot_loss
 from sar_fast.training.registry import DatasetInfo, find_datasets
 from sar_fast.training.resume import check_same_run, find_checkpoint, is_finished, run_settings
+from sar_fast.training.rules import learns_from_statistics
 from sar_fast.training.run_config import RunConfigCallback
 from sar_fast.training.throughput import ThroughputCallback
 from sar_fast.training.trainers import ControlSFTTrainer, SFTTrainer
@@ -109,7 +110,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     if training.do_eval:
         evaluation = _dataset(arguments, _infos(arguments, data.eval_dataset), encoder, evaluation=True)
     model = load_model(arguments)
-    needs_blank = is_deepspeed_zero3_enabled()
+    needs_blank = needs_pictures(model)
     if data.packing:
         check_packing(model, needs_blank)
     tokenizer = encoder.tokenizer
@@ -238,13 +239,21 @@ def check_trackers(training: SFTArguments) -> None:
         )
 
 
-def check_packing(model: nn.Module, zero3: bool) -> None:
+def needs_pictures(model: nn.Module) -> str:
+    """Why every batch must have a picture, or ''."""
+    if is_deepspeed_zero3_enabled():
+        return "with ZeRO-3"
+    return "with parameters of --sar_weighting that learn from statistics" if learns_from_statistics(model) else ""
+
+
+def check_packing(model: nn.Module, needs_blank: str = "") -> None:
     """``ValueError`` for a model whose rows must not hold several samples."""
     kind = unwrap(model).config.model_type
     if kind not in PACKABLE:  # several position rows, or image blocks that look across samples
         raise ValueError(f"--packing is not known to be right for {kind}; it is for {', '.join(PACKABLE)}")
-    if zero3:
-        raise ValueError("--packing with ZeRO-3 has no place for the blank image of a batch without any; use ZeRO-2")
+    if needs_blank:
+        instead = "; use ZeRO-2" if "ZeRO" in needs_blank else "; leave it out"
+        raise ValueError(f"--packing {needs_blank} has no place for the blank image of a batch without any{instead}")
 
 
 def run_metadata(arguments: Arguments) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.training.checkpoints import SETTINGS, TOTALS, WholeCheckpoints
 from sar_fast.training.contrastive import OUTPUT_NAME, ContrastiveHead, ContrastiveSupervision
 from sar_fast.training.losses import SmoothedLoss, sample_losses
+from sar_fast.training.rules import SavedRules
 from sar_fast.training.saving import PlainModels
 
 NOTHING = {"step": 0, "loss_sum": 0.0, "seconds": 0.0}
 
 
-class SFTTrainer(WholeCheckpoints, PlainModels, Trainer):
+class SFTTrainer(WholeCheckpoints, SavedRules, PlainModels, Trainer):
     """The Hugging Face Trainer; a checkpoint is whole or not there, and figures are of the whole run.
 
     - ``label_smoothing_factor`` smooths the model's own loss. (transformers compares logits with the labels of the same

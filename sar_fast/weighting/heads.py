@@ -181,7 +181,7 @@ class HeadScales(nn.Module):
             raise ValueError(f"weighting: HeadScales has scales of {self.layers} layers, and this call has no layer")
         if not 0 <= layer < self.layers:
             raise ValueError(f"weighting: HeadScales has scales of {self.layers} layers; got layer {layer}")
-        return self.scales[layer]
+        return self.scales[layer].to(statistics.av.device)  # a model may lie on several devices
 
     def options(self) -> dict[str, object]:
         return {"layers": self.layers, "heads": self.heads}

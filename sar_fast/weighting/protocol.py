@@ -76,7 +76,12 @@ def head_weights(weighting: Weighting, statistics: Statistics, layer: int | None
     Raises:
         TypeError, ValueError: naming the rule and what it returned. Its values are looked at where c is used.
     """
-    c = weighting(statistics, layer)
+    device = statistics.av.device.type
+    if torch.is_autocast_enabled(device):  # its dtype would round fp32 statistics
+        with torch.autocast(device, enabled=False):
+            c = weighting(statistics, layer)
+    else:
+        c = weighting(statistics, layer)
     batch, heads = statistics.av.shape
     rule = f"weighting: {name_of(weighting)}"
     if not isinstance(c, Tensor):

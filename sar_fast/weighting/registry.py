@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,9 +41,9 @@ def register_weighting(name: str, rule: Any = None) -> Any:
 
     Args:
         name: any text without ``:``; a name that another rule has is an error.
-        rule: a class whose instances are rules and whose keyword arguments are its options (a dataclass, or with a
-            method ``options()`` that gives them as JSON's values), or a rule without options. None: used as a
-            decorator.
+        rule: a class whose instances are rules and whose keyword arguments are its options (a dataclass, a class that
+            keeps them as attributes, or one with a method ``options()`` that gives them as JSON's values), or a rule
+            without options. None: used as a decorator.
 
     Returns:
         The rule.
@@ -74,18 +75,23 @@ def registered() -> list[str]:
     return sorted({*_rules, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
-def find_weighting(spec: str | Mapping[str, Any], **sizes: int) -> Weighting:
+def find_weighting(spec: str | os.PathLike[str] | Mapping[str, Any], **sizes: int) -> Weighting:
     """The rule that a text or a mapping names.
 
     Args:
         spec: ``NAME`` of a registered rule, ``FILE.py:NAME`` of one in a file, or ``{"name": ..., "options": {...}}``,
-            also as JSON, where ``name`` is either.
+            also as JSON, where ``name`` is either; or a folder that a training left, for the rule and what it learned.
         sizes: what a model says of itself (``layers``, ``heads``); given to rules that ask for it and were not told.
 
     Raises:
         ValueError, TypeError: unknown names, files that cannot be read, options that the rule does not take.
     """
-    name, options = _read(spec)
+    from sar_fast.weighting import files
+
+    folder = files.folder_of(spec)
+    if folder is not None:
+        return files.load_weighting(folder, **sizes)
+    name, options = read_spec(spec)
     rule = _from_file(name) if ":" in name else _by_name(name)
     if not inspect.isclass(rule):
         if options:
@@ -111,7 +117,8 @@ def _parameters(rule: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     return named, any(p.kind is p.VAR_KEYWORD for p in every.values())
 
 
-def _read(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def read_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, options) of what a text or a mapping says; ``ValueError`` or ``TypeError`` if it says nothing."""
     needed = 'a name, FILE.py:NAME, or {"name": ..., "options": {...}}'
     if isinstance(spec, str) and spec.lstrip().startswith("{"):
         try:
@@ -192,12 +199,13 @@ def _options(weighting: Any) -> Mapping[str, Any]:
     if dataclasses.is_dataclass(weighting):
         return {f.name: getattr(weighting, f.name) for f in dataclasses.fields(weighting) if f.init}
     taken, _ = _parameters(type(weighting))
-    if taken:
+    unsaid = [n for n in taken if not hasattr(weighting, n)]
+    if unsaid:
         raise ValueError(
-            f"weighting: {type(weighting).__qualname__} takes {', '.join(taken)}, and does not say which it got; make "
-            "it a dataclass or give it a method options()"
+            f"weighting: {type(weighting).__qualname__} takes {', '.join(unsaid)}, and does not say which it got; make "
+            "it a dataclass, keep its arguments as attributes, or give it a method options()"
         )
-    return {}
+    return {n: getattr(weighting, n) for n in taken}
 
 
 def _plain(rule: str, option: str, value: Any) -> Any:

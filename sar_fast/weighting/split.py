@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sar_fast.distributed import Shards, all_reduce, gather
@@ -30,6 +33,9 @@ class Split:
         if heads is None and queries is None:
             raise ValueError("heads or queries must be a process group; got None for both")
         self.inner, self.heads, self.queries = inner, heads, queries
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Split:
+        return Split(copy.deepcopy(self.inner, memo), self.heads, self.queries)  # groups belong to the process
 
     @property
     def needs_statistics(self) -> bool:
@@ -77,6 +83,12 @@ def _like(statistics: Statistics | StatisticsWithRows, heads: Tensor, count: Ten
     if isinstance(statistics, Statistics):
         return Statistics(heads[0], heads[1], count)
     return StatisticsWithRows(heads[0], heads[1], count, dict(zip(statistics.rows, heads[2:])))
+
+
+def module_of(weighting: Weighting | None) -> nn.Module | None:
+    """The rule, or the one inside a :class:`Split`, if it is a module; else None."""
+    inner = weighting.inner if isinstance(weighting, Split) else weighting
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def split_over(weighting: Weighting, shards: Shards | None) -> Weighting:

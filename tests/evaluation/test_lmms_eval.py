@@ -23,6 +23,7 @@ from sar_fast.evaluation.arguments import EvaluationArguments
 from sar_fast.evaluation.models import prepare_processor
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
 from sar_fast.miniature.checkpoint import MINIATURE_PATH, load_miniature
+from sar_fast.weighting import Equal, SoftmaxOverHeads
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,9 @@ def harness(monkeypatch):
         ({"sar_normalize": "most"}, "sar_normalize must be"),
         ({"sar_prior_source": "x"}, "sar_prior_source must be"),
         ({"sar_backend": "x"}, "sar_backend must be"),
+        ({"sar_weighting": "nope"}, "sar_weighting: 'nope' is not known; known are "),
+        ({"sar_weighting": {"name": "softmax", "options": {"beta": 0}}}, "sar_weighting {.*}: beta must be > 0"),
+        ({"sar_weighting": "equal", "sar_beta": 0.5}, "sar_weighting must come without sar_beta, of the paper's rule"),
         ({"template": "gone.jinja"}, "template is 'gone.jinja', needed a Jinja file"),
         ({"use_sar": "maybe"}, "--model_args: use_sar"),
         ({"sar_betta": 1}, "--model_args: sar_betta is unknown; did you mean sar_beta"),
@@ -97,6 +101,15 @@ def test_errors_name_the_arguments_as_lmms_evals_users_write_them(harness, tmp_p
     with pytest.raises((ValueError, TypeError), match="^" + message) as caught:
         harness(**{"pretrained": "miniature", "device": "cpu", "sar_activation_layer_k": 2, **given})
     assert not re.search(r"--(?!model_args)\w", str(caught.value))
+
+
+def test_a_rule_in_place_of_the_papers(harness):
+    """As ``--model_args`` gives it: text, or JSON's values."""
+    of = lambda **given: harness(pretrained="miniature", device="cpu", sar_activation_layer_k=2, **given).handle.config
+    assert of(sar_weighting="equal").rule == Equal()
+    assert of(sar_weighting={"name": "softmax", "options": {"beta": 0.1}}).rule == SoftmaxOverHeads(0.1)
+    assert of(sar_beta="0.1", sar_normalize="standardize").rule == SoftmaxOverHeads(0.1, True, "standardize")
+    assert of().rule == SoftmaxOverHeads()
 
 
 def test_a_document_that_the_processor_refuses_is_named(adapter, monkeypatch):

@@ -183,7 +183,7 @@ def test_another_rule_on_a_cache_that_holds_pictures_is_an_error():
         token = batch["input_ids"][:, -1:]
         model(input_ids=token, past_key_values=cache)
         handle.reconfigure(SARConfig(activation_layer_k=2, weighting=TopHeads(3)))
-        with pytest.raises(ValueError, match=r"was filled under SARConfig\(weighting=TopHeads\(keep=2.* continued under"):
+        with pytest.raises(ValueError, match=r"filled under SARConfig\(weighting=TopHeads\(keep=2.* continued under"):
             model(input_ids=token, past_key_values=cache)
 
 
@@ -206,3 +206,19 @@ def test_a_table_that_does_not_fit_the_model_is_an_error():
             pytest.raises(ValueError, match=message),
         ):
             model(**batch)
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("before", ["nothing", "pictures"])
+def test_positions_that_came_under_given_weights_have_no_statistics(record, before):
+    """A rule that needs statistics cannot go on from them; under the given weights any cache can be continued."""
+    model, batch = case_of("llava", (1, 1))
+    measured, given = SARConfig(activation_layer_k=2), fixed(2, record=record)
+    token = batch["input_ids"][:, -1:]
+    with torch.no_grad(), apply_sar(model, given if before == "nothing" else measured) as handle:
+        cache = model(**batch).past_key_values
+        handle.reconfigure(given)
+        model(input_ids=token, past_key_values=cache)
+        handle.reconfigure(measured)
+        with pytest.raises(ValueError, match=r"past_key_values: holds .* passes under SAR filled"):
+            model(input_ids=token, past_key_values=cache)

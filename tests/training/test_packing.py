@@ -65,4 +65,4 @@ def test_a_packed_row_trains_as_its_samples_alone(name, reweighted):
 
 def test_other_families_are_refused():
     with pytest.raises(ValueError, match=r"--packing is not known to be right for qwen2_5_vl; it is for llava, "):
-        check_packing(qwen2_5_vl(), zero3=False)
+        check_packing(qwen2_5_vl())

@@ -411,6 +411,25 @@ def test_gradient_checkpointing(backend):
         assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_a_rule_is_asked_in_fp32(compiled):
+    case = without_beta(make_case(16, H=H, D=16))
+    mix, dtypes = torch.randn(H, H), []
+
+    def rule(statistics, layer):
+        c = statistics.sav @ mix
+        dtypes.append(c.dtype)
+        return c
+
+    f = lambda *t: sar_attn_func(*t, weighting=rule, backend="torch")
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(*case.tensors)
+    torch._dynamo.reset()
+    assert out.dtype == torch.bfloat16
+    assert dtypes == [torch.float32]
+
+
 def test_only_the_rule_learns():
     """A frozen model's tensors want no gradient; the rule's parameters get theirs all the same."""
     case = without_beta(make_case(16, H=H, D=16))

@@ -30,6 +30,8 @@ from sar_fast.weighting import (
 )
 from sar_fast.weighting.registry import registered, weighting_to_dict
 
+pytestmark = pytest.mark.usefixtures("own_rules")
+
 SHIPPED = {
     "softmax": SoftmaxOverHeads(0.25, False, "standardize"),
     "equal": Equal(),
@@ -59,17 +61,6 @@ square = Power(2.0)
 number = 3
 LOADED = "LOADED" in globals()
 """
-
-
-@pytest.fixture(autouse=True)
-def _own_names(monkeypatch):
-    """What a test registers or loads is gone after it."""
-    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.startswith("sar_fast_weighting_"):
-            del sys.modules[name]
 
 
 @pytest.fixture
@@ -209,10 +200,11 @@ def test_options_by_keyword_alone():
     with pytest.raises(ValueError, match="'keyword' needs the option scale"):
         find_weighting("keyword")
     assert find_weighting({"name": "keyword", "options": {"scale": 3.0}}).scale == 3.0
-    with pytest.raises(
-        ValueError, match=r"Keyword takes scale, shift, and does not say which it got; make it a datacl"
-    ):
-        weighting_to_dict(Keyword(scale=1.0))
+    rule = Keyword(scale=2.0)
+    assert weighting_to_dict(rule) == {"name": "keyword", "options": {"scale": 2.0, "shift": 0.0}}
+    del rule.scale
+    with pytest.raises(ValueError, match=r"Keyword takes scale, and does not say which it got; make it a datacl"):
+        weighting_to_dict(rule)
 
 
 def test_options_without_names():

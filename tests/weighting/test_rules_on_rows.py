@@ -172,7 +172,9 @@ def test_a_statistic_of_a_users_own_and_heads_chosen_by_it():
     assert torch.equal(stats.head_weights[2], torch.ones(H))
 
 
-@pytest.mark.parametrize("rule", [SuppressHeads(keep=2), TopHeads(keep=1, by="mass"), Rows()], ids=str)
+@pytest.mark.parametrize(
+    "rule", [SuppressHeads(keep=2), TopHeads(keep=1, by="mass"), Rows()], ids=lambda rule: type(rule).__name__
+)
 def test_compiles_in_one_graph(rule):
     case = case_of(18)
     f = lambda *t: sar_attn_func(*t, weighting=rule, sav_grad=True, backend="torch")

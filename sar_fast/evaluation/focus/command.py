@@ -62,7 +62,7 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
             model,
             processor,
             masks,
-            config=arguments.sar_config() if arguments.use_sar else None,
+            config=None if handle is None else handle.config,
             layers=arguments.focus_layers,
             templates=templates,
             overlay_dir=overlays,

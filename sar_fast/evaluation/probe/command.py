@@ -64,7 +64,7 @@ def run(arguments: EvaluationArguments) -> dict[str, float]:
         seeds=range(arguments.seed, arguments.seed + arguments.probe_seeds),
         split_seed=arguments.seed,
         batch_size=arguments.per_device_eval_batch_size,
-        config=arguments.sar_config() if arguments.use_sar else None,
+        config=None if handle is None else handle.config,
         depends=of_features,
     )
     kept, skipped = probe.usable(samples)

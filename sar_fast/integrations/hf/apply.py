@@ -14,7 +14,7 @@ from sar_fast.backends.select import choose_backend
 from sar_fast.cache_state import Switch
 from sar_fast.config import SARConfig
 from sar_fast.distributed import Shards
-from sar_fast.integrations.hf import attention, flow
+from sar_fast.integrations.hf import attention, flow, rule_module
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
 from sar_fast.integrations.hf.features import (
     HANDLE_MARK,
@@ -38,6 +38,7 @@ from sar_fast.integrations.hf.structure import (
 )
 from sar_fast.roles import TokenRoles
 from sar_fast.types import SARStats
+from sar_fast.weighting.split import Split, module_of
 
 HOOKS = (flow.before_forward, flow.after_forward, flow.before_layer, keep_patch_norms)
 
@@ -115,10 +116,17 @@ class SARHandle:
             )
 
     def reconfigure(self, config: SARConfig) -> None:
-        """Other options for the calls to come; a cache that holds pictures cannot be continued under them."""
+        """Other options for the calls to come; a cache that holds pictures cannot be continued under them.
+
+        A rule that is a module takes the place of the one before it as a part of the model.
+        """
         self.check_options(config)
+        before, after = module_of(self.config.weighting), module_of(config.weighting)
+        if self._installed and before is not after:
+            self._take_rule_off(before)
+            self._put_rule_on(after)
         self.config = config
-        self.switch.on = config.activation_layer_k > 0
+        self.switch.on = config.weighs_by_statistics
         self._mark_layers()
 
     def _mark_layers(self) -> None:
@@ -133,6 +141,24 @@ class SARHandle:
             for module in attending.modules():
                 module.__dict__.pop(attention.LAYER_MARK, None)
 
+    def _put_rule_on(self, rule: nn.Module | None) -> None:
+        if rule is not None:
+            rule_module.put_on(self.model, rule, like=self.attention_modules[-1])
+
+    def _take_rule_off(self, rule: nn.Module | None) -> None:
+        if rule is not None:
+            rule_module.take_off(self.model, rule)
+
+    def config_of(self, base_model: nn.Module) -> SARConfig:
+        """The options in force on ``base_model``; a replica of it (DataParallel) has a replica of the rule."""
+        weighting = self.config.weighting
+        if base_model is self.base_model or (rule := module_of(weighting)) is None:
+            return self.config
+        replica = rule_module.replica_of(rule, base_model)
+        if isinstance(weighting, Split):
+            replica = Split(replica, weighting.heads, weighting.queries)
+        return self.config.replace(weighting=replica)
+
     @property
     def sar_layers(self) -> list[int]:
         """Indices of the re-weighted attention layers, counted among layers that attend."""
@@ -140,13 +166,14 @@ class SARHandle:
 
     def install(self) -> SARHandle:
         """Put SAR on the model; ``apply_sar`` calls it."""
+        self._put_rule_on(module_of(self.config.weighting))
         attention.register()
         self._previous_implementation = self._implementation()
         self._set_implementation(attention.ATTENTION_NAME)
         self._mark_layers()
         self.base_model.__dict__[HANDLE_MARK] = self
         self._installed = True
-        self.switch.on = self.config.activation_layer_k > 0
+        self.switch.on = self.config.weighs_by_statistics
         self._watch_features()
         announce_drafts(self.model)
         self.base_model.register_forward_pre_hook(flow.before_forward, with_kwargs=True)
@@ -193,6 +220,7 @@ class SARHandle:
         unwatch_features(self)
         forget_drafts(self.model)
         self._unmark_layers(self.attention_modules)
+        self._take_rule_off(module_of(self.config.weighting))
         if self._implementation() == attention.ATTENTION_NAME:  # not what the user set meanwhile
             self._set_implementation(self._previous_implementation)
 
@@ -302,7 +330,9 @@ def apply_sar(model: nn.Module, config: SARConfig | None = None, *, shards: Shar
 
     Args:
         model: a transformers model of a supported family, PEFT-wrapped or not.
-        config: default :class:`~sar_fast.SARConfig`.
+        config: default :class:`~sar_fast.SARConfig`. A ``weighting`` that is a module becomes the submodule
+            ``sar_weighting`` of the base model, on the device of its attention layers: give optimizers the model's
+            parameters after this call. PEFT freezes what it finds: call it first.
         shards: the ranks that hold a layer's heads between them (:class:`~sar_fast.distributed.Shards`), where another
             library split the model; transformers' own tensor parallelism is found by itself.
 
@@ -311,7 +341,8 @@ def apply_sar(model: nn.Module, config: SARConfig | None = None, *, shards: Shar
 
     Raises:
         UnsupportedModelError: the model's family is not known, or lacks something; the message says what.
-        ValueError: K exceeds the number of attention layers, or SAR is on this model already.
+        ValueError: K exceeds the number of attention layers, SAR is on this model already, or its ``sar_weighting`` is
+            somebody else's.
     """
     config = SARConfig() if config is None else config
     if not isinstance(config, SARConfig):

@@ -21,7 +21,6 @@ from sar_fast.distributed import Shards
 from sar_fast.integrations.hf.packing import Packing
 from sar_fast.integrations.hf.refusals import refuse_features_not_finite
 from sar_fast.roles import TokenRoles, roles_from_visual
-from sar_fast.weighting.protocol import needs_statistics
 
 HERE = os.path.dirname(__file__)
 
@@ -134,14 +133,13 @@ class SARContext:
 
     @property
     def needs_roles(self) -> bool:
-        """Whether re-weighting needs to know where pictures and text are: for statistics, to weigh by or to keep."""
-        keeps = self.config.record or self.config.record_rows != "none"
-        return self.active and (keeps or needs_statistics(self.config.rule))
+        """Whether re-weighting needs to know where pictures and text are."""
+        return self.active and self.config.measures
 
     @property
     def reweights(self) -> bool:
         """Whether the marked layers do in this pass: without a visual token only under weights that need none."""
-        return self.config.activation_layer_k > 0 and (self.active or not needs_statistics(self.config.rule))
+        return self.config.activation_layer_k > 0 and (self.active or not self.config.weighs_by_statistics)
 
     def on(self, device: torch.device) -> SARContext:
         """This context for layers on ``device``; only a model spread over several has more than one."""
@@ -202,7 +200,7 @@ class SARContext:
         for name, mask in self.placeholders.items():
             new = new.masked_scatter(mask, torch.cat([part.to(new) for part in self._received[name]]))
             new = new.masked_fill(~visual, 0.0)  # a placeholder that the mask hides is no visual token
-            if self.config.activation_layer_k:
+            if self.config.measures:
                 refuse_features_not_finite(name, new, self.packing and self.packing.samples(new.shape))
         self._set(*self._after_cached(visual, new))
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.cache_state import attach, state_of
-from sar_fast.config import SARConfig
 from sar_fast.integrations.hf.context import SARContext, enter_pass, leave_pass, roles_of_pass
 from sar_fast.integrations.hf.features import encoded_norms, handle_of
 from sar_fast.integrations.hf.masks import read_mask
@@ -26,7 +25,6 @@ from sar_fast.integrations.hf.refusals import (
 )
 from sar_fast.integrations.hf.speculation import drafting, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
-from sar_fast.weighting.protocol import needs_statistics
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -49,7 +47,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 
 def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContext:
-    config, cache = handle.config, given.get("past_key_values")
+    config, cache = handle.config_of(module), given.get("past_key_values")
     past_length, past = 0 if cache is None else cache.get_seq_length(), state_of(cache)
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
@@ -61,10 +59,11 @@ def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContex
         raise ValueError("past_key_values: packed sequences filled this cache; it cannot be continued")
     if past is not None and not torch.compiler.is_compiling():
         past.leave_inference_mode()
-    if _looks(config):
+    if config.weighs_by_statistics:
         refuse_unseen_cache(cache, past, past_length, shape[1], handle.peft_configs)
         if past is not None:
             past.belong_to(config, handle.switch)
+    if config.measures:
         _check_pictures(module, handle, given, comes, past_length, drafts)
     placeholders = {
         m: placeholder_mask(module, ids, embeds, token) for m, token in handle.placeholder_ids.items() if m in comes
@@ -84,12 +83,6 @@ def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContex
         if encoded.get(modality) is not None:
             context.add_encoded_norms(modality, encoded_norms(encoded[modality], modality, handle))
     return context
-
-
-def _looks(config: SARConfig) -> bool:
-    """Whether what a pass brings, and what its cache holds, decides on weights or is recorded."""
-    records = config.record or config.record_rows != "none"
-    return config.activation_layer_k > 0 and (records or needs_statistics(config.rule))
 
 
 def _encoded(module: nn.Module, handle: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +141,7 @@ def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
     if context is None or cache is None or context.cache is not None:
         return
     context.cache = cache
-    if context.config.activation_layer_k:
+    if context.config.weighs_by_statistics:
         state = attach(cache, rows=not torch.compiler.is_compiling())
         state.belong_to(context.config, context.recorder.switch)
         if not cache.is_compileable:  # a number that changes each step would compile a graph again

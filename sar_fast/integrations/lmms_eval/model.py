@@ -21,6 +21,7 @@ from sar_fast.model_errors import ModelError
 from sar_fast.models import find_model, load_model
 from sar_fast.pictures import PictureError, open_picture
 from sar_fast.processors import ProcessorRefusal
+from sar_fast.sar_flags import find_rule, refuse_papers
 from sar_fast.validation import check_flag
 
 
@@ -34,6 +35,8 @@ class SARHuggingFace(lmms):
         use_sar: False evaluates the model as it is, with everything else the same.
         sar_activation_layer_k, sar_beta, sar_normalize, sar_decode, sar_prior_source, sar_backend: of
             :class:`~sar_fast.SARConfig`.
+        sar_weighting: another rule, in place of sar_beta and sar_normalize: a name, FILE.py:NAME, JSON or a folder
+            (:func:`~sar_fast.weighting.find_weighting`).
         dtype: auto (bfloat16 on a GPU, else float32), or a name.
         template: a Jinja file in place of the model's chat template.
         batch_size, device, max_batch_size: lmms-eval's; the last has no effect.
@@ -48,8 +51,9 @@ class SARHuggingFace(lmms):
         base_model: str | None = None,
         use_sar: bool = True,
         sar_activation_layer_k: int = 10,
-        sar_beta: float = 0.5,
-        sar_normalize: str = "none",
+        sar_beta: float | None = None,
+        sar_normalize: str | None = None,
+        sar_weighting: str | dict[str, Any] | None = None,
         sar_decode: str = "running",
         sar_prior_source: str = "vision_layer",
         sar_backend: str = "auto",
@@ -79,10 +83,13 @@ class SARHuggingFace(lmms):
         prepare_processor(self.processor, template)
         self.handle = None
         if use_sar:
+            fields = {"beta": sar_beta if sar_beta is None else float(sar_beta), "normalize": sar_normalize}
+            if sar_weighting is not None:
+                refuse_papers("sar_weighting", [f"sar_{name}" for name, value in fields.items() if value is not None])
+                fields = {"weighting": find_rule(sar_weighting, self.model.config)}
             config = SARConfig(
                 activation_layer_k=sar_activation_layer_k,
-                beta=float(sar_beta),
-                normalize=sar_normalize,
+                **fields,
                 decode=sar_decode,
                 prior_source=sar_prior_source,
                 backend=sar_backend,

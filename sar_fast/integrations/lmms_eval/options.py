@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
-SAR_OPTIONS = ("activation_layer_k", "beta", "normalize", "decode", "prior_source", "backend")
+SAR_OPTIONS = ("activation_layer_k", "beta", "normalize", "weighting", "decode", "prior_source", "backend")
 WORDS = (  # what the library and other commands call an argument -> what it is called here
     (re.compile(r"--(?:model_name_or_path|model)(?![\w-])"), "pretrained"),
     (re.compile(r"--(template|device|dtype|base_model)(?![\w-])"), r"\1"),

@@ -1,0 +1,61 @@
+"""A rule that is a module becomes a part of the model: optimizers, wrappers and ``.to`` see its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sar_fast.integrations.hf.features import handle_of
+from sar_fast.integrations.hf.structure import unwrap
+from sar_fast.weighting.split import module_of
+
+NAME = "sar_weighting"  # of the submodule of base models
+
+
+def rule_of(model: nn.Module) -> nn.Module | None:
+    """The rule that is a part of a model, wrapped or not; None where SAR is off or its rule is no module."""
+    handle = handle_of(unwrap(model).base_model)
+    return None if handle is None else module_of(handle.config.weighting)
+
+
+def replica_of(rule: nn.Module, base_model: nn.Module) -> nn.Module:
+    """The rule as ``base_model`` has it, which may be a replica of the one that the rule was put on (DataParallel)."""
+    return base_model._modules.get(NAME, rule)
+
+
+def put_on(model: nn.Module, rule: nn.Module, like: nn.Module) -> None:
+    """Make a rule a submodule of ``model``'s base model, on the device of ``like``; its dtype stays.
+
+    ``save_pretrained`` leaves it out: a checkpoint of the model loads without it, the rule has files of its own.
+    """
+    base_model = model.base_model
+    if hasattr(base_model, NAME):
+        raise ValueError(
+            f"model: its {type(base_model).__name__} has an attribute {NAME!r} already, and SAR keeps a rule that is a "
+            "module there; rename or delete it"
+        )
+    device = next(like.parameters()).device
+    if device.type != "meta":  # an offloaded layer's weights: the rule is small and stays where it is
+        rule.to(device)
+    rule.train(base_model.training)
+    base_model.add_module(NAME, rule)
+    for owner, names in _saved_names(model, rule):
+        owner._keys_to_ignore_on_save = {*(owner._keys_to_ignore_on_save or ()), *names}
+
+
+def take_off(model: nn.Module, rule: nn.Module) -> None:
+    """Undo :func:`put_on`; a rule that something else has replaced meanwhile is left alone."""
+    if model.base_model._modules.get(NAME) is not rule:
+        return
+    delattr(model.base_model, NAME)
+    for owner, names in _saved_names(model, rule):
+        owner._keys_to_ignore_on_save = set(owner._keys_to_ignore_on_save or ()) - names
+
+
+def _saved_names(model: nn.Module, rule: nn.Module) -> list[tuple[Any, set[str]]]:
+    """(model, what its ``state_dict`` calls the rule's tensors), for the model and for its base model."""
+    names = {f"{NAME}.{name}" for name in rule.state_dict()}
+    if model.base_model is model:
+        return [(model, names)]
+    return [(model.base_model, names), (model, {f"{model.base_model_prefix}.{name}" for name in names})]
