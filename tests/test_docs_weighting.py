@@ -122,6 +122,19 @@ def test_every_shipped_rule_is_in_the_table():
     assert listed == shipped
 
 
+BAD = {"list": lambda: [1.0] * 8, "five": lambda: torch.ones(5), "nan": lambda: torch.full((8,), torch.nan)}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_errors_are_those_of_the_page(names, bad):
+    def my_rule(statistics, layer):
+        return BAD[bad]()
+
+    with pytest.raises((TypeError, ValueError)) as raised:
+        sar_attn_func(*(names[name] for name in CALL), weighting=my_rule)
+    assert f"`{raised.type.__name__}: {raised.value}`" in (ROOT / "docs/weighting.md").read_text()
+
+
 def test_readme_snippet(names):
     """Three rules on a model, each put on, asked, and taken off."""
     (source,) = (block for block in blocks("README.md") if "weighting=" in block)
