@@ -30,7 +30,7 @@ CHOICES = {
     "backend": BackendName,
     "record_rows": RecordRows,
 }
-_PAPER = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # the options of the paper's rule
+PAPER = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # its rule's options, which another replaces
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -108,9 +108,9 @@ class SARConfig:
         if self.weighting is not None:
             from sar_fast.weighting.softmax import choose_weighting
 
-            choose_weighting(self.weighting, *(getattr(self, name) for name in _PAPER))
+            choose_weighting(self.weighting, *(getattr(self, name) for name in PAPER))
             return
-        for name, default in _PAPER.items():
+        for name, default in PAPER.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         object.__setattr__(self, "beta", check_beta(self.beta))
@@ -132,7 +132,7 @@ class SARConfig:
         """How statistics become weights: ``weighting``, or the paper's rule with its options."""
         from sar_fast.weighting.softmax import choose_weighting
 
-        return choose_weighting(self.weighting, *(getattr(self, name) for name in _PAPER))
+        return choose_weighting(self.weighting, *(getattr(self, name) for name in PAPER))
 
     @functools.cached_property
     def weighs_by_statistics(self) -> bool:
@@ -148,7 +148,7 @@ class SARConfig:
     def replace(self, **changes: Any) -> SARConfig:
         """A validated copy with ``changes`` applied; a ``weighting`` takes the place of the paper's options."""
         if changes.get("weighting") is not None:
-            changes = {**dict.fromkeys(_PAPER), **changes}
+            changes = {**dict.fromkeys(PAPER), **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class SARConfig:
         if rule is not None:
             from sar_fast.weighting.registry import weighting_to_dict
 
-            values = {**{n: v for n, v in values.items() if n not in _PAPER}, "weighting": weighting_to_dict(rule)}
+            values = {**{n: v for n, v in values.items() if n not in PAPER}, "weighting": weighting_to_dict(rule)}
         if rows:
             from sar_fast.weighting.rows import names_of
 
