@@ -23,6 +23,7 @@ CORE = [
 REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24"]
 TRAIN = ["accelerate>=1.10", "datasets>=4", "pyarrow>=21", "peft>=0.17", "wandb>=0.18", "tensorboard>=2.15"]
 DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]
+NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]  # tests run examples/
 
 setup(
     name="sar_fast",
@@ -44,7 +45,7 @@ setup(
         "lmms-eval": ["lmms-eval>=0.7", *TRAIN],
         # Grounding DINO runs through transformers: groundingdino-py does not build a model beside transformers 5
         "grounding": ["segment-anything>=1.0", "torchvision"],
-        "dev": DEV + REPORTS + TRAIN,
+        "dev": DEV + NOTEBOOKS + REPORTS + TRAIN,
     },
     entry_points={
         "console_scripts": ["sar-fast = sar_fast.cli:main"],

@@ -13,7 +13,6 @@ import argparse
 import datetime
 import functools
 import json
-import multiprocessing
 import platform
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from resident_memory import Call, extra_resident_bytes
 
 from sar_fast import sar_attn_func
 from sar_fast.analysis.eager import eager_sar_attention
@@ -50,31 +50,18 @@ PROVIDERS = {
 }
 
 
-def _status_kb(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1])
+def _calls(name: str, length: int, visual: int, dtype: torch.dtype) -> tuple[Call, Call]:
+    """A small call, and the one that is measured."""
+    return tuple(functools.partial(_one, name, make_inputs(*sizes, dtype)) for sizes in ((64, 24), (length, visual)))
 
 
-def _peak_child(name: str, length: int, visual: int, dtype: torch.dtype, threads: int, pipe) -> None:
-    torch.set_num_threads(threads)
-    inputs = make_inputs(length, visual, dtype)
-    PROVIDERS[name](*make_inputs(64, 24, dtype))  # allocate the libraries' own buffers first
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _status_kb("VmRSS")
-    out = PROVIDERS[name](*inputs)
-    pipe.send((_status_kb("VmHWM") - before) * 1024 - out.numel() * out.element_size())
+def _one(name: str, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    return [PROVIDERS[name](*inputs)]
 
 
 def peak_extra_bytes(name: str, length: int, visual: int, dtype: torch.dtype) -> int:
     """Peak resident memory that one call adds, beyond its inputs and its output."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_peak_child, args=(name, length, visual, dtype, torch.get_num_threads(), send))
-    child.start()
-    send.close()
-    extra = receive.recv()
-    child.join()
-    return max(extra, 0)
+    return extra_resident_bytes(_calls, name, length, visual, dtype)
 
 
 def check(inputs: tuple) -> None:

@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from sar_fast import SARConfig, apply_sar, remove_sar
 from sar_fast.analysis.eager import EagerSAR, eager_attention
+from sar_fast.analysis.timing import interleaved_times
 
 LAYERS, WIDTH, HEADS, KV_HEADS = 4, 512, 8, 4
 VISUAL, IMAGE = 576, 999
@@ -106,18 +106,6 @@ class Providers:
             remove_sar(self.models[f"sar {backend}"])
 
 
-def processor_times(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of each call in each round; one round more runs first and is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if turn:
-                times[name].append(time.process_time() - start)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default 15)")
@@ -133,7 +121,8 @@ def main() -> None:
     for label, (length, pictures, question) in PROMPTS.items():
         providers = Providers(make_inputs(length, pictures, question))
         providers.check()
-        rounds = processor_times({name: partial(providers.run, name) for name in providers.models}, args.repeats)
+        calls = {name: partial(providers.run, name) for name in providers.models}
+        rounds = interleaved_times(calls, args.repeats, clock=time.process_time)
         providers.close()
         base = rounds["sdpa (no SAR)"]
         for name, seconds in rounds.items():

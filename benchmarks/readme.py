@@ -1,6 +1,6 @@
-"""Write the README's numbers from the result files: every figure there comes from here.
+"""Write the numbers of README.md and docs/weighting.md from the result files: every figure there comes from here.
 
-python benchmarks/readme.py            # rewrites the marked blocks of README.md
+python benchmarks/readme.py            # rewrites the marked blocks of both
 python benchmarks/readme.py --check    # exit 1 if they differ
 """
 
@@ -91,29 +91,66 @@ def gpu() -> str:
     return "\n".join([*lines, "", f"{about}."])
 
 
-BLOCKS = {"gpu": gpu, "cpu_attention": cpu_attention, "model_overhead": model_overhead, "eval_speed": eval_speed}
+def weighting_cost() -> str:
+    """Table of benchmarks/results/weighting_cost.json, a row per length and rule."""
+    data = json.loads((RESULTS / "weighting_cost.json").read_text())
+    at = {(r["shape"]["N"], r["provider"], r["mode"]): r for r in data["records"]}
+    modes = list(dict.fromkeys(mode for _, _, mode in at))
+    lines = [f"| N | rule | {' | '.join(modes)} |", "|---" * (2 + len(modes)) + "|"]
+    for length, rule in dict.fromkeys(key[:2] for key in at):
+        cells = [_cost(at.get((length, rule, mode))) for mode in modes]
+        lines.append(f"| {length} | {rule} | {' | '.join(cells)} |")
+    meta, first = data["meta"], data["records"][0]
+    machine = meta.get("gpu") or f"{meta['cpu']}, {meta['threads']} thread"
+    shape = ", ".join(f"{name} {first['shape'][name]}" for name in ("H", "Hkv", "D"))
+    about = f'`"{first["backend"]}"`, {first["dtype"]}, {shape}, causal; {machine}, torch {meta["torch"]}'
+    lines += ["", f"{about}, commit {meta['commit']}."]
+    return "\n".join(lines)
 
 
-def fill(text: str) -> str:
-    """The README's text with every marked block replaced."""
-    for name, table in BLOCKS.items():
+def _cost(r: dict | None) -> str:
+    """Time against plain attention / against the paper's rule inside the backend, memory."""
+    if r is None:
+        return "-"
+    return f"{r['times_plain']:.2f} / {r['times_inside']:.2f}, {r['peak_extra_bytes'] / 1e6:.0f} MB"
+
+
+PAGES = {
+    "README.md": {
+        "gpu": gpu,
+        "cpu_attention": cpu_attention,
+        "model_overhead": model_overhead,
+        "eval_speed": eval_speed,
+    },
+    "docs/weighting.md": {"weighting_cost": weighting_cost},
+}
+
+
+def fill(page: str, text: str) -> str:
+    """A page's text with every marked block replaced."""
+    for name, table in PAGES[page].items():
         begin, end = f"<!-- numbers:{name} -->", f"<!-- /numbers:{name} -->"
         if begin not in text or end not in text:
-            raise SystemExit(f"README.md lacks the block {begin} ... {end}")
+            raise SystemExit(f"{page} lacks the block {begin} ... {end}")
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", f"{begin}\n{table()}\n{end}", text, flags=re.S)
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is out of date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = fill(text)
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        new = fill(page, text)
+        if new != text:
+            stale.append(page)
+        if not args.check:
+            path.write_text(new)
     if args.check:
-        raise SystemExit(0 if new == text else "README.md is out of date: run python benchmarks/readme.py")
-    readme.write_text(new)
+        raise SystemExit(f"out of date: {', '.join(stale)}; run python benchmarks/readme.py" if stale else 0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from providers import PROVIDERS, make_inputs, synchronize, unavailable
 
 from sar_fast import SARState, sar_attn_func, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
+from sar_fast.weighting import Equal
 
 SHAPES = {
     "tiny": {"prefill": (1, 96, 4, 2, 32), "decode": (2, 128, 4, 2, 32)},
@@ -29,9 +30,9 @@ def case(sizes, mode, device):
 
 def check(name, inputs, out):
     """Refuse to time a wrong answer, at the tolerance of docs/method.md."""
-    beta = {"beta": 1e30, "protect_first_head": False} if name in PLAIN else {}
-    exact = sar_attention_reference(*(x.double() if x.is_floating_point() else x for x in inputs), **beta)
-    rounded = sar_attention_reference(*inputs, **beta)
+    rule = Equal() if name in PLAIN else None
+    exact = sar_attention_reference(*(x.double() if x.is_floating_point() else x for x in inputs), weighting=rule)
+    rounded = sar_attention_reference(*inputs, weighting=rule)
     allowed = 2 * (rounded.double() - exact).abs().max() + 1e-5
     assert (out.double() - exact).abs().max() <= allowed
 

@@ -29,7 +29,7 @@ CHOICES = {
     "backend": BackendName,
     "record_rows": RecordRows,
 }
-PAPER_OPTIONS = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # the options of the paper's rule
+PAPER_OPTIONS = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # of its rule, which another replaces
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -12,11 +12,10 @@ import torch
 
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
-from sar_fast.config import SARConfig
+from sar_fast.config import PAPER_OPTIONS, SARConfig
 from sar_fast.weighting import Weighting, find_weighting
 
 RULE_HELP = 'Another rule for the weights: NAME, FILE.py:NAME, {"name": ..., "options": {...}} or a folder of training.'
-PAPERS = ("beta", "protect_first_head", "normalize")  # fields of the paper's rule, which another one replaces
 DO_NOT_ATTEND = ("linear_attention", "conv", "mamba")  # transformers' names of such layers in a config's layer_types
 
 
@@ -54,9 +53,9 @@ def _config(group: Any, find: Callable[[str], Weighting | None]) -> SARConfig:
     flags, spec = flags_of(group), values.get("weighting")
     with naming_flags(flags):
         if spec is not None:
-            given = [f"--{flags[f]}" for f in PAPERS if f in fields and values[f] != own[fields[f]]]
+            given = [f"--{flags[f]}" for f in PAPER_OPTIONS if f in fields and values[f] != own[fields[f]]]
             refuse_papers(f"--{flags['weighting']}", given)
-            values |= {**dict.fromkeys(PAPERS), "weighting": find(spec)}
+            values |= {**dict.fromkeys(PAPER_OPTIONS), "weighting": find(spec)}
         return SARConfig(**values)
 
 

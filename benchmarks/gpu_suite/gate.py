@@ -16,9 +16,10 @@ from gpu_suite.bench import Bench
 from gpu_suite.inputs import Shape, decode_inputs, gate_decode_shapes, gate_shapes, sizes
 from sar_fast import SARState, flash_attn_func, flash_attn_with_kvcache, sar_attn_func, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
+from sar_fast.weighting import Equal
 
 Row = tuple[list[str], float]  # what is wrong, and the largest error as a share of what is allowed
-PLAIN = {"beta": 1e30, "protect_first_head": False}  # the reference as plain attention
+PLAIN = {"weighting": Equal()}  # the reference as plain attention
 MODES = ("running", "step", "prompt", "plain")
 
 

@@ -6,6 +6,7 @@ A test holds them against what the slices really launch.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -85,7 +86,9 @@ class Planner:
         if mode in ("running", "step"):
             masks = self.empty(batch, length, dtype=torch.bool), self.empty(batch, 1, dtype=torch.bool)
             call.set_roles(*masks, self._floats(batch, length))
-        return call.plan(mode, None if mode == "plain" else WeightOptions(0.5))
+        # given weights ("prompt") come without a rule, which the backend says as equal ones
+        weights = {"plain": None, "prompt": WeightOptions(math.inf, False)}.get(mode, WeightOptions(0.5))
+        return call.plan(mode, weights)
 
     def _floats(self, *shape: int) -> torch.Tensor:
         return self.empty(*shape, dtype=torch.float32)

@@ -11,19 +11,22 @@ from torch import Tensor
 SYSTEM_TOKENS = 32  # text before the image in the made-up prompts
 
 
-def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved_times(
+    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each call in each round. Every round visits all of them, so that a slow spell of the machine hits all
-    alike; one round more than ``repeats`` runs first and is not counted."""
+    alike; one round more than ``repeats`` runs first and is not counted. ``clock=time.process_time`` counts the work of
+    this process alone, where a CPU has other things to do."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             call()
             wait()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sar_fast.config import SARConfig
-from sar_fast.evaluation.stamps import file_stamp, state_stamp
+from sar_fast.evaluation.stamps import file_stamp
 
 PLAIN = r"[a-z0-9][a-z0-9_.]{0,39}"  # names that are their own folder's; beta is the word for other settings
 LONGEST = 40  # characters
@@ -67,3 +68,12 @@ def _file_of(name: str) -> Path | None:
     """The file of a rule that is called ``FILE.py:NAME``; None for others."""
     path, colon, _ = name.rpartition(":")
     return Path(path) if colon and Path(path).is_file() else None
+
+
+def state_stamp(state: Mapping[str, Tensor]) -> str:
+    """A short hash of a module's ``state_dict()``: names, shapes, dtypes and every byte."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 BLOCK = 1 << 16  # bytes
 BLOCKS = 256
@@ -77,12 +74,3 @@ def model_stamp(folder: Path) -> str:
 def files_stamp(paths: Iterable[Path]) -> str:
     """A hash of what several files hold, in their order; a missing one counts as such."""
     return stamp([file_stamp(path) if path.is_file() else None for path in paths])
-
-
-def state_stamp(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a module's ``state_dict()``: names, shapes, dtypes and every byte."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -17,8 +17,8 @@ from sar_fast.evaluation import benchmark, focus, probe, sweep
 from sar_fast.evaluation.arguments import parse
 from sar_fast.evaluation.models import load, sar_config_of, start_processes
 from sar_fast.evaluation.results import METADATA, differences, read_json
-from sar_fast.evaluation.rules import rule_label, rule_settings, rule_slug
-from sar_fast.evaluation.stamps import file_stamp, state_stamp
+from sar_fast.evaluation.rules import rule_label, rule_settings, rule_slug, state_stamp
+from sar_fast.evaluation.stamps import file_stamp
 from sar_fast.evaluation.tables import open_table
 from sar_fast.evaluation.tasks import TaskOptions, find_task
 from sar_fast.experiment_arguments import expand

@@ -132,7 +132,7 @@ def test_a_plain_packed_dense_mask_runs_as_packed(monkeypatch):
     original = attention.packed_attention
 
     def keep(*args, **kwargs):
-        masks.append(kwargs["attn_mask"])
+        masks.append(args[1].attn_mask)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(attention, "packed_attention", keep)

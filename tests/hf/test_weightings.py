@@ -211,14 +211,33 @@ def test_a_table_that_does_not_fit_the_model_is_an_error():
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("before", ["nothing", "pictures"])
 def test_positions_that_came_under_given_weights_have_no_statistics(record, before):
-    """A rule that needs statistics cannot go on from them; under the given weights any cache can be continued."""
+    """A rule that needs statistics cannot go on from them; given weights take any cache, unless they are recorded."""
     model, batch = case_of("llava", (1, 1))
     measured, given = SARConfig(activation_layer_k=2), fixed(2, record=record)
     token = batch["input_ids"][:, -1:]
+    refused = pytest.raises(ValueError, match=r"past_key_values: (holds .* passes under SAR filled|was filled under)")
     with torch.no_grad(), apply_sar(model, given if before == "nothing" else measured) as handle:
         cache = model(**batch).past_key_values
         handle.reconfigure(given)
-        model(input_ids=token, past_key_values=cache)
-        handle.reconfigure(measured)
-        with pytest.raises(ValueError, match=r"past_key_values: holds .* passes under SAR filled"):
+        with refused if record and before == "pictures" else contextlib.nullcontext():
             model(input_ids=token, past_key_values=cache)
+        if before == "nothing" or not record:
+            handle.reconfigure(measured)
+            with refused:
+                model(input_ids=token, past_key_values=cache)
+
+
+@pytest.mark.parametrize("decode", ["running", "step", "prompt"])
+def test_given_weights_are_recorded_at_every_step(decode):
+    """With the statistics of the step's queries: none before them are carried on."""
+    model, batch = case_of("llava", (1, 1))
+    with torch.no_grad(), apply_sar(model, fixed(2, decode=decode, record=True)) as handle:
+        cache = model(**batch).past_key_values
+        prompt = dict(handle.stats)
+        model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+        for index in (2, 3):
+            stats = handle.stats[index]
+            assert torch.equal(stats.head_weights, table()[index].expand(2, H))
+            assert torch.equal(stats.query_count, torch.ones(2))
+            assert (stats.alignment_variance > 0).all()
+            assert not torch.equal(stats.alignment_variance, prompt[index].alignment_variance)

@@ -126,7 +126,7 @@ class SARHandle:
             self._take_rule_off(before)
             self._put_rule_on(after)
         self.config = config
-        self.switch.on = config.weighs_by_statistics
+        self.switch.on = config.measures
         self._mark_layers()
 
     def _mark_layers(self) -> None:
@@ -173,7 +173,7 @@ class SARHandle:
         self._mark_layers()
         self.base_model.__dict__[HANDLE_MARK] = self
         self._installed = True
-        self.switch.on = self.config.weighs_by_statistics
+        self.switch.on = self.config.measures
         self._watch_features()
         announce_drafts(self.model)
         self.base_model.register_forward_pre_hook(flow.before_forward, with_kwargs=True)

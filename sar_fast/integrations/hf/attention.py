@@ -199,12 +199,13 @@ def _reweighted(layer: int, call: Call, context: SARContext) -> Tensor:
         outs.append(out)
         if config.record:
             lses.append(stats.lse)
-        if context.cache is not None and not frozen and state is not None:
+        if context.cache is not None and not frozen:
             on_cache = attach(context.cache)
             if context.placeholders:
                 on_cache.visual_mask, on_cache.norms = context.visual_mask, context.norms
-            grows = not context.cache.is_compileable
-            on_cache.store(layer, state, length - (Sq - stop), config.decode, grows=grows)
+            if state is not None:  # None where weights are given
+                grows = not context.cache.is_compileable
+                on_cache.store(layer, state, length - (Sq - stop), config.decode, grows=grows)
     if config.record:  # the last piece's, but of all queries
         context.recorder.record(layer, dataclasses.replace(stats, lse=torch.cat(lses, -1)) if len(lses) > 1 else stats)
     if config.record_rows == "last_text":

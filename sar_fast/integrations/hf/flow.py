@@ -59,11 +59,10 @@ def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContex
         raise ValueError("past_key_values: packed sequences filled this cache; it cannot be continued")
     if past is not None and not torch.compiler.is_compiling():
         past.leave_inference_mode()
-    if config.weighs_by_statistics:
+    if config.measures:
         refuse_unseen_cache(cache, past, past_length, shape[1], handle.peft_configs)
         if past is not None:
             past.belong_to(config, handle.switch)
-    if config.measures:
         _check_pictures(module, handle, given, comes, past_length, drafts)
     placeholders = {
         m: placeholder_mask(module, ids, embeds, token) for m, token in handle.placeholder_ids.items() if m in comes
@@ -141,7 +140,7 @@ def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
     if context is None or cache is None or context.cache is not None:
         return
     context.cache = cache
-    if context.config.weighs_by_statistics:
+    if context.config.measures:
         state = attach(cache, rows=not torch.compiler.is_compiling())
         state.belong_to(context.config, context.recorder.switch)
         if not cache.is_compileable:  # a number that changes each step would compile a graph again
