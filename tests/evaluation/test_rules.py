@@ -66,7 +66,7 @@ class Scales(torch.nn.Module):
 
 class Silent:
     def __init__(self, exponent=2.0):
-        self.exponent = exponent
+        self.half = exponent / 2
 
     def __call__(self, statistics, layer):
         return statistics.sav
