@@ -457,3 +457,29 @@ def test_packed_varlen_plain_times_fixed():
     out = sar_attn_varlen_func(q, k, v, ends, ends, 21, 21, visual, text, prior, weighting=Fixed(c), backend="torch")
     plain = flash_attn_varlen_func(q, k, v, ends, ends, 21, 21, causal=True, backend="torch")
     assert torch.equal(out, plain * c.repeat_interleave(ends.diff(), 0)[..., None])
+
+
+def test_a_module_under_given_weights_needs_neither_pictures_nor_a_cache_of_its_own():
+    from transformers import DynamicCache
+
+    torch.manual_seed(0)
+    c = torch.tensor([0.0, 2.0, 0.5, -1.0])
+    hidden = torch.randn(3, 12, 64)
+    module = SARAttention(64, H, config=SARConfig(weighting=Fixed(c)))
+    plain = SARAttention(64, H, config=SARConfig(activation_layer_k=0))
+    plain.load_state_dict(module.state_dict())
+    scale = lambda _, args: ((args[0].unflatten(-1, (H, -1)) * c[:, None]).flatten(-2),)
+    plain.o_proj.register_forward_pre_hook(scale)
+    with torch.no_grad():
+        want, _ = plain(hidden)
+        got, _ = module(hidden)
+        assert module.last_stats is None
+        torch.testing.assert_close(got, want)
+        cache = DynamicCache()
+        parts = [module(hidden[:, a:b], past_key_values=cache)[0] for a, b in ((0, 10), (10, 11), (11, 12))]
+        torch.testing.assert_close(torch.cat(parts, 1), want)
+        visual = torch.arange(12)[None].expand(3, -1) < 6
+        roles = {"visual_mask": visual, "text_mask": ~visual, "prior": visual / 6}
+        torch.testing.assert_close(module(hidden, **roles)[0], want)
+        assert torch.equal(module.last_stats.head_weights, c.expand(3, H))
+        assert (module.last_stats.sav > 0).all()
