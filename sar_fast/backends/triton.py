@@ -172,7 +172,7 @@ def _beside_attention(call: Call, rule: Lowered, q: Tensor, k: Tensor, v: Tensor
     av, sa, _, count = kernels.attention_statistics(q, k, lse, *call.roles, weights=_weight_options(rule), **layout)
     statistics = Statistics(av, sa, count)
     if call.carried is not None:
-        statistics = Sums(*(a + b for a, b in zip(statistics.sums(), call.carried))).means()
+        statistics = Sums(*(a + b for a, b in zip(statistics.sums()[:3], call.carried))).means()
     c = rule(statistics, None)
     if isinstance(rule, Equal):
         return Result(out, lse, statistics, c)

@@ -106,6 +106,22 @@ def test_few_queries_run_the_decode_kernels(carried, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(kept, before or []))
 
 
+@pytest.mark.parametrize("rule", ["softmax", "equal", "python"])
+def test_many_queries_go_on_from_carried_sums(rule):
+    from sar_fast import ops
+    from sar_fast.backends.select import BACKENDS
+    from sar_fast.values import Call, Roles, Scores, Sums
+    from sar_fast.weighting import Equal, SoftmaxOverHeads
+
+    q, k, v, visual, text, prior = inputs(S=40, dtype=torch.float32)
+    sums = Sums(torch.rand(2, 4), torch.rand(2, 4), torch.tensor([3.0, 0.0]))
+    call = Call(q[:, -20:], k, v, Scores(0.25), Roles(visual, text[:, -20:], prior), carried=sums)
+    weighting = {"softmax": SoftmaxOverHeads(0.05), "equal": Equal(), "python": lambda s, layer: 1 + s.sav}[rule]
+    got, want = (ops.attention(call, weighting, BACKENDS[name], need_lse=True) for name in ("triton", "torch"))
+    for a, b in zip((got.out, got.lse, got.c, *got.statistics), (want.out, want.lse, want.c, *want.statistics)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="values on a GPU are not waited for")
 def test_values_that_the_host_can_read_are_checked():
     q, k, v, visual, _, prior = inputs(dtype=torch.float32)
