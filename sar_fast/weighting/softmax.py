@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -90,9 +91,12 @@ Lowered = SoftmaxOverHeads | Equal  # the rules that the backends themselves kno
 
 def flatten(rule: Lowered) -> tuple[float, bool, str]:
     """A rule that the backends know, as operators take it: every temperature is the same at infinity."""
-    return (math.inf, False, "none") if isinstance(rule, Equal) else dataclasses.astuple(rule)
+    if isinstance(rule, Equal):
+        return math.inf, False, "none"
+    return rule.beta, rule.protect_first_head, rule.normalize
 
 
+@functools.lru_cache(maxsize=64)
 def unflatten(beta: float, protect: bool, normalize: str) -> Lowered:
     """What :func:`flatten` inverts."""
     return Equal() if beta == math.inf else SoftmaxOverHeads(beta, protect, normalize)
