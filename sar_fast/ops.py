@@ -2,7 +2,7 @@
 
 The operators are opaque to ``torch.compile`` (schema, fake, one implementation per call), so a compiled graph holds one
 node per attention call. Everything above them is traced, everything below them runs on real tensors. Calls and rules
-are made flat here, and nowhere else.
+are made flat where operators are defined (here, ``decode_op``, ``row_statistics``), and nowhere else.
 """
 
 from __future__ import annotations
