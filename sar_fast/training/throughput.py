@@ -44,6 +44,7 @@ class ThroughputCallback(TrainerCallback):
         self.peak = peak_flops or known_peak(trainer.args.device)
         self.log = MetricsLog(trainer, Path(trainer.args.output_dir) / FILE_NAME)
         self._hooks: list[Any] = []
+        self._tokens = self._first_step = 0  # an evaluation alone logs before anything is counted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self._hooks:

@@ -324,3 +324,12 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: unknown flag --learning_rat; did you mean --learning_rate?"
     assert "Traceback" not in done.stderr
+
+
+def test_an_evaluation_alone_has_no_throughput(tmp_path):
+    trainer = train(
+        tmp_path, do_train=None, do_eval=True, eval_dataset="shapes_pairs", max_samples=4, log_throughput=True
+    )
+    assert trainer.state.global_step == 0
+    assert "eval_loss" in json.loads((tmp_path / "eval_results.json").read_text())
+    assert not (tmp_path / "throughput.jsonl").exists()
