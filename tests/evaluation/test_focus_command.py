@@ -245,7 +245,7 @@ def test_the_research_codes_commands_parse():
 def test_two_processes_are_one(flags, tmp_path):
     run = focus.run if flags is FOCUS else probe.run
     run(arguments(flags, tmp_path / "one"))
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29655"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     script = [str(ROOT / "experiments" / "evaluate.py"), "--model_name_or_path", "miniature", "--device", "cpu"]
     subprocess.run(
         [sys.executable, *launch, *script, *flags, "--output_dir", str(tmp_path / "two")],
