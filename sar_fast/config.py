@@ -129,9 +129,11 @@ class SARConfig:
     @property
     def rule(self) -> Weighting:
         """How statistics become weights: ``weighting``, or the paper's rule with its options."""
-        from sar_fast.weighting.softmax import choose_weighting
+        if self.weighting is not None:
+            return self.weighting
+        from sar_fast.weighting.softmax import SoftmaxOverHeads
 
-        return choose_weighting(self.weighting, *(getattr(self, name) for name in PAPER_OPTIONS))
+        return SoftmaxOverHeads(*(getattr(self, name) for name in PAPER_OPTIONS))
 
     @property
     def weighs_by_statistics(self) -> bool:

@@ -61,7 +61,7 @@ def attend_with_state(
     else:
         if past is not None and counted and config.decode != "step":
             keep = torch.ones_like(past.count) if carried_rows is None else carried_rows
-            rows = past.row_sums * keep[:, None, None] if past.row_sums.shape[1] else None
+            rows = None if past.row_sums is None else past.row_sums * keep[:, None, None]
             sums = Sums(past.av_sum * keep[:, None], past.sa_sum * keep[:, None], past.count * keep, rows)
             call = dataclasses.replace(call, carried=sums)
         how = {"sav_grad": config.sav_grad, "need_stats": keep_stats, "check_prior": check_prior}

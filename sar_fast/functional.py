@@ -21,7 +21,7 @@ from sar_fast.row_statistics import row_statistics as row_statistics_of
 from sar_fast.types import SARState, SARStats
 from sar_fast.values import Call, Result, Roles
 from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics
+from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics, where
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
 from sar_fast.weighting.softmax import Lowered, choose_weighting
 from sar_fast.weighting.split import refuse_split_queries, split_over
@@ -265,11 +265,11 @@ def sar_attn_with_kvcache(
         text_mask = torch.ones(B, Sq, dtype=torch.bool, device=q.device)
     validation.check_mask("text_mask", text_mask, (B, Sq), q.device)
     check_state(state, B, H, q.device, written=decode == "running")
-    rows = len(all_row_statistics(rule))
-    if decode == "running" and state.row_sums.shape[1] != rows:
+    rows, held = len(all_row_statistics(rule)), 0 if state.row_sums is None else state.row_sums.shape[1]
+    if decode == "running" and held != rows:
         raise ValueError(
             f"state must hold the sums of {rows} row statistics, for which weighting asks, as SARState.empty(..., "
-            f"weighting=rule) and SARState.from_stats(stats, rule) do; got {state.row_sums.shape[1]}"
+            f"weighting=rule) and SARState.from_stats(stats, rule) do; got {held}"
         )
     scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
@@ -300,11 +300,12 @@ def _decode(
     if not needs_statistics(rule):
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         c = head_weights(rule, no_statistics(q.shape[0], q.shape[2], q, acc), None)
-        value_checks.check_weight_values(c, name_of(rule))  # before the cache is written
+        if where(rule, None):
+            value_checks.check_weight_values(c, name_of(rule))  # before the cache is written
         if not need_stats:
             return decode(step(c=c))
         result = decode(step(roles=roles, rule=Equal()))
-        return result._replace(out=scale_heads(result.out, c, None, name_of(rule)), c=c)
+        return result._replace(out=scale_heads(result.out, c, None, where(rule, None)), c=c)
     if mode == "prompt":
         result = decode(step(c=state.head_weights))
         return result._replace(statistics=state.sums.means(), c=state.head_weights)
@@ -320,7 +321,7 @@ def _decode(
         if sums is not None:
             state.row_sums = row_sums(result.statistics, asked).to(torch.float32)
     c = head_weights(rule, result.statistics, None)
-    return result._replace(out=scale_heads(result.out, c, None, name_of(rule)), c=c)
+    return result._replace(out=scale_heads(result.out, c, None, where(rule, None)), c=c)
 
 
 def _row_sums_over_cache(

@@ -48,7 +48,8 @@ def _over_rows(c: Tensor, out: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 @torch.library.impl(_library, "scale_heads", "CompositeExplicitAutograd")
 def _scale_impl(out: Tensor, c: Tensor, cu_seqlens: Tensor | None, rule: str) -> Tensor:
-    check_weight_values(c, rule)
+    if rule:
+        check_weight_values(c, rule)
     return _scaled(out, c, cu_seqlens)
 
 
@@ -102,7 +103,7 @@ def scale_heads(out: Tensor, c: Tensor, cu_seqlens: Tensor | None, rule: str) ->
     Args:
         out: (B, S, H, D), or (total, H, D) with ``cu_seqlens`` (B + 1,) int32.
         c: (B, H) fp32, fp64 for fp64 ``out``. Its values must be finite: on a GPU that is told in a later call.
-        rule: what made the weights, for that error.
+        rule: what made the weights, for that error; empty: they were looked at before.
     """
     if torch.is_grad_enabled() and (out.requires_grad or c.requires_grad):
         return _ScaleHeads.apply(out, c, cu_seqlens, rule)

@@ -61,7 +61,7 @@ class SARState:
         av_sum, sa_sum: (B, H) fp32, sums of each query's variance and semantic alignment.
         count: (B,) fp32, number of queries in the sums.
         head_weights: (B, H) fp32, the prompt's weights (used by ``decode="prompt"``).
-        row_sums: (B, R, H) fp32, the same of a rule's row statistics, of the last query their values; R may be 0.
+        row_sums: (B, R, H) fp32, the same of a rule's row statistics, of the last query their values; None without any.
     """
 
     av_sum: Tensor
@@ -69,10 +69,6 @@ class SARState:
     count: Tensor
     head_weights: Tensor
     row_sums: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.row_sums is None:
-            self.row_sums = self.av_sum.new_zeros(self.av_sum.shape[0], 0, self.av_sum.shape[1])
 
     @classmethod
     def empty(
@@ -84,12 +80,13 @@ class SARState:
     ) -> SARState:
         """State before any query was counted: zero sums, weights 1. ``weighting``: a rule with row statistics."""
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=device)
+        asked = getattr(weighting, "row_statistics", ())
         return cls(
             zeros(batch_size, num_heads),
             zeros(batch_size, num_heads),
             zeros(batch_size),
             torch.ones(batch_size, num_heads, dtype=torch.float32, device=device),
-            zeros(batch_size, len(getattr(weighting, "row_statistics", ())), num_heads),
+            zeros(batch_size, len(asked), num_heads) if asked else None,
         )
 
     @classmethod
@@ -121,11 +118,11 @@ class SARState:
     @property
     def sums(self) -> Sums:
         """The sums, as a call carries them."""
-        return Sums(self.av_sum, self.sa_sum, self.count, self.row_sums if self.row_sums.shape[1] else None)
+        return Sums(self.av_sum, self.sa_sum, self.count, self.row_sums)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """(av_sum, sa_sum, count, head_weights), and row_sums where there are any."""
-        rows = (self.row_sums,) if self.row_sums.shape[1] else ()
+        rows = () if self.row_sums is None else (self.row_sums,)
         return self.av_sum, self.sa_sum, self.count, self.head_weights, *rows
 
     def index_select(self, rows: Tensor) -> SARState:

@@ -62,16 +62,22 @@ class Fixed:
         if per_layer and c.dim() == 1:
             raise ValueError(f"c must have shape (layers, heads) with per_layer=True; got {tuple(c.shape)}")
         self.c, self.per_layer = c, per_layer
+        self._placed: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int, Tensor]] = {}
+
+    @property
+    def values_known(self) -> bool:
+        """Whether no call need look at them: training may change what wants a gradient."""
+        return not self.c.requires_grad
 
     @classmethod
     def of(cls, c: Tensor) -> Fixed:
         """Weights (B, H) of each sample that the library computed: without a look at their values."""
         fixed = cls.__new__(cls)
-        fixed.c, fixed.per_layer = c, False
+        fixed.c, fixed.per_layer, fixed._placed = c, False, {}
         return fixed
 
     def __call__(self, statistics: Statistics, layer: int | None = None) -> Tensor:
-        c, (batch, heads) = self.c, statistics.av.shape
+        c, (batch, heads) = self._like(statistics.av), statistics.av.shape
         layers = layer is not None if self.per_layer is None else self.per_layer
         if c.dim() == 2 and layers and (c.shape[0] > 1 or self.per_layer):  # one row holds for all unless it is a layer
             if layer is None:
@@ -88,7 +94,22 @@ class Fixed:
             )
         if c.shape[-1] != heads:
             raise ValueError(f"weighting: Fixed must have weights of {heads} heads; got {tuple(self.c.shape)}")
-        return c.to(statistics.av)
+        return c
+
+    def _like(self, statistic: Tensor) -> Tensor:
+        """The table in a statistic's dtype and on its device: brought there once, as every layer and step asks."""
+        c = self.c
+        if (c.dtype, c.device) == (statistic.dtype, statistic.device):
+            return c
+        if torch.compiler.is_compiling() or c.requires_grad or c.is_inference():  # is traced, or may change unseen
+            return c.to(statistic)
+        key = statistic.dtype, statistic.device
+        source, version, placed = self._placed.get(key, (None, None, None))
+        if source is not c or version != c._version:
+            with torch.inference_mode(False):  # a later backward may save it
+                placed = c.to(statistic)
+            self._placed[key] = c, c._version, placed
+        return placed
 
     def options(self) -> dict[str, object]:
         return {"c": self.c.tolist(), "per_layer": self.per_layer}

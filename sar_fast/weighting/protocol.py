@@ -60,7 +60,9 @@ def name_of(weighting: object) -> str:
 
 
 def where(weighting: object, layer: int | None) -> str:
-    """A rule's name, and the layer's, for messages."""
+    """A rule's name, and the layer's, for errors about its values; empty where those were looked at before."""
+    if getattr(weighting, "values_known", False):
+        return ""
     return name_of(weighting) if layer is None else f"{name_of(weighting)}, layer {layer},"
 
 

@@ -5,6 +5,7 @@ A statistic is a differentiable function of one block of queries against the vis
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -87,7 +88,7 @@ class Rows:
         return torch.log_softmax(self._shown(self._parts[0]), dim=-1)
 
 
-class RowStatistic:
+class RowStatistic(abc.ABC):
     """A number per head and query, from the query's row of attention over the visual keys. Subclass it.
 
     Attributes:
@@ -114,11 +115,14 @@ class RowStatistic:
         return {name: value for name, value in vars(self).items() if name != "_id"}
 
     def check(self, call: Call, *tensors: Tensor) -> None:
-        """Raise if ``tensors`` do not fit a call; asked once per call, before its rows."""
+        """Raise if ``tensors`` do not fit a call: here, if they are elsewhere. Asked once per call, before its rows."""
+        for x in tensors:
+            if x.device != call.k.device:
+                raise ValueError(f"tensors of {self.name!r} must be on {call.k.device}; got {x.device}")
 
+    @abc.abstractmethod
     def __call__(self, rows: Rows, *tensors: Tensor) -> Tensor:
         """(h, r) floating point, a differentiable function of ``rows.q``, ``rows.k`` and ``rows.lse``."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(rows)")
 
 
 class Mass(RowStatistic):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 
@@ -483,3 +484,20 @@ def test_a_module_under_given_weights_needs_neither_pictures_nor_a_cache_of_its_
         torch.testing.assert_close(module(hidden, **roles)[0], want)
         assert torch.equal(module.last_stats.head_weights, c.expand(3, H))
         assert (module.last_stats.sav > 0).all()
+
+
+def test_a_table_is_brought_to_a_calls_dtype_once_and_again_when_it_changes():
+    rule, statistics = Fixed([1.0, 0.5]), Statistics(torch.ones(3, 2), torch.ones(3, 2), torch.ones(3))
+    with torch.inference_mode():
+        first = rule(statistics)
+    assert first.dtype == torch.float32  # the list is kept in fp64
+    assert not first.is_inference()
+    assert rule(statistics) is first
+    rule.c.mul_(2)
+    assert torch.equal(rule(statistics), torch.tensor([2.0, 1.0]))
+    rule.c = torch.zeros(2, dtype=torch.float64)
+    assert not rule(statistics).any()
+    copied = copy.deepcopy(rule)
+    copied.c.add_(3)
+    assert torch.equal(copied(statistics), torch.full((2,), 3.0))
+    assert not rule(statistics).any()
