@@ -21,7 +21,7 @@ from sar_fast.row_statistics import row_statistics as row_statistics_of
 from sar_fast.types import SARState, SARStats
 from sar_fast.values import Call, Result, Roles
 from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.protocol import Weighting, head_weights, name_of, needs_statistics, no_statistics, where
+from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
 from sar_fast.weighting.softmax import Lowered, choose_weighting
 from sar_fast.weighting.split import refuse_split_queries, split_over
@@ -300,12 +300,13 @@ def _decode(
     if not needs_statistics(rule):
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         c = head_weights(rule, no_statistics(q.shape[0], q.shape[2], q, acc), None)
-        if where(rule, None):
-            value_checks.check_weight_values(c, name_of(rule))  # before the cache is written
+        source = value_source(rule, None)
+        if source:
+            value_checks.check_weight_values(c, source)  # before the cache is written
         if not need_stats:
             return decode(step(c=c))
         result = decode(step(roles=roles, rule=Equal()))
-        return result._replace(out=scale_heads(result.out, c, None, where(rule, None)), c=c)
+        return result._replace(out=scale_heads(result.out, c, None, source), c=c)
     if mode == "prompt":
         result = decode(step(c=state.head_weights))
         return result._replace(statistics=state.sums.means(), c=state.head_weights)
@@ -321,7 +322,7 @@ def _decode(
         if sums is not None:
             state.row_sums = row_sums(result.statistics, asked).to(torch.float32)
     c = head_weights(rule, result.statistics, None)
-    return result._replace(out=scale_heads(result.out, c, None, where(rule, None)), c=c)
+    return result._replace(out=scale_heads(result.out, c, None, value_source(rule, None)), c=c)
 
 
 def _row_sums_over_cache(

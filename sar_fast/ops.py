@@ -19,7 +19,7 @@ from sar_fast.row_statistics import join_rows, row_statistics
 from sar_fast.tracing import distinct, longest, no_autocast
 from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, where
+from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics
 from sar_fast.weighting.softmax import Lowered, SoftmaxOverHeads, flatten, unflatten
 from sar_fast.weighting.split import Split, refuse_split_queries
@@ -237,7 +237,7 @@ def attention(
         result = _run(call.plain(), Equal(), backend, need_lse=need_lse)
         statistics = no_statistics(call.batch_size, call.num_heads, call.q, call.accumulate_dtype)
     c = head_weights(weighting, statistics, layer)
-    out = scale_heads(result.out, c, call.cu_seqlens_q, where(weighting, layer))
+    out = scale_heads(result.out, c, call.cu_seqlens_q, value_source(weighting, layer))
     return Result(out, result.lse, statistics, c)
 
 

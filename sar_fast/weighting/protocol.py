@@ -59,7 +59,7 @@ def name_of(weighting: object) -> str:
     return getattr(weighting, "__name__", type(weighting).__name__)
 
 
-def where(weighting: object, layer: int | None) -> str:
+def value_source(weighting: object, layer: int | None) -> str:
     """A rule's name, and the layer's, for errors about its values; empty where those were looked at before."""
     if getattr(weighting, "values_known", False):
         return ""
