@@ -46,6 +46,7 @@ class HostLoop:
         q, acc, sar = call.q, call.accumulate_dtype, call.roles is not None
         lse = q.new_empty(call.lse_shape if need_lse else (0,), dtype=acc)
         av, sa, count, c = _start(call)
+        weighs = sar and not isinstance(rule, Equal)  # whose weights are 1: no pass over the output
         out_shape = (*q.shape[:-1], call.v.shape[-1])
         out = None if len(sequences) == 1 else q.new_empty(out_shape)
         for b, seq in enumerate(sequences):
@@ -56,14 +57,15 @@ class HostLoop:
                 total = count[b : b + 1].clamp_min(1)
                 av[b] /= total
                 sa[b] /= total
-                c[b] = rule(Statistics(av[b : b + 1], sa[b : b + 1], count[b : b + 1]), None)[0]
+                if weighs:
+                    c[b] = rule(Statistics(av[b : b + 1], sa[b : b + 1], count[b : b + 1]), None)[0]
             if need_lse:
                 _lse_part(call, lse, b).copy_(row_lse)
             if out is None:
                 out = o.contiguous().view(out_shape)
             else:
                 _part(call, out, b).copy_(o)
-            if sar:
+            if weighs:
                 scale_heads_(_part(call, out, b), c[b])
         return Result(out, lse, Statistics(av, sa, count), c)
 
