@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sar_fast.prior import semantic_prior
     from sar_fast.roles import TokenRoles, token_roles
     from sar_fast.types import SARState, SARStats
+    from sar_fast.visibility import Visibility
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _MODULE_OF = {
     "SARState": "sar_fast.types",
     "SARStats": "sar_fast.types",
     "TokenRoles": "sar_fast.roles",
+    "Visibility": "sar_fast.visibility",
     "apply_sar": "sar_fast.integrations.hf",
     "flash_attn_func": "sar_fast.flash",
     "flash_attn_varlen_func": "sar_fast.flash",
@@ -48,6 +50,7 @@ __all__ = [
     "SARState",
     "SARStats",
     "TokenRoles",
+    "Visibility",
     "apply_sar",
     "flash_attn_func",
     "flash_attn_varlen_func",

@@ -19,7 +19,8 @@ from sar_fast.kvcache import Step, check_cache
 from sar_fast.row_statistics import join_rows, row_sums
 from sar_fast.row_statistics import row_statistics as row_statistics_of
 from sar_fast.types import SARState, SARStats
-from sar_fast.values import Call, Result, Roles
+from sar_fast.values import UNBOUNDED, Bounds, Call, Result, Roles, Scores
+from sar_fast.visibility import Visibility, query_positions
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
@@ -58,6 +59,7 @@ def sar_attn_func(
     return_stats: bool = False,
     row_statistics: Sequence[RowStatistic] = (),
     attn_mask: Tensor | None = None,
+    visibility: Visibility | None = None,
     shards: Shards | None = None,
 ) -> Tensor | tuple[Tensor, SARStats]:
     """Attention whose heads are re-weighted by Semantic Alignment Variance (docs/method.md).
@@ -83,7 +85,8 @@ def sar_attn_func(
         backend: ``"auto"``, ``"triton"``, ``"composed"`` or ``"torch"``; ``SAR_BACKEND`` replaces ``"auto"``.
         return_stats: also return the statistics.
         row_statistics: with ``return_stats``, others beside AV and SA to be returned (docs/row_statistics.md).
-        attn_mask: (B or 1, 1, Sq, Sk) bool, True = may be seen, for patterns that the options above cannot say.
+        visibility: chunks, a prefix or blocks that see each other in both directions (docs/masks.md).
+        attn_mask: (B or 1, 1, Sq, Sk) bool, True = may be seen, for patterns that nothing above can say.
         shards: q, k and v hold this rank's heads or queries only (:class:`~sar_fast.distributed.Shards`).
 
     Returns:
@@ -105,7 +108,10 @@ def sar_attn_func(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
     roles = Roles(visual_mask, text_mask, prior)
-    call = Call(*autocast_inputs(q, k, v), scores, roles, key_padding_mask, attn_mask)
+    scores, bounds = _lowered(
+        visibility, scores, query_positions(q.shape[1], k.shape[1], q.device), k.shape[:2], key_padding_mask
+    )
+    call = Call(*autocast_inputs(q, k, v), scores, roles, key_padding_mask, attn_mask, bounds=bounds)
     chosen = choose_backend(backend, Request.of(call))
     result = ops.attention(
         call, rule, chosen, sav_grad=sav_grad, need_lse=return_stats, need_stats=return_stats, recorded=recorded
@@ -193,6 +199,27 @@ def check_packing(
     return validation.check_longest("max_seqlen_q", max_q), validation.check_longest("max_seqlen_k", max_k)
 
 
+def _lowered(
+    visibility: Visibility | None,
+    scores: Scores,
+    position: Tensor,
+    keys: tuple[int, int],
+    real: Tensor | None = None,
+) -> tuple[Scores, Bounds]:
+    """What is left of the scores' own limits, and the bounds that say all of them."""
+    if visibility is None:
+        return scores, UNBOUNDED
+    if not isinstance(visibility, Visibility):
+        raise TypeError(f"visibility must be a sar_fast.Visibility or None; got {type(visibility).__name__}")
+    visibility.check(*keys, position.device)
+    value_checks.check_holds(
+        visibility.follows(keys[1], position.device, real),
+        "visibility: the positions of a block must follow one another, but for padding; got a number twice",
+    )
+    bounds = visibility.bounds(position, keys[1], causal=scores.causal, window=scores.window, real=real)
+    return dataclasses.replace(scores, causal=False, window=(-1, -1)), bounds
+
+
 def plain_attention(call: Call, *, backend: str = "auto", need_lse: bool = False) -> tuple[Tensor, Tensor]:
     """A validated call with SAR off: (out, lse)."""
     q, k, v = autocast_inputs(call.q, call.k, call.v)
@@ -220,6 +247,7 @@ def sar_attn_with_kvcache(
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    visibility: Visibility | None = None,
     protect_first_head: bool | None = None,
     normalize: str | None = None,
     weighting: Weighting | None = None,
@@ -274,13 +302,14 @@ def sar_attn_with_kvcache(
     scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
-    chosen = choose_backend(backend, Request(q.device, q.dtype, scores))
+    scores, bounds = _lowered(visibility, scores, cache.positions(Sq, q.device), (B, cache.capacity))
+    chosen = choose_backend(backend, Request(q.device, q.dtype, scores, bounded=bounds.given))
     value_checks.raise_arrived()
     if chosen.waits or q.device.type == "cpu":
         value_checks.check_prior_values(prior)  # before the cache is written
     with torch.no_grad():
         roles = Roles(visual_mask, text_mask, prior)
-        result = _decode(Step(q, cache, scores), roles, state, decode, rule, chosen, return_stats)
+        result = _decode(Step(q, cache, scores, bounds=bounds), roles, state, decode, rule, chosen, return_stats)
     return (result.out, SARStats.of(result, chosen.name)) if return_stats else result.out
 
 
@@ -333,7 +362,8 @@ def _row_sums_over_cache(
     found = []
     for b, (k, v) in enumerate(step.cache.sequences(lengths)):
         own = Roles(roles.visual[b, None, : lengths[b]], roles.text[b, None], roles.prior[b, None, : lengths[b]])
-        call = Call(step.q[b, None], k[None], v[None], step.scores, own)
+        bounds = Bounds(*(None if x is None else x[b if x.shape[0] > 1 else 0][None] for x in step.bounds))
+        call = Call(step.q[b, None], k[None], v[None], step.scores, own, bounds=bounds)
         found.append(row_statistics_of(call, lse[b, None], asked, backend.name, differentiable=False))
     return torch.cat(found) if found else lse.new_zeros(0, len(asked), step.q.shape[2])
 

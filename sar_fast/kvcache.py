@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sar_fast import validation
 from sar_fast.scalars import is_integer, kind, plain
-from sar_fast.values import Roles, Scores, Sums
+from sar_fast.values import UNBOUNDED, Bounds, Roles, Scores, Sums
 from sar_fast.weighting.softmax import Lowered
 
 
@@ -72,6 +72,12 @@ class Cache:
         length = lengths[0] + self.new if lengths else 0  # one number for all; a list would be copied, and that waits
         return torch.full((len(lengths),), length, dtype=torch.int32, device=q.device)
 
+    def positions(self, num_queries: int, device: torch.device) -> Tensor:
+        """(B or 1, Sq) int64: where the newest queries are, without waiting for a GPU."""
+        length = self.capacity if self.seqlens is None else self.seqlens
+        last = torch.arange(num_queries, device=device) - num_queries + self.new
+        return (length.to(device, torch.int64)[:, None] if isinstance(length, Tensor) else length) + last.expand(1, -1)
+
     def _check_pages(self, lengths: list[int]) -> None:
         """Raise if a page that the call reads or writes is not in the cache; entries beyond are free."""
         if self.block_table is None:
@@ -117,6 +123,7 @@ class Step:
         roles: of the cache's positions and of the new queries: heads are weighed by ``rule``. None: plain, or by ``c``.
         sums: fp32 that the means go on from; updated in place. None: of these queries alone.
         c: (B, H) fp32, weights that are known; without roles.
+        bounds: (B or 1, Sq) int32, cache positions that each query sees.
     """
 
     q: Tensor
@@ -126,6 +133,7 @@ class Step:
     sums: Sums | None = None
     rule: Lowered | None = None
     c: Tensor | None = None
+    bounds: Bounds = UNBOUNDED
 
 
 def check_cache(

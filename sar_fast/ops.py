@@ -17,7 +17,7 @@ from sar_fast.backends.select import BACKENDS
 from sar_fast.head_scaling import scale_heads
 from sar_fast.row_statistics import join_rows, row_statistics
 from sar_fast.tracing import distinct, longest, no_autocast
-from sar_fast.values import Call, Result, Roles, Scores, Statistics, Sums
+from sar_fast.values import Bounds, Call, Result, Roles, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics
@@ -26,7 +26,8 @@ from sar_fast.weighting.split import Split, refuse_split_queries
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? visual_mask, Tensor? text_mask, Tensor? prior, "
-    "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? key_first, Tensor? key_end"
 )
 _OPTIONS = (
     "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, float beta, "
@@ -53,6 +54,7 @@ def _tensors(call: Call) -> tuple[Tensor | None, ...]:
         *(call.q, call.k, call.v),
         *roles,
         *(call.key_padding_mask, call.attn_mask, call.cu_seqlens_q, call.cu_seqlens_k),
+        *call.bounds,
     )
 
 
@@ -63,25 +65,27 @@ def _options(call: Call, rule: Lowered, backend: Backend) -> tuple[object, ...]:
 
 
 def _call_of(
-    q, k, v, visual, text, prior, key_padding_mask, attn_mask, cu_q, cu_k, options: tuple, max_seqlens: tuple[int, int]
-) -> tuple[Call, Lowered, Backend]:
+    q, k, v, visual, text, prior, key_padding_mask, attn_mask, cu_q, cu_k, first, end, options: tuple,
+    max_seqlens: tuple[int, int],
+) -> tuple[Call, Lowered, Backend]:  # fmt: skip
     """What :func:`_tensors` and :func:`_options` made flat."""
     scale, causal, left, right, softcap, beta, protect, normalize, backend = options
     roles = None if visual is None else Roles(visual, text, prior)
     lengths = longest(max_seqlens[0], cu_q, q.shape[0]), longest(max_seqlens[1], cu_k, k.shape[0])
     scores = Scores(scale, causal, (left, right), softcap)
-    call = Call(q, k, v, scores, roles, key_padding_mask, attn_mask, cu_q, cu_k, lengths)
+    call = Call(q, k, v, scores, roles, key_padding_mask, attn_mask, cu_q, cu_k, lengths, Bounds(first, end))
     return call, unflatten(beta, protect, normalize), BACKENDS[backend]
 
 
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
 def _forward_impl(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend,
-    need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
+    key_first, key_end, av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta,
+    protect, normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
     options = (softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend)
-    tensors = (q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
+    tensors = (q, k, v, visual_mask, text_mask, prior, *masks)
     call, rule, chosen = _call_of(*tensors, options, (max_seqlen_q, max_seqlen_k))
     call.carried = None if av_sum is None else Sums(av_sum, sa_sum, count)
     if prior is not None and check_prior:
@@ -94,8 +98,8 @@ def _forward_impl(
 @torch.library.register_fake("sar_fast::attention_forward", lib=_library)
 def _forward_fake(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend,
-    need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
+    key_first, key_end, av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta,
+    protect, normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
     call = Call(q, k, v, Scores(softmax_scale), cu_seqlens_q=cu_seqlens_q)
     acc, batch, sar = call.accumulate_dtype, call.batch_size, visual_mask is not None
@@ -127,11 +131,12 @@ def _check_results(call: Call, grad_out: Tensor, result: Result) -> None:
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _backward_impl(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
-    beta, protect, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
+    key_first, key_end, out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left,
+    window_right, softcap, beta, protect, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     options = (softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend)
-    tensors = (q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
+    tensors = (q, k, v, visual_mask, text_mask, prior, *masks)
     call, rule, chosen = _call_of(*tensors, options, (max_seqlen_q, max_seqlen_k))
     result = Result(out, lse, Statistics(av, sa, count), c)
     value_checks.raise_arrived()
@@ -144,8 +149,8 @@ def _backward_impl(
 @torch.library.register_fake("sar_fast::attention_backward", lib=_library)
 def _backward_fake(
     grad_out, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left, window_right, softcap,
-    beta, protect, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
+    key_first, key_end, out, lse, av, sa, c, count, grad_av, grad_sa, grad_c, softmax_scale, causal, window_left,
+    window_right, softcap, beta, protect, normalize, backend, max_seqlen_q=0, max_seqlen_k=0,
 ):  # fmt: skip
     through = visual_mask is not None and grad_av is not None
     dense = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -162,9 +167,10 @@ class SARAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-        sav_grad, options, max_seqlens, check_prior,
+        key_first, key_end, sav_grad, options, max_seqlens, check_prior,
     ):  # fmt: skip
-        tensors = (q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+        masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
+        tensors = (q, k, v, visual_mask, text_mask, prior, *masks)
         results = torch.ops.sar_fast.attention_forward(
             *tensors, None, None, None, *options, True, *max_seqlens, check_prior
         )
@@ -185,7 +191,7 @@ class SARAttentionFunction(torch.autograd.Function):
         )
         prior = saved[5]
         dprior = dprior.to(prior.dtype) if ctx.sav_grad and ctx.needs_input_grad[5] else None
-        return (dq, dk, dv, None, None, dprior) + (None,) * 8
+        return (dq, dk, dv, None, None, dprior) + (None,) * 10
 
 
 def attention(

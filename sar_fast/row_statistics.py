@@ -19,16 +19,16 @@ from sar_fast.backends.select import BACKENDS
 from sar_fast.backends.sequence import Sequence, sequences_of
 from sar_fast.backends.statistics import rows_per_block, text_visual_block
 from sar_fast.tracing import distinct, longest, no_autocast, recording
-from sar_fast.values import Call, Roles, Scores, Statistics, StatisticsWithRows, Sums
+from sar_fast.values import Bounds, Call, Roles, Scores, Statistics, StatisticsWithRows, Sums
 from sar_fast.weighting.rows import Mass, Rows, RowStatistic, check_row_statistics, find_row_statistic
 
 _COPIES = 8  # (heads, rows, keys) tensors that a statistic and its gradient may hold at once
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor lse, Tensor visual_mask, Tensor text_mask, Tensor? key_padding_mask, "
-    "Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor[] tensors, int[] num_tensors, str[] ids, "
-    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k"
+    "Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_first, Tensor? key_end, "
+    "Tensor[] tensors, int[] num_tensors, str[] ids, float softmax_scale, bool causal, SymInt window_left, "
+    "SymInt window_right, float softcap, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 _library = torch.library.Library("sar_fast", "FRAGMENT")
 _library.define(f"row_statistics({_ARGUMENTS}, str backend, bool grad_enabled) -> Tensor sums")
@@ -229,14 +229,15 @@ def _asked(call: Call, tensors: list[Tensor], num_tensors: list[int], ids: list[
 
 
 def _call(
-    q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal,
-    window_left, window_right, softcap, max_seqlen_q, max_seqlen_k,
+    q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end,
+    softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k,
 ) -> Call:  # fmt: skip
     """The call on real tensors; neither values nor a prior are read, so keys and V stand for them."""
     lengths = (longest(max_seqlen_q, cu_seqlens_q, q.shape[0]), longest(max_seqlen_k, cu_seqlens_k, k.shape[0]))
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     q, k, roles = q.detach(), k.detach(), Roles(visual_mask, text_mask, visual_mask)
-    call = Call(q, k, k, Scores(softmax_scale, causal, (window_left, window_right), softcap), roles, *masks, lengths)
+    scores = Scores(softmax_scale, causal, (window_left, window_right), softcap)
+    call = Call(q, k, k, scores, roles, *masks, lengths, Bounds(key_first, key_end))
     if tuple(lse.shape) != call.lse_shape or lse.dtype != call.accumulate_dtype:
         needed = f"{call.accumulate_dtype} of shape {call.lse_shape}"
         raise ValueError(f"lse must be {needed}; got {lse.dtype} of shape {tuple(lse.shape)}")
@@ -245,10 +246,11 @@ def _call(
 
 @torch.library.impl(_library, "row_statistics", "CompositeExplicitAutograd")
 def _forward_impl(
-    q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, tensors, num_tensors,
-    ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k, backend, grad_enabled,
+    q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end,
+    tensors, num_tensors, ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k,
+    backend, grad_enabled,
 ):  # fmt: skip
-    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
     scalars = (softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k)
     call = _call(q, k, lse, visual_mask, text_mask, *masks, *scalars)
     asked = _asked(call, tensors, num_tensors, ids)
@@ -258,8 +260,9 @@ def _forward_impl(
 
 @torch.library.register_fake("sar_fast::row_statistics", lib=_library)
 def _forward_fake(
-    q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, tensors, num_tensors,
-    ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k, backend, grad_enabled,
+    q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end,
+    tensors, num_tensors, ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k,
+    backend, grad_enabled,
 ):  # fmt: skip
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     return lse.new_empty((batch, len(ids), q.shape[-2]))
@@ -267,10 +270,11 @@ def _forward_fake(
 
 @torch.library.impl(_library, "row_statistics_backward", "CompositeExplicitAutograd")
 def _backward_impl(
-    grad_sums, q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, tensors,
-    num_tensors, ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k,
+    grad_sums, q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first,
+    key_end, tensors, num_tensors, ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q,
+    max_seqlen_k,
 ):  # fmt: skip
-    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
     scalars = (softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k)
     call = _call(q, k, lse, visual_mask, text_mask, *masks, *scalars)
     asked = _asked(call, tensors, num_tensors, ids)
@@ -280,8 +284,9 @@ def _backward_impl(
 
 @torch.library.register_fake("sar_fast::row_statistics_backward", lib=_library)
 def _backward_fake(
-    grad_sums, q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, tensors,
-    num_tensors, ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q, max_seqlen_k,
+    grad_sums, q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first,
+    key_end, tensors, num_tensors, ids, softmax_scale, causal, window_left, window_right, softcap, max_seqlen_q,
+    max_seqlen_k,
 ):  # fmt: skip
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
 
@@ -292,9 +297,9 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, lse, visual_mask, text_mask, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-        static, backend, held, *tensors,
+        key_first, key_end, static, backend, held, *tensors,
     ):  # fmt: skip
-        masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+        masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
         ctx.save_for_backward(q, k, lse, visual_mask, text_mask, *masks, *tensors)
         ctx.static, ctx.held = static, held
         return torch.ops.sar_fast.row_statistics(
@@ -305,7 +310,7 @@ class _RowStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_sums):
         saved = ctx.saved_tensors
-        dq, dk = torch.ops.sar_fast.row_statistics_backward(grad_sums, *saved[:9], list(saved[9:]), *ctx.static)
+        dq, dk = torch.ops.sar_fast.row_statistics_backward(grad_sums, *saved[:11], list(saved[11:]), *ctx.static)
         return (dq, dk) + (None,) * (len(saved) + 1)
 
 
@@ -335,13 +340,13 @@ def row_statistics(
     num_tensors = [len(statistic.tensors) for statistic in statistics]
     scalars = (float(scores.scale), scores.causal, *scores.window, float(scores.softcap), *call.max_seqlens)
     static = (num_tensors, [statistic._id for statistic in statistics], *scalars)
-    masks = (call.key_padding_mask, call.attn_mask, call.cu_seqlens_q, call.cu_seqlens_k)
+    masks = (call.key_padding_mask, call.attn_mask, call.cu_seqlens_q, call.cu_seqlens_k, *call.bounds)
     rest = (lse.detach(), call.roles.visual, call.roles.text, *masks)
     tensors = [x for statistic in statistics for x in statistic.tensors]
     if differentiable and torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad):
         held = None if torch.compiler.is_compiling() else statistics  # until the backward
         q, k, *rest = distinct(call.q, call.k, *rest, *tensors)
-        return _RowStatistics.apply(q, k, *rest[:7], static, backend, held, *rest[7:])
+        return _RowStatistics.apply(q, k, *rest[:9], static, backend, held, *rest[9:])
     q, k = call.q.detach(), call.k.detach()
     return torch.ops.sar_fast.row_statistics(q, k, *rest, tensors, *static, backend, torch.is_grad_enabled())
 

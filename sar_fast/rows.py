@@ -25,7 +25,8 @@ def visual_attention_rows(call: Call) -> Tensor:
     index = torch.arange(Sq, device=q.device)
     last = torch.where(text_mask, index, -1).amax(-1)  # [B], -1 = none
     row = last.clamp_min(0)
-    q_row = q[torch.arange(B, device=q.device), row].float().view(B, Hkv, H // Hkv, D)
+    samples = torch.arange(B, device=q.device)
+    q_row = q[samples, row].float().view(B, Hkv, H // Hkv, D)
     s = torch.einsum("bkgd,bnkd->bkgn", q_row, k.float()).flatten(1, 2) * scores.scale  # [B, H, Sk]
     if scores.softcap > 0:
         s = scores.softcap * torch.tanh(s / scores.softcap)
@@ -39,11 +40,15 @@ def visual_attention_rows(call: Call) -> Tensor:
         visible = visible & (key >= position - left)
     if right >= 0:
         visible = visible & (key <= position + right)
+    if call.bounds.first is not None:
+        visible = visible & (key >= call.bounds.first.expand(B, -1)[samples, row, None])
+    if call.bounds.end is not None:
+        visible = visible & (key < call.bounds.end.expand(B, -1)[samples, row, None])
     if call.key_padding_mask is not None:
         visible = visible & call.key_padding_mask
     if call.attn_mask is not None:
         rows = call.attn_mask.expand(B, -1, -1, -1)[:, 0]
-        visible = visible & rows[torch.arange(B, device=q.device), row]
+        visible = visible & rows[samples, row]
     p = torch.softmax(s.masked_fill(~visible[:, None], -torch.inf), dim=-1)
     keep = (visual_mask & visible & (last >= 0)[:, None])[:, None]
     return torch.where(keep, p, 0)

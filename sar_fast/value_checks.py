@@ -58,6 +58,12 @@ def check_weights_range(low: float, high: float, when: str = "", *, rule: str) -
         raise ValueError(f"weighting: {rule} must return finite weights; got values from {low} to {high}{when}")
 
 
+def _check_all(low: float, high: float, when: str = "", *, error: str) -> None:
+    """Raise unless all flags are 1."""
+    if low < 1:
+        raise ValueError(f"{error}{when}")
+
+
 class LaterChecks:
     """Ranges that have not been looked at, in the order of their calls."""
 
@@ -96,6 +102,11 @@ def check_prior_values(prior: Tensor, *, wait: bool = True) -> None:
 def check_weight_values(c: Tensor, rule: str) -> None:
     """Raise unless a rule's weights are finite; of a GPU in a later call. ``rule``: its name, and the layer's."""
     _check(c, functools.partial(check_weights_range, rule=rule), wait=False)
+
+
+def check_holds(flag: Tensor, error: str) -> None:
+    """Raise ``error`` unless a bool tensor is True; of a GPU in a later call."""
+    _check(flag.float(), functools.partial(_check_all, error=error), wait=False)
 
 
 def _check(x: Tensor, check: Check, *, wait: bool) -> None:

@@ -75,6 +75,23 @@ class Sums(NamedTuple):
         return Statistics(self.av / total, self.sa / total, self.count)
 
 
+class Bounds(NamedTuple):
+    """The run of keys that each query may see, [first, end); a side is None where the call's scores say it all.
+
+    Shapes: (B or 1, Sq) int32; of a packed call (total_q,), counted from the first key of the query's own sequence.
+    """
+
+    first: Tensor | None = None
+    end: Tensor | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.first is not None or self.end is not None
+
+
+UNBOUNDED = Bounds()
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """How a call's scores are made and which of them are seen; what a compiled graph specialises on.
@@ -98,7 +115,8 @@ class Call:
 
     Dense: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), key_padding_mask (B, Sk) bool, attn_mask
     (B or 1, 1, Sq, Sk) bool. Packed: q, k, v and roles without B, and ``cu_seqlens_*`` (B + 1,) int32, with the longest
-    lengths in ``max_seqlens``.
+    lengths in ``max_seqlens``. A side that ``bounds`` gives is unbounded in ``scores``, where the causal mask is the
+    right side; masks hide keys on top of either.
 
     ``carried`` holds the sums of queries that counted before this call (decode; inference only), or is None.
     """
@@ -113,12 +131,18 @@ class Call:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     max_seqlens: tuple[int, int] = (0, 0)
+    bounds: Bounds = UNBOUNDED
     carried: Sums | None = None
+
+    def __post_init__(self) -> None:
+        left, right = self.scores.window
+        for name, given, limited in zip(Bounds._fields, self.bounds, (left >= 0, right >= 0 or self.scores.causal)):
+            if given is not None and limited:
+                raise ValueError(f"bounds.{name} and scores limit the same side; one must be open")
 
     def plain(self) -> Call:
         """The same without roles."""
-        masks = (self.key_padding_mask, self.attn_mask, self.cu_seqlens_q, self.cu_seqlens_k)
-        return Call(self.q, self.k, self.v, self.scores, None, *masks, self.max_seqlens)
+        return dataclasses.replace(self, roles=None, carried=None)
 
     @property
     def packed(self) -> bool:

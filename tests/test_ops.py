@@ -21,24 +21,28 @@ def forward_arguments(pattern: str, backend: str) -> list:
     dtype = torch.bfloat16 if pattern == "bf16" else torch.float32
     padding = "left" if pattern == "padded" else "none"
     case = make_case(10, 12, D=16, Dv=24, dtype=dtype, padding=padding)
-    q, k, v = case.q, case.k, case.v
-    roles, masks, carried = list(case.tensors[3:]), [None, None, None, None], [None, None, None]
+    q, k, v, options = case.q, case.k, case.v, OPTIONS
+    roles, masks, carried = list(case.tensors[3:]), [None] * 6, [None, None, None]
     if pattern == "plain":
         roles = [None, None, None]
     elif pattern == "padded":
         masks[0] = case.options["key_padding_mask"]
     elif pattern == "dense mask":
         masks[1] = torch.rand(1, 1, 10, 12) < 0.7
+    elif pattern == "bounds":
+        options = (0.25, False, *OPTIONS[2:])
+        masks[4:] = [torch.arange(-3, 7)[None].int(), torch.randint(1, 13, (3, 10)).int()]
     elif pattern == "decode":
         carried = [torch.rand(3, 4), torch.rand(3, 4), torch.tensor([5.0, 2.0, 0.0])]
     elif pattern == "packed":
         q, k, v, *roles = (x.flatten(0, 1) for x in case.tensors)
-        masks[2:] = [torch.tensor([0, 10, 15, 30]).int(), torch.tensor([0, 12, 20, 36]).int()]
-    return [q, k, v, *roles, *masks, *carried, *OPTIONS, backend]
+        masks[2:4] = [torch.tensor([0, 10, 15, 30]).int(), torch.tensor([0, 12, 20, 36]).int()]
+    return [q, k, v, *roles, *masks, *carried, *options, backend]
 
 
-PATTERNS = ("sar", "plain", "padded", "dense mask", "decode", "packed", "bf16")
-CASES = [(p, b) for p in PATTERNS for b in BACKENDS if (p, b) != ("dense mask", "composed")]
+PATTERNS = ("sar", "plain", "padded", "dense mask", "bounds", "decode", "packed", "bf16")
+LACKING = [("dense mask", "composed"), ("bounds", "composed")]
+CASES = [(p, b) for p in PATTERNS for b in BACKENDS if (p, b) not in LACKING]
 
 
 def longest(pattern: str) -> tuple[int, int]:
@@ -59,7 +63,7 @@ def test_opcheck_backward(pattern, backend, through_weights):
     arguments = forward_arguments(pattern, backend)
     results = torch.ops.sar_fast.attention_forward(*arguments, True, *longest(pattern))
     grads = [torch.randn_like(x) for x in results[2:5]] if through_weights else [None] * 3
-    call = (torch.randn_like(results[0]), *arguments[:10], *results, *grads, *OPTIONS, backend, *longest(pattern))
+    call = (torch.randn_like(results[0]), *arguments[:12], *results, *grads, *arguments[15:], *longest(pattern))
     torch.library.opcheck(torch.ops.sar_fast.attention_backward, call)
 
 
@@ -75,7 +79,7 @@ def test_the_backward_checks_what_the_forward_returned(pattern, backend):
     def run(**changes):
         grad_out, *saved = {**given, **changes}.values()
         return torch.ops.sar_fast.attention_backward(
-            grad_out, *arguments[:10], *saved, None, None, None, *OPTIONS, backend, *longest(pattern)
+            grad_out, *arguments[:12], *saved, None, None, None, *arguments[15:], *longest(pattern)
         )
 
     expected = run()

@@ -26,6 +26,10 @@ def sees(seq: Sequence, rows: Tensor, keys: Tensor) -> Tensor | None:
         parts.append(key >= position - left)
     if right >= 0:
         parts.append(key <= position + right)
+    if seq.first is not None:
+        parts.append(key >= seq.first[rows][:, None])
+    if seq.end is not None:
+        parts.append(key < seq.end[rows][:, None])
     if seq.key_valid is not None:
         parts.append(seq.key_valid[keys][None, :])
     if seq.mask is not None:
@@ -58,6 +62,10 @@ def row_blocks(seq: Sequence, rows: Tensor | None = None, copies: int = 1) -> It
         if right >= 0:
             end = min(end, last + right + 1)
         start = first - left if left >= 0 else 0
+        if seq.first is not None:
+            start = int(seq.first[block].min())
+        if seq.end is not None:
+            end = int(seq.end[block].max())
         yield block, (min(max(start, 0), Sk), min(max(end, 0), Sk))
 
 

@@ -36,6 +36,8 @@ def unsupported(request: Request) -> str | None:
         return f"softcap={request.scores.softcap}: PyTorch's fused kernels have no soft-capping"
     if request.scores.windowed:
         return f"window_size={request.scores.window}: PyTorch's fused kernels have no sliding window"
+    if request.bounded:
+        return "visibility: PyTorch's fused kernels know the causal mask alone"
     if request.masked:
         return "attn_mask: a dense mask would be converted to a float tensor of the same shape"
     if request.padded and request.device.type == "cuda":

@@ -18,7 +18,7 @@ class Request:
     """What a backend must know of a call to say whether it can run it; no values of tensors.
 
     Attributes:
-        padded, masked: whether a key_padding_mask or a dense attn_mask is given.
+        padded, masked, bounded: whether a key_padding_mask, a dense attn_mask or bounds are given.
         head_dim: the larger of the keys' and the values'; 0 = any that the public functions take.
     """
 
@@ -27,12 +27,13 @@ class Request:
     scores: Scores = Scores(scale=1.0)  # noqa: RUF009  (frozen)
     padded: bool = False
     masked: bool = False
+    bounded: bool = False
     head_dim: int = 0
 
     @classmethod
     def of(cls, call: Call) -> Request:
         padded, masked = call.key_padding_mask is not None, call.attn_mask is not None
-        return cls(call.q.device, call.q.dtype, call.scores, padded, masked, call.head_dim)
+        return cls(call.q.device, call.q.dtype, call.scores, padded, masked, call.bounds.given, call.head_dim)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of av, sa and c, each [B, H]

@@ -41,7 +41,10 @@ class Marks:
 
 @dataclasses.dataclass
 class Sequence:
-    """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen."""
+    """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen.
+
+    ``first`` and ``end`` bound the run of keys that each query sees (:class:`~sar_fast.values.Bounds`).
+    """
 
     q: Tensor  # [Sq, H, D]
     k: Tensor  # [Sk, Hkv, D]
@@ -52,6 +55,8 @@ class Sequence:
     prior: Tensor | None = None  # [Sk]
     key_valid: Tensor | None = None
     mask: Tensor | None = None
+    first: Tensor | None = None  # [Sq] int32
+    end: Tensor | None = None  # [Sq] int32
     marks: Marks | None = None
 
     def marked(self) -> Sequence | None:
@@ -98,7 +103,8 @@ def _dense_sequences(call: Call) -> Iterator[Sequence]:
         mask = call.attn_mask
         mask = None if mask is None else mask[b if mask.shape[0] > 1 else 0, 0]
         roles = [None] * 3 if call.roles is None else [x[b] for x in call.roles]
-        yield Sequence(q[b], k[b], v[b], call.scores, *roles, at(call.key_padding_mask, b), mask)
+        bounds = [None if x is None else x[b if x.shape[0] > 1 else 0] for x in call.bounds]
+        yield Sequence(q[b], k[b], v[b], call.scores, *roles, at(call.key_padding_mask, b), mask, *bounds)
 
 
 def _packed_sequences(call: Call) -> Iterator[Sequence]:
@@ -110,4 +116,5 @@ def _packed_sequences(call: Call) -> Iterator[Sequence]:
         roles = [None] * 3
         if call.roles is not None:
             roles = call.roles.visual[k0:k1], call.roles.text[q0:q1], call.roles.prior[k0:k1]
-        yield Sequence(q[q0:q1], k[k0:k1], v[k0:k1], call.scores, *roles)
+        first, end = (None if x is None else x[q0:q1] for x in call.bounds)
+        yield Sequence(q[q0:q1], k[k0:k1], v[k0:k1], call.scores, *roles, first=first, end=end)

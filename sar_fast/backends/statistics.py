@@ -45,8 +45,13 @@ def text_visual_block(seq: Sequence) -> TextVisualBlock:
     rows, keys = seq.text.nonzero()[:, 0], valid.nonzero()[:, 0]
     n = keys.numel()
     all_visible = seq.mask is None and not seq.scores.windowed
-    if all_visible and seq.scores.causal and n and rows.numel():
-        all_visible = bool(keys[-1] <= rows[0] + seq.offset)
+    if all_visible and n and rows.numel():
+        if seq.scores.causal:
+            all_visible = bool(keys[-1] <= rows[0] + seq.offset)
+        if seq.first is not None:
+            all_visible = all_visible and bool(keys[0] >= seq.first[rows].max())
+        if seq.end is not None:
+            all_visible = all_visible and bool(keys[-1] < seq.end[rows].min())
     if all_visible or n == 0:
         visible_count = torch.full_like(rows, n)
     else:

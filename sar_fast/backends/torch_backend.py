@@ -116,6 +116,8 @@ def _one_fused_call(seq: Sequence) -> bool:
         and seq.marks is None
         and seq.key_valid is None
         and seq.mask is None
+        and seq.first is None
+        and seq.end is None
         and (not seq.scores.causal or Sq in (1, Sk))
         and seq.q.shape[-1] == seq.v.shape[-1]
         and seq.q.dtype in _FUSED_DTYPES.get(device, _FUSED_DTYPES_DEVICE)

@@ -57,6 +57,8 @@ class Triton:
         dtypes = _INTERPRETER_DTYPES if interpreting() else _GPU_DTYPES
         if request.dtype not in dtypes:
             return f"{request.dtype}: the kernels take {', '.join(map(str, dtypes))} here"
+        if request.bounded:
+            return "visibility: not yet"
         if request.masked:
             return "attn_mask: the kernels never read a dense mask"
         return None

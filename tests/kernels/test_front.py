@@ -199,7 +199,7 @@ def test_operator_checks():
     q, k, v, visual, text, prior = inputs(B=1, S=7)
     flat = (0.25, True, -1, -1, 0.0, 0.5, True, "none", "triton")
     forward = torch.ops.sar_fast.attention_forward
-    arguments = (q, k, v, visual, text, prior, None, None, None, None)
+    arguments = (q, k, v, visual, text, prior, *[None] * 6)
     torch.library.opcheck(forward.default, (*arguments, None, None, None, *flat, True))
 
 

@@ -45,7 +45,7 @@ def operator_arguments(pattern: str) -> list:
     if pattern == "packed":
         call, lse = packed(call, lse)
         operator_arguments.held = statistics = asked(box_of(call).flatten())
-    masks = (call.key_padding_mask, call.attn_mask, call.cu_seqlens_q, call.cu_seqlens_k)
+    masks = (call.key_padding_mask, call.attn_mask, call.cu_seqlens_q, call.cu_seqlens_k, *call.bounds)
     tensors = [[t for s in statistics for t in s.tensors], [len(s.tensors) for s in statistics]]
     scores = (SCALE, True, -1, -1, 0.0, *call.max_seqlens)
     return [call.q, call.k, lse, *call.roles[:2], *masks, *tensors, [s._id for s in statistics], *scores]
