@@ -1,4 +1,4 @@
-"""Patterns of visible keys as a value: against plain loops, and against the oracle with the same pattern as a matrix."""
+"""Patterns of visible keys as a value: against plain loops, and on every backend against the oracle."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def patterns(draw):
     real = [[j >= pad for j in range(Sk)] for pad in pads]
     blocks = [[-1] * pad + runs(draw, Sk - pad) for pad in pads] if draw(st.booleans()) else [[-1] * Sk] * B
     chunk = draw(st.sampled_from([0, 1, 3, 8]))
+    window = draw(st.integers(-1, 6)), draw(st.integers(-1, 6))
     return {
-        "Sq": Sq, "Sk": Sk, "causal": draw(st.booleans()), "window": (draw(st.integers(-1, 6)), draw(st.integers(-1, 6))),
-        "chunk": chunk, "starts": pads if chunk and draw(st.booleans()) else [0] * B, "blocks": blocks, "real": real,
+        "Sq": Sq, "Sk": Sk, "causal": draw(st.booleans()), "window": window, "chunk": chunk,
+        "starts": pads if chunk and draw(st.booleans()) else [0] * B, "blocks": blocks, "real": real,
     }  # fmt: skip
 
 
