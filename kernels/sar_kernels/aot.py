@@ -28,6 +28,7 @@ from sar_kernels.call import MAX_HEAD_DIM, AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import CLOSED_FORM, SHARED_MEMORY_LIMIT, SHORT, KernelConfig
 from sar_kernels.decode_aot import HEADS
 from sar_kernels.launch import Launch
+from sar_kernels.masks import Masks
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 
 ARCHS = ("sm_80", "sm_90", "gfx942")
@@ -63,7 +64,7 @@ def plan_attention(
     attention = AttentionOptions(causal, head_dim**-0.5, window, 30.0 if "softcap" in options else 0.0)
     padding = mask if "padding" in options else None
     longest = seqlen if packed else None
-    call = Call(q, k, v, attention, padding, cu, cu, longest, longest, arch=arch, configs=configs)
+    call = Call(q, k, v, attention, Masks(padding=padding), cu, cu, longest, longest, arch=arch, configs=configs)
     if purpose == "attention":
         (out, lse), launches = plan_attention_forward(call)
         return launches + plan_backward(call, dout, out, lse)[1]
