@@ -53,9 +53,13 @@ def _split_layout(
         first, end = row_edges(
             first_ptr, end_ptr, queries, seqlen_q, length, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
-        sees = (queries < seqlen_q) & (first < end)
-        lo = tl.maximum(tl.min(tl.where(sees, first, length), 0), 0)
-        hi = tl.maximum(tl.max(tl.where(sees, end, 0), 0), lo)
+        sees = queries < seqlen_q
+        if HAS_LEFT and HAS_RIGHT:
+            sees = sees & (first < end)
+        if HAS_LEFT:
+            lo = tl.maximum(tl.min(tl.where(sees, first, length), 0), 0)
+        if HAS_RIGHT:
+            hi = tl.minimum(tl.max(tl.where(sees, end, 0), 0), length)
     elif HAS_LEFT:
         lo = tl.maximum(length - seqlen_q - window_left, 0)
     block = lo // BLOCK_N
@@ -256,7 +260,7 @@ def decode_split_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
-        visible = visible_mask(row_first[:, None], row_end[:, None], keys[None, :], HAS_LEFT)
+        visible = visible_mask(row_first[:, None], row_end[:, None], keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
         if HAS_PADDING:
             real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
             visible = visible & real[None, :]

@@ -106,7 +106,9 @@ def _dkdv_segment(
                 row_first, row_end = row_edges(
                     first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
                 )
-                visible = visible_mask(row_first[None, :], row_end[None, :], keys[:, None], HAS_LEFT)
+                visible = visible_mask(
+                    row_first[None, :], row_end[None, :], keys[:, None], num_keys, HAS_LEFT, HAS_RIGHT
+                )
                 if HAS_PADDING:
                     visible = visible & real[:, None]
                 if HAS_BITS:

@@ -108,14 +108,16 @@ def _dq_segment(
     prior_ptr,
     start,
     end,
+    first_ptr,
+    end_ptr,
     first_row,
-    row_first,
-    row_end,
     num_rows,
     num_keys,
     stride_ks,
     stride_vs,
     stride_bits_s,
+    window_left,
+    window_right,
     scale,
     scale_log2,
     cap,
@@ -127,6 +129,7 @@ def _dq_segment(
     BLOCK_N: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
@@ -134,6 +137,12 @@ def _dq_segment(
     PRECISION: tl.constexpr,
 ):
     """Adds the keys [start, end) to dq; COLLECT (which needs MASKED) adds the gradient through the statistics."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    if MASKED:
+        row_first, row_end = row_edges(
+            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
         seen = True
         if HAS_BITS:
@@ -151,11 +160,10 @@ def _dq_segment(
                 scores = soft_cap(scores * scale, cap)
             if MASKED:
                 keys = first_key + tl.arange(0, BLOCK_N)
-                visible = visible_mask(row_first[:, None], row_end[:, None], keys[None, :], HAS_LEFT)
+                visible = visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
                 if HAS_PADDING:
                     visible = visible & real[None, :]
                 if HAS_BITS:
-                    rows = first_row + tl.arange(0, BLOCK_M)
                     visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
                 scores = tl.where(visible, scores, -float("inf"))
             weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
@@ -281,12 +289,7 @@ def dq_kernel(
         scale_log2 = scale * LOG2_E
     rows = first_row + tl.arange(0, BLOCK_M)
     in_range = rows < num_rows
-    row_first, row_end = row_edges(
-        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
     lo, full, hi = key_block_range(
-        row_first,
-        row_end,
         first_ptr,
         end_ptr,
         first_row,
@@ -351,14 +354,16 @@ def dq_kernel(
                 prior_ptr,
                 start,
                 end,
+                first_ptr,
+                end_ptr,
                 first_row,
-                row_first,
-                row_end,
                 num_rows,
                 num_keys,
                 stride_ks,
                 stride_vs,
                 stride_bits_s,
+                window_left,
+                window_right,
                 scale,
                 scale_log2,
                 cap,
@@ -370,6 +375,7 @@ def dq_kernel(
                 BLOCK_N,
                 HAS_PADDING,
                 HAS_LEFT,
+                HAS_RIGHT,
                 HAS_BITS,
                 HAS_SOFTCAP,
                 ANYWHERE or segment == 1 or segment == 3,  # MASKED

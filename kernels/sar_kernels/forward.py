@@ -49,14 +49,16 @@ def _attend(
     columns_ptr,
     start,
     end,
+    first_ptr,
+    end_ptr,
     first_row,
-    row_first,
-    row_end,
     num_rows,
     num_keys,
     stride_ks,
     stride_vs,
     stride_bits_s,
+    window_left,
+    window_right,
     scale,
     scale_log2,
     cap,
@@ -84,6 +86,12 @@ def _attend(
     outside it the statistics only follow the running maximum. They are those of rows that see all visual keys, so that
     what selects an entry is its column alone. Without MOMENTS the alignment is collected and the variance is not.
     """
+    rows = first_row + tl.arange(0, BLOCK_M)
+    if MASKED:  # here, so that the other stretches hold no edges in registers
+        row_first, row_end = row_edges(
+            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
         seen = True
         if HAS_BITS:
@@ -107,12 +115,11 @@ def _attend(
                 m2 += tl.sum(deviation * deviation, 1)
             if MASKED:
                 keys = first_key + tl.arange(0, BLOCK_N)
-                visible = visible_mask(row_first[:, None], row_end[:, None], keys[None, :], HAS_LEFT)
+                visible = visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
                 if HAS_PADDING:
                     real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
                     visible = visible & real[None, :]
                 if HAS_BITS:
-                    rows = first_row + tl.arange(0, BLOCK_M)
                     visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
                 scores = tl.where(visible, scores, -float("inf"))
             weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
@@ -276,12 +283,7 @@ def forward_kernel(
     # Only the right edge of the mask leaves a run of keys that every row sees; the others can hide a key anywhere.
     ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or HAS_BITS
     rows = first_row + tl.arange(0, BLOCK_M)
-    row_first, row_end = row_edges(
-        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
     lo, full, hi = key_block_range(
-        row_first,
-        row_end,
         first_ptr,
         end_ptr,
         first_row,
@@ -309,7 +311,20 @@ def forward_kernel(
         text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text, row_first, row_end, ranges_ptr, num_visual, batch, HAS_LEFT, HAS_RIGHT, HAS_BITS
+            text,
+            rows,
+            first_ptr,
+            end_ptr,
+            ranges_ptr,
+            num_visual,
+            batch,
+            num_rows,
+            num_keys,
+            window_left,
+            window_right,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_BITS,
         )
         if CLOSED_FORM and collects:
             mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
@@ -372,14 +387,16 @@ def forward_kernel(
                 columns_ptr,
                 start,
                 end,
+                first_ptr,
+                end_ptr,
                 first_row,
-                row_first,
-                row_end,
                 num_rows,
                 num_keys,
                 stride_ks,
                 stride_vs,
                 stride_bits_s,
+                window_left,
+                window_right,
                 scale,
                 scale_log2,
                 cap,
@@ -412,12 +429,22 @@ def forward_kernel(
         # All of it again, and by another argument, so that the loops need not hold it in registers.
         text_ptr = row_pointer(text_ptr, batch, 0, start_q, stride_lse_h, 0, VARLEN)
         text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
-        row_first, row_end = row_edges(
-            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text, row_first, row_end, ranges_ptr, num_visual, batch, HAS_LEFT, HAS_RIGHT, HAS_BITS
+            text,
+            rows,
+            first_ptr,
+            end_ptr,
+            ranges_ptr,
+            num_visual,
+            batch,
+            num_rows,
+            num_keys,
+            window_left,
+            window_right,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_BITS,
         )
         if CLOSED_FORM and collects:
             mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
@@ -440,13 +467,15 @@ def forward_kernel(
                 columns_ptr,
                 start,
                 end,
+                first_ptr,
+                end_ptr,
                 first_row,
-                row_first,
-                row_end,
                 num_rows,
                 num_keys,
                 stride_ks,
                 stride_bits_s,
+                window_left,
+                window_right,
                 scale,
                 scale_log2,
                 cap,
@@ -456,6 +485,7 @@ def forward_kernel(
                 BLOCK_N,
                 HAS_PADDING,
                 HAS_LEFT,
+                HAS_RIGHT,
                 HAS_BITS,
                 HAS_SOFTCAP,
                 PRECISION,

@@ -220,8 +220,16 @@ def row_ranges_kernel(
             first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
         exists = rows < num_rows
-        sees = exists & (first < end_key) & (end > first_key) & (first < end)
-        sees_all = (first <= first_key) & (end >= end_key)
+        sees = exists
+        sees_all = exists
+        if HAS_LEFT:
+            sees = sees & (first < end_key)
+            sees_all = sees_all & (first <= first_key)
+        if HAS_RIGHT:
+            sees = sees & (end > first_key)
+            sees_all = sees_all & (end >= end_key)
+        if HAS_LEFT and HAS_RIGHT:
+            sees = sees & (first < end)
         lo = tl.minimum(lo, tl.min(tl.where(sees, rows, num_rows), 0))
         hi = tl.maximum(hi, tl.max(tl.where(sees, rows + 1, 0), 0))
         full = tl.maximum(full, tl.max(tl.where(exists & (sees_all == 0), rows + 1, 0), 0))

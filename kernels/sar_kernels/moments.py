@@ -16,7 +16,6 @@ from sar_kernels.primitives import (
     edge_pointers,
     load_columns,
     mean_visual_key,
-    row_edges,
     sequence_bounds,
     sequence_pointer,
     text_meets_visual,
@@ -141,11 +140,21 @@ def second_moments_kernel(
         for first_row in range(first, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
-            row_first, row_end = row_edges(
-                first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-            )
             collects, _mixed = text_meets_visual(
-                text, row_first, row_end, ranges_ptr, num_visual, batch, HAS_LEFT, HAS_RIGHT, HAS_BITS
+                text,
+                rows,
+                first_ptr,
+                end_ptr,
+                ranges_ptr,
+                num_visual,
+                batch,
+                num_rows,
+                num_keys,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_BITS,
             )
             taken = (text & collects) != 0  # Triton 3.9 in its interpreter takes no other mask
             tile_ptr = q_ptr + first_row * tl.cast(stride_qs, tl.int64)

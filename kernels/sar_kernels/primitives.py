@@ -171,12 +171,12 @@ def row_edges(
 ):
     """The run of keys [first, end) that each row may see, whatever else hides some of them.  # rows' shape each
 
-    An edge is where the pointer says, or without one where the window is, aligned bottom-right (causal: right = 0).
-    Rows that do not exist see nothing where pointers say, and keep no other row's block from being seen whole.
+    An edge is where the pointer says, or without one where the window is, aligned bottom-right (causal: right = 0);
+    where there is none it is not to be read. Rows that do not exist see nothing where pointers say.
     """
     diagonal = num_keys - num_rows
-    first = rows * 0
-    end = first + num_keys
+    first = rows
+    end = rows
     if HAS_LEFT:
         if first_ptr is not None:
             first = tl.load(first_ptr + rows, mask=rows < num_rows, other=0)
@@ -186,15 +186,16 @@ def row_edges(
         if end_ptr is not None:
             end = tl.load(end_ptr + rows, mask=rows < num_rows, other=0)
         else:
-            end = rows + (diagonal + window_right + 1)
-        end = tl.minimum(end, num_keys)
+            end = rows + diagonal + window_right + 1
     return first, end
 
 
 @triton.jit
-def visible_mask(first, end, keys, HAS_LEFT: tl.constexpr):
+def visible_mask(first, end, keys, num_keys, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which keys lie in each row's run; operands broadcast against each other: [BM, 1] with [1, BN], or transposed."""
-    visible = keys < end
+    visible = keys < num_keys
+    if HAS_RIGHT:
+        visible = visible & (keys < end)
     if HAS_LEFT:
         visible = visible & (keys >= first)
     return visible
@@ -202,8 +203,6 @@ def visible_mask(first, end, keys, HAS_LEFT: tl.constexpr):
 
 @triton.jit
 def key_block_range(
-    first,
-    end,
     first_ptr,
     end_ptr,
     first_row,
@@ -218,26 +217,29 @@ def key_block_range(
 ):
     """Keys that a row block sees: [lo, hi), of which every row sees all of [lo, full) if there is no left edge.
 
-    lo and full are multiples of BLOCK_N. first, end: the rows' runs, read where pointers say them.
+    lo and full are multiples of BLOCK_N.
     """
     diagonal = num_keys - num_rows
     lo = 0
     hi = num_keys
     full = num_keys // BLOCK_N * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_M)
+    first, end = row_edges(first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     if HAS_RIGHT:
         if end_ptr is not None:
-            exists = first_row + tl.arange(0, BLOCK_M) < num_rows
-            hi = tl.maximum(tl.max(end, 0), 0)
-            first_end = tl.maximum(tl.min(tl.where(exists, end, num_keys), 0), 0)
+            last_end = tl.max(end, 0)
+            first_end = tl.min(tl.where(rows < num_rows, end, num_keys), 0)
         else:
-            last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-            hi = tl.maximum(tl.minimum(hi, last_row + diagonal + window_right + 1), 0)
-            first_end = tl.maximum(first_row + diagonal + window_right + 1, 0)
-        full = tl.minimum(full, first_end // BLOCK_N * BLOCK_N)
+            last_end = tl.minimum(first_row + BLOCK_M, num_rows) + diagonal + window_right
+            first_end = first_row + diagonal + window_right + 1
+        hi = tl.maximum(tl.minimum(hi, last_end), 0)
+        full = tl.minimum(full, tl.maximum(first_end, 0) // BLOCK_N * BLOCK_N)
     if HAS_LEFT:
         if first_ptr is not None:
-            exists = first_row + tl.arange(0, BLOCK_M) < num_rows
-            least = tl.min(tl.where(exists & (first < end), first, num_keys), 0)  # a row without keys asks for none
+            sees = rows < num_rows
+            if HAS_RIGHT:  # a row without keys asks for none
+                sees = sees & (first < end)
+            least = tl.min(tl.where(sees, first, num_keys), 0)
         else:
             least = first_row + diagonal - window_left
         lo = tl.maximum(least, 0) // BLOCK_N * BLOCK_N
@@ -322,27 +324,43 @@ def mean_visual_key(
 @triton.jit
 def text_meets_visual(
     text,
-    first,
-    end,
+    rows,
+    first_ptr,
+    end_ptr,
     ranges_ptr,
     num_visual,
     batch,
+    num_rows,
+    num_keys,
+    window_left,
+    window_right,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_BITS: tl.constexpr,
 ):
-    """Whether rows hold text queries that all see all visual keys, and whether some that do not.  text .. end: [BM]
+    """Whether rows hold text queries that all see all visual keys, and whether some that do not.  text, rows: [BM]
 
     Neither where there are less than two visual keys, of which no variance is.
     """
-    meets = (num_visual >= 2) & (tl.max(text.to(tl.int32), 0) != 0)
+    diagonal = num_keys - num_rows
+    last_text = tl.max(tl.where(text, rows, -1), 0)
+    meets = (num_visual >= 2) & (last_text >= 0)
     sees_all = not HAS_BITS  # a mask of bits hides what it likes
+    first, end = row_edges(first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     if HAS_RIGHT:
         visual_hi = tl.load(ranges_ptr + 4 * batch + 1)
-        sees_all = sees_all & (tl.min(tl.where(text, end, visual_hi), 0) >= visual_hi)
+        if end_ptr is not None:
+            least_end = tl.min(tl.where(text, end, visual_hi), 0)
+        else:
+            least_end = tl.min(tl.where(text, rows, last_text), 0) + diagonal + window_right + 1
+        sees_all = sees_all & (least_end >= visual_hi)
     if HAS_LEFT:
         visual_lo = tl.load(ranges_ptr + 4 * batch)
-        sees_all = sees_all & (tl.max(tl.where(text, first, visual_lo), 0) <= visual_lo)
+        if first_ptr is not None:
+            most_first = tl.max(tl.where(text, first, visual_lo), 0)
+        else:
+            most_first = last_text + diagonal - window_left
+        sees_all = sees_all & (most_first <= visual_lo)
     return meets & sees_all, meets & (sees_all == 0)
 
 

@@ -36,13 +36,15 @@ def visual_statistics(
     columns_ptr,
     start,
     end,
+    first_ptr,
+    end_ptr,
     first_row,
-    row_first,
-    row_end,
     num_rows,
     num_keys,
     stride_ks,
     stride_bits_s,
+    window_left,
+    window_right,
     scale,
     scale_log2,
     cap,
@@ -52,6 +54,7 @@ def visual_statistics(
     BLOCK_N: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,6 +64,11 @@ def visual_statistics(
     What is visual, not padding, and its prior come from the columns if there are some, else from the three masks.
     lse is in base-2 units, +inf for rows whose weights are to be 0. mean and M2 are in units of `scores`.
     """
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_first, row_end = row_edges(
+        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
     alignment = tl.zeros_like(lse)
     count = tl.zeros_like(lse)
     mean = tl.zeros_like(lse)
@@ -77,11 +85,10 @@ def visual_statistics(
         else:
             visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
             prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
-        selected = visual[None, :] & visible_mask(row_first[:, None], row_end[:, None], keys[None, :], HAS_LEFT)
+        selected = visual[None, :] & visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
         if HAS_PADDING and columns_ptr is None:
             selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
         if HAS_BITS:
-            rows = first_row + tl.arange(0, BLOCK_M)
             selected = selected & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
         scores = tl.where(selected, scores, -float("inf"))
         # The mask is read back off the scores: a tile of predicates would have to stay in registers.
@@ -187,12 +194,7 @@ def statistics_kernel(
     in_range = rows < num_rows
     text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0  # [BM]
     has_text = tl.max(text.to(tl.int32), 0) != 0
-    row_first, row_end = row_edges(
-        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
     lo, full, hi = key_block_range(
-        row_first,
-        row_end,
         first_ptr,
         end_ptr,
         first_row,
@@ -220,13 +222,15 @@ def statistics_kernel(
         None,
         start,
         end,
+        first_ptr,
+        end_ptr,
         first_row,
-        row_first,
-        row_end,
         num_rows,
         num_keys,
         stride_ks,
         stride_bits_s,
+        window_left,
+        window_right,
         scale,
         scale_log2,
         cap,
@@ -236,6 +240,7 @@ def statistics_kernel(
         BLOCK_N,
         HAS_PADDING,
         HAS_LEFT,
+        HAS_RIGHT,
         HAS_BITS,
         HAS_SOFTCAP,
         PRECISION,
