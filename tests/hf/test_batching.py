@@ -187,12 +187,12 @@ def test_packed_sequences_in_a_sliding_window():
 
 
 def test_packed_plain_causal_never_builds_a_dense_mask(monkeypatch):
-    from sar_fast.integrations.hf import attention
+    from sar_fast.integrations.hf import mask_function
 
     def dense(**kwargs):
         raise AssertionError("a dense mask was built")
 
-    monkeypatch.setattr(attention, "sdpa_mask", dense)
+    monkeypatch.setattr(mask_function, "sdpa_mask", dense)
     packed, _ = pack([row_of(llava_batch, IMAGES, b) for b in range(2)])
     with apply_sar(llava(), SARConfig(activation_layer_k=3)) as handle:
         logits(handle.model, packed | {"use_cache": False})
