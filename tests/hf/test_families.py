@@ -185,13 +185,19 @@ def test_huge_beta_unprotected_equals_sdpa(case):
         assert_close(logits(model, batch)[real], plain)
 
 
+# transformers' kernel is another than ours, or sees the keys beyond windows and padding that ours leaves out
+OTHER_ROUNDING = ("kimi_k25", "paligemma2", "gemma3", "gemma4", "gemma4-shared-kv", "exaone4_5")
+
+
 def test_text_only_row_is_left_alone(case):
     model, batch = model_of(case.name), case.batch([2, 0])
     real = batch["attention_mask"][1].bool()
     plain = plain_logits(model, case, batch)[1][real]
     with apply_sar(model, config_of(case)):
         got = logits(model, batch)[1][real]
-    if case.name == "kimi_k25" or (OLDEST and case.name == "paligemma2"):  # another kernel than ours
+    with apply_sar(model, config_of(case, activation_layer_k=0)):
+        assert torch.equal(got, logits(model, batch)[1][real])
+    if case.name in OTHER_ROUNDING:
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(got, plain)

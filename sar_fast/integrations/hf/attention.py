@@ -81,9 +81,11 @@ def sar_attention_forward(
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < key.shape[2]:
         key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, heads, D]
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if is_causal is None:  # as transformers' SDPA: a module's own word counts where no mask was needed
+        unmasked = attention_mask is None and square and packing is None
+        is_causal = getattr(module, "is_causal", True) if unmasked else True
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(q, k, v, Scores(scale, causal=bool(causal), softcap=softcap or 0.0))
+    call = Call(q, k, v, Scores(scale, causal=bool(is_causal), softcap=softcap or 0.0))
     if attention_mask is not None:
         call = _masked(call, attention_mask)
     if reweighted:

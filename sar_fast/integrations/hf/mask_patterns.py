@@ -25,7 +25,7 @@ class Queries:
     """Where the queries of a mask are.
 
     Attributes:
-        position: (B or 1, S) int64, as mask functions count: from the first position of the cache.
+        position: (B or 1, S) int64, as mask functions count: from the first position of the cache, or of the sequence.
         after: (B or 1, S) int64, one past each query among the keys that its run counts.
         num_keys: how many keys a run can hold; a tensor (B, S) in packed rows.
         most_keys: the most of them.
@@ -50,9 +50,9 @@ class Queries:
     @classmethod
     def of_packing(cls, packing: Packing, shape: tuple[int, int], device: Any) -> Queries:
         """All positions of packed rows, (B, S)."""
-        index = torch.arange(shape[0] * shape[1], device=device).view(shape)
-        ends, sequence = packing.cu_seqlens.to(device, torch.int64), packing.samples(index.shape).to(device)
-        return cls(index[:1], index + 1 - ends[sequence], ends.diff()[sequence], packing.max_seqlen)
+        ends, sequence = packing.cu_seqlens.to(device, torch.int64), packing.samples(torch.Size(shape)).to(device)
+        position = torch.arange(sequence.numel(), device=device).view(shape) - ends[sequence]
+        return cls(position, position + 1, ends.diff()[sequence], packing.max_seqlen)
 
     @property
     def origin(self) -> Tensor:
@@ -118,7 +118,7 @@ def _sliding_both_ways(queries: Queries, sliding_window: int) -> Bounds:
 
 
 def _chunked(queries: Queries, chunk_size: int, left_padding: Tensor) -> Bounds:
-    if not queries.packed and queries.num_positions <= chunk_size:
+    if not queries.packed and queries.num_positions <= chunk_size:  # what lies left of the first chunk is padding
         return Bounds()
     visibility = Visibility(chunk=chunk_size, chunk_start=left_padding)
     first, end = visibility.bounds(queries.position, queries.most_keys, causal=False)
