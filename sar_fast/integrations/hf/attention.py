@@ -69,6 +69,10 @@ def sar_attention_forward(
     packing = sar_context.packing if sar_context is not None else None
     if packing is not None and packing.causal:
         attention_mask = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
+        if not reweighted and query.shape[2] == 1 and query.device.type == "cpu":  # where SDPA is faster than our loop
+            attention_mask = attention_mask[:, None, None]
     # transformers' SDPA reads "no mask, fewer queries than keys" as an empty static cache; here it is a second turn
     square = query.shape[2] in (1, key.shape[2])
     for_sdpa = square if attention_mask is None else attention_mask.dim() == 4 and not is_compact(attention_mask)
@@ -78,8 +82,6 @@ def sar_attention_forward(
         )
     if dropout:
         raise ValueError(f"attention_dropout must be 0 with attn_implementation='sar': no dropout; got {dropout}")
-    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < key.shape[2]:
-        key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, heads, D]
     if is_causal is None:  # as transformers' SDPA: a module's own word counts where no mask was needed
         unmasked = attention_mask is None and square and packing is None
