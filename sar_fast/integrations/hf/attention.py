@@ -103,7 +103,7 @@ def sar_attention_forward(
 
 
 def _masked(call: Call, mask: Tensor) -> Call:
-    """A dense causal call under what the mask function gave."""
+    """A call without a mask, under what the mask function gave."""
     if mask.dim() == 2:
         return dataclasses.replace(call, key_padding_mask=mask)
     scores = dataclasses.replace(call.scores, causal=False)
@@ -166,7 +166,7 @@ def _piece(call: Call, start: int, stop: int) -> Call:
     """The queries ``start`` to ``stop`` of a dense call, and the keys up to the last of them."""
     keys = call.k.shape[1] - (call.q.shape[1] - stop)
     padding, dense, roles = call.key_padding_mask, call.attn_mask, call.roles
-    bounds = Bounds(*(None if side is None else side[:, start:stop].clamp_max(keys) for side in call.bounds))
+    bounds = Bounds(*(None if side is None else side[:, start:stop].contiguous() for side in call.bounds))
     return dataclasses.replace(
         call,
         q=call.q[:, start:stop],

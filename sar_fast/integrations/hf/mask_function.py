@@ -1,9 +1,9 @@
 """The mask function that transformers calls under the name ``"sar"``, and what it gives to the attention function.
 
-None = causal, no padding; 2D bool (B, keys) = causal, aligned to the last of these keys, True = real key; 4D int32 = a
-run of keys for every query, padding in it (``compact_mask``); 4D bool = everything else, and single queries. Patterns
-of transformers itself never become a dense mask of many queries, but in a graph that is traced, whose masks cannot be
-looked into, and where padding lies between real tokens.
+None = causal, no padding; 2D bool (B, keys) = causal, aligned to the last of these keys, True = real key; 4D int32 =
+the run of keys that each query sees, padding in it (``compact_mask``); 4D bool = everything else, and single queries.
+Patterns that transformers composes itself become a dense mask of many queries only in a graph that is traced, which
+cannot look into them, and where padding lies between real tokens.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def sar_mask(
         if run is None:
             return dense()
         if not queries.see_all_before(run):
-            run = queries.hide_padding(run) if q_length > 1 else None
+            run = queries.hide_padding(run) if q_length > 1 else None  # dense, one query's mask is as small
             return dense() if run is None else compact(run, kv_length, q_length, device)
-    seen = slice(kv_offset, int(q_offset) + q_length)  # keys beyond are a static cache's unfilled slots
+    filled = range(kv_offset, int(q_offset) + q_length)  # keys beyond are a static cache's free slots
     if padding is not None:
-        padding = padding[:, seen]
+        padding = padding[:, filled.start : filled.stop]
         if not tracing and bool(padding.all()):
             padding = None
-    if padding is None and seen.stop < keys.stop:
-        padding = torch.ones(batch_size, seen.stop - kv_offset, dtype=torch.bool, device=device)
+    if padding is None and filled.stop < keys.stop:
+        padding = torch.ones(batch_size, len(filled), dtype=torch.bool, device=device)
     return padding

@@ -1,7 +1,7 @@
 """transformers' mask functions, read from their closures as the run of keys that each query sees.
 
-A run holds the query itself or is empty there: ``first <= position <= end``. So the intersection of two runs is a run
-again, and so is their union. What is not recognised has no run, and its mask is built dense.
+A run holds the query itself or is empty just before it: so two runs always touch, and their union is a run again, as
+their intersection is. What is not recognised has no run, and its mask is built dense.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Queries:
         """
         if self.real is None:
             return run
-        real = self.real[:, self.num_positions - self.most_keys :]  # [B, keys]
+        real = self.real[:, -self.most_keys :]  # [B, keys]
         count, index = real.sum(1), torch.arange(real.shape[1], device=real.device)
         first = torch.where(real, index, real.shape[1]).amin(1)
         end = torch.where(real, index + 1, 0).amax(1)
@@ -90,7 +90,7 @@ class Queries:
 def run_of(function: Any, queries: Queries) -> Bounds | None:
     """The (B or 1, S) int64 runs of a mask function, or None if it is none of those known here.
 
-    A side that nothing limits is None. Pictures that see ahead are looked at once: a GPU is waited for.
+    A side that nothing limits is None. Blocks are looked at, to see that each is in one piece: a GPU is waited for.
     """
     read = _readers().get(getattr(function, "__code__", None))
     if read is None:

@@ -46,7 +46,7 @@ def read_mask(
         raise TypeError(f"attention_mask must be a tensor, a dict of tensors or None; got {type(mask).__name__}")
     if mask.dim() == 2:
         return _columns(mask, shape, past_length), None
-    if is_compact(mask):
+    if is_compact(mask) and mask.shape[:3] in ((1, 1, shape[1]), (shape[0], 1, shape[1])):
         return real_queries(mask).expand(shape), None
     if mask.dim() == 4:
         return _read_dense(mask, shape, past_length, everywhere)
