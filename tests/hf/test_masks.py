@@ -146,6 +146,8 @@ def test_a_plain_packed_dense_mask_runs_as_packed(monkeypatch):
     [
         (lambda m: m | torch.eye(m.shape[-1], dtype=torch.bool).roll(7, 0), "see across"),
         (lambda m: m.long(), "bool or additive"),
+        (lambda m: m.int(), "bool or additive"),
+        (lambda m: m[..., :2].int().expand(2, -1, -1, -1), "got shape"),
         (lambda m: m * 0.5 - 1.0, "scores with a bias"),
         (lambda m: m.expand(-1, 4, -1, -1), "same for all heads"),
         (lambda m: m[0], r"must be \(batch, positions\)"),
