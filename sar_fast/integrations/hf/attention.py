@@ -109,7 +109,8 @@ def _masked(call: Call, mask: Tensor) -> Call:
     scores = dataclasses.replace(call.scores, causal=False)
     if is_compact(mask):
         return dataclasses.replace(call, scores=scores, bounds=bounds_of(mask))
-    mask = mask[..., : call.k.shape[1]]
+    if mask.shape[-1] > call.k.shape[1]:  # not else: what is known of a tensor is not known of its views
+        mask = mask[..., : call.k.shape[1]]
     mask = mask if mask.dtype == torch.bool else mask == 0
     if call.q.shape[1] == 1:  # one query's mask says which keys are there
         return dataclasses.replace(call, scores=scores, key_padding_mask=mask[:, 0, 0].expand(call.q.shape[0], -1))
