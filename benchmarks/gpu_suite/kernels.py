@@ -62,8 +62,7 @@ class Planner:
         q, dout = (self.empty(batch, length, heads, head_dim) for _ in range(2))
         k, v = (self.empty(batch, length, kv_heads, head_dim) for _ in range(2))
         found = masks_of(("padding", *masks) if padded else masks, (1, length), (batch, length))
-        runs = found.first is not None
-        options = AttentionOptions(not runs, head_dim**-0.5, (-1, -1) if runs else window_size, softcap)
+        options = AttentionOptions(not masks, head_dim**-0.5, window_size, softcap)  # which say all of it
         call = Call(q, k, v, options, found, arch=self.arch)
         if not sar:
             (out, lse), work = plan_attention_forward(call)

@@ -37,7 +37,7 @@ def options_of(pattern: str, length: int, device: str) -> dict[str, Any]:
         return {"visibility": Visibility(blocks=numbers), "window_size": (part - 1, -1)}
     if pattern == "prefix":
         return {"visibility": Visibility(blocks=torch.where(position < length // 2, 0, -1))}
-    return {"attn_mask": matrix_of("pictures in a window", length, device)}
+    return {"attn_mask": matrix_of("pictures in a window", length, device), "causal": False}
 
 
 def matrix_of(pattern: str, length: int, device: str) -> torch.Tensor:
