@@ -67,6 +67,11 @@ def pattern_shapes(tiny: bool) -> tuple[Shape, Shape]:
     return {**base, "B": 2, "N": 1025, "H": 8, "Hkv": 2}, {**base, "N": 16384, "T": 0.05}
 
 
+def part_of(length: int) -> int:
+    """Keys of a pattern's windows and chunks."""
+    return max(8, length // 16)
+
+
 def decode_shapes(tiny: bool) -> list[Shape]:
     """One new token per sequence over KV keys."""
     if tiny:

@@ -21,6 +21,7 @@ from gpu_suite.inputs import (
     gate_decode_shapes,
     gate_shapes,
     other_shapes,
+    part_of,
     pattern_shapes,
     scaling_shapes,
     short_shapes,
@@ -30,6 +31,7 @@ from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.decode_aot import masks_of
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch
+from sar_kernels.masks import plan_pack_mask
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 from sar_kernels.tune import from_shortlist, launches
 
@@ -115,10 +117,11 @@ def _forward(plan: Planner, tiny: bool, shapes: Callable = attention_shapes) -> 
 
 def _visibility(plan: Planner, tiny: bool) -> Iterator[Launch]:
     checked, timed = pattern_shapes(tiny)
-    patterns = ({"window_size": (63, -1)}, {"masks": ("runs",)}, {"masks": ("bits",)})
-    for options in patterns:
-        yield from plan.prefill(checked, sar=True, backward="through", **options)
-        yield from plan.prefill(timed, sar=True, **options)
+    for shape, backward in ((checked, "through"), (timed, None)):
+        window = {"window_size": (part_of(shape["N"]) - 1, -1)}
+        for options in (window, {"masks": ("ends",)}, {"masks": ("runs",)}, {"masks": ("bits",)}):
+            yield from plan.prefill(shape, sar=True, backward=backward, **options)
+        yield plan_pack_mask(plan.empty(1, 1, shape["N"], shape["N"], dtype=torch.bool))[1]
     yield from plan.prefill(timed, sar=False)
 
 

@@ -15,7 +15,7 @@ from providers import make_inputs
 from gpu_suite.bench import Bench
 from gpu_suite.device import Call
 from gpu_suite.gate import check_prefill
-from gpu_suite.inputs import Shape, pattern_shapes, sizes
+from gpu_suite.inputs import Shape, part_of, pattern_shapes, sizes
 from sar_fast import Visibility, flash_attn_func, sar_attn_func
 from sar_fast.visibility import as_mask, query_positions
 
@@ -25,7 +25,7 @@ PATTERNS = ("window", "chunks", "pictures in a window", "prefix", "mask")
 def options_of(pattern: str, length: int, device: str) -> dict[str, Any]:
     """A pattern's options of ``sar_attn_func`` for one length: windows and chunks of a sixteenth, pictures of a
     thirty-second."""
-    part = max(8, length // 16)
+    part = part_of(length)
     position = torch.arange(length, device=device)
     inside = position % part < part // 2
     if pattern == "window":

@@ -105,7 +105,7 @@ def test_budget(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("option", ["runs", "bits"])
+@pytest.mark.parametrize("option", ["ends", "runs", "bits"])
 def test_budget_of_masks(option, version):
     """Runs of keys per query, and packed masks."""
     kernels = ("forward", "dq", "dkdv", "decode_split")
@@ -175,7 +175,7 @@ def check(plans):
         assert len(keys) == 1, keys
 
 for purpose in PASSES:
-    for options in ((), ("packed",), ("window", "softcap", "padding"), ("runs",), ("runs", "packed"), ("bits",)):
+    for options in ((), ("packed",), ("window", "softcap", "padding"), ("ends",), ("runs", "packed"), ("bits",)):
         # from 8192 keys on the variance has its closed form
         for lengths in ((1, 16, 17, 500, 513, 1024, 8191), (8192, 8193, 100000)):
             check([plan_attention("sm_90", purpose, 64, torch.bfloat16, True, n, options) for n in lengths])
