@@ -82,13 +82,24 @@ def test_full_grid(backend, S, heads, D, padding, dtype):
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
-    ("S", "D", "padding"), [(17, 80, "left"), (17, 128, "left"), (97, 128, "left"), (17, 128, "holes")]
+    ("S", "D", "padding"),
+    [(17, 80, "left"), (17, 128, "left"), (97, 128, "left"), (17, 128, "holes"), (180, 128, "left"), (400, 64, "none")],
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_alignment_does_not_inherit_the_rounding_of_the_log_sum_exp(backend, S, D, padding, seed):
     """With few text rows and very uneven weights, 1e-6 in SA from exp(s - lse) breaks the output rule in fp32."""
     case = make_case(S, H=14, D=D, padding=padding, seed=seed)
     _, stats = assert_forward(case, backend)
+    _, oracle = case.to(torch.float64).reference()
+    assert relative_error(stats.semantic_alignment, oracle.semantic_alignment) <= 4e-7
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_alignment_of_many_rows_with_a_large_log_sum_exp(backend, seed):
+    """Its rounding does not average out."""
+    case = make_case(400, H=14, D=64, seed=seed, layouts=("image", "two_images"))
+    case.q *= 3
+    _, stats = case.run(backend)
     _, oracle = case.to(torch.float64).reference()
     assert relative_error(stats.semantic_alignment, oracle.semantic_alignment) <= 4e-7
 

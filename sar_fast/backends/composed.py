@@ -166,11 +166,16 @@ def _bias(seq: Sequence, visible: Tensor | None) -> Tensor | None:
 def _kernel_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as (Hkv, G, S, D): kv heads are the batch, so that a group shares its keys without a copy."""
     Hkv = seq.k.shape[1]
-    G, D, Dv = seq.q.shape[1] // Hkv, seq.q.shape[-1], seq.v.shape[-1]
-    width = max(D, Dv)  # the kernel wants one head dim: zeros change neither scores nor kept columns
-    q = F.pad(seq.q[rows], (0, width - D)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
-    spread = lambda x: x[keys].transpose(0, 1)[:, None].expand(-1, G, -1, -1)
-    return q, spread(F.pad(seq.k, (0, width - D))), spread(F.pad(seq.v, (0, width - Dv)))
+    G = seq.q.shape[1] // Hkv
+    width = max(seq.q.shape[-1], seq.v.shape[-1])  # the kernel has one: zeros change neither scores nor kept columns
+    q = _widened(seq.q[rows], width).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
+    spread = lambda x: _widened(x[keys], width).transpose(0, 1)[:, None].expand(-1, G, -1, -1)
+    return q, spread(seq.k), spread(seq.v)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """With zeros at the end of the last dimension; F.pad would copy what is wide enough."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _kernel_forward(seq: Sequence, piece: _Piece) -> tuple[Tensor, Tensor]:
@@ -206,7 +211,7 @@ def _kernel_backward(
     q, k, v = _kernel_inputs(seq, piece.rows, piece.keys)
     Hkv, G, _, width = q.shape
     D, Dv = seq.q.shape[-1], seq.v.shape[-1]
-    group = lambda x: F.pad(x[piece.rows], (0, width - Dv)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
+    group = lambda x: _widened(x[piece.rows], width).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
     l = lse[:, piece.rows].unflatten(0, (Hkv, G))
     l = torch.where(l.isinf(), 0, l).contiguous()
     bias = _bias(seq, piece.visible)
