@@ -38,8 +38,12 @@ class HostLoop:
         return self.kernel.unsupported(request)
 
     def forward(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result:
+        self._log(call)
         result = self._attend_at_once(call, rule, need_lse=need_lse) if small.runs_at_once(call) else None
         return self._attend(call, sequences_of(call), rule, need_lse=need_lse) if result is None else result
+
+    def _log(self, call: Call) -> None:
+        logger.debug("attention: backend=%s q=%s k=%s", self.name, tuple(call.q.shape), tuple(call.k.shape))
 
     def _attend_at_once(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result | None:
         """Attention of all samples in one call; None where it is not finite, as what a mask hides may have shown."""
@@ -63,7 +67,6 @@ class HostLoop:
 
     def _attend(self, call: Call, sequences: list[Sequence], rule: Lowered, *, need_lse: bool) -> Result:
         """Attention of a call's sequences, one after the other."""
-        logger.debug("attention: backend=%s q=%s k=%s", self.name, tuple(call.q.shape), tuple(call.k.shape))
         q, acc, sar = call.q, call.accumulate_dtype, call.roles is not None
         lse = q.new_empty(call.lse_shape if need_lse else (0,), dtype=acc)
         av, sa, count, c = _start(call)
@@ -133,6 +136,7 @@ class HostLoop:
             first, end = (None if x is None else x[b if x.shape[0] > 1 else 0] for x in step.bounds)
             sequences.append(Sequence(q[b], k, v, step.scores, *own, first=first, end=end))
         call = Call(q, cache.k, cache.v, step.scores, roles, carried=step.sums)
+        self._log(call)
         result = self._attend(call, sequences, step.rule, need_lse=need_lse)
         if step.c is not None:
             for b in range(q.shape[0]):
