@@ -64,8 +64,9 @@ def model_overhead() -> str:
     for r in data["records"]:
         if r["provider"] == "sar composed":
             shape = r["shape"]
-            cells = [f"{shape['N']} ({shape['V']})", str(shape["T"])]
-            cells += [f"{r['times_sdpa']:.2f}", f"{r['speedup_over_eager']:.1f} x"]
+            batch = f"{shape['B']} x " if "B" in shape else ""
+            cells = [f"{batch}{shape['N']} ({shape['V']})", str(shape["T"]), f"{r['times_sdpa']:.2f}"]
+            cells.append("-" if r["speedup_over_eager"] is None else f"{r['speedup_over_eager']:.1f} x")
             lines.append(f"| {' | '.join(cells)} |")
     meta, shape = data["meta"], data["records"][0]["shape"]
     about = f"{shape['layers']} layers of width {shape['width']}, {meta['threads']} thread, torch {meta['torch']}"

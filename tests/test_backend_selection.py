@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from sar_fast import sar_attn_func
+from sar_fast import Visibility, sar_attn_func
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
 from tests.helpers import make_case
@@ -26,7 +26,6 @@ def _without_the_interpreter(monkeypatch):
 
 NEEDS_TORCH = {
     "softcap": {"softcap": 3.0},
-    "window_size": {"window_size": (4, -1)},
     "attn_mask": {"attn_mask": torch.ones(1, 1, 12, 12, dtype=torch.bool)},
 }
 
@@ -35,8 +34,9 @@ def backend_of(case, **changes) -> str:
     return case.run("auto", **changes)[1].backend
 
 
-def test_auto_takes_the_fastest_that_supports_the_call():
-    assert backend_of(make_case(12)) == "composed"
+@pytest.mark.parametrize("options", [{}, {"window_size": (4, -1)}, {"visibility": Visibility(chunk=5)}], ids=str)
+def test_auto_takes_the_fastest_that_supports_the_call(options):
+    assert backend_of(make_case(12), **options) == "composed"
 
 
 @pytest.mark.parametrize("name", NEEDS_TORCH)

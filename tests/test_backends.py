@@ -42,6 +42,14 @@ GRID = [
 ]
 
 
+@pytest.fixture(params=["small", "large"])
+def either_way(request, monkeypatch):
+    """Statistics as small calls get them, and as large ones do."""
+    if request.param == "large":
+        monkeypatch.setattr("sar_fast.backends.small._SAMPLE", 0)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("S", "dtype", "heads", "D", "Dv", "padding"), GRID)
 def test_output_and_statistics(backend, S, dtype, heads, D, Dv, padding):
     assert_forward(make_case(S, H=heads[0], Hkv=heads[1], D=D, Dv=Dv, dtype=dtype, padding=padding), backend)
@@ -72,8 +80,10 @@ def test_full_grid(backend, S, heads, D, padding, dtype):
     assert_gradients(case, backend, sav_grad=True)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
-    ("S", "D", "padding"), [(17, 80, "left"), (17, 128, "left"), (97, 128, "left"), (17, 128, "holes")]
+    ("S", "D", "padding"),
+    [(17, 80, "left"), (17, 128, "left"), (97, 128, "left"), (17, 128, "holes"), (180, 128, "left"), (400, 64, "none")],
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_alignment_does_not_inherit_the_rounding_of_the_log_sum_exp(backend, S, D, padding, seed):
@@ -84,6 +94,17 @@ def test_alignment_does_not_inherit_the_rounding_of_the_log_sum_exp(backend, S, 
     assert relative_error(stats.semantic_alignment, oracle.semantic_alignment) <= 4e-7
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_alignment_of_many_rows_with_a_large_log_sum_exp(backend, seed):
+    """Its rounding does not average out."""
+    case = make_case(400, H=14, D=64, seed=seed, layouts=("image", "two_images"))
+    case.q *= 3
+    _, stats = case.run(backend)
+    _, oracle = case.to(torch.float64).reference()
+    assert relative_error(stats.semantic_alignment, oracle.semantic_alignment) <= 4e-7
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_variance_of_two_keys_that_a_query_hardly_tells_apart(backend, dtype):
     """``q^T C q`` with a singular C loses the square of the digits that ``q.(k_1 - k_2)`` loses."""
@@ -179,6 +200,7 @@ def test_a_batch_equals_its_samples(backend):
         assert torch.equal(single_stats.head_weights[0], stats.head_weights[b])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("window", [False, True], ids=["closed form", "masked rows"])
 def test_statistics_survive_a_common_shift_of_the_keys(backend, dtype, window):

@@ -152,8 +152,6 @@ def test_behind_the_causal_edge(backend, bad, what):
 @through_weights
 @pytest.mark.parametrize("queries", [6, 1])
 def test_a_window_that_no_query_reaches(queries, backend, bad, sav_grad):
-    if backend == "composed":
-        pytest.skip("has no window")
     tensors, options = case(queries, layouts=("image", "two_images"), window_size=(28, -1))
     hidden = (slice(None), slice(0, S - queries - 28))
     expected = run(spoil(tensors, 0.0, {"k": hidden, "v": hidden}), options, backend, sav_grad)
@@ -162,10 +160,11 @@ def test_a_window_that_no_query_reaches(queries, backend, bad, sav_grad):
 
 @exact_backend
 @bad_values
-def test_a_window_that_some_queries_reach(backend, bad):
-    if backend == "composed":
-        pytest.skip("has no window")
-    tensors, options = case(layouts=("image", "image"), window_size=(9, -1), softcap=3.0)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_a_window_that_some_queries_reach(softcap, backend, bad):
+    if backend == "composed" and softcap:
+        pytest.skip("has no soft-cap")
+    tensors, options = case(layouts=("image", "image"), window_size=(9, -1), softcap=softcap)
     tensors["visual"][:, 3] = True
     where = {"k": (slice(None), 3), "v": (slice(None), 3)}
     expected = run(tensors, options, backend)

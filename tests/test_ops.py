@@ -41,7 +41,7 @@ def forward_arguments(pattern: str, backend: str) -> list:
 
 
 PATTERNS = ("sar", "plain", "padded", "dense mask", "bounds", "decode", "packed", "bf16")
-LACKING = [("dense mask", "composed"), ("bounds", "composed")]
+LACKING = [("dense mask", "composed")]
 CASES = [(p, b) for p in PATTERNS for b in BACKENDS if (p, b) not in LACKING]
 
 

@@ -1,4 +1,4 @@
-"""What only the torch backend has (window, soft-cap, dense masks), and that no backend ever holds Sq x Sk."""
+"""Windows, soft-caps and dense masks, of which only the torch backend has all, and that no backend holds Sq x Sk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sar_fast import ops
+from sar_fast import Visibility, ops
 from tests.helpers import BACKENDS, assert_forward, assert_gradients, dtype_id, make_case, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,22 +22,31 @@ OPTIONS = {
 }
 
 
+WHERE = [
+    pytest.param(options, backend, id=f"{name}-{backend}")
+    for name, options in OPTIONS.items()
+    for backend in BACKENDS
+    if backend == "torch" or "softcap" not in options
+]
+
+
 @pytest.mark.parametrize("padding", ["none", "holes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_window_and_softcap(options, dtype, padding):
+@pytest.mark.parametrize(("options", "backend"), WHERE)
+def test_window_and_softcap(options, backend, dtype, padding):
     """A window makes V_i a strict part of V, and leaves text queries that no longer count."""
     case = make_case(41, H=6, dtype=dtype, padding=padding, beta=0.05, **options)
-    assert_forward(case, "torch")
-    assert_gradients(case, "torch", sav_grad=True)
+    assert_forward(case, backend)
+    assert_gradients(case, backend, sav_grad=True)
 
 
-@pytest.mark.parametrize(("Sq", "Sk"), [(9, 37), (37, 9)])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_window_and_softcap_with_other_lengths(options, Sq, Sk):
+@pytest.mark.parametrize(("Sq", "Sk"), [(9, 37), (37, 9), (150, 300), (300, 150)])
+@pytest.mark.parametrize(("options", "backend"), WHERE)
+def test_window_and_softcap_with_other_lengths(options, backend, Sq, Sk):
+    """Also where queries come in several blocks."""
     case = make_case(Sq, Sk, dtype=torch.float32, beta=0.05, **options)
-    assert_forward(case, "torch")
-    assert_gradients(case, "torch", sav_grad=False)
+    assert_forward(case, backend)
+    assert_gradients(case, backend, sav_grad=False)
 
 
 def random_mask(batch: int, Sq: int, Sk: int) -> torch.Tensor:
@@ -99,6 +108,8 @@ MEMORY = {
     "causal": {},
     "padding": {"padding": "left"},
     "window": {"window_size": (1500, -1)},
+    "chunks": {"visibility": Visibility(chunk=2000)},
+    "prefix": {"visibility": Visibility(prefix=torch.tensor([1000]))},
     "softcap": {"softcap": 5.0},
     "full": {"causal": False},
 }
@@ -109,8 +120,8 @@ MEMORY = {
 def test_memory_stays_below_queries_times_keys(backend, name):
     """Forward and backward at 3,072 tokens: no tensor as large as one head's Sq x Sk, masks included."""
     options = MEMORY[name]
-    if backend == "composed" and name in ("window", "softcap"):
-        pytest.skip("the composed backend refuses this option")
+    if backend == "composed" and name == "softcap":
+        pytest.skip("has no soft-cap")
     S = 3072
     case = make_case(S, H=2, Hkv=1, D=8, layouts=("image",), **options)
     case.text[:, : S - 200] = False

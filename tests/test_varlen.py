@@ -96,8 +96,9 @@ def test_packed_against_the_reference(backend, dtype, sav_grad):
 def test_options_reach_the_packed_call(backend):
     cases, qkv, packing, roles = packed(torch.float64, [(12, 12), (5, 20)])
     options = {"causal": False, "softmax_scale": 0.3, "protect_first_head": False, "normalize": "standardize"}
+    options |= {"window_size": (6, 5)}
     if backend == "torch":
-        options |= {"softcap": 2.0, "window_size": (6, 5)}
+        options |= {"softcap": 2.0}
     out = sar_attn_varlen_func(*qkv, *packing, *roles, beta=0.7, backend=backend, **options)
     at = 0
     for case in cases:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from sar_fast import Visibility, sar_attn_func, sar_attn_varlen_func
 from sar_fast.visibility import as_mask, query_positions
+from tests.helpers import BACKENDS, Case, assert_forward, assert_gradients, dtype_id, make_case
 
 
 def by_loops(Sq, Sk, *, causal, window, chunk, starts, blocks, real):
@@ -77,7 +80,108 @@ def test_bounds_are_what_loops_say(pattern):
     assert torch.equal(seen & asks, by_loops(**pattern) & asks)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@dataclasses.dataclass
+class PatternedCase(Case):
+    """A case with a ``visibility``, which the reference takes as a dense mask."""
+
+    def reference(self, **changes):
+        options = {**self.options, **changes}
+        visibility, causal = options.pop("visibility"), options.pop("causal", True)
+        (Sq, Sk), window = (self.q.shape[1], self.k.shape[1]), options.pop("window_size", (-1, -1))
+        real = options.get("key_padding_mask")
+        bounds = visibility.bounds(query_positions(Sq, Sk, self.q.device), Sk, causal=causal, window=window, real=real)
+        mask = as_mask(bounds, Sk, (self.q.shape[0], Sq))
+        return Case(*self.tensors, options).reference(causal=False, attn_mask=mask)
+
+
+def blocks_of(length: int, width: int) -> torch.Tensor:
+    """(length,): every other stretch of ``width`` positions is a block."""
+    number = torch.arange(length) // width
+    return torch.where(number % 2 == 1, number, -1)
+
+
+def patterned(name: str, Sq: int, Sk: int, **options) -> PatternedCase:
+    third = Sk // 3
+    visibility, limits = {
+        "chunks": (Visibility(chunk=third), {}),
+        "chunks that begin anywhere": (Visibility(chunk=third, chunk_start=torch.tensor([0, 3, third // 2])), {}),
+        "chunks in both directions": (Visibility(chunk=third), {"causal": False}),
+        "prefix": (Visibility(prefix=torch.tensor([third, 2 * third, 0])), {}),
+        "blocks": (Visibility(blocks=blocks_of(Sk, third)), {}),
+        "blocks over a window": (Visibility(blocks=blocks_of(Sk, third)), {"window_size": (third // 2, -1)}),
+        "window over chunks": (Visibility(chunk=2 * third), {"window_size": (third, 2), "causal": False}),
+    }[name]
+    case = make_case(Sq, Sk, H=6, Hkv=2, Dv=24, beta=0.05, **limits, **options)
+    return PatternedCase(*case.tensors, {**case.options, "visibility": visibility})
+
+
+PATTERNS = (
+    "chunks",
+    "chunks that begin anywhere",
+    "chunks in both directions",
+    "prefix",
+    "blocks",
+    "blocks over a window",
+    "window over chunks",
+)
+of_backends = pytest.mark.parametrize("backend", BACKENDS)
+of_patterns = pytest.mark.parametrize("name", PATTERNS)
+
+
+@of_backends
+@of_patterns
+@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_backends_equal_the_reference_under_a_mask(name, backend, dtype, padding):
+    case = patterned(name, 41, 41, dtype=dtype, padding=padding)
+    assert_forward(case, backend)
+    assert_gradients(case, backend, sav_grad=True)
+
+
+@of_backends
+@of_patterns
+@pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "sav_grad"])
+@pytest.mark.parametrize(("Sq", "Sk"), [(9, 37), (150, 301), (1, 40)])
+def test_fewer_queries_than_keys(name, backend, Sq, Sk, sav_grad):
+    """Also in several blocks of queries."""
+    case = patterned(name, Sq, Sk)
+    assert_forward(case, backend)
+    assert_gradients(case, backend, sav_grad=sav_grad)
+
+
+@of_backends
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_chunk_that_is_not_finite_stays_alone(backend, bad):
+    """Queries of the other chunks, their gradients and the statistics do not show it; its own queries do."""
+    S, chunk = 40, 8  # the last image token is in the third chunk
+    case = make_case(S, layouts=("image",))
+    case.text[:, : 3 * chunk] = False
+    roles = (case.visual, case.text, case.prior)
+    case.visual[:, 3 * chunk : 3 * chunk + 4] = True  # seen by text queries of the fourth
+    grad = torch.randn(case.q.shape, generator=torch.Generator().manual_seed(3))
+    grad[:, :chunk] = 0
+
+    def run(fill):
+        leaves = [x.clone() for x in (case.q, case.k, case.v)]
+        for x in leaves[1:]:
+            x[:, :chunk] = fill
+        leaves = [x.requires_grad_() for x in leaves]
+        out, stats = sar_attn_func(
+            *leaves, *roles, visibility=Visibility(chunk=chunk), backend=backend, return_stats=True
+        )
+        return out, stats, torch.autograd.grad(out, leaves, grad)
+
+    (out, stats, grads), (zero_out, zero_stats, zero_grads) = run(bad), run(0.0)
+    torch.testing.assert_close(out[:, chunk:], zero_out[:, chunk:])
+    torch.testing.assert_close(stats.head_weights, zero_stats.head_weights)
+    assert stats.head_weights.isfinite().all()
+    assert stats.query_count.item() > 0
+    for got, expected in zip(grads, zero_grads):
+        torch.testing.assert_close(got[:, chunk:], expected[:, chunk:])
+    assert not out[:, :chunk].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_packed_sequences_are_as_one_by_one(backend, monkeypatch):
     if backend == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")

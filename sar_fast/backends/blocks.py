@@ -2,57 +2,67 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from sar_fast.backends.sequence import Sequence
+from sar_fast.values import Scores
 
 _BLOCK_BYTES = 32 << 20
 
 
-def sees(seq: Sequence, rows: Tensor, keys: Tensor) -> Tensor | None:
-    """Which of ``keys`` (n,) each query of ``rows`` (r,) may see: bool (r, n), or None if all see all.
-
-    Indices are int64 positions within the sequence; only the (r, n) block is built.
-    """
-    position, key = rows[:, None] + seq.offset, keys[None, :]  # [r, 1], [1, n]
-    left, right = seq.scores.window
+def within(scores: Scores, position: Tensor, key: Tensor) -> list[Tensor]:
+    """What causal mask and window say of keys and of queries at ``position``, both int64: bool of their broadcast."""
+    left, right = scores.window
     parts = []
-    if seq.scores.causal:
+    if scores.causal:
         parts.append(key <= position)
     if left >= 0:
         parts.append(key >= position - left)
     if right >= 0:
         parts.append(key <= position + right)
+    return parts
+
+
+def sees(seq: Sequence, rows: Tensor, keys: Tensor) -> Tensor | None:
+    """Which of ``keys`` (n,) each query of ``rows`` (r,) may see: bool (r, n), or None if all see all.
+
+    Indices are int64 positions within the sequence; only the block is built. Where ``key_valid`` is of each kv head,
+    (Hkv, 1, r, n).
+    """
+    parts = within(seq.scores, rows[:, None] + seq.offset, keys[None, :])
     if seq.first is not None:
-        parts.append(key >= seq.first[rows][:, None])
+        parts.append(keys >= seq.first[rows][:, None])
     if seq.end is not None:
-        parts.append(key < seq.end[rows][:, None])
+        parts.append(keys < seq.end[rows][:, None])
     if seq.key_valid is not None:
-        parts.append(seq.key_valid[keys][None, :])
+        valid = seq.key_valid[keys]
+        parts.append(valid if valid.dim() == 1 else valid.T[:, None, None])
     if seq.mask is not None:
         parts.append(seq.mask[rows][:, keys])
     if not parts:
         return None
-    block = parts[0]
-    for part in parts[1:]:
-        block = block & part
-    return block.expand(rows.numel(), keys.numel())
+    block = functools.reduce(torch.logical_and, parts)
+    return block.expand(*block.shape[:-2], rows.numel(), keys.numel())
 
 
-def row_blocks(seq: Sequence, rows: Tensor | None = None, copies: int = 1) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+def row_blocks(
+    seq: Sequence, rows: Tensor | None = None, copies: int = 1, largest: int | None = None
+) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """Blocks of query rows, each with the run of keys [k0, k1) that it can see at all.
 
     Args:
         rows: (r,) int64 ascending query indices; default all.
         copies: how many (H, block, Sk) tensors the caller holds at once, so that a block stays within the budget.
+        largest: rows of a block in place of that.
     """
     Sk, H, device = seq.k.shape[0], seq.q.shape[1], seq.q.device
     if rows is None:
         rows = torch.arange(seq.q.shape[0], device=device)
-    size = max(16, _BLOCK_BYTES // (4 * H * copies * max(1, Sk)))
+    size = max(16, _BLOCK_BYTES // (4 * H * copies * max(1, Sk))) if largest is None else largest
     left, right = seq.scores.window
     for block in rows.split(size):
         if block.numel() == 0:

@@ -3,21 +3,26 @@
 Output, log-sum-exp and their gradients come from PyTorch's fused kernels (CPU flash, CUDA FlashAttention-2); the
 statistics need only the text-by-visual block (docs/method.md, section 7). Causal attention with more keys than queries
 is a full call on the older keys and a square call on the newest, merged by their log-sum-exps, so nothing depends on
-how a kernel aligns its causal mask.
+how a kernel aligns its causal mask. Where queries see a run of keys (windows, chunks, blocks), a call takes a block of
+queries and the keys that any of them sees, under a mask of that block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sar_fast.backends.blocks import row_blocks, scores
+from sar_fast.backends.blocks import row_blocks, scores, sees
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.sequence import Sequence
 from sar_fast.validation import MAX_HEAD_DIM
 
 _aten = torch.ops.aten
+_ROWS = 128  # of a call under a mask: more see keys in vain, fewer leave the kernel too little to do
 _DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16),
@@ -34,10 +39,10 @@ def unsupported(request: Request) -> str | None:
         return f"{request.dtype}: PyTorch's flash kernel for {request.device.type} does not take it"
     if request.scores.softcap > 0:
         return f"softcap={request.scores.softcap}: PyTorch's fused kernels have no soft-capping"
-    if request.scores.windowed:
-        return f"window_size={request.scores.window}: PyTorch's fused kernels have no sliding window"
-    if request.bounded:
-        return "visibility: PyTorch's fused kernels know the causal mask alone"
+    if request.scores.windowed and request.device.type == "cuda":
+        return f"window_size={request.scores.window}: only the CPU kernel takes the mask that a window needs here"
+    if request.bounded and request.device.type == "cuda":
+        return "visibility: only the CPU kernel takes the mask that it needs here"
     if request.masked:
         return "attn_mask: a dense mask would be converted to a float tensor of the same shape"
     if request.padded and request.device.type == "cuda":
@@ -51,12 +56,18 @@ def attention(seq: Sequence, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     Sk, Dv = seq.k.shape[0], seq.v.shape[-1]
     if Sq == 0 or Sk == 0:
         return seq.q.new_zeros(Sq, H, Dv), seq.q.new_full((H, Sq), -torch.inf, dtype=seq.accumulate_dtype)
+    if _limited(seq):
+        out = seq.q.new_zeros(Sq, H, Dv)
+        lse = seq.q.new_full((H, Sq), -torch.inf, dtype=seq.accumulate_dtype)
+        for piece in _row_pieces(seq):
+            out[piece.rows], lse[:, piece.rows] = _kernel_forward(seq, piece)
+        return out, lse
     out, lse = None, None
-    for rows, keys, causal in _calls(seq):
-        o, l = _kernel_forward(seq, rows, keys, causal)
-        if rows.start > 0:  # queries older than every key see nothing
-            o = F.pad(o, (0, 0, 0, 0, rows.start, 0))
-            l = F.pad(l, (rows.start, 0), value=-torch.inf)
+    for piece in _pieces(seq):
+        o, l = _kernel_forward(seq, piece)
+        if piece.rows.start > 0:  # queries older than every key see nothing
+            o = F.pad(o, (0, 0, 0, 0, piece.rows.start, 0))
+            l = F.pad(l, (piece.rows.start, 0), value=-torch.inf)
         out, lse = (o, l) if out is None else _merge(out, lse, o, l)
     return out, lse
 
@@ -82,23 +93,58 @@ def attention_backward(
     weight = c[:, None]
     grad = (grad_out * weight).to(grad_out.dtype)
     plain = torch.where(weight == 0, 0, out / torch.where(weight == 0, 1, weight)).to(out.dtype)
-    for rows, keys, causal in _calls(seq):
-        gq, gk, gv = _kernel_backward(seq, rows, keys, causal, grad, plain, lse)
-        dq[rows] += gq
-        dk[keys] += gk
-        dv[keys] += gv
+    for piece in _row_pieces(seq) if _limited(seq) else _pieces(seq):
+        gq, gk, gv = _kernel_backward(seq, piece, grad, plain, lse)
+        dq[piece.rows] += gq
+        dk[piece.keys] += gk
+        dv[piece.keys] += gv
     if extra_delta is not None:
         _delta_backward(seq, lse, extra_delta, dq, dk)
 
 
-def _calls(seq: Sequence) -> list[tuple[slice, slice, bool]]:
-    """(query rows, keys, causal) of the kernel calls that make up one sequence; causal calls are square."""
+class _Piece(NamedTuple):
+    """One kernel call of a sequence; causal ones are square."""
+
+    rows: slice
+    keys: slice
+    causal: bool = False
+    visible: Tensor | None = None  # [r or 1, n] bool, or [Hkv, 1, r or 1, n]
+
+
+def _limited(seq: Sequence) -> bool:
+    """Whether queries see less than the causal mask and padding leave."""
+    return seq.scores.windowed or seq.first is not None or seq.end is not None
+
+
+def _pieces(seq: Sequence) -> list[_Piece]:
+    """The calls that make up a sequence whose queries see all keys, or all up to their own."""
     Sq, Sk = seq.q.shape[0], seq.k.shape[0]
     if not seq.scores.causal or (Sq == 1 and Sk >= 1):
-        return [(slice(0, Sq), slice(0, Sk), False)]
-    past = Sk - Sq
-    square = (slice(max(0, -past), Sq), slice(max(0, past), Sk), True)
-    return [square] if past <= 0 else [square, (slice(0, Sq), slice(0, past), False)]
+        parts = [(slice(0, Sq), slice(0, Sk), False)]
+    else:
+        past = Sk - Sq
+        parts = [(slice(max(0, -past), Sq), slice(max(0, past), Sk), True)]
+        if past > 0:
+            parts.append((slice(0, Sq), slice(0, past), False))
+    return [_Piece(*part, _padding(seq, part[1])) for part in parts]
+
+
+def _padding(seq: Sequence, keys: slice) -> Tensor | None:
+    """Which keys are real, as a piece has it."""
+    if seq.key_valid is None:
+        return None
+    valid = seq.key_valid[keys]
+    return valid[None] if valid.dim() == 1 else valid.T[:, None, None]
+
+
+def _row_pieces(seq: Sequence) -> Iterator[_Piece]:
+    """The calls that make up a sequence whose queries see runs of keys; every query is in one, or sees nothing."""
+    for rows, (k0, k1) in row_blocks(seq, largest=_ROWS):
+        if k1 <= k0:
+            continue
+        visible = sees(seq, rows, torch.arange(k0, k1, device=rows.device))
+        visible = None if bool(visible.all()) else visible
+        yield _Piece(slice(int(rows[0]), int(rows[-1]) + 1), slice(k0, k1), visible=visible)
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,68 +155,68 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     return (part(out_a, lse_a) + part(out_b, lse_b)).to(out_a.dtype), lse
 
 
-def _padding_bias(seq: Sequence, keys: slice) -> Tensor | None:
-    """(1, 1, 1, n) additive mask, broadcast over queries: 0 for real keys, -inf for padding."""
-    if seq.key_valid is None:
+def _bias(seq: Sequence, visible: Tensor | None) -> Tensor | None:
+    """(1 or Hkv, 1, r or 1, n) additive mask of what a piece shows: 0 or -inf."""
+    if visible is None:
         return None
-    valid = seq.key_valid[keys]
-    bias = torch.zeros(valid.shape, dtype=seq.q.dtype, device=seq.q.device)
-    return bias.masked_fill_(~valid, -torch.inf)[None, None, None]
+    bias = torch.zeros(visible.shape, dtype=seq.q.dtype, device=seq.q.device).masked_fill_(~visible, -torch.inf)
+    return bias if bias.dim() == 4 else bias[None, None]
 
 
 def _kernel_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as (Hkv, G, S, D): kv heads are the batch, so that a group shares its keys without a copy."""
     Hkv = seq.k.shape[1]
-    G, D, Dv = seq.q.shape[1] // Hkv, seq.q.shape[-1], seq.v.shape[-1]
-    width = max(D, Dv)  # the kernel wants one head dim: zeros change neither scores nor kept columns
-    q = F.pad(seq.q[rows], (0, width - D)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
-    spread = lambda x: x[keys].transpose(0, 1)[:, None].expand(-1, G, -1, -1)
-    return q, spread(F.pad(seq.k, (0, width - D))), spread(F.pad(seq.v, (0, width - Dv)))
+    G = seq.q.shape[1] // Hkv
+    width = max(seq.q.shape[-1], seq.v.shape[-1])  # the kernel has one: zeros change neither scores nor kept columns
+    q = _widened(seq.q[rows], width).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
+    spread = lambda x: _widened(x[keys], width).transpose(0, 1)[:, None].expand(-1, G, -1, -1)
+    return q, spread(seq.k), spread(seq.v)
 
 
-def _kernel_forward(seq: Sequence, rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
+def _widened(x: Tensor, width: int) -> Tensor:
+    """With zeros at the end of the last dimension; F.pad would copy what is wide enough."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _kernel_forward(seq: Sequence, piece: _Piece) -> tuple[Tensor, Tensor]:
     """One fused call: out (r, H, Dv), lse (H, r)."""
     if seq.q.device.type == "cuda":
-        return _cuda_forward(seq, rows, keys, causal)
-    q, k, v = _kernel_inputs(seq, rows, keys)
-    bias = _padding_bias(seq, keys)
+        return _cuda_forward(seq, piece)
+    q, k, v = _kernel_inputs(seq, piece.rows, piece.keys)
+    bias = _bias(seq, piece.visible)
     o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=seq.scores.scale
+        q, k, v, 0.0, piece.causal, attn_mask=bias, scale=seq.scores.scale
     )
-    o = o.permute(2, 0, 1, 3).flatten(1, 2)[..., : seq.v.shape[-1]]
-    lse = lse.flatten(0, 1).to(seq.accumulate_dtype)
-    if seq.key_valid is not None:  # the kernel reports 0 for a row that sees nothing
-        lse = lse.masked_fill(_dead_rows(seq, rows, keys, causal), -torch.inf)
-    return o, lse
+    o = o.permute(2, 0, 1, 3)[..., : seq.v.shape[-1]]  # [r, Hkv, G, Dv]
+    lse = lse.to(seq.accumulate_dtype)
+    if piece.visible is not None:  # of a row that sees nothing the kernel reports 0
+        dead = _dead_rows(piece)
+        lse = lse.masked_fill(dead, -torch.inf)
+    return o.flatten(1, 2), lse.flatten(0, 1)
 
 
-def _dead_rows(seq: Sequence, rows: slice, keys: slice, causal: bool) -> Tensor:
-    """(r,) bool: queries of this call that see no real key."""
-    seen = seq.key_valid[keys].cumsum(0) if causal else seq.key_valid[keys].sum()[None]
-    return (seen == 0).expand(rows.stop - rows.start)
+def _dead_rows(piece: _Piece) -> Tensor:
+    """(r or 1,) or (Hkv, 1, r or 1) bool: queries of this call that see no key."""
+    if piece.causal:
+        return (piece.visible.cumsum(-1) == 0).squeeze(-2)
+    return ~piece.visible.any(-1)
 
 
 def _kernel_backward(
-    seq: Sequence,
-    rows: slice,
-    keys: slice,
-    causal: bool,
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    seq: Sequence, piece: _Piece, grad: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv) of one fused call, given the merged out and lse."""
     if seq.q.device.type == "cuda":
-        return _cuda_backward(seq, rows, keys, causal, grad, out, lse)
-    q, k, v = _kernel_inputs(seq, rows, keys)
+        return _cuda_backward(seq, piece, grad, out, lse)
+    q, k, v = _kernel_inputs(seq, piece.rows, piece.keys)
     Hkv, G, _, width = q.shape
     D, Dv = seq.q.shape[-1], seq.v.shape[-1]
-    group = lambda x: F.pad(x[rows], (0, width - Dv)).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
-    l = lse[:, rows].unflatten(0, (Hkv, G))
+    group = lambda x: _widened(x[piece.rows], width).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
+    l = lse[:, piece.rows].unflatten(0, (Hkv, G))
     l = torch.where(l.isinf(), 0, l).contiguous()
-    bias = _padding_bias(seq, keys)
+    bias = _bias(seq, piece.visible)
     gq, gk, gv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        group(grad), q, k, v, group(out), l, 0.0, causal, attn_mask=bias, scale=seq.scores.scale
+        group(grad), q, k, v, group(out), l, 0.0, piece.causal, attn_mask=bias, scale=seq.scores.scale
     )
     gq = gq.permute(2, 0, 1, 3).flatten(1, 2)[..., :D]
     gk, gv = (x.sum(1, dtype=seq.accumulate_dtype).transpose(0, 1) for x in (gk, gv))
@@ -186,31 +232,26 @@ def _cuda_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[list[Tensor],
     return parts, [*bounds, *lengths]
 
 
-def _cuda_forward(seq: Sequence, rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
+def _cuda_forward(seq: Sequence, piece: _Piece) -> tuple[Tensor, Tensor]:
     """PyTorch's FlashAttention-2 on one sequence: out (r, H, Dv), lse (H, r)."""
-    parts, bounds = _cuda_inputs(seq, rows, keys)
-    out, lse, *_ = _aten._flash_attention_forward(*parts, *bounds, 0.0, causal, False, scale=seq.scores.scale)
+    parts, bounds = _cuda_inputs(seq, piece.rows, piece.keys)
+    out, lse, *_ = _aten._flash_attention_forward(*parts, *bounds, 0.0, piece.causal, False, scale=seq.scores.scale)
     return out[..., : seq.v.shape[-1]], lse.view(seq.q.shape[1], -1)
 
 
 def _cuda_backward(
-    seq: Sequence,
-    rows: slice,
-    keys: slice,
-    causal: bool,
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    seq: Sequence, piece: _Piece, grad: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its backward: gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv)."""
-    parts, bounds = _cuda_inputs(seq, rows, keys)
+    rows = piece.rows
+    parts, bounds = _cuda_inputs(seq, rows, piece.keys)
     D, Dv, width = seq.q.shape[-1], seq.v.shape[-1], parts[0].shape[-1]
     grad, out = (F.pad(x[rows], (0, width - Dv)).contiguous() for x in (grad, out))
     rng = torch.zeros(2, dtype=torch.uint64, device=seq.q.device)  # read only under dropout
     unused = torch.empty(0, device=seq.q.device)
     l = lse[:, rows].contiguous()
     gq, gk, gv = _aten._flash_attention_backward(
-        grad, *parts, out, l, *bounds, 0.0, causal, rng, unused, scale=seq.scores.scale
+        grad, *parts, out, l, *bounds, 0.0, piece.causal, rng, unused, scale=seq.scores.scale
     )
     return gq[..., :D], gk[..., :D], gv[..., :Dv]
 

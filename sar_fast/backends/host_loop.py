@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sar_fast.backends import torch_backend
+from sar_fast.backends import small, torch_backend
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.sequence import Sequence, dense_last, sequences_of
 from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
@@ -38,11 +38,35 @@ class HostLoop:
         return self.kernel.unsupported(request)
 
     def forward(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result:
-        return self._attend(call, sequences_of(call), rule, need_lse=need_lse)
+        self._log(call)
+        result = self._attend_at_once(call, rule, need_lse=need_lse) if small.runs_at_once(call) else None
+        return self._attend(call, sequences_of(call), rule, need_lse=need_lse) if result is None else result
+
+    def _log(self, call: Call) -> None:
+        logger.debug("attention: backend=%s q=%s k=%s", self.name, tuple(call.q.shape), tuple(call.k.shape))
+
+    def _attend_at_once(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result | None:
+        """Attention of all samples in one call; None where it is not finite, as what a mask hides may have shown."""
+        out, lse = self.kernel.attention(small.side_by_side(call), need_lse=need_lse)  # [Sq, B * H, Dv], [B * H, Sq]
+        sums = () if call.roles is None else small.statistics_sums(call)
+        if not _finite(out, *sums):
+            return None
+        out = out.unflatten(1, (call.batch_size, -1)).transpose(0, 1).contiguous()
+        lse = lse.view(call.lse_shape) if need_lse else out.new_empty(0)
+        av, sa, count, c = _start(call)
+        if call.roles is not None:
+            for total, part in zip((av, sa, count), sums):
+                total += part
+            total = count.clamp_min(1)[:, None]
+            av /= total
+            sa /= total
+            if not isinstance(rule, Equal):
+                c = rule(Statistics(av, sa, count), None)
+                out *= c[:, None, :, None]
+        return Result(out, lse, Statistics(av, sa, count), c)
 
     def _attend(self, call: Call, sequences: list[Sequence], rule: Lowered, *, need_lse: bool) -> Result:
         """Attention of a call's sequences, one after the other."""
-        logger.debug("attention: backend=%s q=%s k=%s", self.name, tuple(call.q.shape), tuple(call.k.shape))
         q, acc, sar = call.q, call.accumulate_dtype, call.roles is not None
         lse = q.new_empty(call.lse_shape if need_lse else (0,), dtype=acc)
         av, sa, count, c = _start(call)
@@ -112,6 +136,7 @@ class HostLoop:
             first, end = (None if x is None else x[b if x.shape[0] > 1 else 0] for x in step.bounds)
             sequences.append(Sequence(q[b], k, v, step.scores, *own, first=first, end=end))
         call = Call(q, cache.k, cache.v, step.scores, roles, carried=step.sums)
+        self._log(call)
         result = self._attend(call, sequences, step.rule, need_lse=need_lse)
         if step.c is not None:
             for b in range(q.shape[0]):
@@ -179,6 +204,8 @@ def _attend_one(kernel: ModuleType, seq: Sequence, need_lse: bool) -> tuple[Tens
     out, lse = kernel.attention(seq, need_lse=need_lse)
     if seq.visual is None:
         return out, lse
+    if seq.marks is None and small.is_small(alone := seq.as_call()):
+        return out, lse, *(x[0] for x in small.statistics_sums(alone))
     block = text_visual_block(seq)
     text_lse = log_sum_exp(seq, block.rows) if lse is None else lse[:, block.rows]
     return out, lse, *statistics_forward(seq, block, text_lse), block.counted.sum()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.validation import check_ends
-from sar_fast.values import Call, Scores
+from sar_fast.values import Bounds, Call, Roles, Scores
 
 
 def dense_last(x: Tensor) -> Tensor:
@@ -43,6 +43,7 @@ class Marks:
 class Sequence:
     """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen.
 
+    Of samples side by side, which have no roles, ``key_valid`` is (Sk, Hkv), each kv head's.
     ``first`` and ``end`` bound the run of keys that each query sees (:class:`~sar_fast.values.Bounds`).
     """
 
@@ -79,6 +80,16 @@ class Sequence:
         padding = ~self.key_valid[:, None, None]
         q = self.q if lse is None else self.q.masked_fill(lse.isneginf().all(0)[:, None, None], 0)
         return dataclasses.replace(self, q=q, k=self.k.masked_fill(padding, 0), v=self.v.masked_fill(padding, 0))
+
+    def as_call(self) -> Call:
+        """A dense call of this sequence alone, if it has roles."""
+        first = lambda x: None if x is None else x[None]
+        roles = Roles(*map(first, (self.visual, self.text, self.prior)))
+        mask = None if self.mask is None else self.mask[None, None]
+        bounds = Bounds(first(self.first), first(self.end))
+        return Call(
+            *map(first, (self.q, self.k, self.v)), self.scores, roles, first(self.key_valid), mask, bounds=bounds
+        )
 
     @property
     def offset(self) -> int:

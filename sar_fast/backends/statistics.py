@@ -6,7 +6,8 @@ query sees all of V and there is no soft-cap, the variance is the closed form ``
 (rows, keys) block at a time.
 
 In fp32 the rounding of ``lse_i`` itself would show in ``p_ij``: a softmax normalised by a sum over the very same scores
-is several times more exact. There the text rows' other keys are summed too, and the block divides by the total.
+is several times more exact. There the text rows' other keys are summed too, and the block divides by the total, unless
+``lse_i`` is small and there are rows enough for its rounding to average out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sar_fast.backends.sequence import Sequence
 
 _BLOCK_BYTES = {"cpu": 8 << 20}  # stays within a shared CPU cache; measured best between 4 and 16 MB
 _BLOCK_BYTES_DEVICE = 256 << 20
+_FEW_ROWS, _LARGE_LSE = 64, 16.0  # between them: below 5e-7 a row, 4e-8 in the mean, less than a softmax in fp32 errs
 
 
 @dataclasses.dataclass
@@ -90,6 +92,8 @@ def statistics_forward(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> tu
     n, acc = block.keys.numel(), seq.accumulate_dtype
     if block.rows.numel() == 0 or n < 2:
         return seq.q.new_zeros(H, dtype=acc), seq.q.new_zeros(H, dtype=acc)
+    if block.others is not None and not _rounding_shows(lse):
+        block = dataclasses.replace(block, others=None)
     # with few keys the direct way is cheap
     closed_form = block.all_visible and seq.scores.softcap == 0 and n > D and seq.marks is None
     groups = [_group_statistics(seq, block, lse, kv, closed_form) for kv in range(Hkv)]
@@ -101,6 +105,12 @@ def statistics_forward(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> tu
             groups[kv] = _group_statistics(seq, block, lse, kv, False)
     av_sum, sa_sum, _ = (torch.cat(parts) for parts in zip(*groups))
     return av_sum, sa_sum
+
+
+def _rounding_shows(lse: Tensor) -> bool:
+    """Whether the mean over text queries of ``exp(s - lse)`` would be less exact than a softmax; lse is (H, t)."""
+    size = lse.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0.0).abs().max()
+    return lse.shape[1] <= _FEW_ROWS or bool(size > _LARGE_LSE)
 
 
 def _group_statistics(

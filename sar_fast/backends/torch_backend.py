@@ -155,5 +155,7 @@ def _attend_rows(seq: Sequence, rows: Tensor, key_range: tuple[int, int], out: T
     visible = sees(seq, rows, torch.arange(k0, k1, device=rows.device))
     block = _sdpa(seq.q[i0:i1], seq.k[k0:k1], seq.v[k0:k1], seq.scores.scale, mask=visible)
     if visible is not None:
-        block = block.masked_fill(~visible.any(-1)[:, None, None], 0)
+        dead = ~visible.any(-1)  # [r], or [Hkv, 1, r]
+        dead = dead.expand(seq.k.shape[1], seq.q.shape[1] // seq.k.shape[1], -1).flatten(0, 1)
+        block = block.masked_fill(dead.T[..., None], 0)
     out[i0:i1] = block

@@ -65,8 +65,8 @@ def gradients(function, case, rule) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "sav_grad"])
 @pytest.mark.parametrize("options", [{}, {"padding": "left"}, {"window_size": (9, 0)}, {"softcap": 2.0}], ids=str)
 def test_a_rule_equals_autograd_of_the_reference(backend, sav_grad, options):
-    if backend == "composed" and not set(options) <= {"padding"}:
-        pytest.skip("PyTorch's fused kernels have neither windows nor soft-capping")
+    if backend == "composed" and "softcap" in options:
+        pytest.skip("PyTorch's fused kernels have no soft-capping")
     case = without_beta(make_case(21, H=H, D=16, Dv=24, **options))
     run = lambda c, **more: sar_attn_func(
         *c.tensors, **c.options, weighting=rule, backend=backend, sav_grad=sav_grad, return_stats=True
