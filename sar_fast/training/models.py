@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sar_fast import adapters, models
 from sar_fast.chat_template import read_template
-from sar_fast.integrations.hf.apply import apply_sar
+from sar_fast.integrations.hf import apply_sar
 from sar_fast.integrations.hf.structure import find_decoder_layers, unwrap
 from sar_fast.model_errors import flags_named
 from sar_fast.models import ModelSource, find_model

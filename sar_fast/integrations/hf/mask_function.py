@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
-from sar_fast.integrations.hf.context import running_pass
+from sar_fast.integrations.hf.forward_pass import running_pass
 
 
 def sar_mask(

@@ -18,6 +18,16 @@ CURE = (
 PLAIN = "plain attention is remove_sar(model) or activation_layer_k=0"
 
 
+def refuse_other_attention(came: str | None, needed: str) -> None:
+    """``RuntimeError`` if the text model's layers call another attention function than SAR's."""
+    if came != needed:
+        raise RuntimeError(
+            f"SAR: the text model's attention is {came!r}, not {needed!r}; nothing would be re-weighted. "
+            "set_attn_implementation was called while SAR is applied: handle.remove() (or remove_sar(model)) keeps "
+            "that choice, and apply_sar(model, config) after it puts SAR on again"
+        )
+
+
 def refuse_unseen_cache(
     cache: Any, past: CacheState | None, past_length: int | Tensor, new: int, peft_configs: Mapping[str, Any]
 ) -> None:
@@ -45,6 +55,14 @@ def refuse_unseen_cache(
         f"cache.reset()) and the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, "
         "apply SAR to the PEFT model"
     )
+
+
+def refuse_ignored_features(base_model: nn.Module, encoded: Mapping[str, Any], parameters: Sequence[str]) -> None:
+    """``ValueError`` if encoded features came to a model that takes none; ``parameters`` are its forward's."""
+    if encoded and "mm_encoder_outputs" not in parameters:
+        raise ValueError(
+            f"mm_encoder_outputs: {type(base_model).__name__} of this transformers version would ignore it; pass pixels"
+        )
 
 
 def refuse_merged_embeddings(given: Mapping[str, Any], new: int, peft_configs: Mapping[str, Any]) -> None:
