@@ -94,6 +94,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        box_formats={"qwen2_vl": "thousandths", "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3"},
         whole_prompts="",
     )
 )
@@ -115,6 +116,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_windowed,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        box_formats={"qwen2_5_vl": "resized_pixels"},
         whole_prompts="",
     )
 )
@@ -135,6 +137,7 @@ register_family(
         model_types=("mistral3",),
         vision_blocks=("vision_tower.transformer.layers",),
         token_norms=_blocks_in_rows,
+        packable=("mistral3",),
         whole_prompts="",
     )
 )

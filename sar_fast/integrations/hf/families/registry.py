@@ -36,6 +36,13 @@ class Family:
             a number, as it is in ``generate``; SAR then asks for all of them, since T is more than the last one.
         whole_prompts: why prompts about one picture must each run from their first token. "": attention is causal and
             positions of a continued cache are right, so prompts may share the run of what they begin with.
+        box_formats: model type -> how its models write boxes, a name in ``evaluation.boxes.FORMATS``; those not listed
+            write fractions of the picture.
+        packable: model types of which a row may hold several samples. Not where positions have several rows that must
+            restart, or pictures' blocks look across samples.
+        pads_to_square: the processor pads pictures evenly to a square.
+        tiling: (base model) -> keyword arguments of its ``pack_image_features``, if it cuts pictures into tiles and
+            packs them behind the small whole picture.
         note: what users of the family should know, for docs/families.md.
     """
 
@@ -50,6 +57,10 @@ class Family:
     whole_video_features: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] | None = None
     computes_last_queries_only: bool = False
     whole_prompts: str = "its family entry does not say that prompts can share what they begin with"
+    box_formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    packable: tuple[str, ...] = ()
+    pads_to_square: bool = False
+    tiling: Callable[[nn.Module], Mapping[str, Any]] | None = None
     note: str = ""
 
     def find_vision_blocks(self, base_model: nn.Module) -> nn.ModuleList:
@@ -98,6 +109,16 @@ def registered_families() -> tuple[Family, ...]:
 def refused_model_types() -> dict[str, str]:
     """Model types that are known and refused, with the reason."""
     return {t: reason for t, reason in _REFUSED.items() if t not in _REGISTRY}
+
+
+def known_family(model_type: str) -> Family | None:
+    """The family of a model type, None where none is registered."""
+    return _REGISTRY.get(model_type)
+
+
+def packable_model_types() -> tuple[str, ...]:
+    """Model types of which a row may hold several samples."""
+    return tuple(sorted({t for family in registered_families() for t in family.packable}))
 
 
 def find_family(config: Any) -> Family:

@@ -42,6 +42,8 @@ register_family(
         model_types=("internvl", "qianfan_ocr"),
         vision_blocks=("vision_tower.encoder.layer", "vision_tower.layers"),
         token_norms=_blocks(lambda m: round(1 / m.config.downsample_ratio), without_class_token),
+        box_formats={"internvl": "internvl"},
+        packable=("internvl",),
         whole_prompts="",
     )
 )
@@ -61,6 +63,7 @@ register_family(
         model_types=("idefics3", "smolvlm"),
         vision_blocks=("vision_model.encoder.layers",),
         token_norms=_blocks(lambda m: m.config.scale_factor),
+        packable=("idefics3",),
         whole_prompts="",
     )
 )
