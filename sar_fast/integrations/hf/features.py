@@ -20,6 +20,7 @@ from sar_fast.config import PriorSource
 from sar_fast.integrations.hf.forward_pass import running_pass
 from sar_fast.integrations.hf.running import enter, innermost, leave
 from sar_fast.integrations.hf.structure import parameters_of
+from sar_fast.value_checks import check_holds
 
 HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
 
@@ -192,11 +193,13 @@ def encoded_norms(output: Any, modality: str, handle: Any) -> Tensor:
     was = marks.to(now.device).repeat(repeats)
     if repeats > 1:  # in the order of the rows
         was, now = was.sort().values, now.sort().values
-    if was.shape != now.shape or not torch.allclose(was, now, rtol=1e-2):
-        raise ValueError(
-            f"mm_encoder_outputs[{modality!r}] holds other features than those that its norms were taken of: put "
-            f"together from several calls, reordered, or changed. Needed: the output of one get_{modality}_features"
-        )
+    error = (
+        f"mm_encoder_outputs[{modality!r}] holds other features than those that its norms were taken of: put together "
+        f"from several calls, reordered, or changed. Needed: the output of one get_{modality}_features"
+    )
+    if was.shape != now.shape:
+        raise ValueError(error)
+    check_holds(torch.isclose(was, now, rtol=1e-2, equal_nan=True).all(), error)
     return norms
 
 

@@ -16,9 +16,10 @@ from sar_fast.config import SARConfig
 from sar_fast.integrations.hf.attention import ATTENTION_NAME
 from sar_fast.integrations.hf.features import encoded_norms, handle_of
 from sar_fast.integrations.hf.forward_pass import Pass
-from sar_fast.integrations.hf.masks import read_mask
-from sar_fast.integrations.hf.norms import IncomingNorms
-from sar_fast.integrations.hf.packing import Packing, find_packing
+from sar_fast.integrations.hf.host_facts import HostFacts
+from sar_fast.integrations.hf.masks import ask_mask, read_mask
+from sar_fast.integrations.hf.norms import IncomingNorms, placeholders_of
+from sar_fast.integrations.hf.packing import Packing, ask_packing, find_packing
 from sar_fast.integrations.hf.refusals import (
     PIXELS,
     refuse_ignored_features,
@@ -32,6 +33,7 @@ from sar_fast.integrations.hf.rule_module import config_for
 from sar_fast.integrations.hf.running import enter, leave
 from sar_fast.integrations.hf.speculation import drafting, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
+from sar_fast.integrations.hf.structure import Layout
 from sar_fast.roles import TokenRoles, roles_from_visual
 
 
@@ -62,16 +64,17 @@ def _begin(module: nn.Module, handle: Any, given: dict[str, Any]) -> Pass:
     refuse_ignored_features(module, encoded, handle.layout.forward_parameters)
     comes = {m for m, pixels in PIXELS.items() if encoded.get(m) is not None or given.get(pixels) is not None}
     drafts = take_drafts(cache, given.get("input_ids"), past_length)
+    placeholders = _find_placeholders(module, handle.layout, given, comes)
+    facts = _ask(given, placeholders, comes, past_length, drafts)
+    if "past_length" in facts:
+        past_length = facts["past_length"][0]
     _continue(handle, config, cache, past_length, _tokens(given).shape[1])
     if config.measures:
-        _check_pictures(module, handle, given, comes, past_length, drafts)
-    placeholders = {
-        modality: placeholder_mask(module, given, token)
-        for modality, token in handle.layout.placeholder_ids.items()
-        if modality in comes
-    }
-    roles, packing = _read_sequences(given, placeholders, past_length, past, config)
-    running = Pass(handle, config, roles, past_length, IncomingNorms(placeholders), past, packing, drafts)
+        _check_pictures(handle.layout, given, comes, facts)
+    placeholders = {modality: mask for modality, mask in placeholders.items() if modality in comes}
+    roles, packing = _read_sequences(given, placeholders, past_length, past, config, facts)
+    incoming = IncomingNorms(placeholders, facts)
+    running = Pass(handle, config, roles, past_length, incoming, past, packing, drafts, _padded(facts))
     for modality in placeholders:
         if encoded.get(modality) is not None:
             running.receive_encoded(modality, encoded_norms(encoded[modality], modality, handle))
@@ -81,6 +84,44 @@ def _begin(module: nn.Module, handle: Any, given: dict[str, Any]) -> Pass:
 def _tokens(given: dict[str, Any]) -> Tensor:
     """(B, S) ids or (B, S, width) embeddings of the new positions."""
     return given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+
+
+def _find_placeholders(module: nn.Module, layout: Layout, given: dict[str, Any], comes: set[str]) -> dict[str, Tensor]:
+    """Modality -> (B, S) bool, its placeholders; where nothing is to be refused, of modalities that come alone."""
+    asked = comes if _tokens(given).shape[1] == 1 or torch.compiler.is_compiling() else layout.placeholder_ids
+    return {m: placeholder_mask(module, given, token) for m, token in layout.placeholder_ids.items() if m in asked}
+
+
+def placeholder_mask(base_model: nn.Module, given: dict[str, Any], token: int) -> Tensor:
+    """(B, S) bool: where the ids, or the embeddings when only they are given, are placeholder ``token``."""
+    tokens = _tokens(given)
+    if tokens.dim() == 2:
+        return tokens == token
+    row = base_model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=tokens.device))
+    return (tokens == row.to(tokens.device)).all(-1)
+
+
+def _ask(
+    given: dict[str, Any], placeholders: dict[str, Tensor], comes: set[str], past_length: int | Tensor, drafts: int
+) -> HostFacts:
+    """All that the host must know of a prompt's values, to be read together; decode steps have nothing to be read."""
+    facts, shape = HostFacts(), _tokens(given).shape[:2]
+    if torch.compiler.is_compiling() or shape[1] == 1:
+        return facts
+    if isinstance(past_length, Tensor):
+        facts.ask("past_length", past_length)
+    for modality, mask in placeholders.items():
+        if modality in comes:
+            facts.ask(placeholders_of(modality), mask.sum(-1))
+        elif not (drafts and past_length) and not drafting():  # drafted tokens are none
+            facts.ask(f"unfilled {modality}", mask[:, : shape[1] - drafts].sum())
+    ask_mask(facts, given.get("attention_mask"))
+    ask_packing(facts, given, shape)
+    return facts
+
+
+def _padded(facts: HostFacts) -> bool | None:
+    return bool(facts["padding"][0]) if "padding" in facts else None
 
 
 def _continue(handle: Any, config: SARConfig, cache: Any, past_length: int | Tensor, new: int) -> None:
@@ -96,29 +137,15 @@ def _continue(handle: Any, config: SARConfig, cache: Any, past_length: int | Ten
             past.belong_to(config, handle.switch)
 
 
-def _check_pictures(
-    module: nn.Module, handle: Any, given: dict[str, Any], comes: set[str], past_length: int | Tensor, drafts: int
-) -> None:
+def _check_pictures(layout: Layout, given: dict[str, Any], comes: set[str], facts: HostFacts) -> None:
     """Placeholders and embeddings of this pass must say where pictures are. Generated tokens are none."""
-    layout, new, no_ids = handle.layout, _tokens(given).shape[1], given.get("input_ids") is None
+    no_ids = given.get("input_ids") is None
     if no_ids and not comes:
-        refuse_merged_embeddings(given, new, layout.peft_configs)
-    if new == 1 or (drafts and past_length) or drafting() or torch.compiler.is_compiling():
-        return
+        refuse_merged_embeddings(given, _tokens(given).shape[1], layout.peft_configs)
     filled = {layout.placeholder_ids.get(m) for m in comes}  # clips may use the pictures' placeholder
     for modality, token in layout.placeholder_ids.items():
-        if token not in filled:
-            mask = placeholder_mask(module, given, token)[:, : new - drafts]
-            refuse_unfilled("inputs_embeds" if no_ids else "input_ids", modality, mask)
-
-
-def placeholder_mask(base_model: nn.Module, given: dict[str, Any], token: int) -> Tensor:
-    """(B, S) bool: where the ids, or the embeddings when only they are given, are placeholder ``token``."""
-    tokens = _tokens(given)
-    if tokens.dim() == 2:
-        return tokens == token
-    row = base_model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=tokens.device))
-    return (tokens == row.to(tokens.device)).all(-1)
+        if token not in filled and f"unfilled {modality}" in facts:
+            refuse_unfilled("inputs_embeds" if no_ids else "input_ids", modality, facts[f"unfilled {modality}"][0])
 
 
 def _read_sequences(
@@ -127,6 +154,7 @@ def _read_sequences(
     past_length: int | Tensor,
     past: CacheState | None,
     config: SARConfig,
+    facts: HostFacts,
 ) -> tuple[TokenRoles, Packing | None]:
     """Roles of the new positions, and the sequences that are packed into the rows."""
     tokens = _tokens(given)
@@ -134,9 +162,9 @@ def _read_sequences(
     visual = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
     for mask in placeholders.values():
         visual = visual | mask
-    real, packed_by_mask = read_mask(given.get("attention_mask"), shape, past_length)
+    real, packed_by_mask = read_mask(given.get("attention_mask"), shape, past_length, facts)
     real = None if real is None else real.to(visual.device)
-    packing = find_packing(given, shape, past_length) or packed_by_mask
+    packing = find_packing(given, shape, past_length, facts) or packed_by_mask
     if packing is not None:
         return packing.roles(visual if real is None else visual & real, config.text_queries), packing
     return _roles(visual, real, past, config), None

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from sar_fast.integrations.hf.forward_pass import running_pass
+from sar_fast.value_checks import check_holds
 
 
 def sar_mask(
@@ -57,11 +58,22 @@ def sar_mask(
     end = int(q_offset) + q_length  # keys beyond are a static cache's unfilled slots
     if padding is not None:
         padding = padding[:, :end]
-        if not tracing and bool(padding.all()):
+        if not tracing and _hides_nothing(padding, q_length):
             padding = None
     if padding is None and end < kv_length:
         padding = torch.ones(batch_size, end, dtype=torch.bool, device=kwargs.get("device", "cpu"))
     return padding
+
+
+def _hides_nothing(padding: Tensor, queries: int) -> bool:
+    """Whether a mask (B, keys) is known to be True all over. A GPU is asked once a prompt, by the pass, not here."""
+    if padding.device.type == "cpu":
+        return bool(padding.all())
+    running = running_pass()
+    if queries == 1 or running is None or running.padded is not False:
+        return False
+    check_holds(padding.all(), "attention_mask: the model hides positions that the mask it was given does not")
+    return True
 
 
 def _packs_causal(mask_function: Any) -> bool:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from sar_fast.integrations.hf.host_facts import HostFacts
+
+
+def placeholders_of(modality: str) -> str:
+    """Name of the fact how many placeholders each row has."""
+    return f"{modality} placeholders"
 
 
 class IncomingNorms:
@@ -18,8 +24,8 @@ class IncomingNorms:
         placeholders: modality -> (B, S) bool, the positions that its features fill.
     """
 
-    def __init__(self, placeholders: Mapping[str, Tensor]) -> None:
-        self.placeholders = placeholders
+    def __init__(self, placeholders: Mapping[str, Tensor], facts: HostFacts) -> None:
+        self.placeholders, self._facts = placeholders, facts
         self._parts: dict[str, list[Tensor]] = {modality: [] for modality in placeholders}
 
     def add(self, modality: str, norms: Tensor) -> None:
@@ -42,7 +48,7 @@ class IncomingNorms:
             if norms.numel() == 0 or total == 0 or total % norms.numel():
                 _refuse_count(modality, total, norms.numel())
             repeats = total // norms.numel()
-            samples = norms.split(self._rows[modality][::repeats])
+            samples = norms.split(self._rows(modality)[::repeats])
             norms = torch.cat([part.repeat(repeats) for part in samples])
         self._parts[modality] = [norms]
 
@@ -60,13 +66,14 @@ class IncomingNorms:
         came = {m: sum(map(len, parts)) for m, parts in self._parts.items()}
         return ", ".join(f"{n} of {self._total(m)} {m} tokens" for m, n in came.items())
 
-    @functools.cached_property
-    def _rows(self) -> dict[str, list[int]]:
-        """Modality -> placeholders of each row."""
-        return {modality: mask.sum(-1).tolist() for modality, mask in self.placeholders.items()}
+    def _rows(self, modality: str) -> list[int]:
+        """Placeholders of each row."""
+        if placeholders_of(modality) not in self._facts:
+            self._facts.ask(placeholders_of(modality), self.placeholders[modality].sum(-1))
+        return self._facts[placeholders_of(modality)]
 
     def _total(self, modality: str) -> int:
-        return sum(self._rows[modality])
+        return sum(self._rows(modality))
 
     def _came(self, modality: str) -> bool:
         parts = self._parts[modality]
