@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar
-from tests.hf.host_reads import HostReads
+from tests.hf.operators import HostReads
 from tests.hf.pretend_devices import FIRST, Devices
 from tests.hf.tiny import CASES, llava, llava_batch
 

@@ -319,7 +319,7 @@ def _last_layer_answers(handle: SARHandle) -> Iterator[None]:
         kwargs.pop("hidden_states", None)
         with contextlib.suppress(_Enough):
             original(hidden, *args[1:], **kwargs)
-        kwargs["sar_context"] = running.last_queries(needed)
+        kwargs["sar_context"] = running.but(queries=needed)
         output = original(hidden[:, -needed:], *args[1:], **_last_positions(kwargs, needed))
         answered = output[0] if isinstance(output, tuple) else output
         whole = torch.full_like(hidden, torch.nan)

@@ -167,25 +167,35 @@ def _read_sequences(
     packing = find_packing(given, shape, past_length, facts) or packed_by_mask
     if packing is not None:
         return packing.roles(visual if real is None else visual & real, config.text_queries), packing
-    return _roles(visual, real, past, config), None
+    return _roles(visual, real, past, config, brings_pictures=bool(placeholders)), None
 
 
-def _roles(visual: Tensor, real: Tensor | None, past: CacheState | None, config: SARConfig) -> TokenRoles:
+def _roles(
+    visual: Tensor, real: Tensor | None, past: CacheState | None, config: SARConfig, *, brings_pictures: bool
+) -> TokenRoles:
     """Roles of the new positions, each row one sequence.
 
     Args:
         visual: (B, S) bool, placeholders that this pass's features fill.
         real: (B, S) bool, False = padding; None = no padding.
     """
+    seen = None if past is None or past.visual_mask is None else past.visual_mask.to(visual.device)
+    if not brings_pictures:  # all text follows what the cache holds
+        return TokenRoles(
+            visual, visual if seen is None else _and(seen.any(-1, keepdim=True), real).expand(visual.shape)
+        )
     roles = roles_from_visual(visual, real, text_queries=config.text_queries)
-    if past is None or past.visual_mask is None:
+    if seen is None:
         return roles
     # text that follows cached visual tokens counts, unless newer visual tokens come after it
-    real = torch.ones_like(visual) if real is None else real
-    restart = roles.visual_mask.any(-1, keepdim=True) if config.text_queries == "after_last_image" else False
-    seen = past.visual_mask.to(visual.device).any(-1, keepdim=True)
-    follows = seen & real & ~visual & ~torch.as_tensor(restart, device=visual.device)
+    follows = _and(seen.any(-1, keepdim=True) & ~visual, real)
+    if config.text_queries == "after_last_image":
+        follows = follows & ~roles.visual_mask.any(-1, keepdim=True)
     return TokenRoles(roles.visual_mask, roles.text_mask | follows)
+
+
+def _and(mask: Tensor, real: Tensor | None) -> Tensor:
+    return mask if real is None else mask & real
 
 
 def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -64,11 +64,15 @@ class Pass:
 
     def __post_init__(self) -> None:
         self._elsewhere: dict[torch.device, Pass] = {}
+        self._over_keys: dict[int, tuple[Tensor, Tensor]] = {}
         if isinstance(self.past_length, Tensor):  # the cache's own counter, which this pass advances
             self.past_length = self.past_length.clone()
         if self.past_visual and not self.brings_pictures:
-            home = self.roles.visual_mask.device
-            self._set(self.past.visual_mask.to(home), self.past.norms.to(home))
+            past, home = self.past, self.roles.visual_mask.device
+            prior = None if past.prior is None else past.prior.to(home)
+            self._set(past.visual_mask.to(home), past.norms.to(home), prior)
+            if past.prior is None:
+                past.prior = self.prior
 
     # what it is about
 
@@ -107,20 +111,20 @@ class Pass:
         if device == self.roles.text_mask.device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = other = copy.copy(self)
-            other.roles = TokenRoles(*(x.to(device) for x in self.roles))
-            for name in ("past_length", "visual_mask", "norms", "prior"):
-                value = getattr(self, name)
-                setattr(other, name, value.to(device) if isinstance(value, Tensor) else value)
+            names = ("past_length", "visual_mask", "norms", "prior")
+            moved = {name: x.to(device) for name in names if isinstance(x := getattr(self, name), Tensor)}
             if self.packing is not None:
-                other.packing = dataclasses.replace(self.packing, cu_seqlens=self.packing.cu_seqlens.to(device))
+                moved["packing"] = dataclasses.replace(self.packing, cu_seqlens=self.packing.cu_seqlens.to(device))
+            self._elsewhere[device] = self.but(roles=TokenRoles(*(x.to(device) for x in self.roles)), **moved)
         return self._elsewhere[device]
 
-    def last_queries(self, count: int) -> Pass:
-        """This pass for a layer that computes its last ``count`` positions alone."""
-        own = copy.copy(self)
-        own.queries, own._elsewhere = count, {}
-        return own
+    def but(self, **changes: Any) -> Pass:
+        """This pass as some layers see it, with other attributes; the rest is shared."""
+        other = copy.copy(self)
+        other._elsewhere, other._over_keys = {}, {}
+        for name, value in changes.items():
+            setattr(other, name, value)
+        return other
 
     # norms of the vision features, and the prior
 
@@ -164,11 +168,17 @@ class Pass:
         old_visual, old_norms = (F.pad(x, missing) for x in old)
         return torch.cat([old_visual, new_visual], dim=1), torch.cat([old_norms, new_norms], dim=1)
 
-    def _set(self, visual_mask: Tensor, norms: Tensor) -> None:
+    def _set(self, visual_mask: Tensor, norms: Tensor, prior: Tensor | None = None) -> None:
         self.visual_mask, self.norms = visual_mask, norms
+        self.prior = self._prior() if prior is None else prior
+        self._over_keys.clear()
+
+    def _prior(self) -> Tensor:
+        """(B, L) fp32: each visual token's share of its sample's norms."""
+        norms, visual_mask = self.norms, self.visual_mask
         silent = (self._total(norms) == 0) & visual_mask  # all-zero features: uniform prior
         shares = torch.where(silent, 1.0, norms)
-        self.prior = shares / self._total(shares).clamp_min(torch.finfo(torch.float32).tiny)
+        return shares / self._total(shares).clamp_min(torch.finfo(torch.float32).tiny)
 
     def _total(self, values: Tensor) -> Tensor:
         """Sum over each sample: a row, or a packed sequence. Broadcasts against ``values`` (B, L)."""
@@ -176,8 +186,10 @@ class Pass:
 
     # what attention layers read
 
-    def carried_rows(self) -> Tensor:
-        """(B,) fp32: 1 for rows whose sums go on, 0 for rows where new visual tokens start T afresh."""
+    def carried_rows(self) -> Tensor | None:
+        """(B,) fp32: 1 for rows whose sums go on, 0 where new visual tokens start T afresh; None = all go on."""
+        if not self.brings_pictures:
+            return None
         return (~self.roles.visual_mask.any(-1)).to(torch.float32)
 
     def over_keys(self, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -185,6 +197,11 @@ class Pass:
 
         More keys than positions: a static cache's unfilled slots come last. Fewer: a sliding layer kept the newest.
         """
+        if num_keys not in self._over_keys:  # once for all layers
+            self._over_keys[num_keys] = self._find_over_keys(num_keys)
+        return self._over_keys[num_keys]
+
+    def _find_over_keys(self, num_keys: int) -> tuple[Tensor, Tensor]:
         known, new = self.visual_mask.shape[1], self.roles.text_mask.shape[1]
         if isinstance(self.past_length, Tensor):  # a static cache counts in a tensor
             first = (self.past_length + new - num_keys).clamp_min(0)
@@ -226,10 +243,11 @@ class Pass:
             return
         on_cache = attach(self.cache)
         if self.brings_pictures:
-            on_cache.visual_mask, on_cache.norms = self.visual_mask, self.norms
+            on_cache.set_visual(self.visual_mask, self.norms, self.prior)
         if state is not None:
-            length = self.past_length + self.roles.text_mask.shape[1] - queries_left
-            on_cache.store(layer, state, length, self.config.decode, grows=not self.cache.is_compileable)
+            grows = not self.cache.is_compileable
+            length = self.past_length + self.roles.text_mask.shape[1] - queries_left if grows else None
+            on_cache.store(layer, state, length, self.config.decode)
 
     # records
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import torch
@@ -69,8 +68,7 @@ def keys_of_all_ranks(
     end = first + local
     both = gather(torch.cat([key, value], dim=-1), group, dim=2)[:, :, :end]  # [B, Hkv, end, D + Dv]
     key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
-    own = copy.copy(running)
-    own.roles = TokenRoles(running.roles.visual_mask[:, first:end], running.roles.text_mask[:, first:end])
+    changes = {"roles": TokenRoles(running.roles.visual_mask[:, first:end], running.roles.text_mask[:, first:end])}
     if running.prior is not None:
-        own.visual_mask, own.prior = running.visual_mask[:, :end], running.prior[:, :end]
-    return key, value, own
+        changes |= {"visual_mask": running.visual_mask[:, :end], "prior": running.prior[:, :end]}
+    return key, value, running.but(**changes)

@@ -1,4 +1,4 @@
-"""Counts the operators that wait on a GPU: those whose result, or its shape, is needed on the host."""
+"""Counts operators that sar_fast's own Python calls: those that a GPU is waited for, and those that launch a kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import sar_fast
 WAITING = {"_local_scalar_dense", "allclose", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
 READING = {"tolist", "cpu", "numpy"}  # which no operator tells on a CPU
 OURS, THEIRS = Path(sar_fast.__file__).parent, Path(transformers.__file__).parent
-NOT_WAITING = (OURS / "value_checks.py", OURS / "backends")  # on a GPU: raises later; other backends than the CPU's
+ELSEWHERE = (OURS / "value_checks.py", OURS / "backends")  # on a GPU: waits for nothing; other ones than the CPU's
 
 
 def site() -> str | None:
@@ -26,12 +26,29 @@ def site() -> str | None:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(THEIRS) or any(path.is_relative_to(p) for p in NOT_WAITING):
+        if path.is_relative_to(THEIRS) or any(path.is_relative_to(p) for p in ELSEWHERE):
             return None
         if path.is_relative_to(OURS):
             return f"{path.name}:{frame.f_code.co_name}"
         frame = frame.f_back
     return None
+
+
+class Launches(TorchDispatchMode):
+    """In here, how many operators each place of sar_fast calls that are no views.
+
+    Attributes:
+        found: place -> number of operators.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not func.is_view and func.namespace != "sar_fast" and (place := site()):
+            self.found[place] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class HostReads(TorchDispatchMode):
