@@ -139,9 +139,9 @@ def _token_norms(
     if modality == "video" and family.whole_video_features is not None:
         features = family.whole_video_features(layout.base_model, features, arguments)
     if handle.config.prior_source == "projected":
-        if family.projector is not None:
+        if family.projects_later is not None:
             with torch.no_grad():
-                features = layout.base_model.get_submodule(family.projector)(features)
+                features = layout.base_model.get_submodule(family.projects_later)(features)
         return norms_of(features.flatten(0, -2))
     if len(patch_norms) != 1:
         raise RuntimeError(

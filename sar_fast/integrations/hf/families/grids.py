@@ -95,6 +95,7 @@ register_family(
         token_norms=_consecutive,
         placeholder_ids=_IMAGE_AND_VIDEO,
         box_formats={"qwen2_vl": "thousandths", "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3"},
+        projectors=("visual.merger", "visual.deepstack_merger_list"),
         whole_prompts="",
     )
 )
@@ -105,6 +106,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        projectors=("visual.merger",),
         whole_prompts="its linear-attention layers keep a state of all tokens, which no second prompt can start from",
         note="Hybrid: K counts the layers that attend, linear-attention layers do not.",
     )
@@ -117,6 +119,7 @@ register_family(
         token_norms=_windowed,
         placeholder_ids=_IMAGE_AND_VIDEO,
         box_formats={"qwen2_5_vl": "resized_pixels"},
+        projectors=("visual.merger",),
         whole_prompts="",
     )
 )
@@ -127,6 +130,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids={"image": "image_token_id", "video": "image_token_id"},
+        projectors=("visual.merger",),
         whole_prompts="",
         note="Frames of a clip use the image's placeholder.",
     )
@@ -148,6 +152,7 @@ register_family(
         vision_blocks=("vision_tower.layers",),
         token_norms=_blocks_over_time,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        projectors=("mm_projector",),
         whole_prompts="",
         note="Latent attention: value heads are smaller than key heads. transformers fails on clips of several frames.",
     )
@@ -170,6 +175,7 @@ register_family(
         token_norms=_blocks_by_position,
         placeholder_ids=_IMAGE_AND_VIDEO,
         computes_last_queries_only=True,
+        projectors=("embed_vision",),
         whole_prompts="transformers builds the masks of its layers for whole prompts",
         note="Layers without own keys compute all queries of a prompt, not only the last, as T needs them.",
     )

@@ -58,6 +58,7 @@ register_family(
         vision_blocks=("vision_model.encoder.layers", "vision_model.vision_model.encoder.layers"),
         token_norms=_all_patches,
         pads_to_square=True,
+        projectors=("aligner",),
         whole_prompts="",
     )
 )

@@ -29,7 +29,8 @@ class Family:
         video_token_norms: the same for ``get_video_features``; None = ``token_norms`` does both.
         placeholder_ids: names of the config's fields that hold placeholder token ids, by modality.
         features: attribute of ``get_image_features``'s output that holds one feature per visual token.
-        projector: dotted path of the module that still projects ``features`` after that call, if one does.
+        projectors: dotted paths of the modules that bring vision features to the language model's width, if they exist.
+        projects_later: dotted path of the one that still projects ``features`` after that call, if one does.
         whole_video_features: (base model, features of ``get_video_features``, its arguments by name) -> those features
             with the tokens that the model's forward pass only then adds to them, if it does.
         computes_last_queries_only: the text model drops the other queries in its last layers when ``logits_to_keep`` is
@@ -53,7 +54,8 @@ class Family:
     video_token_norms: TokenNorms | None = None
     placeholder_ids: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image": "image_token_id"})
     features: str = "pooler_output"
-    projector: str | None = None
+    projectors: tuple[str, ...] = ("multi_modal_projector",)
+    projects_later: str | None = None
     whole_video_features: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] | None = None
     computes_last_queries_only: bool = False
     whole_prompts: str = "its family entry does not say that prompts can share what they begin with"
@@ -65,17 +67,29 @@ class Family:
 
     def find_vision_blocks(self, base_model: nn.Module) -> nn.ModuleList:
         """The vision encoder's blocks, or an :class:`UnsupportedModelError` that lists the paths tried."""
+        return base_model.get_submodule(self._vision_path(base_model))
+
+    def vision_encoder(self, base_model: nn.Module) -> nn.Module:
+        """The part of the base model that the vision blocks lie in; in some families the projectors too."""
+        return base_model.get_submodule(self._vision_path(base_model).split(".")[0])
+
+    def _vision_path(self, base_model: nn.Module) -> str:
         for path in self.vision_blocks:
             try:
                 blocks = base_model.get_submodule(path)
             except AttributeError:
                 continue
             if len(blocks):
-                return blocks
+                return path
         raise UnsupportedModelError(
             f"model: {type(base_model).__name__} has no vision blocks at {' or '.join(self.vision_blocks)}, where the "
             f"{self.name} family keeps them; register_family can describe another layout"
         )
+
+    def find_projectors(self, base_model: nn.Module) -> list[nn.Module]:
+        """The modules that bring vision features to the language model's width."""
+        parts = dict(base_model.named_modules())
+        return [parts[path] for path in self.projectors if path in parts]
 
 
 _REGISTRY: dict[str, Family] = {}
