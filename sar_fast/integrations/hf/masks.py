@@ -22,6 +22,11 @@ def ask_mask(facts: HostFacts, attention_mask: Any) -> None:
         facts.ask("padding", torch.stack([hidden.any(), (~hidden & (attention_mask != 1)).any()]))
 
 
+def hides_positions(facts: HostFacts) -> bool | None:
+    """Whether the mask that :func:`ask_mask` asked about hides any position; None = it did not."""
+    return bool(facts["padding"][0]) if "padding" in facts else None
+
+
 def read_mask(
     attention_mask: Any, shape: torch.Size, past_length: int | Tensor, facts: HostFacts
 ) -> tuple[Tensor | None, Packing | None]:

@@ -77,14 +77,13 @@ def _blocks_by_position(base_model: nn.Module, norms: Tensor, arguments: Mapping
     positions = arguments["video_position_ids"] if positions is None else positions
     positions = positions.flatten(0, -3)  # (images or frames, P, 2) x, y; -1 = padding; older: (videos, frames, P, 2)
     side = base_model.config.vision_config.pooling_kernel_size
-    tokens = []
-    for n, xy in zip(norms, positions):
-        real = (xy != -1).all(-1)
-        x, y = xy[real].unbind(-1)
-        blocks_per_row = (x.max() + 1) // side
-        block = x // side + blocks_per_row * (y // side)
-        tokens.append(n.new_zeros(len(block) // side**2).index_add(0, block, n[real]) / side**2)
-    return torch.cat(tokens)
+    real = (positions != -1).all(-1)  # [images, P]
+    x, y = positions.unbind(-1)
+    blocks_per_row = (x.amax(-1, keepdim=True) + 1) // side
+    block = torch.where(real, x // side + blocks_per_row * (y // side), 0)
+    sums = torch.zeros_like(norms).scatter_add(1, block, norms.masked_fill(~real, 0.0))  # [images, P], blocks first
+    tokens = real.sum(-1, keepdim=True) // side**2
+    return sums[torch.arange(sums.shape[1], device=sums.device) < tokens] / side**2
 
 
 register_family(
