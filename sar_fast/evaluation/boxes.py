@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from sar_fast.integrations.hf.families import known_family
 from sar_fast.miniature.questions import BOX_BINS
 
 Box = tuple[float, float, float, float]
@@ -96,6 +95,8 @@ NEED_FRAMES = ("resized_pixels",)
 def choose_format(name: str | None, model_type: str) -> str:
     """The name of a format: the one asked for, or the family's; fractions of the picture where none is known."""
     if name is None:
+        from sar_fast.integrations.hf.families import known_family  # records' boxes are read without torch
+
         family = known_family(model_type)
         return "fraction" if family is None else family.box_formats.get(model_type, "fraction")
     if name not in FORMATS:

@@ -116,7 +116,7 @@ def _ask(
         elif not (drafts and past_length) and not drafting():  # drafted tokens are none
             facts.ask(f"unfilled {modality}", mask[:, : shape[1] - drafts].sum())
     ask_mask(facts, given.get("attention_mask"))
-    ask_packing(facts, given, shape)
+    ask_packing(facts, given, shape, past_length)
     return facts
 
 

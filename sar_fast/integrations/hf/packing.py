@@ -65,7 +65,7 @@ class Packing:
         return TokenRoles(visual, ~visual & (seen >= needed) & (total > 0))
 
 
-def ask_packing(facts: HostFacts, given: Mapping[str, Any], shape: torch.Size) -> None:
+def ask_packing(facts: HostFacts, given: Mapping[str, Any], shape: torch.Size, past_length: int | Tensor) -> None:
     """Ask for what :func:`find_packing` reads, of the same arguments."""
     cu_q, cu_k, mask, positions = (
         given.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "attention_mask", "position_ids")
@@ -75,7 +75,7 @@ def ask_packing(facts: HostFacts, given: Mapping[str, Any], shape: torch.Size) -
         facts.ask("cu_seq_lens_k", cu_k)
         if mask is not None:
             facts.ask("packed padding", (mask == 0).any())
-    elif positions is not None and mask is None and shape[1] > 1:
+    elif positions is not None and mask is None and shape[1] > 1 and not (isinstance(past_length, int) and past_length):
         facts.ask("restarts", _restarts(positions, shape))
 
 
