@@ -143,6 +143,7 @@ def sar_attn_varlen_func(
     backend: str = "auto",
     return_stats: bool = False,
     row_statistics: Sequence[RowStatistic] = (),
+    visibility: Visibility | None = None,
     shards: Shards | None = None,
 ) -> Tensor | tuple[Tensor, SARStats]:
     """:func:`sar_attn_func` on sequences packed without padding; statistics are per sequence.
@@ -152,6 +153,7 @@ def sar_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: (num_sequences + 1,) int32, where each sequence starts; the last is the total.
         max_seqlen_q, max_seqlen_k: longest sequence. A tensor on a GPU is waited for, as FlashAttention does.
         visual_mask, prior: (total_k,). text_mask: (total_q,).
+        visibility: of each sequence by itself: ``chunk_start`` and ``prefix`` (num_sequences,), ``blocks`` (total_k,).
 
     Returns:
         out (total_q, H, Dv), or (out, stats) with ``stats.lse`` (H, total_q) and the others (num_sequences, H).
@@ -170,6 +172,7 @@ def sar_attn_varlen_func(
     )
     max_seqlens = check_packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_q, total_k, device)
     roles = Roles(visual_mask, text_mask, prior)
+    scores, bounds = _lowered_packed(visibility, scores, q, k, cu_seqlens_q, cu_seqlens_k)
     call = Call(
         *autocast_inputs(q, k, v),
         scores,
@@ -177,6 +180,7 @@ def sar_attn_varlen_func(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlens=max_seqlens,
+        bounds=bounds,
     )
     chosen = choose_backend(backend, Request.of(call))
     result = ops.attention(
@@ -209,15 +213,34 @@ def _lowered(
     """What is left of the scores' own limits, and the bounds that say all of them."""
     if visibility is None:
         return scores, UNBOUNDED
-    if not isinstance(visibility, Visibility):
-        raise TypeError(f"visibility must be a sar_fast.Visibility or None; got {type(visibility).__name__}")
-    visibility.check(*keys, position.device)
-    value_checks.check_holds(
-        visibility.follows(keys[1], position.device, real),
-        "visibility: the positions of a block must follow one another, but for padding; got a number twice",
-    )
+    _check_visibility(visibility).check(*keys, position.device)
+    value_checks.check_holds(visibility.follows(keys[1], position.device, real), BROKEN_BLOCK)
     bounds = visibility.bounds(position, keys[1], causal=scores.causal, window=scores.window, real=real)
     return dataclasses.replace(scores, causal=False, window=(-1, -1)), bounds
+
+
+def _lowered_packed(
+    visibility: Visibility | None, scores: Scores, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor
+) -> tuple[Scores, Bounds]:
+    """The same for packed sequences."""
+    if visibility is None:
+        return scores, UNBOUNDED
+    _check_visibility(visibility).check(cu_q.shape[0] - 1, k.shape[0], q.device, packed=True)
+    if visibility.blocks is not None:
+        numbers = Visibility(blocks=visibility.packed_blocks(cu_k))
+        value_checks.check_holds(numbers.follows(k.shape[0], q.device), BROKEN_BLOCK)
+    how = {"causal": scores.causal, "window": scores.window, "total_q": q.shape[0]}
+    bounds = visibility.packed_bounds(cu_q, cu_k, **how)
+    return dataclasses.replace(scores, causal=False, window=(-1, -1)), bounds
+
+
+BROKEN_BLOCK = "visibility: the positions of a block must follow one another, but for padding; got a number twice"
+
+
+def _check_visibility(visibility: object) -> Visibility:
+    if not isinstance(visibility, Visibility):
+        raise TypeError(f"visibility must be a sar_fast.Visibility or None; got {type(visibility).__name__}")
+    return visibility
 
 
 def plain_attention(call: Call, *, backend: str = "auto", need_lse: bool = False) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,10 @@ class Visibility:
                 kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
                 raise TypeError(f"{name} must be a tensor of integers; got {kind}")
 
-    def check(self, batch: int, num_keys: int, device: torch.device) -> None:
+    def check(self, batch: int, num_keys: int, device: torch.device, *, packed: bool = False) -> None:
         """Raise unless its tensors fit a call of ``batch`` samples and ``num_keys`` keys on ``device``."""
-        shapes = {"chunk_start": [(batch,)], "prefix": [(batch,)], "blocks": [(batch, num_keys), (num_keys,)]}
+        blocks = [(num_keys,)] if packed else [(batch, num_keys), (num_keys,)]
+        shapes = {"chunk_start": [(batch,)], "prefix": [(batch,)], "blocks": blocks}
         for name, needed in shapes.items():
             given = getattr(self, name)
             if given is None:
@@ -82,21 +83,59 @@ class Visibility:
         Returns:
             Bounds of (B or 1, Sq) int32; a side is None where nothing limits it.
         """
+        start = None if self.chunk_start is None else self.chunk_start.to(position.device, torch.int64)[:, None]
+        around, blocks = None, self._blocks(num_keys, position.device)
+        if blocks is not None:
+            index = position.clamp(0, max(num_keys - 1, 0))
+            around = _runs_at(block_runs(blocks, real), index)
+        return self._bounds(position, start, around, causal, window)
+
+    def packed_bounds(
+        self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, causal: bool, window: tuple[int, int], total_q: int
+    ) -> Bounds:
+        """The same for packed sequences, (total_q,) int32: ``chunk_start`` and ``prefix`` (sequences,), ``blocks``
+        (total_k,)."""
+        sequence, position = packed_positions(cu_seqlens_q, cu_seqlens_k, total_q)
+        start = None if self.chunk_start is None else self.chunk_start.long()[sequence]
+        around = None
+        if self.prefix is not None:
+            stop = self.prefix.long()[sequence]
+            inside = position < stop
+            around = torch.where(inside, 0, position), torch.where(inside, stop, position)
+        elif self.blocks is not None:
+            first = cu_seqlens_k.long()[sequence]  # the sequence's first key
+            index = (first + position).clamp(0, max(self.blocks.shape[0] - 1, 0))
+            runs = _runs_at(block_runs(self.packed_blocks(cu_seqlens_k)[None]), index[None])
+            around = tuple(x[0] - first for x in runs)
+        return self._bounds(position, start, around, causal, window)
+
+    def packed_blocks(self, cu_seqlens_k: Tensor) -> Tensor:
+        """(total_k,) int64 block numbers that no two sequences share."""
+        key = torch.arange(self.blocks.shape[0], dtype=cu_seqlens_k.dtype, device=cu_seqlens_k.device)
+        sequence = torch.searchsorted(cu_seqlens_k[1:].contiguous(), key, right=True)
+        return torch.where(self.blocks >= 0, self.blocks.long() * cu_seqlens_k.shape[0] + sequence, -1)
+
+    def _bounds(
+        self,
+        position: Tensor,
+        start: Tensor | None,
+        around: tuple[Tensor, Tensor] | None,
+        causal: bool,
+        window: tuple[int, int],
+    ) -> Bounds:
+        """Bounds of queries at ``position``, whose chunks begin at ``start`` and whose blocks are ``around`` them."""
         left, right = window
         if causal:
             right = 0 if right < 0 else min(right, 0)
         first = position - left if left >= 0 else None
         end = position + right + 1 if right >= 0 else None
         if self.chunk:
-            start = 0 if self.chunk_start is None else self.chunk_start.to(position.device, torch.int64)[:, None]
-            begin = (position - start).div(self.chunk, rounding_mode="floor") * self.chunk + start
+            origin = 0 if start is None else start
+            begin = (position - origin).div(self.chunk, rounding_mode="floor") * self.chunk + origin
             first = begin if first is None else torch.maximum(first, begin)
             end = begin + self.chunk if end is None else torch.minimum(end, begin + self.chunk)
-        blocks = self._blocks(num_keys, position.device)
-        if blocks is not None and (first is not None or end is not None):
-            begin, stop = block_runs(blocks, real)  # [B, Sk] each
-            index = position.clamp(0, max(num_keys - 1, 0)).expand(begin.shape[0], -1)
-            begin, stop = begin.gather(1, index), stop.gather(1, index)  # [B, Sq]
+        if around is not None:
+            begin, stop = around
             first = None if first is None else torch.minimum(first, begin)
             end = None if end is None else torch.maximum(end, stop)
         return Bounds(*(None if x is None else x.to(torch.int32).contiguous() for x in (first, end)))
@@ -151,6 +190,21 @@ def block_runs(blocks: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tens
     stop = torch.where(ends, position + 1, num_keys).flip(1).cummin(1).values.flip(1)
     inside = blocks >= 0
     return torch.where(inside, begin, position), torch.where(inside, stop, position)
+
+
+def _runs_at(runs: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    """The runs around the positions ``index`` (B or 1, Sq)."""
+    begin, stop = runs
+    index = index.expand(begin.shape[0], -1)
+    return begin.gather(1, index), stop.gather(1, index)
+
+
+def packed_positions(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int) -> tuple[Tensor, Tensor]:
+    """(total_q,) int64 each: every packed query's sequence, and its position among that sequence's keys."""
+    query = torch.arange(total_q, dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), query, right=True)
+    offset = cu_seqlens_k.diff() - cu_seqlens_q.diff() - cu_seqlens_q[:-1]
+    return sequence, query.long() + offset.long()[sequence]
 
 
 def query_positions(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

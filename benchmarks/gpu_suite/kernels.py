@@ -28,6 +28,7 @@ from gpu_suite.slices import SHORTLIST
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch
+from sar_kernels.masks import Masks
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 from sar_kernels.tune import from_shortlist, launches
 
@@ -60,7 +61,7 @@ class Planner:
         k, v = (self.empty(batch, length, kv_heads, head_dim) for _ in range(2))
         padding = self.empty(batch, length, dtype=torch.bool) if padded else None
         options = AttentionOptions(True, head_dim**-0.5, window_size, softcap)
-        call = Call(q, k, v, options, padding, arch=self.arch)
+        call = Call(q, k, v, options, Masks(padding=padding), arch=self.arch)
         if not sar:
             (out, lse), work = plan_attention_forward(call)
             return work + (plan_backward(call, dout, out, lse)[1] if backward else [])

@@ -26,14 +26,14 @@ from sar_kernels import decode_aot
 from sar_kernels.aot_measure import Variant, compile_key, describe, measure, table
 from sar_kernels.call import MAX_HEAD_DIM, AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import CLOSED_FORM, SHARED_MEMORY_LIMIT, SHORT, KernelConfig
-from sar_kernels.decode_aot import HEADS
+from sar_kernels.decode_aot import HEADS, masks_of
 from sar_kernels.launch import Launch
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 
 ARCHS = ("sm_80", "sm_90", "gfx942")
 HEAD_DIMS = (64, 128, 256)
 PASSES = ("attention", "sar", "sar_sav_grad")
-OPTIONS = ("window", "softcap", "padding", "packed")
+OPTIONS = ("window", "softcap", "padding", "packed", "runs", "bits")  # runs of keys per query; a packed mask
 
 # How a worker process makes a launch again: the function, its arguments, and which of its launches
 Recipe = tuple[Callable[..., list[Launch]], tuple, int]
@@ -60,10 +60,11 @@ def plan_attention(
     mask = empty(*tokens, dtype=torch.bool)
     cu = empty(batch + 1, dtype=torch.int32) if packed else None
     window = (1024, -1) if "window" in options else (-1, -1)
-    attention = AttentionOptions(causal, head_dim**-0.5, window, 30.0 if "softcap" in options else 0.0)
-    padding = mask if "padding" in options else None
+    softcap = 30.0 if "softcap" in options else 0.0
+    attention = AttentionOptions(causal and "runs" not in options, head_dim**-0.5, window, softcap)
+    masks = masks_of(options, tokens, tokens)
     longest = seqlen if packed else None
-    call = Call(q, k, v, attention, padding, cu, cu, longest, longest, arch=arch, configs=configs)
+    call = Call(q, k, v, attention, masks, cu, cu, longest, longest, arch=arch, configs=configs)
     if purpose == "attention":
         (out, lse), launches = plan_attention_forward(call)
         return launches + plan_backward(call, dout, out, lse)[1]
@@ -83,8 +84,8 @@ def calls(archs, head_dims, dtypes, purposes, options, num_heads) -> Iterator[tu
         arch, purpose, head_dim, dtype, causal = where[:5]
         if purpose in purposes:
             yield plan_attention, where, (arch, purpose, head_dim, dtype, causal, (*options, *other_heads(where[-1])))
-    if {"padding", "packed"} & set(options):
-        return  # decode has neither: the lengths are the cache's
+    if "packed" in options:
+        return  # a cache's lengths are its samples'
     of_step = itertools.product(
         archs, decode_aot.MODES, head_dims, dtypes, *decode_aot.CASES, [options], [decode_aot.CAPACITY], num_heads
     )

@@ -13,6 +13,7 @@ import torch
 
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.launch import run_all
+from sar_kernels.masks import NO_MASKS, Masks, pack_mask
 from sar_kernels.plan import (
     Through,
     plan_attention_forward,
@@ -23,10 +24,12 @@ from sar_kernels.plan import (
 
 __all__ = [
     "AttentionOptions",
+    "Masks",
     "WeightOptions",
     "attention_backward",
     "attention_forward",
     "attention_statistics",
+    "pack_mask",
     "sar_backward",
     "sar_forward",
 ]
@@ -38,7 +41,7 @@ def attention_forward(
     v: torch.Tensor,
     *,
     options: AttentionOptions,
-    key_padding_mask: torch.Tensor | None = None,
+    masks: Masks = NO_MASKS,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -49,7 +52,7 @@ def attention_forward(
     Args:
         q, k, v: the module's layouts; H must be a multiple of Hkv (grouped queries), DV may differ from D.
         options: mask, scale and soft cap. Causal masks and windows are aligned bottom-right when Sq != Sk.
-        key_padding_mask: bool, per key, True = real token.
+        masks: padding, runs of keys and masks of bits: what the options' window does not say.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences; all or none.
 
     Returns:
@@ -59,7 +62,7 @@ def attention_forward(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = Call(q, k, v, options, masks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     outputs, launches = plan_attention_forward(call)
     run_all(launches)
     return outputs
@@ -75,7 +78,7 @@ def sar_forward(
     *,
     options: AttentionOptions,
     weights: WeightOptions,
-    key_padding_mask: torch.Tensor | None = None,
+    masks: Masks = NO_MASKS,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -97,7 +100,7 @@ def sar_forward(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = Call(q, k, v, options, masks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     outputs, launches = plan_sar_forward(call, visual_mask, text_mask, prior, weights)
     run_all(launches)
     return outputs
@@ -113,7 +116,7 @@ def attention_statistics(
     *,
     options: AttentionOptions,
     weights: WeightOptions,
-    key_padding_mask: torch.Tensor | None = None,
+    masks: Masks = NO_MASKS,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -124,7 +127,7 @@ def attention_statistics(
     Returns:
         (av, sa, c, count) as in `sar_forward`.
     """
-    call = Call(q, k, k, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = Call(q, k, k, options, masks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     outputs, launches = plan_attention_statistics(call, lse, visual_mask, text_mask, prior, weights)
     run_all(launches)
     return outputs
@@ -139,7 +142,7 @@ def attention_backward(
     lse: torch.Tensor,
     *,
     options: AttentionOptions,
-    key_padding_mask: torch.Tensor | None = None,
+    masks: Masks = NO_MASKS,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -155,7 +158,7 @@ def attention_backward(
     Returns:
         (dq, dk, dv), contiguous, in the inputs' shapes and dtype.
     """
-    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = Call(q, k, v, options, masks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     (dq, dk, dv, _), launches = plan_backward(call, dout, out, lse)
     run_all(launches)
     return dq, dk, dv
@@ -182,7 +185,7 @@ def sar_backward(
     dav: torch.Tensor | None = None,
     dsa: torch.Tensor | None = None,
     dc: torch.Tensor | None = None,
-    key_padding_mask: torch.Tensor | None = None,
+    masks: Masks = NO_MASKS,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -202,7 +205,7 @@ def sar_backward(
     """
     if not sav_grad and any(g is not None for g in (dav, dsa, dc)):
         raise ValueError("dav, dsa, dc: got a gradient, need sav_grad=True for it to be used")
-    call = Call(q, k, v, options, key_padding_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = Call(q, k, v, options, masks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     through = None
     if sav_grad:
         through = Through(visual_mask, text_mask, prior, weights, av, sa, count, dav, dsa, dc)

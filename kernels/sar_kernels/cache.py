@@ -7,10 +7,8 @@ import triton
 import triton.language as tl
 
 from sar_kernels.call import MAX_TOKEN_STRIDE
-from sar_kernels.configs import KernelConfig, padded_head_dim
+from sar_kernels.configs import SMALL, padded_head_dim
 from sar_kernels.launch import Launch, run_all
-
-SMALL = KernelConfig(0, 0, 4, 1)  # kernels without matrix products
 
 
 @triton.jit(do_not_specialize=["capacity", "num_new", "stride_table_b"])

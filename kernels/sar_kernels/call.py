@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sar_kernels.configs import KernelConfig, choose, device_arch, has_closed_form, length_class, padded_head_dim
+from sar_kernels.masks import NO_MASKS, Masks
 
 MAX_HEAD_DIM = 256
 MAX_TOKEN_STRIDE = 2**24  # offsets inside a tile of up to 128 tokens are 32-bit
@@ -68,7 +69,7 @@ class Call:
         k: torch.Tensor,
         v: torch.Tensor,
         options: AttentionOptions,
-        key_padding_mask: torch.Tensor | None = None,
+        masks: Masks = NO_MASKS,
         cu_seqlens_q: torch.Tensor | None = None,
         cu_seqlens_k: torch.Tensor | None = None,
         max_seqlen_q: int | None = None,
@@ -91,9 +92,9 @@ class Call:
         else:
             self.batch, self.max_q, self.max_k = q.shape[0], q.shape[1], k.shape[1]
         self.cu_q, self.cu_k = cu_seqlens_q, cu_seqlens_k
-        self.padding = None
-        if key_padding_mask is not None:
-            self.padding = self.token_mask("key_padding_mask", key_padding_mask, keys=True)
+        rank = 1 if self.varlen else 2
+        self.masks = masks.checked(tuple(q.shape[:rank]), tuple(k.shape[:rank]), q.device, options.window)
+        self.padding = self.masks.padding
         self.arch = arch or device_arch(q.device)
         self.configs = configs or {}
         self.closed_form = closed_form
@@ -213,7 +214,7 @@ class Call:
         if kernel in self.configs:
             return self.configs[kernel]
         head_dim = padded_head_dim(max(self.head_dim, self.head_dim_v))
-        causal = self.options.window[1] >= 0
+        causal = self.options.window[1] >= 0 or self.masks.end is not None
         return choose(
             kernel,
             self.arch,
@@ -231,7 +232,6 @@ class Call:
 
     def common(self) -> dict[str, Any]:
         """Arguments of every kernel that computes scores, but for its tile sizes."""
-        left, right = self.options.window
         return {
             "q_ptr": self.q,
             "k_ptr": self.k,
@@ -244,16 +244,14 @@ class Call:
             "max_seqlen_q": self.max_q,
             "max_seqlen_k": self.max_k,
             "group": self.heads // self.kv_heads,
-            "window_left": max(left, 0),
-            "window_right": max(right, 0),
+            **self.masks.edge_arguments(self.options.window),
+            **self.masks.bit_arguments(),
             "softmax_scale": self.options.softmax_scale,
             "softcap": self.options.softcap,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": padded_head_dim(self.head_dim),
             "VARLEN": self.varlen,
             "HAS_PADDING": self.padding is not None,
-            "HAS_LEFT": left >= 0,
-            "HAS_RIGHT": right >= 0,
             "HAS_SOFTCAP": self.options.softcap > 0,
             # TF32 keeps 10 bits of mantissa, which the tolerances for fp32 inputs do not allow.
             "PRECISION": "ieee",

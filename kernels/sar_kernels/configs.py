@@ -47,6 +47,9 @@ class KernelConfig:
     max_registers: int | None = None  # per thread, where the compiler's own choice costs a resident block (NVIDIA)
 
 
+SMALL = KernelConfig(0, 0, 4, 1)  # kernels without matrix products
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The power of two, 16 or more, that a head dimension is padded to inside the kernels."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -15,9 +15,12 @@ import triton.language as tl
 from sar_kernels.primitives import (
     LN_2,
     LOG2_E,
+    edge_pointers,
+    load_bits,
     load_keys_mask,
     load_tile,
     online_softmax,
+    row_edges,
     soft_cap,
     softmax_over_heads,
     update_moments,
@@ -26,17 +29,43 @@ from sar_kernels.primitives import (
 
 
 @triton.jit
-def _split_layout(length, seqlen_q, window_left, num_splits, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr):
-    """First key block that any query sees, key blocks per split, and how many splits hold any.
+def _split_layout(
+    first_ptr,
+    end_ptr,
+    length,
+    seqlen_q,
+    window_left,
+    window_right,
+    num_splits,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """First key block that any query sees, one past the last key, key blocks per split, and how many splits hold any.
 
     The keys in view, not the cache's capacity, are shared out, so that a short sample or a window uses every split.
     """
-    first = 0
-    if HAS_LEFT:
-        first = tl.maximum(length - seqlen_q - window_left, 0) // BLOCK_N
-    blocks = tl.maximum(tl.cdiv(length, BLOCK_N) - first, 0)
+    lo = 0
+    hi = length
+    if first_ptr is not None or end_ptr is not None:
+        queries = tl.arange(0, BLOCK_Q)
+        first, end = row_edges(
+            first_ptr, end_ptr, queries, seqlen_q, length, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        sees = queries < seqlen_q
+        if HAS_LEFT and HAS_RIGHT:
+            sees = sees & (first < end)
+        if HAS_LEFT:
+            lo = tl.maximum(tl.min(tl.where(sees, first, length), 0), 0)
+        if HAS_RIGHT:
+            hi = tl.minimum(tl.max(tl.where(sees, end, 0), 0), length)
+    elif HAS_LEFT:
+        lo = tl.maximum(length - seqlen_q - window_left, 0)
+    block = lo // BLOCK_N
+    blocks = tl.maximum(tl.cdiv(hi, BLOCK_N) - block, 0)
     per_split = tl.maximum(tl.cdiv(blocks, num_splits), 1)
-    return first, per_split, tl.cdiv(blocks, per_split)
+    return block, hi, per_split, tl.cdiv(blocks, per_split)
 
 
 @triton.jit
@@ -73,7 +102,7 @@ def _load_cache(
 @triton.jit(
     do_not_specialize=[
         *("stride_table_b", "stride_visual_b", "stride_prior_b", "plane", "capacity", "seqlen_q", "num_heads", "group"),
-        *("window_left", "window_right"),
+        *("window_left", "window_right", "stride_padding_b", "stride_edges_b", "stride_bits_b", "stride_bits_s"),
     ]
 )
 def decode_split_kernel(
@@ -82,6 +111,10 @@ def decode_split_kernel(
     v_ptr,  # (B, Smax, Hkv, DV) or (blocks, PAGE, Hkv, DV)
     lengths_ptr,  # (B,) int32
     table_ptr,  # (B, pages) int32, paged only
+    padding_ptr,  # (B, Smax) True = real token, HAS_PADDING only
+    first_ptr,  # (B, Sq) int32 first visible key, or None: the window's
+    end_ptr,  # (B, Sq) int32 one past the last visible key, or None: the window's
+    bits_ptr,  # (B, Sq, words) int32 packed mask, HAS_BITS only
     visual_ptr,  # (B, Smax) bool; this and the next STATISTICS only
     prior_ptr,  # (B, Smax)
     av_sum_ptr,  # (B, H); this and the next three RUNNING only
@@ -100,6 +133,10 @@ def decode_split_kernel(
     stride_vs,
     stride_vh,
     stride_table_b,
+    stride_padding_b,
+    stride_edges_b,
+    stride_bits_b,
+    stride_bits_s,
     stride_visual_b,
     stride_prior_b,
     plane,  # elements of one of the partials' five planes
@@ -118,9 +155,12 @@ def decode_split_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     PAGE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
     RUNNING: tl.constexpr,
@@ -150,11 +190,24 @@ def decode_split_kernel(
             tl.store(copy_ptr + num_heads, tl.load(count_ptr + batch))
 
     num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
-    first_block, per_split, used = _split_layout(num_keys, seqlen_q, window_left, tl.num_programs(1), BLOCK_N, HAS_LEFT)
+    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, 0, stride_edges_b, False)
+    first_block, end_key, per_split, used = _split_layout(
+        first_ptr,
+        end_ptr,
+        num_keys,
+        seqlen_q,
+        window_left,
+        window_right,
+        tl.num_programs(1),
+        BLOCK_N,
+        BLOCK_Q,
+        HAS_LEFT,
+        HAS_RIGHT,
+    )
     if split >= used:
         return
     start = (first_block + split * per_split) * BLOCK_N
-    end = tl.minimum(start + per_split * BLOCK_N, num_keys)
+    end = tl.minimum(start + per_split * BLOCK_N, end_key)
 
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_range = rows < group * seqlen_q
@@ -172,6 +225,13 @@ def decode_split_kernel(
         v_ptr += batch64 * stride_vb
     else:
         table_ptr += batch64 * stride_table_b
+    if HAS_PADDING:
+        padding_ptr += batch64 * stride_padding_b
+    if HAS_BITS:
+        bits_ptr += batch64 * stride_bits_b
+    row_first, row_end = row_edges(
+        first_ptr, end_ptr, queries, seqlen_q, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
     if STATISTICS:
         visual_ptr += batch64 * stride_visual_b
         prior_ptr += batch64 * stride_prior_b
@@ -200,16 +260,12 @@ def decode_split_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
-        visible = visible_mask(
-            queries[:, None],
-            keys[None, :],
-            num_keys,
-            num_keys - seqlen_q,
-            window_left,
-            window_right,
-            HAS_LEFT,
-            HAS_RIGHT,
-        )
+        visible = visible_mask(row_first[:, None], row_end[:, None], keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
+        if HAS_PADDING:
+            real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            visible = visible & real[None, :]
+        if HAS_BITS:
+            visible = visible & load_bits(bits_ptr, queries, first_key, seqlen_q, stride_bits_s, BLOCK_N, False)
         scores = tl.where(visible, scores, -float("inf"))
         if STATISTICS:  # the moments first: their temporaries are dead before the softmax's are born
             # Reading the mask back off the scores spares a tile of predicates.
@@ -221,6 +277,8 @@ def decode_split_kernel(
         v = _load_cache(
             v_ptr, table_ptr, first_key, num_keys, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
         )
+        if HAS_PADDING:  # what padding hides need not be finite, and 0 * NaN is NaN
+            v = tl.where(real[:, None], v, 0.0)
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
 
     unseen = row_sum == 0.0  # not a comparison that NaN fails: bad inputs must show in the output
@@ -287,12 +345,17 @@ def _query_statistics(
 
 
 @triton.jit(
-    do_not_specialize=["stride_text_b", "plane", "capacity", "seqlen_q", "num_heads", "num_splits", "window_left"]
+    do_not_specialize=[
+        *("stride_text_b", "plane", "capacity", "seqlen_q", "num_heads", "num_splits", "window_left", "window_right"),
+        "stride_edges_b",
+    ]
 )
 def decode_combine_kernel(
     partial_out_ptr,  # (B, H, Sq, splits, DV)
     partials_ptr,  # (5, B, H, Sq, splits)
     lengths_ptr,  # (B,) int32
+    first_ptr,  # (B, Sq) int32 or None, and the next, as in the split kernel
+    end_ptr,
     text_ptr,  # (B, Sq) bool, "step" and "running" only
     carried_ptr,  # (B, 2 H + 1), "running" only
     av_sum_ptr,  # (B, H) the state: written if "running", read if "prompt"
@@ -312,6 +375,8 @@ def decode_combine_kernel(
     num_heads,
     num_splits,
     window_left,
+    window_right,
+    stride_edges_b,
     beta,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -319,7 +384,9 @@ def decode_combine_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,  # splits at a time in the statistics
     BLOCK_O: tl.constexpr,  # splits at a time in the output
+    BLOCK_Q: tl.constexpr,
     HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     PROTECT_FIRST: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     MODE: tl.constexpr,  # "plain", "step", "running" or "prompt"
@@ -333,7 +400,20 @@ def decode_combine_kernel(
     head = tl.program_id(1)
     batch64 = batch.to(tl.int64)
     num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
-    _, _, used = _split_layout(num_keys, seqlen_q, window_left, num_splits, BLOCK_N, HAS_LEFT)
+    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, 0, stride_edges_b, False)
+    _, _, _, used = _split_layout(
+        first_ptr,
+        end_ptr,
+        num_keys,
+        seqlen_q,
+        window_left,
+        window_right,
+        num_splits,
+        BLOCK_N,
+        BLOCK_Q,
+        HAS_LEFT,
+        HAS_RIGHT,
+    )
     scale = tl.cast(1.0, ACC)
     if MODE != "plain":
         heads = tl.arange(0, BLOCK_H)

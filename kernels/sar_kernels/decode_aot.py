@@ -8,11 +8,23 @@ from sar_kernels.cache import plan_append
 from sar_kernels.call import AttentionOptions, WeightOptions
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch
+from sar_kernels.masks import Masks, plan_pack_mask
 
 MODES = ("plain", "running", "step", "prompt")
 CASES = (1, 8), (0, 16, 256)  # queries (few and many rows), and page sizes: contiguous, less than a tile, more
 CAPACITY = 4096  # keys
 HEADS = (32, 8)  # query heads and kv heads
+
+
+def masks_of(options: tuple[str, ...], queries: tuple[int, ...], keys: tuple[int, ...]) -> Masks:
+    """The memory-less masks that options ask for, of calls with flags of these shapes."""
+    empty = lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
+    padding = empty(keys, torch.bool) if "padding" in options else None
+    first, end = (empty(queries, torch.int32) if "runs" in options else None for _ in range(2))
+    packed = None
+    if "bits" in options:
+        packed, _ = plan_pack_mask(empty((queries[0], 1, queries[1], keys[1]), torch.bool))
+    return Masks(padding, first, end, packed)
 
 
 def plan(
@@ -36,8 +48,9 @@ def plan(
     lengths = empty(batch, dtype=torch.int32)
     block_table = empty(batch, capacity // page, dtype=torch.int32) if page else None
     window = (1024, -1) if "window" in options else (-1, -1)
-    attention = AttentionOptions(True, head_dim**-0.5, window, 30.0 if "softcap" in options else 0.0)
-    call = DecodeCall(q, k, v, lengths, attention, block_table, arch=arch, sm_count=132)
+    attention = AttentionOptions("runs" not in options, head_dim**-0.5, window, 30.0 if "softcap" in options else 0.0)
+    masks = masks_of(options, (batch, seqlen_q), (batch, capacity))
+    call = DecodeCall(q, k, v, lengths, attention, block_table, masks=masks, arch=arch, sm_count=132)
     if mode != "plain":
         call.set_state(floats(batch, heads), floats(batch, heads), floats(batch), floats(batch, heads))
     if mode in ("running", "step"):

@@ -16,6 +16,7 @@ from sar_kernels.cache import append_kv
 from sar_kernels.call import AttentionOptions, WeightOptions
 from sar_kernels.decode_plan import DecodeCall, DecodeWorkspace, decode_workspace
 from sar_kernels.launch import run_all
+from sar_kernels.masks import NO_MASKS, Masks
 
 __all__ = ["DecodeWorkspace", "append_kv", "decode_forward", "decode_workspace", "sar_decode_forward"]
 
@@ -29,6 +30,7 @@ def decode_forward(
     cache_seqlens: torch.Tensor,
     *,
     options: AttentionOptions,
+    masks: Masks = NO_MASKS,
     block_table: torch.Tensor | None = None,
     num_splits: int | None = None,
     workspace: DecodeWorkspace | None = None,
@@ -38,6 +40,7 @@ def decode_forward(
     Args:
         q, k_cache, v_cache, cache_seqlens, block_table: the module's layouts, one dtype (fp16, bf16 or fp32).
         options: the causal mask and the window are aligned bottom-right to each sample's own length.
+        masks: what else the queries do not see, over cache positions.
         num_splits: pieces to cut the keys into; default from the number of multiprocessors and the sizes.
         workspace: from `decode_workspace`, for these sizes; by default a new one.
 
@@ -48,7 +51,7 @@ def decode_forward(
     Raises:
         ValueError: naming the argument, what came and what is needed.
     """
-    call = DecodeCall(q, k_cache, v_cache, cache_seqlens, options, block_table, num_splits, workspace)
+    call = DecodeCall(q, k_cache, v_cache, cache_seqlens, options, block_table, num_splits, workspace, masks)
     run_all(call.plan("plain"))
     return call.workspace.out, call.workspace.lse
 
@@ -69,6 +72,7 @@ def sar_decode_forward(
     options: AttentionOptions,
     weights: WeightOptions,
     mode: str,
+    masks: Masks = NO_MASKS,
     block_table: torch.Tensor | None = None,
     num_splits: int | None = None,
     workspace: DecodeWorkspace | None = None,
@@ -95,7 +99,7 @@ def sar_decode_forward(
     """
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, need one of {MODES}")
-    call = DecodeCall(q, k_cache, v_cache, cache_seqlens, options, block_table, num_splits, workspace)
+    call = DecodeCall(q, k_cache, v_cache, cache_seqlens, options, block_table, num_splits, workspace, masks)
     call.set_state(av_sum, sa_sum, count, head_weights)
     if mode != "prompt":
         call.set_roles(visual_mask, text_mask, prior)

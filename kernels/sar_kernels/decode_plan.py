@@ -16,6 +16,7 @@ from sar_kernels.configs import KernelConfig, device_arch, padded_head_dim
 from sar_kernels.decode import decode_combine_kernel, decode_split_kernel
 from sar_kernels.decode_configs import MAX_SPLITS, cache_layout, choose_decode, combine_config, num_splits_for
 from sar_kernels.launch import Launch
+from sar_kernels.masks import NO_MASKS, Masks
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def _config(
 class DecodeCall:
     """One decode call's checked tensors and sizes.
 
-    `arch` and `sm_count` plan for another device than q's, `config` takes another tile than the chosen one.
+    `masks` say what the options' window does not. `arch` and `sm_count` plan for another device than q's, `config`
+    takes another tile than the chosen one.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class DecodeCall:
         block_table=None,
         num_splits: int | None = None,
         workspace: DecodeWorkspace | None = None,
+        masks: Masks = NO_MASKS,
         arch: str | None = None,
         sm_count: int | None = None,
         config: KernelConfig | None = None,
@@ -151,6 +154,7 @@ class DecodeCall:
             self.arch, self.head_dim, self.head_dim_v, q.dtype, self.group * self.seqlen_q, page_size
         )
         self.workspace = self._workspace(workspace, num_splits, sm_count)
+        self.masks = masks.checked((self.batch, self.seqlen_q), (self.batch, self.capacity), q.device, options.window)
         self.state = dict.fromkeys(("av_sum_ptr", "sa_sum_ptr", "count_ptr", "head_weights_ptr"))
         self.visual = self.text = self.prior = None
 
@@ -229,8 +233,8 @@ class DecodeCall:
 
     def _shared(self) -> dict[str, Any]:
         """Arguments of both kernels."""
-        left = self.options.window[0]
         return {
+            **self._edges(),
             "lengths_ptr": self.lengths,
             "partial_out_ptr": self.workspace.partial_out,
             "partials_ptr": self.workspace.partials,
@@ -240,17 +244,20 @@ class DecodeCall:
             "capacity": self.capacity,
             "seqlen_q": self.seqlen_q,
             "num_heads": self.heads,
-            "window_left": max(left, 0),
             "HEAD_DIM_V": self.head_dim_v,
             "BLOCK_DV": padded_head_dim(self.head_dim_v),
             "BLOCK_N": self.config.block_n,
             "BLOCK_H": triton.next_power_of_2(self.heads),
-            "HAS_LEFT": left >= 0,
             "ACC": tl.float64 if self.acc == torch.float64 else tl.float32,
         }
 
+    def _edges(self) -> dict[str, Any]:
+        """The queries' edges, and a tile for all queries where they are read."""
+        edges = self.masks.edge_arguments(self.options.window)
+        read = edges["first_ptr"] is not None or edges["end_ptr"] is not None
+        return {**edges, "BLOCK_Q": triton.next_power_of_2(max(1, self.seqlen_q)) if read else 1}
+
     def _plan_split(self, mode: str) -> Launch:
-        right = self.options.window[1]
         stride_b = lambda tensor: 0 if tensor is None else tensor.stride(0)
         arguments = {
             **self._shared(),
@@ -266,15 +273,17 @@ class DecodeCall:
             "stride_table_b": stride_b(self.table),
             "stride_visual_b": stride_b(self.visual),
             "stride_prior_b": stride_b(self.prior),
+            **self.masks.bit_arguments(),
+            "padding_ptr": self.masks.padding,
+            "stride_padding_b": stride_b(self.masks.padding),
+            "HAS_PADDING": self.masks.padding is not None,
             "group": self.group,
-            "window_right": max(right, 0),
             "softmax_scale": self.options.softmax_scale,
             "softcap": self.options.softcap,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": padded_head_dim(self.head_dim),
             "BLOCK_M": self.config.block_m,
             "PAGE": 0 if self.table is None else self.k.shape[1],
-            "HAS_RIGHT": right >= 0,
             "HAS_SOFTCAP": self.options.softcap > 0,
             "STATISTICS": mode in ("step", "running"),
             "RUNNING": mode == "running",

@@ -5,10 +5,14 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     LOG2_E,
+    edge_pointers,
+    is_tile_seen,
+    load_bits,
     load_keys_mask,
     load_lse,
     load_real_tile,
     load_tile,
+    row_edges,
     row_pointer,
     sequence_bounds,
     sequence_pointer,
@@ -33,21 +37,26 @@ def _dkdv_segment(
     dout_ptr,
     lse_ptr,
     delta_ptr,
+    first_ptr,
+    end_ptr,
+    bits_ptr,
+    tiles_ptr,
     row_mean_ptr,
     row_slope_ptr,
     row_gain_ptr,
     start,
     end,
     group,
+    first_key,
     keys,
     num_rows,
     num_keys,
-    diagonal,
     stride_qs,
     stride_qh,
     stride_dos,
     stride_doh,
     stride_lse_h,
+    stride_bits_s,
     window_left,
     window_right,
     scale,
@@ -58,9 +67,11 @@ def _dkdv_segment(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     COLLECT: tl.constexpr,
@@ -75,48 +86,58 @@ def _dkdv_segment(
     for step in range(0, group * row_blocks):
         member = step // row_blocks
         first_row = start + (step - member * row_blocks) * BLOCK_M
-        rows = first_row + tl.arange(0, BLOCK_M)
-        in_range = rows < num_rows
-        member_q_ptr = q_ptr + member * tl.cast(stride_qh, tl.int64)
-        member_dout_ptr = dout_ptr + member * tl.cast(stride_doh, tl.int64)
-        member_row = member * tl.cast(stride_lse_h, tl.int64)  # offset in the per-row arrays
-        q = load_tile(member_q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
-        dout = load_tile(member_dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)
-        lse = load_lse(lse_ptr + member_row, rows, num_rows)  # [BM]
-        delta = tl.load(delta_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-        if HAS_SOFTCAP:
-            scores = soft_cap(scores * scale, cap)
-        if MASKED:
-            visible = visible_mask(
-                rows[None, :], keys[:, None], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
-            )
-            if HAS_PADDING:
-                visible = visible & real[:, None]
-            scores = tl.where(visible, scores, -float("inf"))
-        weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
-        dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
-        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
-        if COLLECT:
-            row_gain = tl.load(row_gain_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-            dprior += tl.sum(tl.where(visual[:, None], weights * row_gain[None, :], 0.0), 1)  # [BN]
-            dweights += prior[:, None] * row_gain[None, :]
-        dscores = weights * (dweights - delta[None, :])
-        if COLLECT:
-            row_mean = tl.load(row_mean_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-            row_slope = tl.load(row_slope_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-            dscores += tl.where(
-                visual[:, None] & (scores > -float("inf")), row_slope[None, :] * (scores - row_mean[None, :]), 0.0
-            )
-        if HAS_SOFTCAP:
-            dscores = dscores * soft_cap_slope(scores, cap)
-        dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)  # [BN, D]
+        seen = True
+        if HAS_BITS:
+            seen = is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M, BLOCK_N)
+        if seen:
+            rows = first_row + tl.arange(0, BLOCK_M)
+            in_range = rows < num_rows
+            member_q_ptr = q_ptr + member * tl.cast(stride_qh, tl.int64)
+            member_dout_ptr = dout_ptr + member * tl.cast(stride_doh, tl.int64)
+            member_row = member * tl.cast(stride_lse_h, tl.int64)  # offset in the per-row arrays
+            q = load_tile(member_q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+            dout = load_tile(member_dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)
+            lse = load_lse(lse_ptr + member_row, rows, num_rows)  # [BM]
+            delta = tl.load(delta_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+            if HAS_SOFTCAP:
+                scores = soft_cap(scores * scale, cap)
+            if MASKED:
+                row_first, row_end = row_edges(
+                    first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+                )
+                visible = visible_mask(
+                    row_first[None, :], row_end[None, :], keys[:, None], num_keys, HAS_LEFT, HAS_RIGHT
+                )
+                if HAS_PADDING:
+                    visible = visible & real[:, None]
+                if HAS_BITS:
+                    visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, True)
+                scores = tl.where(visible, scores, -float("inf"))
+            weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
+            dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
+            dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
+            if COLLECT:
+                row_gain = tl.load(row_gain_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+                dprior += tl.sum(tl.where(visual[:, None], weights * row_gain[None, :], 0.0), 1)  # [BN]
+                dweights += prior[:, None] * row_gain[None, :]
+            dscores = weights * (dweights - delta[None, :])
+            if COLLECT:
+                row_mean = tl.load(row_mean_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+                row_slope = tl.load(row_slope_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+                dscores += tl.where(
+                    visual[:, None] & (scores > -float("inf")), row_slope[None, :] * (scores - row_mean[None, :]), 0.0
+                )
+            if HAS_SOFTCAP:
+                dscores = dscores * soft_cap_slope(scores, cap)
+            dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)  # [BN, D]
     return dk, dv, dprior
 
 
 @triton.jit(
     do_not_specialize=[
-        *("stride_dprior_h", "stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left")
+        *("stride_dprior_h", "stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"),
+        *("stride_edges_b", "stride_bits_b", "stride_bits_s", "stride_tiles_b"),
     ]
 )
 def dkdv_kernel(
@@ -131,6 +152,11 @@ def dkdv_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     padding_ptr,
+    first_ptr,  # (B, Sq) int32, this and the next or None: the window's edges
+    end_ptr,
+    row_ranges_ptr,  # (B, key blocks, 3) int32 of `row_ranges_kernel`, or None: the window says them
+    bits_ptr,  # (B, Sq, words) int32, this and the next HAS_BITS only
+    tiles_ptr,  # (B, row tiles, key tiles) int8
     visual_ptr,  # this and the rest STATISTICS only
     prior_ptr,
     ranges_ptr,
@@ -164,6 +190,10 @@ def dkdv_kernel(
     group,
     window_left,
     window_right,
+    stride_edges_b,
+    stride_bits_b,
+    stride_bits_s,
+    stride_tiles_b,
     softmax_scale,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -176,6 +206,7 @@ def dkdv_kernel(
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -198,9 +229,14 @@ def dkdv_kernel(
     dk_ptr = sequence_pointer(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
     dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
 
-    # Where every loop masks: padding and left windows hide rows anywhere, and beside two tiles of D = 256 a loop of its
-    # own for the edge of the mask spills more than masking costs.
-    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or BLOCK_D + BLOCK_DV > 256
+    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    if HAS_BITS:
+        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
+        tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b
+
+    # Where every loop masks: padding, left edges and bits hide rows anywhere, and beside two tiles of D = 256 a loop of
+    # its own for the edge of the mask spills more than masking costs.
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or HAS_BITS or BLOCK_D + BLOCK_DV > 256
     ONE_LOOP: tl.constexpr = ANYWHERE and not STATISTICS
     scale = tl.cast(softmax_scale, ACC)
     cap = tl.cast(softcap, ACC)
@@ -216,11 +252,17 @@ def dkdv_kernel(
     full = 0
     hi = num_rows
     last_key = tl.minimum(first_key + BLOCK_N, num_keys) - 1
-    if HAS_RIGHT:
-        lo = tl.maximum(first_key - diagonal - window_right, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(last_key - diagonal - window_right, 0), BLOCK_M) * BLOCK_M
-    if HAS_LEFT:
-        hi = tl.maximum(tl.minimum(hi, last_key - diagonal + window_left + 1), 0)
+    if row_ranges_ptr is not None:
+        row_ranges_ptr += 3 * (batch * tl.num_programs(0) + block)
+        lo = tl.load(row_ranges_ptr) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.load(row_ranges_ptr + 1), BLOCK_M) * BLOCK_M
+        hi = tl.load(row_ranges_ptr + 2)
+    else:
+        if HAS_RIGHT:
+            lo = tl.maximum(first_key - diagonal - window_right, 0) // BLOCK_M * BLOCK_M
+            full = tl.cdiv(tl.maximum(last_key - diagonal - window_right, 0), BLOCK_M) * BLOCK_M
+        if HAS_LEFT:
+            hi = tl.maximum(tl.minimum(hi, last_key - diagonal + window_left + 1), 0)
     full = lo if ONE_LOOP else tl.minimum(tl.maximum(full, lo), hi)
 
     real = keys < num_keys
@@ -288,21 +330,26 @@ def dkdv_kernel(
                 dout_ptr,
                 lse_ptr,
                 delta_ptr,
+                first_ptr,
+                end_ptr,
+                bits_ptr,
+                tiles_ptr,
                 row_mean_ptr,
                 row_slope_ptr,
                 row_gain_ptr,
                 start,
                 end,
                 group,
+                first_key,
                 keys,
                 num_rows,
                 num_keys,
-                diagonal,
                 stride_qs,
                 stride_qh,
                 stride_dos,
                 stride_doh,
                 stride_lse_h,
+                stride_bits_s,
                 window_left,
                 window_right,
                 scale,
@@ -313,9 +360,11 @@ def dkdv_kernel(
                 BLOCK_D,
                 BLOCK_DV,
                 BLOCK_M,
+                BLOCK_N,
                 HAS_PADDING,
                 HAS_LEFT,
                 HAS_RIGHT,
+                HAS_BITS,
                 HAS_SOFTCAP,
                 ANYWHERE or segment == 0 or segment == 2,  # MASKED
                 segment == 2,  # COLLECT

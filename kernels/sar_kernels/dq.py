@@ -13,11 +13,15 @@ from sar_kernels.primitives import (
     LEAST_WEIGHT,
     LN_2,
     LOG2_E,
+    edge_pointers,
+    is_tile_seen,
     key_block_range,
+    load_bits,
     load_keys_mask,
     load_lse,
     load_real_tile,
     load_tile,
+    row_edges,
     row_pointer,
     sequence_bounds,
     sequence_pointer,
@@ -98,15 +102,20 @@ def _dq_segment(
     k_ptr,
     v_ptr,
     padding_ptr,
+    bits_ptr,
+    tiles_ptr,
     visual_ptr,
     prior_ptr,
     start,
     end,
-    rows,
+    first_ptr,
+    end_ptr,
+    first_row,
+    num_rows,
     num_keys,
-    diagonal,
     stride_ks,
     stride_vs,
+    stride_bits_s,
     window_left,
     window_right,
     scale,
@@ -116,53 +125,70 @@ def _dq_segment(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     COLLECT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the keys [start, end) to dq; COLLECT (which needs MASKED) adds the gradient through the statistics."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    if MASKED:
+        row_first, row_end = row_edges(
+            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
-        if HAS_PADDING:
-            real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-            k = load_real_tile(k_ptr, first_key, real, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM)  # [BN, D]
-            v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
-        else:
-            k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
-            v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        if HAS_SOFTCAP:
-            scores = soft_cap(scores * scale, cap)
-        if MASKED:
-            keys = first_key + tl.arange(0, BLOCK_N)
-            visible = visible_mask(
-                rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
-            )
+        seen = True
+        if HAS_BITS:
+            seen = is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M, BLOCK_N)
+        if seen:
             if HAS_PADDING:
-                visible = visible & real[None, :]
-            scores = tl.where(visible, scores, -float("inf"))
-        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
-        if COLLECT:
-            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-            prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
-            dweights += row_gain[:, None] * prior[None, :]
-        dscores = weights * (dweights - delta[:, None])
-        if COLLECT:
-            dscores += tl.where(
-                visual[None, :] & (scores > -float("inf")), row_slope[:, None] * (scores - row_mean[:, None]), 0.0
-            )
-        if HAS_SOFTCAP:
-            dscores = dscores * soft_cap_slope(scores, cap)
-        dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)  # [BM, D]
+                real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+                k = load_real_tile(k_ptr, first_key, real, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM)  # [BN, D]
+                v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
+            else:
+                k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
+                v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+            if HAS_SOFTCAP:
+                scores = soft_cap(scores * scale, cap)
+            if MASKED:
+                keys = first_key + tl.arange(0, BLOCK_N)
+                visible = visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
+                if HAS_PADDING:
+                    visible = visible & real[None, :]
+                if HAS_BITS:
+                    visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
+                scores = tl.where(visible, scores, -float("inf"))
+            weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
+            dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+            if COLLECT:
+                visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+                prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
+                dweights += row_gain[:, None] * prior[None, :]
+            dscores = weights * (dweights - delta[:, None])
+            if COLLECT:
+                dscores += tl.where(
+                    visual[None, :] & (scores > -float("inf")), row_slope[:, None] * (scores - row_mean[:, None]), 0.0
+                )
+            if HAS_SOFTCAP:
+                dscores = dscores * soft_cap_slope(scores, cap)
+            dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)  # [BM, D]
     return dq
 
 
-@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left", "stride_edges_b"),
+        *("stride_bits_b", "stride_bits_s", "stride_tiles_b"),
+    ]
+)
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -174,6 +200,10 @@ def dq_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     padding_ptr,
+    first_ptr,  # (B, Sq) int32, this and the next or None: the window's edges
+    end_ptr,
+    bits_ptr,  # (B, Sq, words) int32, this and the next HAS_BITS only
+    tiles_ptr,  # (B, row tiles, key tiles) int8
     visual_ptr,  # this and the rest STATISTICS only
     text_ptr,
     prior_ptr,
@@ -203,6 +233,10 @@ def dq_kernel(
     group,
     window_left,
     window_right,
+    stride_edges_b,
+    stride_bits_b,
+    stride_bits_s,
+    stride_tiles_b,
     softmax_scale,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -215,6 +249,7 @@ def dq_kernel(
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -240,18 +275,32 @@ def dq_kernel(
     if HAS_PADDING:
         padding_ptr += start_k
 
-    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
+    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    if HAS_BITS:
+        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
+        tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b
+
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or HAS_BITS
     scale = tl.cast(softmax_scale, ACC)
     cap = tl.cast(softcap, ACC)
     if HAS_SOFTCAP:
         scale_log2 = tl.cast(LOG2_E, ACC)
     else:
         scale_log2 = scale * LOG2_E
-    diagonal = num_keys - num_rows
     rows = first_row + tl.arange(0, BLOCK_M)
     in_range = rows < num_rows
     lo, full, hi = key_block_range(
-        first_row, num_rows, num_keys, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+        first_ptr,
+        end_ptr,
+        first_row,
+        num_rows,
+        num_keys,
+        window_left,
+        window_right,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_LEFT,
+        HAS_RIGHT,
     )
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -299,15 +348,20 @@ def dq_kernel(
                 k_ptr,
                 v_ptr,
                 padding_ptr,
+                bits_ptr,
+                tiles_ptr,
                 visual_ptr,
                 prior_ptr,
                 start,
                 end,
-                rows,
+                first_ptr,
+                end_ptr,
+                first_row,
+                num_rows,
                 num_keys,
-                diagonal,
                 stride_ks,
                 stride_vs,
+                stride_bits_s,
                 window_left,
                 window_right,
                 scale,
@@ -317,10 +371,12 @@ def dq_kernel(
                 HEAD_DIM_V,
                 BLOCK_D,
                 BLOCK_DV,
+                BLOCK_M,
                 BLOCK_N,
                 HAS_PADDING,
                 HAS_LEFT,
                 HAS_RIGHT,
+                HAS_BITS,
                 HAS_SOFTCAP,
                 ANYWHERE or segment == 1 or segment == 3,  # MASKED
                 segment == 1,  # COLLECT

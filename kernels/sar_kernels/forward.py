@@ -7,13 +7,17 @@ from sar_kernels.primitives import (
     LN_2,
     LOG2_E,
     column_offset,
+    edge_pointers,
+    is_tile_seen,
     key_block_range,
+    load_bits,
     load_columns,
     load_keys_mask,
     load_real_tile,
     load_tile,
     mean_visual_key,
     online_softmax,
+    row_edges,
     row_pointer,
     sequence_bounds,
     sequence_pointer,
@@ -40,14 +44,19 @@ def _attend(
     k_ptr,
     v_ptr,
     padding_ptr,
+    bits_ptr,
+    tiles_ptr,
     columns_ptr,
     start,
     end,
-    rows,
+    first_ptr,
+    end_ptr,
+    first_row,
+    num_rows,
     num_keys,
-    diagonal,
     stride_ks,
     stride_vs,
+    stride_bits_s,
     window_left,
     window_right,
     scale,
@@ -57,10 +66,12 @@ def _attend(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -70,47 +81,58 @@ def _attend(
 ):
     """Runs the keys [start, end) through the row block; start is a multiple of BLOCK_N.
 
-    Without MASKED every key must be in range and visible to every row. COLLECT marks the stretch with visual keys;
+    Without MASKED every key must be in range and visible to every row. Tiles that a packed mask hides are left out, at
+    the price of the pipeline. COLLECT marks the stretch with visual keys;
     outside it the statistics only follow the running maximum. They are those of rows that see all visual keys, so that
     what selects an entry is its column alone. Without MOMENTS the alignment is collected and the variance is not.
     """
+    rows = first_row + tl.arange(0, BLOCK_M)
+    if MASKED:  # here, so that the other stretches hold no edges in registers
+        row_first, row_end = row_edges(
+            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
-        if COLLECT and not MASKED:  # before the product, which hides the way from memory
-            selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
-        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        if HAS_SOFTCAP:
-            scores = soft_cap(scores * scale, cap)
-        if COLLECT and MASKED:  # where registers are short
-            selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
-        if COLLECT and MOMENTS:  # the moments first: their temporaries are dead before the softmax's are born
-            if MASKED and (HAS_RIGHT or HAS_LEFT or HAS_PADDING):  # what no text query sees need not be finite
-                deviation = tl.where(selected[None, :] > 0.0, scores, pivot[:, None]) - pivot[:, None]  # [BM, BN]
-            else:
-                deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
+        seen = True
+        if HAS_BITS:
+            seen = is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M, BLOCK_N)
+        if seen:
+            if COLLECT and not MASKED:  # before the product, which hides the way from memory
+                selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
+            k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
             if HAS_SOFTCAP:
-                m1 += tl.sum(deviation, 1)
-            m2 += tl.sum(deviation * deviation, 1)
-        if MASKED:
-            keys = first_key + tl.arange(0, BLOCK_N)
-            visible = visible_mask(
-                rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
-            )
+                scores = soft_cap(scores * scale, cap)
+            if COLLECT and MASKED:  # where registers are short
+                selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
+            if COLLECT and MOMENTS:  # the moments first: their temporaries are dead before the softmax's are born
+                if MASKED and (HAS_RIGHT or HAS_LEFT or HAS_PADDING):  # what no text query sees need not be finite
+                    deviation = tl.where(selected[None, :] > 0.0, scores, pivot[:, None]) - pivot[:, None]  # [BM, BN]
+                else:
+                    deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
+                if HAS_SOFTCAP:
+                    m1 += tl.sum(deviation, 1)
+                m2 += tl.sum(deviation * deviation, 1)
+            if MASKED:
+                keys = first_key + tl.arange(0, BLOCK_N)
+                visible = visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
+                if HAS_PADDING:
+                    real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+                    visible = visible & real[None, :]
+                if HAS_BITS:
+                    visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
+                scores = tl.where(visible, scores, -float("inf"))
+            weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
+            if STATISTICS:
+                alignment = alignment * rescale
+            if COLLECT:
+                alignment += tl.sum(weights * prior[None, :], 1)
+            acc = acc * rescale[:, None]
             if HAS_PADDING:
-                real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-                visible = visible & real[None, :]
-            scores = tl.where(visible, scores, -float("inf"))
-        weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
-        if STATISTICS:
-            alignment = alignment * rescale
-        if COLLECT:
-            alignment += tl.sum(weights * prior[None, :], 1)
-        acc = acc * rescale[:, None]
-        if HAS_PADDING:
-            v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
-        else:
-            v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
-        acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
+                v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
+            else:
+                v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+            acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
     return acc, row_max, row_sum, alignment, m1, m2
 
 
@@ -154,6 +176,10 @@ def _mean_score(
         "max_seqlen_k",
         "group",
         "window_left",
+        "stride_edges_b",
+        "stride_bits_b",
+        "stride_bits_s",
+        "stride_tiles_b",
     ]
 )
 def forward_kernel(
@@ -165,6 +191,10 @@ def forward_kernel(
     cu_seqlens_q_ptr,  # (B + 1,), VARLEN only
     cu_seqlens_k_ptr,
     padding_ptr,  # (B, Sk) True = real token, HAS_PADDING only
+    first_ptr,  # (B, Sq) int32 first visible key, or None: the window's
+    end_ptr,  # (B, Sq) int32 one past the last visible key, or None: the window's
+    bits_ptr,  # (B, Sq, words) int32 packed mask, HAS_BITS only
+    tiles_ptr,  # (B, row tiles, key tiles) int8, HAS_BITS only
     text_ptr,  # (B, Sq) bool; this and the rest STATISTICS only
     ranges_ptr,  # (B, 4) first and past-last visual key, first and past-last text query
     columns_ptr,  # (L, 2, 128) per key 1 if visual else 0, and the prior or 0; see `column_offset`
@@ -193,6 +223,10 @@ def forward_kernel(
     group,  # query heads per kv head
     window_left,
     window_right,
+    stride_edges_b,
+    stride_bits_b,
+    stride_bits_s,
+    stride_tiles_b,
     softmax_scale,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -205,6 +239,7 @@ def forward_kernel(
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
     SPLIT_COLLECT: tl.constexpr,
@@ -233,6 +268,10 @@ def forward_kernel(
     v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
     if HAS_PADDING:
         padding_ptr += start_k
+    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    if HAS_BITS:
+        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
+        tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b
 
     scale = tl.cast(softmax_scale, ACC)
     cap = tl.cast(softcap, ACC)
@@ -241,12 +280,21 @@ def forward_kernel(
         scale_log2 = tl.cast(LOG2_E, ACC)
     else:
         scale_log2 = scale * LOG2_E
-    # Only the right edge of the mask is a diagonal; the others can hide a key anywhere.
-    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING
-    diagonal = num_keys - num_rows
+    # Only the right edge of the mask leaves a run of keys that every row sees; the others can hide a key anywhere.
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or HAS_BITS
     rows = first_row + tl.arange(0, BLOCK_M)
     lo, full, hi = key_block_range(
-        first_row, num_rows, num_keys, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+        first_ptr,
+        end_ptr,
+        first_row,
+        num_rows,
+        num_keys,
+        window_left,
+        window_right,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_LEFT,
+        HAS_RIGHT,
     )
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
@@ -263,7 +311,20 @@ def forward_kernel(
         text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            text,
+            rows,
+            first_ptr,
+            end_ptr,
+            ranges_ptr,
+            num_visual,
+            batch,
+            num_rows,
+            num_keys,
+            window_left,
+            window_right,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_BITS,
         )
         if CLOSED_FORM and collects:
             mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
@@ -321,14 +382,19 @@ def forward_kernel(
                 k_ptr,
                 v_ptr,
                 padding_ptr,
+                bits_ptr,
+                tiles_ptr,
                 columns_ptr,
                 start,
                 end,
-                rows,
+                first_ptr,
+                end_ptr,
+                first_row,
+                num_rows,
                 num_keys,
-                diagonal,
                 stride_ks,
                 stride_vs,
+                stride_bits_s,
                 window_left,
                 window_right,
                 scale,
@@ -338,10 +404,12 @@ def forward_kernel(
                 HEAD_DIM_V,
                 BLOCK_D,
                 BLOCK_DV,
+                BLOCK_M,
                 BLOCK_N,
                 HAS_PADDING,
                 HAS_LEFT,
                 HAS_RIGHT,
+                HAS_BITS,
                 HAS_SOFTCAP,
                 ANYWHERE or segment == 2 or segment == 4,  # MASKED
                 STATISTICS,
@@ -363,7 +431,20 @@ def forward_kernel(
         text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
         collects, mixed = text_meets_visual(
-            text, rows, ranges_ptr, num_visual, batch, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            text,
+            rows,
+            first_ptr,
+            end_ptr,
+            ranges_ptr,
+            num_visual,
+            batch,
+            num_rows,
+            num_keys,
+            window_left,
+            window_right,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_BITS,
         )
         if CLOSED_FORM and collects:
             mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
@@ -380,15 +461,19 @@ def forward_kernel(
                 lse,
                 k_ptr,
                 None,
+                bits_ptr,
                 None,
                 None,
                 columns_ptr,
                 start,
                 end,
-                rows,
+                first_ptr,
+                end_ptr,
+                first_row,
+                num_rows,
                 num_keys,
-                diagonal,
                 stride_ks,
+                stride_bits_s,
                 window_left,
                 window_right,
                 scale,
@@ -396,10 +481,12 @@ def forward_kernel(
                 cap,
                 HEAD_DIM,
                 BLOCK_D,
+                BLOCK_M,
                 BLOCK_N,
                 HAS_PADDING,
                 HAS_LEFT,
                 HAS_RIGHT,
+                HAS_BITS,
                 HAS_SOFTCAP,
                 PRECISION,
             )

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     column_offset,
+    edge_pointers,
     load_columns,
     mean_visual_key,
     sequence_bounds,
@@ -49,13 +50,18 @@ def _add_outer(total, panel, tile, SPLIT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["stride_sums_h", "num_chunks", "num_kv_heads", "max_seqlen_q", "max_seqlen_k", "window_left"]
+    do_not_specialize=[
+        *("stride_sums_h", "num_chunks", "num_kv_heads", "max_seqlen_q", "max_seqlen_k", "window_left"),
+        "stride_edges_b",
+    ]
 )
 def second_moments_kernel(
     q_ptr,  # (B, Sq, H, D) or (T, H, D)
     k_ptr,  # (B, Sk, Hkv, D)
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    first_ptr,  # (B, Sq) int32, this and the next or None: the window's edges
+    end_ptr,
     text_ptr,  # (B, Sq) bool
     ranges_ptr,  # (B, 4) first and past-last visual key, first and past-last text query
     columns_ptr,  # (L, 2, 128) per key 1 if visual else 0, and the prior or 0; see `column_offset`
@@ -75,6 +81,7 @@ def second_moments_kernel(
     max_seqlen_k,
     window_left,
     window_right,
+    stride_edges_b,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PANEL: tl.constexpr,
@@ -85,6 +92,7 @@ def second_moments_kernel(
     VARLEN: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -128,21 +136,25 @@ def second_moments_kernel(
             total = _add_outer(total, panel, tile, SPLIT, ACC)
     else:
         q_ptr = sequence_pointer(q_ptr, batch, head - num_kv_heads, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
-        diagonal = num_keys - num_rows
+        first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
         for first_row in range(first, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
             collects, _mixed = text_meets_visual(
                 text,
                 rows,
+                first_ptr,
+                end_ptr,
                 ranges_ptr,
                 num_visual,
                 batch,
-                diagonal,
+                num_rows,
+                num_keys,
                 window_left,
                 window_right,
                 HAS_LEFT,
                 HAS_RIGHT,
+                HAS_BITS,
             )
             taken = (text & collects) != 0  # Triton 3.9 in its interpreter takes no other mask
             tile_ptr = q_ptr + first_row * tl.cast(stride_qs, tl.int64)

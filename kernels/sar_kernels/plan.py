@@ -12,11 +12,12 @@ import torch
 import triton
 
 from sar_kernels.call import Call, WeightOptions
-from sar_kernels.configs import KernelConfig, closed_variance_config, padded_head_dim
+from sar_kernels.configs import SMALL, closed_variance_config, padded_head_dim
 from sar_kernels.dkdv import dkdv_kernel
 from sar_kernels.dq import delta_kernel, dq_kernel
 from sar_kernels.forward import forward_kernel
 from sar_kernels.launch import Launch
+from sar_kernels.masks import row_ranges_kernel
 from sar_kernels.moments import closed_variance_kernel, second_moments_kernel
 from sar_kernels.prepare import prepare_kernel
 from sar_kernels.statistics import statistics_kernel
@@ -26,8 +27,6 @@ from sar_kernels.weights import (
     scale_heads_kernel,
     token_ranges_kernel,
 )
-
-SMALL = KernelConfig(0, 0, 4, 1)  # kernels without matrix products
 
 
 @dataclass
@@ -146,6 +145,7 @@ def _plan_forward(
     arguments = {
         **call.common(),
         **call.values(),
+        **call.masks.tile_arguments(),
         **prepared,
         "text_ptr": None if sav is None else sav.text,
         "ranges_ptr": None if sav is None else sav.ranges,
@@ -184,6 +184,7 @@ def _plan_moments(call: Call, sav: Sav, prepared: dict[str, Any], block_m: int) 
         "ACC": call.triton_acc,
     }
     not_read = ("padding_ptr", "stride_lse_b", "stride_lse_h", "group", "softmax_scale", "softcap")
+    not_read += ("bits_ptr", "stride_bits_b", "stride_bits_s")  # where bits hide keys, no row block is taken
     not_read += ("HAS_PADDING", "HAS_SOFTCAP")  # padding is in the columns
     arguments = {
         **{name: value for name, value in call.common().items() if name not in not_read},
@@ -370,6 +371,26 @@ def plan_attention_statistics(call: Call, lse, visual_mask, text_mask, prior, we
     return outputs, [ranges, statistics, head_weights]
 
 
+def _plan_row_ranges(call: Call, block_n: int) -> tuple[torch.Tensor | None, list[Launch]]:
+    """Which rows see each key block, where it is tensors that say so, and the launch that finds out."""
+    if call.masks.first is None and call.masks.end is None:
+        return None, []
+    blocks = triton.cdiv(call.max_k, block_n)
+    row_ranges = torch.empty((call.batch, blocks, 3), dtype=torch.int32, device=call.q.device)
+    arguments = {
+        **call.masks.edge_arguments(call.options.window),
+        "cu_seqlens_q_ptr": call.cu_q,
+        "cu_seqlens_k_ptr": call.cu_k,
+        "row_ranges_ptr": row_ranges,
+        "max_seqlen_q": call.max_q,
+        "max_seqlen_k": call.max_k,
+        "BLOCK_N": block_n,
+        "VARLEN": call.varlen,
+        "BLOCK": 1024,
+    }
+    return row_ranges, [Launch(row_ranges_kernel, (blocks, call.batch), arguments, SMALL)]
+
+
 def plan_backward(
     call: Call,
     dout: torch.Tensor,
@@ -404,6 +425,7 @@ def plan_backward(
     shared = {
         **call.common(),
         **call.values(),
+        **call.masks.tile_arguments(),
         **(NO_SAV if through is None else sav.arguments()),
         **rows,
         **call.strides("do", dout),
@@ -413,8 +435,11 @@ def plan_backward(
         "STATISTICS": through is not None,
     }
     config = call.config("dkdv", sav=through is not None)
+    row_ranges, ranges_launches = _plan_row_ranges(call, config.block_n)
+    launches += ranges_launches
     dkdv = {
         **shared,
+        "row_ranges_ptr": row_ranges,
         "dk_ptr": dk,
         "dv_ptr": dv,
         "dprior_ptr": dprior,

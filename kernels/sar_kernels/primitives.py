@@ -47,6 +47,17 @@ def row_pointer(ptr, batch, head, start, stride_b, stride_h, VARLEN: tl.constexp
 
 
 @triton.jit
+def edge_pointers(first_ptr, end_ptr, batch, start, stride_b, VARLEN: tl.constexpr):
+    """Pointers to the edges of a sample's first row, where they are given: (B, S), with stride 0 (1, S), or (T,)."""
+    offset = start if VARLEN else tl.cast(batch, tl.int64) * stride_b
+    if first_ptr is not None:
+        first_ptr += offset
+    if end_ptr is not None:
+        end_ptr += offset
+    return first_ptr, end_ptr
+
+
+@triton.jit
 def load_tile(
     ptr,
     first_row,
@@ -109,6 +120,37 @@ def load_real_tile(ptr, first_row, real, stride_s, ROWS: tl.constexpr, COLS: tl.
 
 
 @triton.jit
+def load_bits(bits_ptr, rows, first_key, num_rows, stride_s, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which keys of a tile a packed mask lets each row see.  # [BM, BN], or [BN, BM] if TRANSPOSED
+
+    bits_ptr: (Sq, words) of one sample; bit j of word w is key 32 w + j. rows: [BM].
+    """
+    axis: tl.constexpr = 1 if TRANSPOSED else 0  # of the tile, along which the rows do not lie
+    keys = tl.expand_dims(tl.arange(0, BLOCK_N), axis)
+    tile = tl.expand_dims(rows * 0, 1 - axis) + keys * 0
+    for piece in tl.static_range(0, (BLOCK_N + 31) // 32):  # one word a row and 32 keys, not one a pair
+        ptrs = bits_ptr + rows.to(tl.int64) * stride_s + (first_key // 32 + piece)
+        words = tl.expand_dims(tl.load(ptrs, mask=rows < num_rows, other=0), 1 - axis)
+        tile = tl.where(keys // 32 == piece, words, tile)
+    return ((tile >> ((first_key + keys) % 32)) & 1) != 0
+
+
+@triton.jit
+def is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a packed mask lets any row of a tile see any key of it.
+
+    tiles_ptr: (cdiv(Sq, 64), cdiv(Sk, 64)) int8 of one sample.
+    """
+    TILE: tl.constexpr = 64
+    columns = tl.cdiv(num_keys, TILE)
+    row_tiles = first_row // TILE + tl.arange(0, (BLOCK_M + TILE - 1) // TILE)[:, None]
+    key_tiles = first_key // TILE + tl.arange(0, (BLOCK_N + TILE - 1) // TILE)[None, :]
+    inside = (row_tiles * TILE < num_rows) & (key_tiles < columns)
+    seen = tl.load(tiles_ptr + row_tiles * columns + key_tiles, mask=inside, other=0).to(tl.int32)
+    return tl.max(tl.max(seen, 1), 0) != 0
+
+
+@triton.jit
 def load_lse(lse_ptr, rows, num_rows):
     """lse in base-2 units; +inf for rows that saw nothing or do not exist, so that their weights are 0."""
     lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=float("inf")) * LOG2_E
@@ -116,30 +158,53 @@ def load_lse(lse_ptr, rows, num_rows):
 
 
 @triton.jit
-def visible_mask(
+def row_edges(
+    first_ptr,
+    end_ptr,
     rows,
-    keys,
+    num_rows,
     num_keys,
-    diagonal,
     window_left,
     window_right,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Which keys a query may see; diagonal = num_keys - num_rows aligns the window bottom-right (causal: right = 0).
+    """The run of keys [first, end) that each row may see, whatever else hides some of them.  # rows' shape each
 
-    rows and keys broadcast against each other: [BM, 1] with [1, BN], or transposed.
+    An edge is where the pointer says, or without one where the window is, aligned bottom-right (causal: right = 0);
+    where there is none it is not to be read. Rows that do not exist see nothing where pointers say.
     """
+    diagonal = num_keys - num_rows
+    first = rows
+    end = rows
+    if HAS_LEFT:
+        if first_ptr is not None:
+            first = tl.load(first_ptr + rows, mask=rows < num_rows, other=0)
+        else:
+            first = rows + diagonal - window_left
+    if HAS_RIGHT:
+        if end_ptr is not None:
+            end = tl.load(end_ptr + rows, mask=rows < num_rows, other=0)
+        else:
+            end = rows + diagonal + window_right + 1
+    return first, end
+
+
+@triton.jit
+def visible_mask(first, end, keys, num_keys, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Which keys lie in each row's run; operands broadcast against each other: [BM, 1] with [1, BN], or transposed."""
     visible = keys < num_keys
     if HAS_RIGHT:
-        visible = visible & (keys <= rows + diagonal + window_right)
+        visible = visible & (keys < end)
     if HAS_LEFT:
-        visible = visible & (keys >= rows + diagonal - window_left)
+        visible = visible & (keys >= first)
     return visible
 
 
 @triton.jit
 def key_block_range(
+    first_ptr,
+    end_ptr,
     first_row,
     num_rows,
     num_keys,
@@ -150,7 +215,7 @@ def key_block_range(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Keys that a row block sees: [lo, hi), of which every row sees all of [lo, full) if there is no left window.
+    """Keys that a row block sees: [lo, hi), of which every row sees all of [lo, full) if there is no left edge.
 
     lo and full are multiples of BLOCK_N.
     """
@@ -158,13 +223,26 @@ def key_block_range(
     lo = 0
     hi = num_keys
     full = num_keys // BLOCK_N * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_M)
+    first, end = row_edges(first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     if HAS_RIGHT:
-        last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-        hi = tl.maximum(tl.minimum(hi, last_row + diagonal + window_right + 1), 0)
-        first_end = tl.maximum(first_row + diagonal + window_right + 1, 0)
-        full = tl.minimum(full, first_end // BLOCK_N * BLOCK_N)
+        if end_ptr is not None:
+            last_end = tl.max(end, 0)
+            first_end = tl.min(tl.where(rows < num_rows, end, num_keys), 0)
+        else:
+            last_end = tl.minimum(first_row + BLOCK_M, num_rows) + diagonal + window_right
+            first_end = first_row + diagonal + window_right + 1
+        hi = tl.maximum(tl.minimum(hi, last_end), 0)
+        full = tl.minimum(full, tl.maximum(first_end, 0) // BLOCK_N * BLOCK_N)
     if HAS_LEFT:
-        lo = tl.maximum(first_row + diagonal - window_left, 0) // BLOCK_N * BLOCK_N
+        if first_ptr is not None:
+            sees = rows < num_rows
+            if HAS_RIGHT:  # a row without keys asks for none
+                sees = sees & (first < end)
+            least = tl.min(tl.where(sees, first, num_keys), 0)
+        else:
+            least = first_row + diagonal - window_left
+        lo = tl.maximum(least, 0) // BLOCK_N * BLOCK_N
     return lo, full, hi
 
 
@@ -247,27 +325,42 @@ def mean_visual_key(
 def text_meets_visual(
     text,
     rows,
+    first_ptr,
+    end_ptr,
     ranges_ptr,
     num_visual,
     batch,
-    diagonal,
+    num_rows,
+    num_keys,
     window_left,
     window_right,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
 ):
     """Whether rows hold text queries that all see all visual keys, and whether some that do not.  text, rows: [BM]
 
     Neither where there are less than two visual keys, of which no variance is.
     """
-    last = tl.max(tl.where(text, rows, -1), 0)
-    meets = (num_visual >= 2) & (last >= 0)
-    sees_all = True
+    diagonal = num_keys - num_rows
+    last_text = tl.max(tl.where(text, rows, -1), 0)
+    meets = (num_visual >= 2) & (last_text >= 0)
+    sees_all = not HAS_BITS  # a mask of bits hides what it likes
+    first, end = row_edges(first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     if HAS_RIGHT:
-        first = tl.min(tl.where(text, rows, last), 0)
-        sees_all = first + diagonal + window_right >= tl.load(ranges_ptr + 4 * batch + 1) - 1
+        visual_hi = tl.load(ranges_ptr + 4 * batch + 1)
+        if end_ptr is not None:
+            least_end = tl.min(tl.where(text, end, visual_hi), 0)
+        else:
+            least_end = tl.min(tl.where(text, rows, last_text), 0) + diagonal + window_right + 1
+        sees_all = sees_all & (least_end >= visual_hi)
     if HAS_LEFT:
-        sees_all = sees_all & (last + diagonal - window_left <= tl.load(ranges_ptr + 4 * batch))
+        visual_lo = tl.load(ranges_ptr + 4 * batch)
+        if first_ptr is not None:
+            most_first = tl.max(tl.where(text, first, visual_lo), 0)
+        else:
+            most_first = last_text + diagonal - window_left
+        sees_all = sees_all & (most_first <= visual_lo)
     return meets & sees_all, meets & (sees_all == 0)
 
 

@@ -5,11 +5,14 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     LOG2_E,
+    edge_pointers,
     key_block_range,
+    load_bits,
     load_columns,
     load_keys_mask,
     load_lse,
     load_tile,
+    row_edges,
     row_pointer,
     sequence_bounds,
     sequence_pointer,
@@ -27,15 +30,19 @@ def visual_statistics(
     lse,
     k_ptr,
     padding_ptr,
+    bits_ptr,
     visual_ptr,
     prior_ptr,
     columns_ptr,
     start,
     end,
-    rows,
+    first_ptr,
+    end_ptr,
+    first_row,
+    num_rows,
     num_keys,
-    diagonal,
     stride_ks,
+    stride_bits_s,
     window_left,
     window_right,
     scale,
@@ -43,10 +50,12 @@ def visual_statistics(
     cap,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -55,6 +64,11 @@ def visual_statistics(
     What is visual, not padding, and its prior come from the columns if there are some, else from the three masks.
     lse is in base-2 units, +inf for rows whose weights are to be 0. mean and M2 are in units of `scores`.
     """
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_first, row_end = row_edges(
+        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
     alignment = tl.zeros_like(lse)
     count = tl.zeros_like(lse)
     mean = tl.zeros_like(lse)
@@ -71,11 +85,11 @@ def visual_statistics(
         else:
             visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
             prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
-        selected = visual[None, :] & visible_mask(
-            rows[:, None], keys[None, :], num_keys, diagonal, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        selected = visual[None, :] & visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
         if HAS_PADDING and columns_ptr is None:
             selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
+        if HAS_BITS:
+            selected = selected & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
         scores = tl.where(selected, scores, -float("inf"))
         # The mask is read back off the scores: a tile of predicates would have to stay in registers.
         count, mean, m2 = update_moments(scores, scores > -float("inf"), count, mean, m2)
@@ -84,7 +98,12 @@ def visual_statistics(
     return count, mean, m2, alignment
 
 
-@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left", "stride_edges_b"),
+        *("stride_bits_b", "stride_bits_s"),
+    ]
+)
 def statistics_kernel(
     q_ptr,
     k_ptr,
@@ -92,6 +111,9 @@ def statistics_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     padding_ptr,
+    first_ptr,  # (B, Sq) int32, this and the next or None: the window's edges
+    end_ptr,
+    bits_ptr,  # (B, Sq, words) int32, HAS_BITS only
     visual_ptr,
     text_ptr,
     prior_ptr,
@@ -116,6 +138,9 @@ def statistics_kernel(
     group,
     window_left,
     window_right,
+    stride_edges_b,
+    stride_bits_b,
+    stride_bits_s,
     softmax_scale,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -126,6 +151,7 @@ def statistics_kernel(
     HAS_PADDING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -152,6 +178,9 @@ def statistics_kernel(
     prior_ptr += start_k
     if HAS_PADDING:
         padding_ptr += start_k
+    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    if HAS_BITS:
+        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
 
     scale = tl.cast(softmax_scale, ACC)
     cap = tl.cast(softcap, ACC)
@@ -161,13 +190,22 @@ def statistics_kernel(
     else:
         scale_log2 = scale * LOG2_E
         unit = scale
-    diagonal = num_keys - num_rows
     rows = first_row + tl.arange(0, BLOCK_M)
     in_range = rows < num_rows
     text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0  # [BM]
     has_text = tl.max(text.to(tl.int32), 0) != 0
     lo, full, hi = key_block_range(
-        first_row, num_rows, num_keys, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+        first_ptr,
+        end_ptr,
+        first_row,
+        num_rows,
+        num_keys,
+        window_left,
+        window_right,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_LEFT,
+        HAS_RIGHT,
     )
     start, end = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, True, True)
 
@@ -178,15 +216,19 @@ def statistics_kernel(
         lse,
         k_ptr,
         padding_ptr,
+        bits_ptr,
         visual_ptr,
         prior_ptr,
         None,
         start,
         end,
-        rows,
+        first_ptr,
+        end_ptr,
+        first_row,
+        num_rows,
         num_keys,
-        diagonal,
         stride_ks,
+        stride_bits_s,
         window_left,
         window_right,
         scale,
@@ -194,10 +236,12 @@ def statistics_kernel(
         cap,
         HEAD_DIM,
         BLOCK_D,
+        BLOCK_M,
         BLOCK_N,
         HAS_PADDING,
         HAS_LEFT,
         HAS_RIGHT,
+        HAS_BITS,
         HAS_SOFTCAP,
         PRECISION,
     )

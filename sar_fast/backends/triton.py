@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.sequence import dense_last
 from sar_fast.kvcache import Cache, Step
 from sar_fast.validation import MAX_HEAD_DIM, check_ends
-from sar_fast.values import Call, Result, Scores, Statistics, Sums
+from sar_fast.values import Bounds, Call, Result, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.softmax import Lowered, flatten
 
@@ -57,10 +58,6 @@ class Triton:
         dtypes = _INTERPRETER_DTYPES if interpreting() else _GPU_DTYPES
         if request.dtype not in dtypes:
             return f"{request.dtype}: the kernels take {', '.join(map(str, dtypes))} here"
-        if request.bounded:
-            return "visibility: not yet"
-        if request.masked:
-            return "attn_mask: the kernels never read a dense mask"
         return None
 
     def forward(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result:
@@ -75,8 +72,8 @@ class Triton:
         q, k, v = _dense_qkv(call)
         out, lse, statistics, c = result
         layout = {"options": _attention_options(call.scores), **_layout(call)}
-        if call.key_padding_mask is not None:  # queries that see nothing need not be finite: dK takes 0 times them
-            q = q.masked_fill(lse.isneginf().all(1)[..., None, None], 0)
+        if _hides_rows(call):  # queries that see nothing need not be finite: dK takes 0 times them
+            q = q.masked_fill(lse.isneginf().all(-2)[..., None, None], 0)
         empty = q.new_empty(0, dtype=lse.dtype)
         if call.roles is None:
             return *kernels.attention_backward(grad_out, q, k, v, out, lse, **layout), empty
@@ -104,8 +101,6 @@ class Triton:
 
     def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
         """With the chosen keys' indicator for a prior, semantic alignment is the mean mass."""
-        if call.attn_mask is not None:
-            return None
         from sar_kernels import attention as kernels
 
         q, k, _ = _dense_qkv(call)
@@ -131,12 +126,38 @@ def _weight_options(rule: Lowered) -> Any:
     return WeightOptions(*flatten(rule))
 
 
+def _hides_rows(call: Call) -> bool:
+    """Whether some query may see nothing, beside those older than all keys."""
+    return call.key_padding_mask is not None or call.attn_mask is not None or call.bounds.given
+
+
+def _masks(padding: Tensor | None, attn_mask: Tensor | None, bounds: Bounds) -> Any:
+    """The kernels' value of what hides keys beyond the window."""
+    from sar_kernels.masks import Masks
+
+    return Masks(padding, *bounds, None if attn_mask is None else _packed(attn_mask))
+
+
+_packed_masks = WeakTensorKeyDictionary()  # dense mask -> (its version then, its packed form)
+
+
+def _packed(mask: Tensor) -> Any:
+    """A dense mask, read once however many layers get it."""
+    from sar_kernels.masks import pack_mask
+
+    version = None if mask.is_inference() else mask._version
+    known = _packed_masks.get(mask)
+    if known is None or version is None or known[0] != version:
+        known = _packed_masks[mask] = version, pack_mask(mask)
+    return known[1]
+
+
 def _dense_qkv(call: Call) -> list[Tensor]:
     return [dense_last(x) for x in (call.q, call.k, call.v)]
 
 
 def _layout(call: Call) -> dict[str, Any]:
-    layout = {"key_padding_mask": call.key_padding_mask}
+    layout = {"masks": _masks(call.key_padding_mask, call.attn_mask, call.bounds)}
     if call.packed:
         layout |= {
             "cu_seqlens_q": call.cu_seqlens_q.contiguous(),
@@ -182,10 +203,8 @@ def _beside_attention(call: Call, rule: Lowered, q: Tensor, k: Tensor, v: Tensor
 
 
 def _decodes(call: Call) -> bool:
-    """A few queries against a longer, unpadded past: the split-KV kernels keep all multiprocessors busy."""
-    if call.packed or call.key_padding_mask is not None:
-        return False
-    return 0 < call.q.shape[1] <= DECODE_QUERIES < call.k.shape[1]
+    """A few queries against a longer past: the split-KV kernels keep all multiprocessors busy."""
+    return not call.packed and 0 < call.q.shape[1] <= DECODE_QUERIES < call.k.shape[1]
 
 
 def _decode_call(call: Call, rule: Lowered) -> Result:
@@ -195,7 +214,8 @@ def _decode_call(call: Call, rule: Lowered) -> Result:
     if call.carried is not None:  # the kernels add to the sums in place: the caller keeps its own
         sums = Sums(*(t.to(torch.float32).contiguous().clone() for t in call.carried[:3]))
     cache = Cache(k, v, None, None, None, None, call.batch_size)
-    return _decode(Step(q, cache, call.scores, call.roles, sums, rule), lengths)
+    step = Step(q, cache, call.scores, call.roles, sums, rule, bounds=call.bounds)
+    return _decode(step, lengths, call.key_padding_mask, call.attn_mask)
 
 
 def _append(q: Tensor, cache: Cache) -> Tensor:
@@ -209,13 +229,16 @@ def _append(q: Tensor, cache: Cache) -> Tensor:
     return lengths
 
 
-def _decode(step: Step, lengths: Tensor) -> Result:
+def _decode(
+    step: Step, lengths: Tensor, key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None
+) -> Result:
     """A step over a cache whose samples have ``lengths`` (B,) int32 keys, the new ones written."""
     from sar_kernels.decode_call import decode_forward, sar_decode_forward
 
     q, cache, roles, sums, c = dense_last(step.q), step.cache, step.roles, step.sums, step.c
     table = None if cache.block_table is None else dense_last(cache.block_table)
-    given = {"options": _attention_options(step.scores), "block_table": table}
+    masks = _masks(key_padding_mask, attn_mask, step.bounds)
+    given = {"options": _attention_options(step.scores), "block_table": table, "masks": masks}
     if roles is None and c is None:
         out, lse = decode_forward(q, cache.k, cache.v, lengths, **given)
         return Result(out, lse, *nothing_computed(q, lse.dtype))

@@ -36,6 +36,8 @@ COLUMNS = {  # heading -> the tests that must pass for a yes
     ),
     "remove": ("test_remove_restores_bit_for_bit",),
 }
+MASKS = "test_no_layer_gets_a_dense_mask"  # records these, by layer type
+RECORDED = ("mask", "prompt on a GPU", "step on a GPU")
 INTRODUCTION = """\
 # Model families
 
@@ -77,6 +79,18 @@ checkpoints were not run here.
 "no, transformers": the same call fails in transformers without SAR, and the test asserts that failure.
 
 """
+SEEN = """
+## What the layers' masks are
+
+Of the same models, as a test sees them in a padded batch and its answer; it fails where any of them is dense. "causal"
+needs no mask but padding; anything else is, for every query of a prompt, the run of keys that it sees, and comes from
+windows, chunks, or blocks that see ahead (pictures, PaliGemma's prompt). One query of an answer needs no more than a
+mask of its keys. The backends are those that `backend="auto"` takes on a GPU for the same calls in bf16.
+
+A dense mask is left where a graph of more than single queries is traced, where padding lies between real tokens of a
+model that has such patterns, and under masks and mask functions of the user's own.
+
+"""
 
 
 class Outcomes:
@@ -84,6 +98,7 @@ class Outcomes:
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self.recorded: dict[tuple[str, str], set[str]] = defaultdict(set)  # (model, heading) -> cells
         self._ran: dict[str, tuple[str, str]] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
@@ -93,7 +108,10 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":  # a failure ends the program, so what is skipped here is an expected failure
-            self.found[self._ran[report.nodeid]].append(report.outcome)
+            test, model = self._ran[report.nodeid]
+            self.found[test, model].append(report.outcome)
+            for heading, cell in report.user_properties:
+                self.recorded[model, heading].add(cell)
 
 
 def run_tests() -> Outcomes:
@@ -101,7 +119,7 @@ def run_tests() -> Outcomes:
     outcomes = Outcomes()
     here = Path(__file__).parent
     files = [str(here / name) for name in ("test_families.py", "test_family_traps.py")]
-    tests = " or ".join(test for column in COLUMNS.values() for test in column)
+    tests = " or ".join((MASKS, *(test for column in COLUMNS.values() for test in column)))
     code = pytest.main(["-q", "-m", "not slow", "-k", tests, *files], [outcomes])
     if code != 0:
         sys.exit("the family tests failed; no table")
@@ -137,11 +155,21 @@ def tested_part(outcomes: Outcomes) -> str:
     return "".join(lines)
 
 
+def masks_part(outcomes: Outcomes) -> str:
+    """One row per tiny model."""
+    lines = [SEEN, f"| model | {' | '.join(RECORDED)} |\n|---|{'---|' * len(RECORDED)}\n"]
+    for name in CASES:
+        cells = ("; ".join(sorted(outcomes.recorded[name, heading])) for heading in RECORDED)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with docs/families.md instead of writing it")
     check = parser.parse_args().check
-    page = registry_part() + tested_part(run_tests())
+    outcomes = run_tests()
+    page = registry_part() + tested_part(outcomes) + masks_part(outcomes)
     if not check:
         PAGE.write_text(page)
     elif not PAGE.exists() or PAGE.read_text() != page:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar
+from sar_fast.integrations.hf import mask_function
 from tests.hf.generation_oracle import decode_oracle, prior_of
 from tests.hf.oracle import eager_oracle
 from tests.hf.test_caches import sliding_llava
-from tests.hf.tiny import IMAGE, MODELS, llava, llava_batch, qwen2_5_vl, qwen_batch
+from tests.hf.tiny import CASES, IMAGE, MODELS, llava, llava_batch, qwen2_5_vl, qwen_batch
 
 BETA = 0.02
 IMAGES = [1, 2, 0, 1]
@@ -175,24 +176,49 @@ def test_packed_rows_of_a_batch_are_packed_each():
         assert_close(part, oracle_logits(model, row))
 
 
-def test_packed_sequences_in_a_sliding_window():
-    """A pattern that is more than causal: the dense mask is cut into the sequences' squares."""
-    model = sliding_llava(window=20)
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both"])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("full_layers", [0, 2])
+@pytest.mark.parametrize("window", [20, 500])
+def test_packed_sequences_in_a_sliding_window(how, use_cache, full_layers, window, monkeypatch):
+    """Layers with a window and without, each with its own mask; windows count inside each sequence."""
+    model = sliding_llava(window, full_layers)
     rows = [row_of(llava_batch, IMAGES, b) for b in range(len(IMAGES))]
     packed, lengths = pack(rows)
+    if how != "position_ids":
+        packed |= lengths_kwargs(lengths)
+    if how == "cu_seq_lens":
+        del packed["position_ids"]
+    refuse_dense_masks(monkeypatch)
     with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA)):
-        got = logits(model, packed | {"use_cache": False})[0].split(lengths)
+        got = logits(model, packed | {"use_cache": use_cache})[0].split(lengths)
+    monkeypatch.undo()
     for b, row in enumerate(rows):
         assert_close(got[b], oracle_logits(model, row))
 
 
-def test_packed_plain_causal_never_builds_a_dense_mask(monkeypatch):
-    from sar_fast.integrations.hf import attention
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_sequences_in_chunks_equal_rows_alone(use_cache, monkeypatch):
+    case = CASES["llama4"]
+    model = case.make()
+    rows = [row_of(case.batch, IMAGES, b) for b in range(len(IMAGES))]
+    packed, lengths = pack(rows)
+    refuse_dense_masks(monkeypatch)
+    with apply_sar(model, SARConfig(activation_layer_k=3, beta=case.beta)):
+        got = logits(model, packed | {"use_cache": use_cache})[0].split(lengths)
+        for b, row in enumerate(rows):
+            assert_close(got[b], logits(model, row)[0])
 
+
+def refuse_dense_masks(monkeypatch):
     def dense(**kwargs):
         raise AssertionError("a dense mask was built")
 
-    monkeypatch.setattr(attention, "sdpa_mask", dense)
+    monkeypatch.setattr(mask_function, "sdpa_mask", dense)
+
+
+def test_packed_plain_causal_never_builds_a_dense_mask(monkeypatch):
+    refuse_dense_masks(monkeypatch)
     packed, _ = pack([row_of(llava_batch, IMAGES, b) for b in range(2)])
     with apply_sar(llava(), SARConfig(activation_layer_k=3)) as handle:
         logits(handle.model, packed | {"use_cache": False})

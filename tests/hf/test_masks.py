@@ -146,6 +146,8 @@ def test_a_plain_packed_dense_mask_runs_as_packed(monkeypatch):
     [
         (lambda m: m | torch.eye(m.shape[-1], dtype=torch.bool).roll(7, 0), "see across"),
         (lambda m: m.long(), "bool or additive"),
+        (lambda m: m.int(), "bool or additive"),
+        (lambda m: m[..., :2].int().expand(2, -1, -1, -1), "got shape"),
         (lambda m: m * 0.5 - 1.0, "scores with a bias"),
         (lambda m: m.expand(-1, 4, -1, -1), "same for all heads"),
         (lambda m: m[0], r"must be \(batch, positions\)"),
@@ -230,6 +232,31 @@ def test_a_mask_that_misses_the_cached_positions_is_an_error():
         model(**batch, past_key_values=cache)
         with pytest.raises(ValueError, match="attention_mask must cover the"):
             model(input_ids=torch.full((3, 1), 20), attention_mask=torch.ones(3, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_a_second_turn_of_layers_that_say_they_are_not_causal(name, side):
+    """PaliGemma's: the prefix sees itself by its mask, what follows is causal."""
+    case = CASES[name]
+    model = case.make()
+    model.set_attn_implementation({"text_config": "eager"})  # transformers' SDPA has no soft-cap
+    batch = case.batch([1] if side == "none" else [1, 2], "left" if side == "none" else side)
+    real = torch.cat([batch["attention_mask"], torch.ones(len(batch["input_ids"]), 5, dtype=torch.long)], 1)
+    turn = {"input_ids": torch.arange(20, 25).expand(len(real), -1)}
+    if side != "none":
+        turn["attention_mask"] = real
+
+    def second_turn():
+        cache = DynamicCache(config=model.config.get_text_config())
+        logits(model, batch, past_key_values=cache, use_cache=True)
+        return logits(model, turn, past_key_values=cache, use_cache=True)
+
+    want = second_turn()
+    with apply_sar(model, config_of(case, activation_layer_k=0)):
+        assert_close(second_turn(), want)
+    with apply_sar(model, config_of(case, beta=1e30, protect_first_head=False)):
+        assert_close(second_turn(), want)
 
 
 # visual tokens that the mask hides

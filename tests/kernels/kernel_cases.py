@@ -9,8 +9,11 @@ import pytest
 import torch
 import triton
 
+from sar_fast import Visibility
 from sar_fast.reference import sar_attention_reference
-from sar_kernels.attention import AttentionOptions, WeightOptions, sar_backward, sar_forward
+from sar_fast.values import UNBOUNDED, Bounds
+from sar_fast.visibility import as_mask, query_positions
+from sar_kernels.attention import AttentionOptions, Masks, WeightOptions, pack_mask, sar_backward, sar_forward
 
 STATISTICS = ("av", "sa", "c")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py decides before this is imported
@@ -46,6 +49,41 @@ class Case:
     protect: bool = True
     normalize: str = "none"
     dtype: torch.dtype = torch.float32
+    visibility: Visibility | None = None  # beside causal and window
+    mask: torch.Tensor | None = None  # (B or 1, 1, Sq, Sk) bool, packed for the kernels
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """(B, Sk) bool of ``padding``."""
+        if self.padding is None:
+            return None
+        real = torch.zeros(len(self.images), self.seqlen_k, dtype=torch.bool)
+        for b, (first, end) in enumerate(self.padding):
+            real[b, first:end] = True
+        return real
+
+    @property
+    def bounds(self) -> Bounds:
+        """The runs of keys that ``visibility`` lets the queries see, with causal and window in them."""
+        if self.visibility is None:
+            return UNBOUNDED
+        position = query_positions(self.seqlen_q, self.seqlen_k, torch.device("cpu"))
+        return self.visibility.bounds(position, self.seqlen_k, causal=self.causal, window=self.window, real=self.real)
+
+    @property
+    def scores(self) -> dict:
+        """``causal`` and ``window_size`` as far as the bounds do not say them."""
+        if self.bounds.given:
+            return {"causal": False, "window_size": (-1, -1)}
+        return {"causal": self.causal, "window_size": self.window}
+
+    @property
+    def seen(self) -> torch.Tensor | None:
+        """What bounds and mask let the queries see, (B, 1, Sq, Sk) bool."""
+        if not self.bounds.given:
+            return self.mask
+        seen = as_mask(self.bounds, self.seqlen_k, (len(self.images), self.seqlen_q))
+        return seen if self.mask is None else seen & self.mask
 
     def __str__(self) -> str:
         return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
@@ -72,8 +110,14 @@ class Inputs:
         self.sav = (self.visual, self.text, self.prior)
 
     def kwargs(self, weights: bool = True) -> dict:
-        both = {"options": self.options, "key_padding_mask": self.padding}
+        both = {"options": self.options, "masks": self.masks}
         return {**both, "weights": self.weights} if weights else both
+
+    @property
+    def masks(self) -> Masks:
+        first, end = (None if x is None else x.to(self.q.device) for x in self.case.bounds)
+        packed = None if self.case.mask is None else pack_mask(self.case.mask.to(self.q.device))
+        return Masks(self.padding, first, end, packed)
 
 
 def make(case: Case) -> Inputs:
@@ -95,12 +139,8 @@ def make(case: Case) -> Inputs:
     prior = (prior / prior.sum(-1, keepdim=True).clamp_min(1e-9)).to(
         torch.float64 if case.dtype == torch.float64 else torch.float32
     )
-    padding = None
-    if case.padding is not None:
-        padding = torch.zeros(batch, Sk, dtype=torch.bool)
-        for b, (first, end) in enumerate(case.padding):
-            padding[b, first:end] = True
-    options = AttentionOptions(case.causal, D**-0.5, case.window, case.softcap)
+    padding = case.real
+    options = AttentionOptions(case.scores["causal"], D**-0.5, case.scores["window_size"], case.softcap)
     weights = WeightOptions(case.beta, case.protect, case.normalize)
     return Inputs(case, q, k, v, visual, text, prior, padding, options, weights)
 
@@ -115,9 +155,9 @@ def reference(inputs: Inputs, dtype: torch.dtype = torch.float64, *, sav_grad=Fa
         inputs.text,
         leaves[3],
         beta=case.beta,
-        causal=case.causal,
         key_padding_mask=inputs.padding,
-        window_size=case.window,
+        attn_mask=case.seen,
+        **case.scores,
         softcap=case.softcap,
         protect_first_head=case.protect,
         normalize=case.normalize,
@@ -181,7 +221,8 @@ def counting_queries(inputs: Inputs) -> torch.Tensor:
     """Per sample, the text queries that see two or more visual keys."""
     case = inputs.case
     distance = torch.arange(case.seqlen_k) - (torch.arange(case.seqlen_q)[:, None] + case.seqlen_k - case.seqlen_q)
-    left, right = case.window[0], 0 if case.causal else case.window[1]
+    (left, right), causal = case.scores["window_size"], case.scores["causal"]
+    right = 0 if causal else right
     sees = inputs.visual[:, None, :].expand(-1, case.seqlen_q, -1)
     if right >= 0:
         sees = sees & (distance <= right)
@@ -189,6 +230,8 @@ def counting_queries(inputs: Inputs) -> torch.Tensor:
         sees = sees & (distance >= -left)
     if inputs.padding is not None:
         sees = sees & inputs.padding[:, None, :]
+    if case.seen is not None:
+        sees = sees & case.seen[:, 0]
     return (inputs.text & (sees.sum(-1) >= 2)).sum(-1)
 
 

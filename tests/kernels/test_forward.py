@@ -171,7 +171,7 @@ def test_one_loop_or_two_for_the_visual_stretch(case, max_registers):
     """A tile that is limited in registers masks the whole stretch with visual keys, others only its edge."""
     inputs = make(case)
     config = KernelConfig(32, 16, 4, 1, max_registers)
-    call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.padding, configs={"forward": config})
+    call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.masks, configs={"forward": config})
     outputs, launches = plan_sar_forward(call, *inputs.sav, inputs.weights)
     assert launches[1].arguments["SPLIT_COLLECT"] == (max_registers is None)
     run_all(launches)

@@ -9,6 +9,7 @@ from kernel_cases import FP64, INTERPRETED, assert_same
 import sar_fast
 from sar_fast import (
     SARState,
+    Visibility,
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
@@ -17,6 +18,7 @@ from sar_fast import (
     sar_attn_with_kvcache,
 )
 from sar_fast.reference import sar_attention_reference
+from sar_fast.visibility import as_mask, query_positions
 
 TRITON = {"backend": "triton"}
 EXACT = torch.float64 if FP64 else torch.float32
@@ -204,9 +206,111 @@ def test_operator_checks():
 
 
 def test_what_the_kernels_lack_names_the_backend_to_use():
+    q = torch.randn(1, 5, 2, 16).to(torch.bfloat16 if INTERPRETED else torch.float64)
+    marks = torch.zeros(1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"float.*: the kernels take .*use backend=.*'torch'"):
+        sar_attn_func(q, q, q, marks, marks, torch.zeros(1, 5), **TRITON)
+
+
+MASK = torch.rand(1, 1, 19, 19, generator=torch.Generator().manual_seed(0)) < 0.7
+REAL = torch.arange(19).expand(2, -1) >= torch.tensor([[0], [3]])
+PATTERNS = {
+    "chunks": {"visibility": Visibility(chunk=7)},
+    "prefix": {"visibility": Visibility(prefix=torch.tensor([9, 4]))},
+    "blocks in a window": {
+        "visibility": Visibility(blocks=torch.tensor([-1] * 2 + [0] * 7 + [-1] * 10)),
+        "window_size": (5, -1),
+        "key_padding_mask": REAL,
+    },
+    "mask": {"attn_mask": MASK},
+    "mask and padding": {"attn_mask": MASK, "causal": False, "key_padding_mask": REAL},
+    "padding": {"key_padding_mask": REAL},
+}
+
+
+def as_matrix(pattern: dict, Sq: int) -> dict:
+    """A pattern's options with its visibility as an ``attn_mask`` of the last ``Sq`` queries, for the oracle."""
+    options = dict(pattern)
+    visibility, mask = options.pop("visibility", None), options.pop("attn_mask", None)
+    if visibility is not None:
+        how = {"causal": options.pop("causal", True), "window": options.pop("window_size", (-1, -1))}
+        bounds = visibility.bounds(
+            query_positions(Sq, 19, REAL.device), 19, **how, real=options.get("key_padding_mask")
+        )
+        options |= {"causal": False, "attn_mask": as_mask(bounds, 19, (2, Sq))}
+    if mask is not None:
+        options["attn_mask"] = mask[:, :, -Sq:]
+    return options
+
+
+@pytest.mark.parametrize("Sq", [19, 2], ids=["prompt", "step"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_pattern_equals_the_reference(name, Sq):
+    q, k, v, visual, text, prior = inputs()
+    case = (q[:, -Sq:], k, v, visual, text[:, -Sq:], prior)
+    ours, reference = leaves(case), leaves(case)
+    options, pattern = {"beta": 0.05, "sav_grad": True, "return_stats": True}, dict(PATTERNS[name])
+    if "attn_mask" in pattern:
+        pattern["attn_mask"] = MASK[:, :, -Sq:]
+    out, stats = sar_attn_func(*ours, **options, **pattern, **TRITON)
+    want, expected = sar_attention_reference(*reference, **options, **as_matrix(PATTERNS[name], Sq))
+    grad = torch.randn_like(want)
+    out.backward(grad)
+    want.backward(grad)
+    torch.testing.assert_close(out, want, **CLOSE)
+    for field in ("lse", "alignment_variance", "semantic_alignment", "head_weights", "query_count"):
+        theirs = getattr(expected, field).float()
+        torch.testing.assert_close(getattr(stats, field).float(), theirs, rtol=1e-3, atol=1e-6)
+    for a, b in zip((ours[0], ours[1], ours[2], ours[5]), (reference[0], reference[1], reference[2], reference[5])):
+        torch.testing.assert_close(a.grad, b.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("lengths", [12, torch.tensor([12, 9], dtype=torch.int32)], ids=["int", "tensor"])
+def test_a_cache_with_chunks(backend, lengths):
+    """As the whole sequence at once, in the modes that count the new queries alone."""
+    q, k, v, visual, _, prior = inputs(dtype=torch.float32)
+    cache = [torch.zeros(2, 24, 2, 16) for _ in range(2)]
+    for kept, x in zip(cache, (k, v)):
+        kept[:, :19] = x
+    pad = lambda x: torch.nn.functional.pad(x, (0, 5))
+    pattern, starts = Visibility(chunk=5), [12, 12] if isinstance(lengths, int) else lengths.tolist()
+    roles = {"visual_mask": pad(visual), "prior": pad(prior)}
+    out = sar_attn_with_kvcache(
+        q[:, :2], *cache, q.new_ones(2, 2, 2, 16), q.new_ones(2, 2, 2, 16), cache_seqlens=lengths, **roles, state=None,
+        decode="step", beta=0.05, visibility=pattern, backend=backend,
+    )  # fmt: skip
+    for b, start in enumerate(starts):
+        one = [x[b : b + 1, : start + 2] for x in (*cache, visual, prior)]
+        text = torch.ones(1, 2, dtype=torch.bool)
+        want = sar_attn_func(
+            q[b : b + 1, :2], *one[:2], one[2], text, one[3], beta=0.05, visibility=pattern, backend="torch"
+        )
+        torch.testing.assert_close(out[b : b + 1], want, rtol=1e-4, atol=1e-5)
+
+
+def test_patterns_compile_without_a_break():
+    torch._dynamo.reset()
     case = inputs(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"attn_mask.*use backend='torch'"):
-        sar_attn_func(*case, attn_mask=torch.ones(2, 1, 19, 19, dtype=torch.bool), **TRITON)
+    for pattern in PATTERNS.values():
+        options = {"beta": 0.05, **pattern, **TRITON}
+        compiled = torch.compile(lambda *a, o=options: sar_attn_func(*a, **o), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*case), sar_attn_func(*case, **options))
+    torch._dynamo.reset()
+
+
+def test_a_dense_mask_is_packed_once_for_all_layers(monkeypatch):
+    from sar_kernels import masks
+
+    packed, pack = [], masks.pack_mask
+    monkeypatch.setattr(masks, "pack_mask", lambda mask: packed.append(mask) or pack(mask))
+    case, mask = inputs(dtype=torch.float32), MASK.clone()
+    first = sar_attn_func(*case, attn_mask=mask, **TRITON)
+    assert torch.equal(sar_attn_func(*case, attn_mask=mask, **TRITON), first)
+    assert len(packed) == 1
+    mask[:] = True  # what was known of it is not true any more
+    assert not torch.equal(sar_attn_func(*case, attn_mask=mask, **TRITON), first)
+    assert len(packed) == 2
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):

@@ -11,6 +11,7 @@ from sar_kernels.attention import sar_forward
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import CLOSED_FORM, KernelConfig
 from sar_kernels.launch import run_all
+from sar_kernels.masks import NO_MASKS
 from sar_kernels.plan import plan_sar_forward
 
 BASE = Case(head_dim=16)
@@ -40,7 +41,7 @@ CASES = [
 
 def forward(inputs, *, closed_form=True, **configs):
     """Outputs of the plan with the closed form, and the sums that it made."""
-    call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.padding, closed_form=closed_form, configs=configs)
+    call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.masks, closed_form=closed_form, configs=configs)
     outputs, launches = plan_sar_forward(call, *inputs.sav, inputs.weights)
     run_all(launches)
     return outputs, launches[-2].arguments["closed_ptr"]
@@ -174,7 +175,7 @@ def test_packed_equals_one_by_one(monkeypatch):
     prior = torch.rand(total) * visual
     options, weights = AttentionOptions(True, 0.25), WeightOptions(0.02)
     cu = torch.tensor(starts, dtype=torch.int32)
-    call = Call(q, k, v, options, None, cu, cu, max(lengths), max(lengths), closed_form=True)
+    call = Call(q, k, v, options, NO_MASKS, cu, cu, max(lengths), max(lengths), closed_form=True)
     outputs, launches = plan_sar_forward(call, visual, text, prior, weights)
     run_all(launches)
     for i, (start, end) in enumerate(itertools.pairwise(starts)):

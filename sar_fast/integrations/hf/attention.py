@@ -15,13 +15,14 @@ from sar_fast.cache_state import attach
 from sar_fast.decoding import attend_with_state
 from sar_fast.distributed import Shards
 from sar_fast.functional import plain_attention
+from sar_fast.integrations.hf.compact_mask import bounds_of, is_compact
 from sar_fast.integrations.hf.forward_pass import Pass
 from sar_fast.integrations.hf.mask_function import sar_mask
 from sar_fast.integrations.hf.packing import packed_attention
 from sar_fast.integrations.hf.refusals import refuse_slices
 from sar_fast.integrations.hf.split_queries import keys_of_all_ranks
 from sar_fast.rows import visual_attention_rows
-from sar_fast.values import Call, Roles, Scores
+from sar_fast.values import Bounds, Call, Roles, Scores
 from sar_fast.weighting.split import split_over
 
 ATTENTION_NAME = "sar"
@@ -68,28 +69,27 @@ def sar_attention_forward(
     packing = sar_context.packing if sar_context is not None else None
     if packing is not None and packing.causal:
         attention_mask = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
+        if not reweighted and query.shape[2] == 1 and query.device.type == "cpu":  # where SDPA is faster than our loop
+            attention_mask = attention_mask[:, None, None]
     # transformers' SDPA reads "no mask, fewer queries than keys" as an empty static cache; here it is a second turn
     square = query.shape[2] in (1, key.shape[2])
-    for_sdpa = attention_mask.dim() == 4 if attention_mask is not None else square
+    for_sdpa = square if attention_mask is None else attention_mask.dim() == 4 and not is_compact(attention_mask)
     if not reweighted and softcap is None and for_sdpa and packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     if dropout:
         raise ValueError(f"attention_dropout must be 0 with attn_implementation='sar': no dropout; got {dropout}")
-    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < key.shape[2]:
-        key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, heads, D]
-    key_padding, dense = None, None
-    if attention_mask is not None and attention_mask.dim() == 4:
-        dense = attention_mask[..., : k.shape[1]]
-        dense = dense if dense.dtype == torch.bool else dense == 0
-    else:
-        key_padding = attention_mask
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if is_causal is None:  # as transformers' SDPA: a module's own word counts where no mask was needed
+        unmasked = attention_mask is None and square and packing is None
+        is_causal = getattr(module, "is_causal", True) if unmasked else True
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = Scores(scale, causal=bool(causal) and dense is None, softcap=softcap or 0.0)
-    call = Call(q, k, v, scores, key_padding_mask=key_padding, attn_mask=dense)
+    call = Call(q, k, v, Scores(scale, causal=bool(is_causal), softcap=softcap or 0.0))
+    if attention_mask is not None:
+        call = _masked(call, attention_mask)
     if reweighted:
         _check_heads(module, q.shape[2], sar_context.shards)
         rows, positions = sar_context.roles.text_mask.shape
@@ -100,6 +100,21 @@ def sar_attention_forward(
     if not reweighted:
         return plain_attention(call)[0], None
     return _reweighted(layer, call, sar_context), None
+
+
+def _masked(call: Call, mask: Tensor) -> Call:
+    """A call without a mask, under what the mask function gave."""
+    if mask.dim() == 2:
+        return dataclasses.replace(call, key_padding_mask=mask)
+    scores = dataclasses.replace(call.scores, causal=False)
+    if is_compact(mask):
+        return dataclasses.replace(call, scores=scores, bounds=bounds_of(mask))
+    if mask.shape[-1] > call.k.shape[1]:  # not else: what is known of a tensor is not known of its views
+        mask = mask[..., : call.k.shape[1]]
+    mask = mask if mask.dtype == torch.bool else mask == 0
+    if call.q.shape[1] == 1:  # one query's mask says which keys are there
+        return dataclasses.replace(call, scores=scores, key_padding_mask=mask[:, 0, 0].expand(call.q.shape[0], -1))
+    return dataclasses.replace(call, scores=scores, attn_mask=mask)
 
 
 def _reweighted(layer: int, call: Call, running: Pass) -> Tensor:
@@ -142,6 +157,7 @@ def _piece(call: Call, start: int, stop: int) -> Call:
     """The queries ``start`` to ``stop`` of a dense call, and the keys up to the last of them."""
     keys = call.k.shape[1] - (call.q.shape[1] - stop)
     padding, dense, roles = call.key_padding_mask, call.attn_mask, call.roles
+    bounds = Bounds(*(None if side is None else side[:, start:stop].contiguous() for side in call.bounds))
     return dataclasses.replace(
         call,
         q=call.q[:, start:stop],
@@ -150,6 +166,7 @@ def _piece(call: Call, start: int, stop: int) -> Call:
         roles=Roles(roles.visual[:, :keys], roles.text[:, start:stop], roles.prior[:, :keys]),
         key_padding_mask=None if padding is None else padding[:, :keys],
         attn_mask=None if dense is None else dense[..., start:stop, :keys],
+        bounds=bounds,
     )
 
 

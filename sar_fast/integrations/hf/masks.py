@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.dense_masks import as_visible
+from sar_fast.integrations.hf.compact_mask import is_compact, real_queries
 from sar_fast.integrations.hf.host_facts import HostFacts
 from sar_fast.integrations.hf.packing import Packing
 
@@ -33,8 +34,8 @@ def read_mask(
     """(real, packing) of a pass.
 
     Args:
-        attention_mask: None; (B, positions) non-zero = real token; (B or 1, 1, S, keys) bool or additive; or a dict of
-            these by layer type, as ``generate`` makes them in advance for static caches.
+        attention_mask: None; (B, positions) non-zero = real token; (B or 1, 1, S, keys) bool or additive; a compact
+            mask; or a dict of these by layer type, as ``generate`` makes them in advance for static caches.
         shape: (B, S) of the new positions.
         past_length: number of cached positions; a static cache gives a 0-dim tensor.
         facts: what :func:`ask_mask` asked of a pass of several positions; nothing in a graph.
@@ -51,7 +52,7 @@ def read_mask(
         kinds = [*(k for k in KINDS if k in mask), *(k for k in mask if k not in KINDS)]
         mask, everywhere = (mask[kinds[0]] if kinds else None), len(set(map(id, mask.values()))) == 1
         for other in attention_mask.values():  # layers of other types get theirs
-            if isinstance(other, Tensor) and other.dim() == 4:
+            if isinstance(other, Tensor) and other.dim() == 4 and not is_compact(other):
                 as_visible(other)
     if mask is None:
         return None, None
@@ -59,6 +60,8 @@ def read_mask(
         raise TypeError(f"attention_mask must be a tensor, a dict of tensors or None; got {type(mask).__name__}")
     if mask.dim() == 2:
         return _columns(mask, shape, past_length, facts), None
+    if is_compact(mask) and mask.shape[:3] in ((1, 1, shape[1]), (shape[0], 1, shape[1])):
+        return real_queries(mask).expand(shape), None
     if mask.dim() == 4:
         return _read_dense(mask, shape, past_length, everywhere)
     raise ValueError(

@@ -19,7 +19,7 @@ from sar_fast.functional import autocast_inputs
 from sar_fast.integrations.hf.host_facts import HostFacts
 from sar_fast.roles import TokenRoles
 from sar_fast.types import SARStats
-from sar_fast.values import Call, Result, Roles, Statistics, StatisticsWithRows
+from sar_fast.values import Bounds, Call, Result, Roles, Statistics, StatisticsWithRows
 from sar_fast.weighting.protocol import Weighting
 from sar_fast.weighting.rows import RowStatistic
 
@@ -193,8 +193,9 @@ def packed_attention(
     """Attention in which every sequence sees only itself, re-weighted by ``weighting``, plain without.
 
     Args:
-        call: dense, q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), roles (B, S). With an attn_mask (B or 1, 1, S,
-            S), patterns inside the sequences that ``scores`` do not say, they are attended to one by one.
+        call: dense, q (B, S, H, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), roles (B, S), bounds (B, S) counted from the
+            first key of each query's sequence. With an attn_mask (B or 1, 1, S, S), patterns inside the sequences that
+            neither ``scores`` nor ``bounds`` say, they are attended to one by one.
         layer, recorded, check_prior: as in ``ops.attention``.
 
     Returns:
@@ -210,7 +211,10 @@ def packed_attention(
     how |= {"check_prior": check_prior, "recorded": recorded if keep_stats else ()}
     if call.attn_mask is None:
         ends, longest = packing.cu_seqlens, (packing.max_seqlen, packing.max_seqlen)
-        packed = Call(q, k, v, call.scores, roles, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlens=longest)
+        bounds = Bounds(*(None if side is None else side.flatten() for side in call.bounds))
+        packed = Call(
+            q, k, v, call.scores, roles, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlens=longest, bounds=bounds
+        )
         result = ops.attention(packed, weighting, chosen, **how)
     else:
         results = []
