@@ -82,8 +82,13 @@ def _write(bench: Bench, provider: str, mode: str, shape: Shape, failures: list[
         print(f"  RED {provider} {mode} {shape}: {failure}", flush=True)
 
 
-def check_prefill(function: Callable, inputs: tuple, through: bool, *, plain: bool = False) -> dict[str, Row]:
-    """{"forward": row, "gradients": row} of a Triton-backed function on these inputs."""
+def check_prefill(
+    function: Callable, inputs: tuple, through: bool, *, plain: bool = False, reference: dict[str, Any] | None = None
+) -> dict[str, Row]:
+    """{"forward": row, "gradients": row} of a Triton-backed function on these inputs.
+
+    ``reference``: further options of the reference alone, where it says with a matrix what the function sees.
+    """
 
     def attend(run: Callable, double: bool, **options: Any) -> list[Tensor]:
         cast = lambda x: x.double() if double and x.is_floating_point() else x
@@ -95,8 +100,9 @@ def check_prefill(function: Callable, inputs: tuple, through: bool, *, plain: bo
         return [x.detach().double() for x in (out, *gradients, *kept)]
 
     options = PLAIN if plain else {"beta": 0.02, "sav_grad": through}
-    exact = attend(sar_attention_reference, True, **options)
-    rounded = attend(sar_attention_reference, False, **options)
+    exact, rounded = (
+        attend(sar_attention_reference, double, **options, **(reference or {})) for double in (True, False)
+    )
     got = attend(function, False, backend="triton", **options)
     rows: dict[str, tuple[list[str], list[float]]] = {"forward": ([], []), "gradients": ([], [])}
     for index, name in enumerate(("out", "dq", "dk", "dv")):

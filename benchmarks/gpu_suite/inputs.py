@@ -59,6 +59,19 @@ def other_shapes(tiny: bool) -> list[Shape]:
     return attention_shapes(tiny)[:1] if tiny else attention_shapes(tiny)[2:8:4]
 
 
+def pattern_shapes(tiny: bool) -> tuple[Shape, Shape]:
+    """Where patterns of visible keys are checked, and where they are timed."""
+    if tiny:
+        return {**_TINY, "N": 45, "H": 2, "Hkv": 1}, {**_TINY, "T": 0.1}
+    base = {"B": 1, "H": 32, "Hkv": 8, "D": 128}
+    return {**base, "B": 2, "N": 1025, "H": 8, "Hkv": 2}, {**base, "N": 16384, "T": 0.05}
+
+
+def part_of(length: int) -> int:
+    """Keys of a pattern's windows and chunks."""
+    return max(8, length // 16)
+
+
 def decode_shapes(tiny: bool) -> list[Shape]:
     """One new token per sequence over KV keys."""
     if tiny:

@@ -21,14 +21,17 @@ from gpu_suite.inputs import (
     gate_decode_shapes,
     gate_shapes,
     other_shapes,
+    part_of,
+    pattern_shapes,
     scaling_shapes,
     short_shapes,
 )
 from gpu_suite.slices import SHORTLIST
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
+from sar_kernels.decode_aot import masks_of
 from sar_kernels.decode_plan import DecodeCall
 from sar_kernels.launch import Launch
-from sar_kernels.masks import Masks
+from sar_kernels.masks import plan_pack_mask
 from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 from sar_kernels.tune import from_shortlist, launches
 
@@ -52,16 +55,17 @@ class Planner:
         sar: bool,
         backward: str | None = None,
         padded: bool = False,
+        masks: tuple[str, ...] = (),
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
     ) -> list[Launch]:
-        """A forward call and, "constant" or "through", its backward."""
+        """A forward call and, "constant" or "through", its backward; masks as `sar_kernels.aot` names them."""
         batch, length, heads, kv_heads, head_dim = (shape[n] for n in ("B", "N", "H", "Hkv", "D"))
         q, dout = (self.empty(batch, length, heads, head_dim) for _ in range(2))
         k, v = (self.empty(batch, length, kv_heads, head_dim) for _ in range(2))
-        padding = self.empty(batch, length, dtype=torch.bool) if padded else None
-        options = AttentionOptions(True, head_dim**-0.5, window_size, softcap)
-        call = Call(q, k, v, options, Masks(padding=padding), arch=self.arch)
+        found = masks_of(("padding", *masks) if padded else masks, (1, length), (batch, length))
+        options = AttentionOptions(not masks, head_dim**-0.5, window_size, softcap)  # which say all of it
+        call = Call(q, k, v, options, found, arch=self.arch)
         if not sar:
             (out, lse), work = plan_attention_forward(call)
             return work + (plan_backward(call, dout, out, lse)[1] if backward else [])
@@ -109,6 +113,16 @@ def _forward(plan: Planner, tiny: bool, shapes: Callable = attention_shapes) -> 
     for shape in shapes(tiny):
         for sar in (True, False):
             yield from plan.prefill(shape, sar=sar)
+
+
+def _visibility(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    checked, timed = pattern_shapes(tiny)
+    for shape, backward in ((checked, "through"), (timed, None)):
+        window = {"window_size": (part_of(shape["N"]) - 1, -1)}
+        for options in (window, {"masks": ("ends",)}, {"masks": ("runs",)}, {"masks": ("bits",)}):
+            yield from plan.prefill(shape, sar=True, backward=backward, **options)
+        yield plan_pack_mask(plan.empty(1, 1, shape["N"], shape["N"], dtype=torch.bool))[1]
+    yield from plan.prefill(timed, sar=False)
 
 
 def _backward(plan: Planner, tiny: bool) -> Iterator[Launch]:
@@ -184,6 +198,7 @@ def _tiles(plan: Planner, tiny: bool) -> Iterator[Launch]:
 _OF = {
     "gate": _gate,
     "forward": _forward,
+    "visibility": _visibility,
     "backward": _backward,
     "short": _short,
     "decode": _decode,

@@ -24,6 +24,13 @@ SLICES = (
     Slice("machine", 15, "gpu_suite.machine:facts", "GPU, driver, clocks, versions", kernels=False, gated=False),
     Slice("ceilings", 40, "gpu_suite.attention:ceilings", "copy, matmul, PyTorch's own attention", False, False),
     Slice("gate", 45, "gpu_suite.gate:gate", "outputs, statistics, gradients against fp64", gated=False),
+    Slice(
+        "visibility",
+        30,
+        "gpu_suite.patterns:visibility",
+        "windows, chunks, blocks and masks: right, and fast",
+        gated=False,
+    ),
     Slice("forward", 40, "gpu_suite.attention:forward", "prefill, whole calls and every launch"),
     Slice("backward", 50, "gpu_suite.attention:backward", "forward and backward, whole calls and every launch"),
     Slice("short", 20, "gpu_suite.attention:short", "prefill too short to hide a launch"),

@@ -33,7 +33,8 @@ from sar_kernels.plan import Through, plan_attention_forward, plan_backward, pla
 ARCHS = ("sm_80", "sm_90", "gfx942")
 HEAD_DIMS = (64, 128, 256)
 PASSES = ("attention", "sar", "sar_sav_grad")
-OPTIONS = ("window", "softcap", "padding", "packed", "runs", "bits")  # runs of keys per query; a packed mask
+# ends, runs: a run of keys per query, from the first key or from anywhere; bits: a packed mask
+OPTIONS = ("window", "softcap", "padding", "packed", "ends", "runs", "bits")
 
 # How a worker process makes a launch again: the function, its arguments, and which of its launches
 Recipe = tuple[Callable[..., list[Launch]], tuple, int]
@@ -61,7 +62,7 @@ def plan_attention(
     cu = empty(batch + 1, dtype=torch.int32) if packed else None
     window = (1024, -1) if "window" in options else (-1, -1)
     softcap = 30.0 if "softcap" in options else 0.0
-    attention = AttentionOptions(causal and "runs" not in options, head_dim**-0.5, window, softcap)
+    attention = AttentionOptions(causal and not {"runs", "ends"} & set(options), head_dim**-0.5, window, softcap)
     masks = masks_of(options, tokens, tokens)
     longest = seqlen if packed else None
     call = Call(q, k, v, attention, masks, cu, cu, longest, longest, arch=arch, configs=configs)

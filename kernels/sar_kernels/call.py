@@ -224,6 +224,7 @@ class Call:
             sav=sav,
             length=length_class(self.max_q),
             padded_and_capped=self.padding is not None and self.options.softcap > 0,
+            bits=self.masks.packed is not None,
         )
 
     def grid(self, block_m: int) -> tuple[int, int, int]:

@@ -102,6 +102,7 @@ def choose(
     sav: bool,
     length: str,
     padded_and_capped: bool = False,
+    bits: bool = False,
 ) -> KernelConfig:
     """The configuration of one kernel, one of KERNELS; second_moments has dims for rows.
 
@@ -109,10 +110,15 @@ def choose(
     or their gradient (dq, dkdv). The forward kernel's choice must not depend on it: a sample without text queries has
     to give plain attention's bits, and so needs plain attention's tiles. padded_and_capped lifts the limit on
     registers: with padding, a soft cap and statistics it spills 160 bytes, and a resident block is the lesser loss.
+    bits, a packed mask, halves the key block of dkdv and dq, which spill 300 and 96 bytes with its words.
     """
-    if padded_and_capped:
+    if padded_and_capped or bits:
         config = choose(kernel, arch, head_dim, dtype, causal=causal, sav=sav, length=length)
-        return replace(config, max_registers=None)
+        if padded_and_capped:
+            config = replace(config, max_registers=None)
+        if bits and kernel in ("dkdv", "dq"):
+            config = replace(config, block_n=max(16, config.block_n // 2))
+        return config
     if kernel == "forward":
         sav = False
     measured = tuned().get(config_key(kernel, arch, head_dim, dtype, causal, sav, length))

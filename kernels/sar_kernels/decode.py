@@ -15,7 +15,7 @@ import triton.language as tl
 from sar_kernels.primitives import (
     LN_2,
     LOG2_E,
-    edge_pointers,
+    edge_offset,
     load_bits,
     load_keys_mask,
     load_tile,
@@ -190,7 +190,11 @@ def decode_split_kernel(
             tl.store(copy_ptr + num_heads, tl.load(count_ptr + batch))
 
     num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
-    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, 0, stride_edges_b, False)
+    edges = edge_offset(batch, 0, stride_edges_b, False)
+    if first_ptr is not None:
+        first_ptr += edges
+    if end_ptr is not None:
+        end_ptr += edges
     first_block, end_key, per_split, used = _split_layout(
         first_ptr,
         end_ptr,
@@ -400,7 +404,11 @@ def decode_combine_kernel(
     head = tl.program_id(1)
     batch64 = batch.to(tl.int64)
     num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
-    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, 0, stride_edges_b, False)
+    edges = edge_offset(batch, 0, stride_edges_b, False)
+    if first_ptr is not None:
+        first_ptr += edges
+    if end_ptr is not None:
+        end_ptr += edges
     _, _, _, used = _split_layout(
         first_ptr,
         end_ptr,

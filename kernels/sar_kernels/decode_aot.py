@@ -20,7 +20,8 @@ def masks_of(options: tuple[str, ...], queries: tuple[int, ...], keys: tuple[int
     """The memory-less masks that options ask for, of calls with flags of these shapes."""
     empty = lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
     padding = empty(keys, torch.bool) if "padding" in options else None
-    first, end = (empty(queries, torch.int32) if "runs" in options else None for _ in range(2))
+    first = empty(queries, torch.int32) if "runs" in options else None
+    end = empty(queries, torch.int32) if {"runs", "ends"} & set(options) else None
     packed = None
     if "bits" in options:
         packed, _ = plan_pack_mask(empty((queries[0], 1, queries[1], keys[1]), torch.bool))
@@ -48,7 +49,9 @@ def plan(
     lengths = empty(batch, dtype=torch.int32)
     block_table = empty(batch, capacity // page, dtype=torch.int32) if page else None
     window = (1024, -1) if "window" in options else (-1, -1)
-    attention = AttentionOptions("runs" not in options, head_dim**-0.5, window, 30.0 if "softcap" in options else 0.0)
+    attention = AttentionOptions(
+        not {"runs", "ends"} & set(options), head_dim**-0.5, window, 30.0 if "softcap" in options else 0.0
+    )
     masks = masks_of(options, (batch, seqlen_q), (batch, capacity))
     call = DecodeCall(q, k, v, lengths, attention, block_table, masks=masks, arch=arch, sm_count=132)
     if mode != "plain":

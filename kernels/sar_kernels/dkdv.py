@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     LOG2_E,
-    edge_pointers,
+    edge_offset,
     is_tile_seen,
     load_bits,
     load_keys_mask,
@@ -229,7 +229,11 @@ def dkdv_kernel(
     dk_ptr = sequence_pointer(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
     dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
 
-    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    if first_ptr is not None:
+        first_ptr += edges
+    if end_ptr is not None:
+        end_ptr += edges
     if HAS_BITS:
         bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
         tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b

@@ -7,7 +7,7 @@ from sar_kernels.primitives import (
     LN_2,
     LOG2_E,
     column_offset,
-    edge_pointers,
+    edge_offset,
     is_tile_seen,
     key_block_range,
     load_bits,
@@ -268,7 +268,11 @@ def forward_kernel(
     v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
     if HAS_PADDING:
         padding_ptr += start_k
-    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    if first_ptr is not None:
+        first_ptr += edges
+    if end_ptr is not None:
+        end_ptr += edges
     if HAS_BITS:
         bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
         tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b

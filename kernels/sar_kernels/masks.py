@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sar_kernels.configs import SMALL
 from sar_kernels.launch import Launch, run_all
-from sar_kernels.primitives import edge_pointers, row_edges, sequence_bounds
+from sar_kernels.primitives import edge_offset, row_edges, sequence_bounds
 
 TILE = 64  # rows and keys of the tiles of which a packed mask knows whether anything in them is seen
 
@@ -210,7 +210,11 @@ def row_ranges_kernel(
     block, batch = tl.program_id(0), tl.program_id(1)
     start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
     _, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
-    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    if first_ptr is not None:
+        first_ptr += edges
+    if end_ptr is not None:
+        end_ptr += edges
     first_key = block * BLOCK_N
     end_key = tl.minimum(first_key + BLOCK_N, num_keys)
     lo, full, hi = num_rows, 0, 0

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     column_offset,
-    edge_pointers,
+    edge_offset,
     load_columns,
     mean_visual_key,
     sequence_bounds,
@@ -136,7 +136,11 @@ def second_moments_kernel(
             total = _add_outer(total, panel, tile, SPLIT, ACC)
     else:
         q_ptr = sequence_pointer(q_ptr, batch, head - num_kv_heads, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
-        first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+        edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+        if first_ptr is not None:
+            first_ptr += edges
+        if end_ptr is not None:
+            end_ptr += edges
         for first_row in range(first, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]

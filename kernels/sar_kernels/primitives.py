@@ -47,14 +47,9 @@ def row_pointer(ptr, batch, head, start, stride_b, stride_h, VARLEN: tl.constexp
 
 
 @triton.jit
-def edge_pointers(first_ptr, end_ptr, batch, start, stride_b, VARLEN: tl.constexpr):
-    """Pointers to the edges of a sample's first row, where they are given: (B, S), with stride 0 (1, S), or (T,)."""
-    offset = start if VARLEN else tl.cast(batch, tl.int64) * stride_b
-    if first_ptr is not None:
-        first_ptr += offset
-    if end_ptr is not None:
-        end_ptr += offset
-    return first_ptr, end_ptr
+def edge_offset(batch, start, stride_b, VARLEN: tl.constexpr):
+    """Where a sample's edges begin in (B, S), with stride 0 (1, S), or packed (T,)."""
+    return start if VARLEN else tl.cast(batch, tl.int64) * stride_b
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     LOG2_E,
-    edge_pointers,
+    edge_offset,
     key_block_range,
     load_bits,
     load_columns,
@@ -178,7 +178,11 @@ def statistics_kernel(
     prior_ptr += start_k
     if HAS_PADDING:
         padding_ptr += start_k
-    first_ptr, end_ptr = edge_pointers(first_ptr, end_ptr, batch, start_q, stride_edges_b, VARLEN)
+    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    if first_ptr is not None:
+        first_ptr += edges
+    if end_ptr is not None:
+        end_ptr += edges
     if HAS_BITS:
         bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
 

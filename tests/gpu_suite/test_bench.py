@@ -11,7 +11,7 @@ import providers
 import pytest
 import readme
 import torch
-from gpu_suite import attention, cases, commands, decode, gate, inputs, kernels
+from gpu_suite import attention, cases, commands, decode, gate, inputs, kernels, patterns
 from gpu_suite.bench import OutOfTime
 from gpu_suite.goals import goals, print_table
 from gpu_suite.records import NAME, Records, merge
@@ -110,7 +110,13 @@ def test_deadlines_are_kept_between_shapes(bench):
     assert not bench.records.all()
 
 
-SLICES = {"gate": gate.gate, "forward": attention.forward, "backward": attention.backward, "short": attention.short}
+SLICES = {
+    "gate": gate.gate,
+    "visibility": patterns.visibility,
+    "forward": attention.forward,
+    "backward": attention.backward,
+    "short": attention.short,
+}
 SLICES["sanitize"] = lambda bench: cases.small({"dtype": torch.float32, "device": "cpu"}, True)
 SLICES |= {"scaling": attention.scaling, "decode": decode.decode, "others": attention.others}
 

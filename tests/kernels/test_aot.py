@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import triton
 
+from sar_kernels.aot import OPTIONS
 from sar_kernels.aot_measure import MAX_THREADS
 from sar_kernels.configs import LIKE_HOPPER, SHARED_MEMORY_LIMIT
 
@@ -63,7 +64,7 @@ ALLOWANCES = {
 
 
 def allowed_spill(row: dict, version: str) -> int:
-    strict = row["head_dim"] <= 128 and not {"window", "softcap", "padding", "packed"} & set(row["options"])
+    strict = row["head_dim"] <= 128 and not set(OPTIONS) & set(row["options"])
     if row["kernel"] in NEVER_SPILL and strict:
         return ALLOWANCES.get((version, row["arch"], row["kernel"], row["head_dim"]), 0)
     return 64
@@ -101,6 +102,20 @@ def test_budget(version):
     check_budget(rows, version)
     check_residency(rows, "forward", "attention")
     check_residency(rows, "decode_split", "plain")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("option", ["ends", "runs", "bits"])
+def test_budget_of_masks(option, version):
+    """Runs of keys per query, and packed masks."""
+    kernels = ("forward", "dq", "dkdv", "decode_split")
+    purposes = ("sar", "sar_sav_grad", "running")
+    rows = compiled(
+        *("--arch", "sm_90", "--head-dim", "128", "--kernel", *kernels, "--purpose", *purposes, "--options", option),
+        version=version,
+    )
+    assert {r["kernel"] for r in rows} == set(kernels)
+    check_budget(rows, version)
 
 
 def test_forward_budget_on_ampere():
@@ -160,7 +175,7 @@ def check(plans):
         assert len(keys) == 1, keys
 
 for purpose in PASSES:
-    for options in ((), ("packed",), ("window", "softcap", "padding")):
+    for options in ((), ("packed",), ("window", "softcap", "padding"), ("ends",), ("runs", "packed"), ("bits",)):
         # from 8192 keys on the variance has its closed form
         for lengths in ((1, 16, 17, 500, 513, 1024, 8191), (8192, 8193, 100000)):
             check([plan_attention("sm_90", purpose, 64, torch.bfloat16, True, n, options) for n in lengths])
@@ -196,7 +211,10 @@ def test_every_variant(arch, options):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [["padding"], ["packed"], ["window", "softcap", "padding"], ["window", "softcap", "packed"]],  # never both
+    [
+        *(["padding"], ["packed"], ["window", "softcap", "padding"], ["window", "softcap", "packed"]),  # never both
+        *(["runs", "softcap", "padding"], ["runs", "packed"], ["bits", "padding"]),
+    ],
     ids="-".join,
 )
 def test_options_of_prefill_and_training(options):
