@@ -37,7 +37,8 @@ class CacheState:
 
     Attributes:
         visual_mask: (B, L) bool, visual positions up to the last call that brought any.
-        norms: (B, L) fp32, feature norms of those positions, 0 elsewhere; the prior is their share of the row's sum.
+        norms: (B, L) fp32, feature norms of those positions, 0 elsewhere.
+        prior: (B, L) fp32, their share of the row's sum; None = to be found again.
         layers: layer index -> state.
         snapshots: per layer, (cache length, state) after every call that changed it, for cropping.
         packed: the cache was filled by packed sequences, and cannot be continued.
@@ -50,6 +51,7 @@ class CacheState:
 
     visual_mask: Tensor | None = None
     norms: Tensor | None = None
+    prior: Tensor | None = None
     layers: dict[int, SARState] = dataclasses.field(default_factory=dict)
     snapshots: dict[int, list[tuple[int, SARState]]] = dataclasses.field(default_factory=dict)
     packed: bool = False
@@ -76,6 +78,10 @@ class CacheState:
                 )
         self.config = config
 
+    def set_visual(self, visual_mask: Tensor, norms: Tensor, prior: Tensor | None = None) -> None:
+        """The visual positions (B, L), their norms, and what the prior is if that is known."""
+        self.visual_mask, self.norms, self.prior = visual_mask, norms, prior
+
     def leave_inference_mode(self) -> None:
         """What was made under ``torch.inference_mode`` may not be written, nor saved for backward, outside it.
 
@@ -97,6 +103,7 @@ class CacheState:
         other = lambda state: SARState(*map(change, state.tensors()))
         if self.visual_mask is not None:
             self.visual_mask, self.norms = change(self.visual_mask), change(self.norms)
+            self.prior = None if self.prior is None else change(self.prior)
         self.layers = {i: other(s) for i, s in self.layers.items()}
         for i, log in self.snapshots.items():
             before = [(n, other(s)) for n, s in log[:-1]] if every_snapshot else []
@@ -106,21 +113,24 @@ class CacheState:
         """Forget everything, as a reset cache has."""
         self.__init__()
 
-    def store(self, layer: int, state: SARState, length: int, decode: str, *, grows: bool) -> None:
-        """Set a layer's state after a call under ``decode`` that brought the cache to ``length``.
+    def store(self, layer: int, state: SARState, length: int | None, decode: str) -> None:
+        """Set a layer's state after a call under ``decode`` that brought a cache which grows to ``length``.
 
-        Where the cache does not grow, the tensors are updated in place, so that a compiled or captured decode step sees
-        one state; such caches cannot be cropped.
+        Where it does not grow, and ``length`` is None, the tensors are updated in place, so that a compiled or captured
+        decode step sees one state; such caches cannot be cropped.
         """
         self.decode = decode
-        keep_snapshots, old = grows and decode != "step", self.layers.get(layer)
-        if not keep_snapshots and old is not None and old.av_sum.shape == state.av_sum.shape:
+        old = self.layers.get(layer)
+        if length is not None and decode != "step":
+            self.layers[layer] = state
+            self._keep_snapshot(layer, state, length)
+        elif old is not None and old.av_sum.shape == state.av_sum.shape:
             for kept, new in zip(old.tensors(), state.tensors()):
                 kept.copy_(new)
-            return
-        self.layers[layer] = state
-        if not keep_snapshots:
-            return
+        else:  # others may hold the call's own tensors
+            self.layers[layer] = SARState(*(x.clone() for x in state.tensors()))
+
+    def _keep_snapshot(self, layer: int, state: SARState, length: int) -> None:
         log = self.snapshots.setdefault(layer, [])
         while log and log[-1][0] >= length:  # a recomputed call replaces its own entry
             log.pop()
@@ -162,6 +172,7 @@ class CacheState:
             self.snapshots = {i: log for i, log in self.snapshots.items() if log}
         if self.visual_mask is not None and self.visual_mask.shape[1] > length:
             self.visual_mask, self.norms = self.visual_mask[:, :length], self.norms[:, :length]
+            self.prior = None
 
 
 class _SARCacheMixin:

@@ -16,10 +16,10 @@ from sar_fast.distributed import Shards
 from sar_fast.functional import autocast_inputs
 from sar_fast.row_statistics import row_sums
 from sar_fast.types import SARState, SARStats
-from sar_fast.values import Call, Sums
+from sar_fast.values import Call, Result, Sums
 from sar_fast.weighting.constant import Fixed
 from sar_fast.weighting.protocol import needs_statistics
-from sar_fast.weighting.rows import all_row_statistics
+from sar_fast.weighting.rows import RowStatistic, all_row_statistics
 from sar_fast.weighting.split import split_over
 
 
@@ -57,20 +57,33 @@ def attend_with_state(
     counted, recorded = needs_statistics(rule), config.row_statistics if keep_stats else ()
     attend = functools.partial(ops.attention, backend=backend, layer=layer, need_lse=keep_stats)
     if frozen and counted:
-        result = attend(call, Fixed.of(past.head_weights))._replace(statistics=past.sums.means())
+        result = attend(call, Fixed.of(past.head_weights))
+        if keep_stats:
+            result = result._replace(statistics=past.sums.means())
     else:
         if past is not None and counted and config.decode != "step":
-            keep = torch.ones_like(past.count) if carried_rows is None else carried_rows
-            rows = None if past.row_sums is None else past.row_sums * keep[:, None, None]
-            sums = Sums(past.av_sum * keep[:, None], past.sa_sum * keep[:, None], past.count * keep, rows)
-            call = dataclasses.replace(call, carried=sums)
+            call = dataclasses.replace(call, carried=_carried(past.sums, carried_rows))
         how = {"sav_grad": config.sav_grad, "need_stats": keep_stats, "check_prior": check_prior}
         result = attend(call, rule, recorded=recorded, **how)
         if counted:
-            found = result.statistics
-            past = SARState.from_means(found.av, found.sa, result.c, found.count)
-            asked = all_row_statistics(rule, recorded)
-            if asked:
-                past.row_sums = row_sums(found, asked).detach().to(torch.float32)
+            shared = not keep_stats and config.decode != "prompt"
+            past = _state_after(result, all_row_statistics(rule, recorded), shared=shared)
     stats = SARStats.of(result, backend.name).detach() if keep_stats else None
     return result.out, stats, past
+
+
+def _carried(sums: Sums, rows: Tensor | None) -> Sums:
+    """``sums`` of the rows that are 1 in ``rows`` (B,), 0 of the others; None = of all."""
+    if rows is None:
+        return sums
+    each = lambda x: x * rows.view(-1, *[1] * (x.dim() - 1))
+    return Sums(*(None if x is None else each(x) for x in sums))
+
+
+def _state_after(result: Result, asked: tuple[RowStatistic, ...], *, shared: bool) -> SARState:
+    """The state that a call leaves; ``shared``: it may be made of the call's own tensors, which saves two operators."""
+    found = result.statistics
+    av, sa, c, n = (t.detach().to(torch.float32) for t in (found.av, found.sa, result.c, found.count))
+    rows = row_sums(found, asked).detach().to(torch.float32) if asked else None
+    c, n = (c, n) if shared else (c.clone(), n.clone())
+    return SARState(av * n[:, None], sa * n[:, None], n, c, rows)

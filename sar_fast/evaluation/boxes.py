@@ -90,20 +90,15 @@ FORMATS = {
     ),
 }
 NEED_FRAMES = ("resized_pixels",)
-BY_MODEL_TYPE = {
-    "qwen2_vl": "thousandths",
-    "qwen2_5_vl": "resized_pixels",
-    "qwen3_vl": "qwen3",
-    "qwen3_vl_moe": "qwen3",
-    "internvl": "internvl",
-    "paligemma": "paligemma",
-}
 
 
 def choose_format(name: str | None, model_type: str) -> str:
     """The name of a format: the one asked for, or the family's; fractions of the picture where none is known."""
     if name is None:
-        return BY_MODEL_TYPE.get(model_type, "fraction")
+        from sar_fast.integrations.hf.families import known_family  # records' boxes are read without torch
+
+        family = known_family(model_type)
+        return "fraction" if family is None else family.box_formats.get(model_type, "fraction")
     if name not in FORMATS:
         raise ValueError(f"box_format is {name!r}, needed one of {', '.join(FORMATS)}")
     return name

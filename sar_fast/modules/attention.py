@@ -263,6 +263,7 @@ class SARAttention(nn.Module):
             on_cache.length = span.keys
         if not roles.frozen:
             if roles.given:
-                on_cache.visual_mask, on_cache.norms = roles.visual_mask, roles.prior.detach()
-            on_cache.store(self.layer_idx, state, span.keys, self.sar_config.decode, grows=span.capacity is None)
+                on_cache.set_visual(roles.visual_mask, roles.prior.detach())
+            length = span.keys if span.capacity is None else None
+            on_cache.store(self.layer_idx, state, length, self.sar_config.decode)
         return out

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sar_fast.analysis.eager import EagerSAR, eager_attention
 from sar_fast.config import SARConfig
-from sar_fast.integrations.hf.apply import apply_sar
+from sar_fast.integrations.hf import apply_sar
 from sar_fast.training.throughput import TrainingFlops, peak_memory
 
 MODES = ("sar off", "sar on", "eager")

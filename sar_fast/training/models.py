@@ -11,7 +11,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sar_fast import adapters, models
 from sar_fast.chat_template import read_template
-from sar_fast.integrations.hf.apply import apply_sar
+from sar_fast.integrations.hf import apply_sar
+from sar_fast.integrations.hf.families import known_family
 from sar_fast.integrations.hf.structure import find_decoder_layers, unwrap
 from sar_fast.model_errors import flags_named
 from sar_fast.models import ModelSource, find_model
@@ -22,6 +23,9 @@ from sar_fast.training.rules import is_trained
 from sar_fast.weighting.split import module_of
 
 logger = logging.getLogger(__name__)
+
+USUAL_ENCODERS = ("vision_tower", "vision_model", "visual", "video_tower")  # of families without an entry
+USUAL_PROJECTORS = ("multi_modal_projector", "connector", "visual.merger")
 
 
 def source_of(options: ModelArguments) -> ModelSource:
@@ -138,14 +142,9 @@ def set_trainable(model: nn.Module, options: ModelArguments) -> nn.Module:
 
 
 def vision_modules(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """(vision encoders, projectors into the language model), by the names that transformers gives them."""
-    base = model.base_model
-    vision = [getattr(base, n) for n in ("vision_tower", "vision_model", "visual", "video_tower") if hasattr(base, n)]
-    names = ("multi_modal_projector", "connector", "embed_vision", "visual.merger", "visual.deepstack_merger_list")
-    projector = []
-    for name in names:
-        try:
-            projector.append(base.get_submodule(name))
-        except AttributeError:
-            continue
-    return vision, projector
+    """(vision encoders, projectors into the language model): the family's, or by usual names where none is known."""
+    base, family = model.base_model, known_family(model.config.model_type)
+    if family is not None:
+        return [family.vision_encoder(base)], family.find_projectors(base)
+    parts = dict(base.named_modules())
+    return [parts[name] for name in USUAL_ENCODERS if name in parts], [parts[n] for n in USUAL_PROJECTORS if n in parts]

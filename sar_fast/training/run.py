@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from sar_fast import json_text
 from sar_fast.experiment_arguments import expand
 from sar_fast.extras import need
+from sar_fast.integrations.hf.families import packable_model_types
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
@@ -50,8 +51,6 @@ from sar_fast.training.throughput import ThroughputCallback
 from sar_fast.training.trainers import ControlSFTTrainer, SFTTrainer
 
 logger = logging.getLogger(__name__)
-
-PACKABLE = ("llava", "llava_next", "internvl", "idefics3", "mistral3")
 
 
 def main() -> None:
@@ -248,9 +247,9 @@ def needs_pictures(model: nn.Module) -> str:
 
 def check_packing(model: nn.Module, needs_blank: str = "") -> None:
     """``ValueError`` for a model whose rows must not hold several samples."""
-    kind = unwrap(model).config.model_type
-    if kind not in PACKABLE:  # several position rows, or image blocks that look across samples
-        raise ValueError(f"--packing is not known to be right for {kind}; it is for {', '.join(PACKABLE)}")
+    kind, packable = unwrap(model).config.model_type, packable_model_types()
+    if kind not in packable:
+        raise ValueError(f"--packing is not known to be right for {kind}; it is for {', '.join(packable)}")
     if needs_blank:
         instead = "; use ZeRO-2" if "ZeRO" in needs_blank else "; leave it out"
         raise ValueError(f"--packing {needs_blank} has no place for the blank image of a batch without any{instead}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sar_fast.evaluation.boxes import BY_MODEL_TYPE, FORMATS, choose_format
+from sar_fast.evaluation.boxes import FORMATS, choose_format
 from sar_fast.evaluation.tasks import TaskOptions, find_task
+from sar_fast.integrations.hf.families import registered_families
 from sar_fast.miniature.questions import BOX_BINS, encode_box
 
 SIZE = (400, 200)  # width, height
@@ -64,7 +65,10 @@ def test_pixels_of_the_resized_picture_need_its_size():
 
 
 def test_families_have_their_format_and_a_flag_overrules_it():
-    assert set(BY_MODEL_TYPE.values()) <= set(FORMATS)
+    named = {t: choose_format(None, t) for family in registered_families() for t in family.box_formats}
+    assert len(named) == 6
+    assert set(named.values()) <= set(FORMATS)
+    assert named["paligemma"] == "paligemma"
     assert choose_format(None, "qwen2_5_vl") == "resized_pixels"
     assert choose_format(None, "llava") == "fraction"
     assert choose_format("pixels", "llava") == "pixels"

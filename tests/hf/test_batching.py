@@ -113,7 +113,7 @@ def test_trap3_the_vision_tower_keeps_its_attention(family, monkeypatch):
     with apply_sar(model, SARConfig(activation_layer_k=2)) as handle:
         logits(model, batch_of([1]))
         assert model.config.vision_config._attn_implementation == model.config._attn_implementation == "sdpa"
-        assert set(seen) == {m for m in handle.vision_blocks.modules() if type(m).__name__.endswith("Attention")}
+        assert set(seen) == {m for m in handle.layout.vision_blocks.modules() if type(m).__name__.endswith("Attention")}
 
 
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both"])

@@ -36,7 +36,7 @@ def separately(model, handle, config, call):
     handle.remove()
     with apply_sar(model, config) as alone, torch.no_grad():
         result = call()
-    assert HANDLE_MARK not in alone.base_model.__dict__
+    assert HANDLE_MARK not in alone.layout.base_model.__dict__
     return result
 
 
@@ -73,7 +73,7 @@ def test_common_layers_and_the_vision_encoder_run_once(name):
     passes, encoded = [], []
     for index, layer in enumerate(find_decoder_layers(model)):
         layer.self_attn.register_forward_hook(lambda *_, index=index: passes.append(index))
-    handle.vision_blocks[0].register_forward_hook(lambda *_: encoded.append(1))
+    handle.layout.vision_blocks[0].register_forward_hook(lambda *_: encoded.append(1))
     before = handle.config
     for _, _ in run_branches(handle, SETTINGS, lambda: model(**inputs).logits):
         pass
@@ -174,7 +174,7 @@ def shared_and_whole(name, images=(1, 1, 1), dtype=torch.float32):
     model = case.make().to(dtype)
     handle = apply_sar(model, SARConfig(activation_layer_k=0))
     prefix = SharedPrefix(handle, asked(case, images, dtype=dtype))
-    total = len(handle.attention_modules)
+    total = len(handle.layout.attention_modules)
     configs = [SARConfig(activation_layer_k=k, beta=case.beta) for k in sorted({0, 1, total // 2, total})]
     call = lambda: model(**prefix.inputs(), use_cache=False, logits_to_keep=1).logits[:, -1]
     whole = []
@@ -240,7 +240,7 @@ def test_a_shared_prefix_costs_what_it_should(name):
     config, layers, seen, encoded = SARConfig(activation_layer_k=2), find_decoder_layers(handle.model), {}, []
     for index, layer in enumerate(layers):
         layer.mlp.register_forward_hook(lambda m, a, out, i=index: seen.setdefault(i, []).append(tuple(out.shape[:2])))
-    handle.vision_blocks[0].register_forward_hook(lambda *_: encoded.append(1))
+    handle.layout.vision_blocks[0].register_forward_hook(lambda *_: encoded.append(1))
     prefix = SharedPrefix(handle, prefix.groups)
     call = lambda: handle.model(**prefix.inputs(), use_cache=False, logits_to_keep=1)
     list(run_branches(handle, [config], call, prefix))

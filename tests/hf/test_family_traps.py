@@ -180,7 +180,7 @@ def test_projected_prior_is_the_norm_of_what_enters_the_language_model(case):
 def test_a_map_with_the_wrong_number_of_tokens_is_an_error(case):
     model, batch = model_of(case.name), case.batch(ROWS)
     family = find_family(model.config)
-    names = {f: getattr(family, f) for f in ("vision_blocks", "placeholder_ids", "features", "projector")}
+    names = {f: getattr(family, f) for f in ("vision_blocks", "placeholder_ids", "features", "projects_later")}
     short = Family("short", (model.config.model_type,), token_norms=lambda *a: family.token_norms(*a)[1:], **names)
     register_family(short, replace=True)
     try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.context import running_pass, this_thread
+from sar_fast.integrations.hf.running import innermost
 from tests.hf.test_wrappers import answers, assert_close, logits
 from tests.hf.tiny import llava, llava_batch, qwen2_5_vl, qwen_batch
 
@@ -65,7 +65,7 @@ def test_features_encoded_after_an_interrupted_pass_go_to_no_pass(place):
         interrupt(PLACES[place](model), KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             logits(model, batch)
-        assert running_pass() is None
+        assert innermost(object) is None
         model.model.get_image_features(llava_batch([1])["pixel_values"], return_dict=True)
         handle.remove()
         apply_sar(model, SAR)
@@ -108,7 +108,7 @@ def test_a_draft_of_an_interrupted_generation_is_forgotten(after, where):
         with pytest.raises(KeyboardInterrupt):
             model.generate(**row, max_new_tokens=8, min_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
         assert torch.equal(logits(model, row), want)
-        assert getattr(this_thread, "drafts", None) is None
+        assert innermost(object) is None
 
 
 def test_a_pass_inside_another_one():
@@ -120,4 +120,4 @@ def test_a_pass_inside_another_one():
         PLACES["projector"](model).register_forward_hook(lambda *_: seen.append(logits(teacher, teacher_batch)) or None)
         assert_close(logits(model, batch), want)
         assert_close(seen[0], want_teacher)
-        assert running_pass() is None
+        assert innermost(object) is None

@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 )
 
 from sar_fast.integrations.hf.compact_mask import bounds_of, is_compact
+from sar_fast.integrations.hf.host_facts import HostFacts
 from sar_fast.integrations.hf.mask_function import sar_mask
 from sar_fast.integrations.hf.masks import read_mask
 from sar_fast.visibility import as_mask
@@ -125,7 +126,7 @@ def test_patterns_of_models(pattern, side, kind, turn):
     asks = torch.ones(3, new, dtype=torch.bool) if real is None else real[:, past:]
     assert_says_the_same(got, want, asks)
     if got is not None and is_compact(got):
-        real_queries, packing = read_mask(got, asks.shape, offset)
+        real_queries, packing = read_mask(got, asks.shape, offset, HostFacts())
         assert torch.equal(real_queries, asks)
         assert packing is None
     holes = side == "right" and turn == "second turn"  # between the first turn's tokens and the second's

@@ -11,6 +11,7 @@ from transformers.masking_utils import eager_mask
 
 from sar_fast import SARConfig, SARStats, apply_sar, decoding
 from sar_fast.integrations.hf import attention
+from sar_fast.integrations.hf.forward_pass import Pass
 from tests.hf.test_batching import pack, row_of
 from tests.hf.test_caches import sliding_llava
 from tests.hf.tiny import MODELS, llava, llava_batch
@@ -237,8 +238,8 @@ def test_log_sum_exp_of_a_draft_has_all_its_tokens(mode, monkeypatch):
     model, row = llava(), row_of(llava_batch, [1], 0)
     row["input_ids"] = torch.cat([row["input_ids"], torch.tensor([[30, 31, 30, 31, 30, 31, 30]])], 1)
     passed, recorded = [], []
-    with apply_sar(model, NEUTRAL.replace(decode=mode)) as handle:
-        monkeypatch.setattr(handle, "record", lambda layer, stats: recorded.append(stats.lse.shape))
+    monkeypatch.setattr(Pass, "record", lambda self, layer, stats: recorded.append(stats.lse.shape))
+    with apply_sar(model, NEUTRAL.replace(decode=mode)):
         model.base_model.register_forward_pre_hook(
             lambda module, args, kwargs: passed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
         )

@@ -23,7 +23,7 @@ def test_modes_compute_what_they_are_named(processor):
     assert inputs["input_ids"].shape == (1, 100)
     config = SARConfig(activation_layer_k=2, beta=1e-3)
     from sar_fast.analysis.eager import EagerSAR
-    from sar_fast.integrations.hf.apply import apply_sar
+    from sar_fast.integrations.hf import apply_sar
 
     with apply_sar(model, config) as handle:
         model(**inputs)

@@ -64,7 +64,7 @@ def prompt_attention(
         config: SAR as it shall be on while looking; None leaves the heads as they are.
     """
     with apply_sar(model, SARConfig(activation_layer_k=0)) as bare:
-        total = len(bare.attention_modules)
+        total = len(bare.layout.attention_modules)
     chosen = layer_indices(layers, total, config)
     recording = {"record": True, "record_rows": "last_text"}
     neutral = SARConfig(activation_layer_k=total - chosen[0], weighting=Equal(), **recording)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.analysis.overlay import seen_region
+from sar_fast.integrations.hf.families import known_family
 
 Box = tuple[int, int, int, int]
 
@@ -43,15 +44,16 @@ def token_grids(
     """
     base_model, whole = model.base_model, (0, 0, *size)
     kind = model.config.model_type
-    if kind in ("llava_next", "llava_onevision"):
-        return _whole_and_tiles(base_model, inputs["image_sizes"][sample], tokens, whole)
+    family = known_family(kind)
+    if family is not None and family.tiling is not None:
+        return _whole_and_tiles(base_model, family.tiling(base_model), inputs["image_sizes"][sample], tokens, whole)
     shape = _shape(base_model, inputs, sample, tokens)
     if shape is None or shape[0] * shape[1] != tokens:
         raise ValueError(
             f"the {tokens} visual tokens of this picture do not form one rectangle that {kind!r} tells; if the "
             "processor cuts pictures into tiles, switch that off"
         )
-    region = _padded_square(size) if kind == "deepseek_vl" else whole
+    region = _padded_square(size) if family is not None and family.pads_to_square else whole
     image_processor = getattr(processor, "image_processor", processor)
     if getattr(image_processor, "do_center_crop", False) and not _own_shape(inputs):
         region = seen_region(image_processor, size)
@@ -91,16 +93,18 @@ def _shape(base_model: nn.Module, inputs: Mapping[str, Tensor], sample: int, tok
     return math.isqrt(tokens), math.isqrt(tokens)
 
 
-def _whole_and_tiles(base_model: nn.Module, image_size: Tensor, tokens: int, whole: Box) -> list[TokenGrid]:
-    """The small whole picture, then the tiles joined and cropped, found by packing a picture of marked patches."""
+def _whole_and_tiles(
+    base_model: nn.Module, options: Mapping[str, Any], image_size: Tensor, tokens: int, whole: Box
+) -> list[TokenGrid]:
+    """The small whole picture, then the tiles joined and cropped, found by packing a picture of marked patches.
+
+    ``options``: further arguments of ``pack_image_features``.
+    """
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config = base_model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
     tiles = image_size_to_num_patches(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
-    options = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
-    if config.model_type == "llava_onevision":
-        options = {"vision_aspect_ratio": config.vision_aspect_ratio}
     marks = torch.ones(tiles, side * side, 1)
     packed, _ = base_model.pack_image_features(
         [marks], image_size[None].cpu(), image_newline=marks.new_zeros(1), **options

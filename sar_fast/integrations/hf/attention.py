@@ -16,7 +16,7 @@ from sar_fast.decoding import attend_with_state
 from sar_fast.distributed import Shards
 from sar_fast.functional import plain_attention
 from sar_fast.integrations.hf.compact_mask import bounds_of, is_compact
-from sar_fast.integrations.hf.context import SARContext
+from sar_fast.integrations.hf.forward_pass import Pass
 from sar_fast.integrations.hf.mask_function import sar_mask
 from sar_fast.integrations.hf.packing import packed_attention
 from sar_fast.integrations.hf.refusals import refuse_slices
@@ -45,7 +45,7 @@ def sar_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
-    sar_context: SARContext | None = None,
+    sar_context: Pass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface: re-weighted on marked modules, plain on all others.
@@ -117,23 +117,18 @@ def _masked(call: Call, mask: Tensor) -> Call:
     return dataclasses.replace(call, scores=scores, attn_mask=mask)
 
 
-def _reweighted(layer: int, call: Call, context: SARContext) -> Tensor:
+def _reweighted(layer: int, call: Call, running: Pass) -> Tensor:
     """SAR attention of one marked layer, with the cache's state read and written."""
-    config = context.config
-    if not context.needs_roles:
-        return attend_with_state(call, config=config, past=None, layer=layer, shards=context.shards, keep_stats=False)[
-            0
-        ]
-    _check_prior(context)
-    here = context.on(call.q.device)
-    Sq = call.q.shape[1]
+    config, shards = running.config, running.shards
+    if not running.needs_roles:
+        return attend_with_state(call, config=config, past=None, layer=layer, shards=shards, keep_stats=False)[0]
+    running.check_prior()
+    here, Sq = running.on(call.q.device), call.q.shape[1]
     visual, prior = here.over_keys(call.k.shape[1])
     call.roles = Roles(visual, here.roles.text_mask[:, -Sq:], prior)
-    length = context.past_length + context.roles.text_mask.shape[1]
-    state = context.past.layers.get(layer) if context.past is not None else None
-    outs, lses = [], []
-    for start, stop in context.pieces(Sq):
-        frozen = config.decode == "prompt" and state is not None and (start > 0 or not context.placeholders)
+    state, outs, lses = running.state_before(layer), [], []
+    for start, stop in running.pieces(Sq):
+        frozen = config.decode == "prompt" and state is not None and (start > 0 or not running.brings_pictures)
         out, stats, state = attend_with_state(
             _piece(call, start, stop),
             config=config,
@@ -142,24 +137,19 @@ def _reweighted(layer: int, call: Call, context: SARContext) -> Tensor:
             frozen=frozen,
             carried_rows=here.carried_rows() if start == 0 else None,
             keep_stats=config.record,
-            shards=context.shards,
+            shards=shards,
             check_prior=_unchecked(),
         )
         outs.append(out)
         if config.record:
             lses.append(stats.lse)
-        if context.cache is not None and not frozen:
-            on_cache = attach(context.cache)
-            if context.placeholders:
-                on_cache.visual_mask, on_cache.norms = context.visual_mask, context.norms
-            if state is not None:  # None where weights are given
-                grows = not context.cache.is_compileable
-                on_cache.store(layer, state, length - (Sq - stop), config.decode, grows=grows)
+        if not frozen:
+            running.keep_state(layer, state, queries_left=Sq - stop)
     if config.record:  # the last piece's, but of all queries
-        context.recorder.record(layer, dataclasses.replace(stats, lse=torch.cat(lses, -1)) if len(lses) > 1 else stats)
+        running.record(layer, dataclasses.replace(stats, lse=torch.cat(lses, -1)) if len(lses) > 1 else stats)
     if config.record_rows == "last_text":
         rows = dataclasses.replace(call, q=call.q.detach(), k=call.k.detach())
-        context.recorder.record_rows(layer, visual_attention_rows(rows))
+        running.record_rows(layer, visual_attention_rows(rows))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
@@ -180,29 +170,29 @@ def _piece(call: Call, start: int, stop: int) -> Call:
     )
 
 
-def _packed(layer: int | None, call: Call, context: SARContext) -> Tensor:
+def _packed(layer: int | None, call: Call, running: Pass) -> Tensor:
     """Attention of one layer over packed sequences; ``layer`` None = plain. A cache of them cannot be continued."""
-    config, sar, here = context.config, {}, context.on(call.q.device)
+    config, sar, here = running.config, {}, running.on(call.q.device)
     if layer is not None:
         if config.record_rows != "none":
             raise ValueError(f"record_rows={config.record_rows!r}: rows of packed sequences are not kept; use 'none'")
-        if context.needs_roles:
-            _check_prior(context)
+        if running.needs_roles:
+            running.check_prior()
             call.roles = Roles(*here.roles, here.prior)
         sar = {
-            "weighting": split_over(config.rule, context.shards),
+            "weighting": split_over(config.rule, running.shards),
             "layer": layer,
             "backend": config.backend,
             "sav_grad": config.sav_grad,
-            "keep_stats": config.record and context.needs_roles,
+            "keep_stats": config.record and running.needs_roles,
             "recorded": config.row_statistics,
             "check_prior": _unchecked(),
         }
     out, stats = packed_attention(here.packing, call, **sar)
-    if context.cache is not None:
-        attach(context.cache).packed = True
+    if running.cache is not None:
+        attach(running.cache).packed = True
     if stats is not None:
-        context.recorder.record(layer, stats)
+        running.record(layer, stats)
     return out
 
 
@@ -227,12 +217,4 @@ def _check_heads(module: nn.Module, heads: int, shards: Shards | None) -> None:
         raise RuntimeError(
             f"{type(module).__name__} attends with {heads} of {total} heads on this rank, and SAR weighs heads over "
             f"{ranks} rank(s): {cure}"
-        )
-
-
-def _check_prior(context: SARContext) -> None:
-    if context.prior is None:
-        raise RuntimeError(
-            f"SAR: the vision features of this pass never came whole, {context.missing()}: the vision encoder was "
-            "bypassed, or the model's feature methods ran for some of the pictures only"
         )

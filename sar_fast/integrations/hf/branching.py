@@ -20,8 +20,8 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sar_fast.config import SARConfig
-from sar_fast.integrations.hf.apply import SARHandle
 from sar_fast.integrations.hf.features import give_features, norms_on
+from sar_fast.integrations.hf.handle import SARHandle
 from sar_fast.integrations.hf.shared_prefix import SharedPrefix
 from sar_fast.integrations.hf.structure import attention_of, find_decoder_layers
 
@@ -47,7 +47,7 @@ class _Trunk:
 
 def branch_points(handle: SARHandle, configs: Sequence[SARConfig]) -> list[int]:
     """Per setting, the number of decoder layers it shares with plain attention (those below its first re-weighted)."""
-    layers, modules = find_decoder_layers(handle.model), handle.attention_modules
+    layers, modules = find_decoder_layers(handle.model), handle.layout.attention_modules
     owner = {id(attention_of(layer)): i for i, layer in enumerate(layers)}
     return [
         owner[id(modules[-config.activation_layer_k])] if config.activation_layer_k else len(layers)
@@ -161,7 +161,7 @@ def _run_trunk(handle: SARHandle, call: Callable[[], Any], starts: set[int], *, 
 @contextlib.contextmanager
 def _shared_features(handle: SARHandle, features: dict[str, tuple[list[Tensor], Any]]) -> Iterator[None]:
     """Vision encoders run at most once in here; later calls get the same output, norms included."""
-    base = handle.base_model
+    base = handle.layout.base_model
 
     def remembered(modality: str, original: Callable) -> Callable:
         @functools.wraps(original)  # generate() filters its arguments by the signature
@@ -181,7 +181,7 @@ def _shared_features(handle: SARHandle, features: dict[str, tuple[list[Tensor], 
 
         return get_features
 
-    names = {m: f"get_{m}_features" for m in handle.placeholder_ids if hasattr(base, f"get_{m}_features")}
+    names = {m: f"get_{m}_features" for m in handle.layout.placeholder_ids if hasattr(base, f"get_{m}_features")}
     for modality, name in names.items():
         base.__dict__[name] = remembered(modality, getattr(base, name))
     try:
@@ -216,7 +216,7 @@ def _branch(handle: SARHandle, trunk: _Trunk, start: int) -> Iterator[None]:
     patched = [(layer, layer.__dict__.get("forward")) for layer in layers[:start]]
     for index, (layer, _) in enumerate(patched):
         layer.__dict__["forward"] = functools.partial(skip, index, layer.forward)
-    hook = handle.base_model.register_forward_hook(prefill_done)
+    hook = handle.layout.base_model.register_forward_hook(prefill_done)
     try:
         with _shared_features(handle, trunk.features):
             yield
@@ -309,17 +309,17 @@ def _last_layer_answers(handle: SARHandle) -> Iterator[None]:
     original = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, context = _hidden_states(args, kwargs), kwargs["sar_context"]
-        asked = context.roles.text_mask.any(0).nonzero()  # columns that some row's T has
+        hidden, running = _hidden_states(args, kwargs), kwargs["sar_context"]
+        asked = running.roles.text_mask.any(0).nonzero()  # columns that some row's T has
         needed = hidden.shape[1] - int(asked[0]) if len(asked) else 1
         wrapped = patched is not None  # an offloading wrapper brings the weights and takes them away: one whole call
-        if wrapped or not context.placeholders or needed == hidden.shape[1]:
+        if wrapped or not running.brings_pictures or needed == hidden.shape[1]:
             return original(*args, **kwargs)
         kwargs = {**kwargs, "past_key_values": _KeptKeys(kwargs.get("past_key_values"))}
         kwargs.pop("hidden_states", None)
         with contextlib.suppress(_Enough):
             original(hidden, *args[1:], **kwargs)
-        kwargs["sar_context"] = context.last_queries(needed)
+        kwargs["sar_context"] = running.but(queries=needed)
         output = original(hidden[:, -needed:], *args[1:], **_last_positions(kwargs, needed))
         answered = output[0] if isinstance(output, tuple) else output
         whole = torch.full_like(hidden, torch.nan)

@@ -6,18 +6,21 @@ class, as a replica of a model (DataParallel) has the model's attributes, and mu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sar_fast.config import PriorSource
-from sar_fast.integrations.hf.context import running_pass, this_thread
+from sar_fast.integrations.hf.forward_pass import running_pass
+from sar_fast.integrations.hf.running import enter, innermost, leave
+from sar_fast.integrations.hf.structure import parameters_of
+from sar_fast.value_checks import check_holds
 
 HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
 
@@ -25,6 +28,14 @@ HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
 def handle_of(base_model: nn.Module) -> Any:
     """The handle of SAR on a base model, or None."""
     return base_model.__dict__.get(HANDLE_MARK)
+
+
+@dataclasses.dataclass
+class FeatureCall:
+    """A call of a base model's feature method, and the norms (images, patches) that its vision block gave so far."""
+
+    base_model: nn.Module
+    patch_norms: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 _lock = threading.RLock()
@@ -72,23 +83,22 @@ def _watched(original: Callable, modality: str) -> Callable:
 
     @functools.wraps(original)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = handle_of(self)
-        outer = collecting()
-        if handle is None or (outer is not None and outer[0] is self):  # a video call runs the image method
+        handle, outer = handle_of(self), innermost(FeatureCall)
+        if handle is None or (outer is not None and outer.base_model is self):  # a video call runs the image method
             return original(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            watch_block(handle.prior_block_of(self))
-        this_thread.collecting = self, (patch_norms := [])
+            watch_block(handle.layout.prior_block_of(self))
+        enter(call := FeatureCall(self))
         try:
             output = original(self, *args, **kwargs)
-            arguments = {**dict(zip(parameters, args)), **kwargs}
-            norms = handle.token_norms(modality, output, patch_norms, arguments)
         finally:
-            this_thread.collecting = outer
+            leave(call)
+        arguments = {**dict(zip(parameters, args)), **kwargs}
+        norms = _token_norms(handle, modality, output, call.patch_norms, arguments)
         output[_norms_key(modality, handle.config.prior_source)] = norms
-        context = running_pass()
-        if context is None or context.recorder is not handle:  # the output may come back as mm_encoder_outputs
-            output[_mark_key(modality)] = _feature_norms(output, handle.family.features)
+        running = running_pass()
+        if running is None or running.handle is not handle:  # the output may come back as mm_encoder_outputs
+            output[_mark_key(modality)] = _feature_norms(output, handle.layout.family.features)
         give_features(modality, norms)
         return output
 
@@ -107,21 +117,48 @@ def watch_block(block: nn.Module) -> None:
 
 def keep_patch_norms(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of vision blocks."""
-    if collecting() is not None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        collecting()[1].append(norms_of(hidden))
-
-
-def collecting() -> tuple[nn.Module, list[Tensor]] | None:
-    """The vision call on this thread's stack: the base model whose it is, and its patches' norms so far."""
-    return getattr(this_thread, "collecting", None)
+    call = innermost(FeatureCall)
+    if call is not None:
+        call.patch_norms.append(norms_of(output[0] if isinstance(output, tuple) else output))
 
 
 def give_features(modality: str, norms: Tensor) -> None:
     """Tell the forward pass on this thread's stack, if one runs, the norms of features that it is about to get."""
-    context = running_pass()
-    if context is not None and modality in context.placeholders:
-        context.add_norms(modality, norms)
+    running = running_pass()
+    if running is not None and modality in running.incoming.placeholders:
+        running.receive(modality, norms)
+
+
+def _token_norms(
+    handle: Any, modality: str, output: Any, patch_norms: list[Tensor], arguments: Mapping[str, Any]
+) -> Tensor:
+    """(n,) fp32 norms of a modality's visual tokens in placeholder order, from ``SARConfig.prior_source``."""
+    layout, family = handle.layout, handle.layout.family
+    features = getattr(output, family.features)
+    features = features if isinstance(features, Tensor) else torch.cat([f.flatten(0, -2) for f in features])
+    if modality == "video" and family.whole_video_features is not None:
+        features = family.whole_video_features(layout.base_model, features, arguments)
+    if handle.config.prior_source == "projected":
+        if family.projects_later is not None:
+            with torch.no_grad():
+                features = layout.base_model.get_submodule(family.projects_later)(features)
+        return norms_of(features.flatten(0, -2))
+    if len(patch_norms) != 1:
+        raise RuntimeError(
+            f"SAR: vision block {layout.prior_block} ran {len(patch_norms)} times in get_{modality}_features, not "
+            f"once; the prior cannot be built. Use prior_source='projected' or describe the {family.name} family's "
+            "vision blocks"
+        )
+    token_norms = family.token_norms
+    if modality == "video" and family.video_token_norms is not None:
+        token_norms = family.video_token_norms
+    norms = token_norms(layout.base_model, patch_norms[0], arguments)
+    expected = features.flatten(0, -2).shape[0]
+    if norms.numel() != expected:
+        raise RuntimeError(
+            f"SAR: the {family.name} family maps patches to {norms.numel()} visual tokens, the model made {expected}"
+        )
+    return norms
 
 
 def _norms_key(modality: str, source: str) -> str:
@@ -151,16 +188,18 @@ def encoded_norms(output: Any, modality: str, handle: Any) -> Tensor:
         raise ValueError(
             f"mm_encoder_outputs[{modality!r}] was encoded for the pass that it came from; encode it again"
         )
-    marks, now = output[_mark_key(modality)], _feature_norms(output, handle.family.features)
+    marks, now = output[_mark_key(modality)], _feature_norms(output, handle.layout.family.features)
     repeats = max(1, now.numel() // max(1, marks.numel()))
     was = marks.to(now.device).repeat(repeats)
     if repeats > 1:  # in the order of the rows
         was, now = was.sort().values, now.sort().values
-    if was.shape != now.shape or not torch.allclose(was, now, rtol=1e-2):
-        raise ValueError(
-            f"mm_encoder_outputs[{modality!r}] holds other features than those that its norms were taken of: put "
-            f"together from several calls, reordered, or changed. Needed: the output of one get_{modality}_features"
-        )
+    error = (
+        f"mm_encoder_outputs[{modality!r}] holds other features than those that its norms were taken of: put together "
+        f"from several calls, reordered, or changed. Needed: the output of one get_{modality}_features"
+    )
+    if was.shape != now.shape:
+        raise ValueError(error)
+    check_holds(torch.isclose(was, now, rtol=1e-2, equal_nan=True).all(), error)
     return norms
 
 
@@ -193,8 +232,3 @@ def norms_of(x: Tensor) -> Tensor:
     """fp32 L2 norms over the last dimension, constants to autograd; fp64 input is not narrowed before."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).to(torch.float32)
-
-
-def parameters_of(method: Callable) -> tuple[str, ...]:
-    """Names of a method's parameters after self; found once, as ``inspect`` does not belong in a traced graph."""
-    return tuple(inspect.signature(method).parameters)[1:]

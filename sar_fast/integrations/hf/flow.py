@@ -1,4 +1,4 @@
-"""The hooks of a forward pass: its context is made before it, and checked after it.
+"""The hooks of a forward pass: it is begun before the base model runs, and checked after.
 
 They are functions that find the handle on the module that they are called with: a copy of the model has its own, a
 replica its original's, and a copy of a part has none.
@@ -11,137 +11,203 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sar_fast.cache_state import attach, state_of
-from sar_fast.integrations.hf.context import SARContext, enter_pass, leave_pass, roles_of_pass
+from sar_fast.cache_state import CacheState, state_of
+from sar_fast.config import SARConfig
+from sar_fast.integrations.hf.attention import ATTENTION_NAME
 from sar_fast.integrations.hf.features import encoded_norms, handle_of
-from sar_fast.integrations.hf.masks import read_mask
-from sar_fast.integrations.hf.packing import find_packing
+from sar_fast.integrations.hf.forward_pass import Pass
+from sar_fast.integrations.hf.host_facts import HostFacts
+from sar_fast.integrations.hf.masks import ask_mask, hides_positions, read_mask
+from sar_fast.integrations.hf.norms import IncomingNorms, placeholders_of
+from sar_fast.integrations.hf.packing import Packing, ask_packing, find_packing
 from sar_fast.integrations.hf.refusals import (
     PIXELS,
+    refuse_ignored_features,
     refuse_merged_embeddings,
+    refuse_other_attention,
     refuse_unfilled,
     refuse_unreached,
     refuse_unseen_cache,
 )
+from sar_fast.integrations.hf.rule_module import config_for
+from sar_fast.integrations.hf.running import enter, leave
 from sar_fast.integrations.hf.speculation import drafting, take_drafts
 from sar_fast.integrations.hf.split_queries import refuse_unnamed_splits
+from sar_fast.integrations.hf.structure import Layout
+from sar_fast.roles import TokenRoles, roles_from_visual
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Pre-hook of the base model: build the pass's context and send it down with the other keyword arguments."""
+    """Pre-hook of the base model: begin the pass and send it down with the other keyword arguments."""
     handle = handle_of(module)
     if handle is None:
         return None
-    handle.check_implementation()
+    layout = handle.layout
+    refuse_other_attention(layout.attention_config._attn_implementation, ATTENTION_NAME)
     refuse_unnamed_splits(handle.shards)
     if handle.config.record or handle.config.record_rows != "none":
         handle.stats, handle.rows = {}, {}  # of this pass alone, also if it re-weights nothing
-    given = {**dict(zip(handle.forward_parameters, args)), **kwargs}
-    context = _context(module, handle, given)
-    if context.placeholders:
-        handle.roles, handle.prior = context.roles, context.prior
-    if handle.family.computes_last_queries_only:
+    running = _begin(module, handle, {**dict(zip(layout.forward_parameters, args)), **kwargs})
+    if running.brings_pictures:
+        handle.roles, handle.prior = running.roles, running.prior
+    if layout.family.computes_last_queries_only:
         kwargs["logits_to_keep"] = None
-    enter_pass(context)
-    return args, {**kwargs, "sar_context": context}
+    enter(running, alone=True)
+    return args, {**kwargs, "sar_context": running}
 
 
-def _context(module: nn.Module, handle: Any, given: dict[str, Any]) -> SARContext:
-    config, cache = handle.config_of(module), given.get("past_key_values")
+def _begin(module: nn.Module, handle: Any, given: dict[str, Any]) -> Pass:
+    """The pass of ``module``, whose forward was given these arguments by name."""
+    config, cache = config_for(handle.config, handle.layout.base_model, module), given.get("past_key_values")
     past_length, past = 0 if cache is None else cache.get_seq_length(), state_of(cache)
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    tokens = ids if ids is not None else embeds
-    shape = tokens.shape[:2]
-    encoded = _encoded(module, handle, given)
+    encoded = given.get("mm_encoder_outputs") or {}
+    refuse_ignored_features(module, encoded, handle.layout.forward_parameters)
     comes = {m for m, pixels in PIXELS.items() if encoded.get(m) is not None or given.get(pixels) is not None}
-    drafts = take_drafts(handle.model, ids, past_length)
+    drafts = take_drafts(cache, given.get("input_ids"), past_length)
+    placeholders = _find_placeholders(module, handle.layout, given, comes)
+    facts = _ask(given, placeholders, comes, past_length, drafts)
+    if "past_length" in facts:
+        past_length = facts["past_length"][0]
+    _continue(handle, config, cache, past_length, _tokens(given).shape[1])
+    if config.measures:
+        _check_pictures(handle.layout, given, comes, facts)
+    placeholders = {modality: mask for modality, mask in placeholders.items() if modality in comes}
+    roles, packing = _read_sequences(given, placeholders, past_length, past, config, facts)
+    incoming = IncomingNorms(placeholders, facts)
+    running = Pass(handle, config, roles, past_length, incoming, past, packing, drafts, hides_positions(facts))
+    for modality in placeholders:
+        if encoded.get(modality) is not None:
+            running.receive_encoded(modality, encoded_norms(encoded[modality], modality, handle))
+    return running
+
+
+def _tokens(given: dict[str, Any]) -> Tensor:
+    """(B, S) ids or (B, S, width) embeddings of the new positions."""
+    return given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+
+
+def _find_placeholders(module: nn.Module, layout: Layout, given: dict[str, Any], comes: set[str]) -> dict[str, Tensor]:
+    """Modality -> (B, S) bool, its placeholders; where nothing is to be refused, of modalities that come alone."""
+    asked = comes if _tokens(given).shape[1] == 1 or torch.compiler.is_compiling() else layout.placeholder_ids
+    return {m: placeholder_mask(module, given, token) for m, token in layout.placeholder_ids.items() if m in asked}
+
+
+def placeholder_mask(base_model: nn.Module, given: dict[str, Any], token: int) -> Tensor:
+    """(B, S) bool: where the ids, or the embeddings when only they are given, are placeholder ``token``."""
+    tokens = _tokens(given)
+    if tokens.dim() == 2:
+        return tokens == token
+    row = base_model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=tokens.device))
+    return (tokens == row.to(tokens.device)).all(-1)
+
+
+def _ask(
+    given: dict[str, Any], placeholders: dict[str, Tensor], comes: set[str], past_length: int | Tensor, drafts: int
+) -> HostFacts:
+    """All that the host must know of a prompt's values, to be read together; decode steps have nothing to be read."""
+    facts, shape = HostFacts(), _tokens(given).shape[:2]
+    if torch.compiler.is_compiling() or shape[1] == 1:
+        return facts
+    if isinstance(past_length, Tensor):
+        facts.ask("past_length", past_length)
+    for modality, mask in placeholders.items():
+        if modality in comes:
+            facts.ask(placeholders_of(modality), mask.sum(-1))
+        elif not (drafts and past_length) and not drafting():  # drafted tokens are none
+            facts.ask(f"unfilled {modality}", mask[:, : shape[1] - drafts].sum())
+    ask_mask(facts, given.get("attention_mask"))
+    ask_packing(facts, given, shape, past_length)
+    return facts
+
+
+def _continue(handle: Any, config: SARConfig, cache: Any, past_length: int | Tensor, new: int) -> None:
+    """The cache must be one that this pass can go on from."""
+    past = state_of(cache)
     if past is not None and past.packed:
         raise ValueError("past_key_values: packed sequences filled this cache; it cannot be continued")
     if past is not None and not torch.compiler.is_compiling():
         past.leave_inference_mode()
     if config.measures:
-        refuse_unseen_cache(cache, past, past_length, shape[1], handle.peft_configs)
+        refuse_unseen_cache(cache, past, past_length, new, handle.layout.peft_configs)
         if past is not None:
             past.belong_to(config, handle.switch)
-        _check_pictures(module, handle, given, comes, past_length, drafts)
-    placeholders = {
-        m: placeholder_mask(module, ids, embeds, token) for m, token in handle.placeholder_ids.items() if m in comes
-    }
+
+
+def _check_pictures(layout: Layout, given: dict[str, Any], comes: set[str], facts: HostFacts) -> None:
+    """Placeholders and embeddings of this pass must say where pictures are. Generated tokens are none."""
+    no_ids = given.get("input_ids") is None
+    if no_ids and not comes:
+        refuse_merged_embeddings(given, _tokens(given).shape[1], layout.peft_configs)
+    filled = {layout.placeholder_ids.get(m) for m in comes}  # clips may use the pictures' placeholder
+    for modality, token in layout.placeholder_ids.items():
+        if token not in filled and f"unfilled {modality}" in facts:
+            refuse_unfilled("inputs_embeds" if no_ids else "input_ids", modality, facts[f"unfilled {modality}"][0])
+
+
+def _read_sequences(
+    given: dict[str, Any],
+    placeholders: dict[str, Tensor],
+    past_length: int | Tensor,
+    past: CacheState | None,
+    config: SARConfig,
+    facts: HostFacts,
+) -> tuple[TokenRoles, Packing | None]:
+    """Roles of the new positions, and the sequences that are packed into the rows."""
+    tokens = _tokens(given)
+    shape = tokens.shape[:2]
     visual = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
     for mask in placeholders.values():
         visual = visual | mask
-    real, dense_packing = read_mask(given.get("attention_mask"), shape, past_length)
+    real, packed_by_mask = read_mask(given.get("attention_mask"), shape, past_length, facts)
     real = None if real is None else real.to(visual.device)
-    packing = find_packing(given, shape, past_length) or dense_packing
+    packing = find_packing(given, shape, past_length, facts) or packed_by_mask
     if packing is not None:
-        roles = packing.roles(visual if real is None else visual & real, config.text_queries)
-    else:
-        roles = roles_of_pass(visual, real, past, config)
-    context = SARContext(config, roles, past_length, placeholders, past, handle, packing, handle.shards, drafts)
-    for modality in placeholders:
-        if encoded.get(modality) is not None:
-            context.add_encoded_norms(modality, encoded_norms(encoded[modality], modality, handle))
-    return context
+        return packing.roles(visual if real is None else visual & real, config.text_queries), packing
+    return _roles(visual, real, past, config, brings_pictures=bool(placeholders)), None
 
 
-def _encoded(module: nn.Module, handle: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Modality -> features that were encoded before this pass."""
-    encoded = given.get("mm_encoder_outputs") or {}
-    if encoded and "mm_encoder_outputs" not in handle.forward_parameters:
-        raise ValueError(
-            f"mm_encoder_outputs: {type(module).__name__} of this transformers version would ignore it; pass pixels"
+def _roles(
+    visual: Tensor, real: Tensor | None, past: CacheState | None, config: SARConfig, *, brings_pictures: bool
+) -> TokenRoles:
+    """Roles of the new positions, each row one sequence.
+
+    Args:
+        visual: (B, S) bool, placeholders that this pass's features fill.
+        real: (B, S) bool, False = padding; None = no padding.
+    """
+    seen = None if past is None or past.visual_mask is None else past.visual_mask.to(visual.device)
+    if not brings_pictures:  # all text follows what the cache holds
+        return TokenRoles(
+            visual, visual if seen is None else _and(seen.any(-1, keepdim=True), real).expand(visual.shape)
         )
-    return encoded
+    roles = roles_from_visual(visual, real, text_queries=config.text_queries)
+    if seen is None:
+        return roles
+    # text that follows cached visual tokens counts, unless newer visual tokens come after it
+    follows = _and(seen.any(-1, keepdim=True) & ~visual, real)
+    if config.text_queries == "after_last_image":
+        follows = follows & ~roles.visual_mask.any(-1, keepdim=True)
+    return TokenRoles(roles.visual_mask, roles.text_mask | follows)
 
 
-def _check_pictures(
-    module: nn.Module, handle: Any, given: dict[str, Any], comes: set[str], past_length: int | Tensor, drafts: int
-) -> None:
-    """Placeholders and embeddings of this pass must say where pictures are. Generated tokens are none."""
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    new = (ids if ids is not None else embeds).shape[1]
-    if ids is None and not comes:
-        refuse_merged_embeddings(given, new, handle.peft_configs)
-    if new == 1 or (drafts and past_length) or drafting() or torch.compiler.is_compiling():
-        return
-    filled = {handle.placeholder_ids.get(m) for m in comes}  # clips may use the pictures' placeholder
-    for modality, token in handle.placeholder_ids.items():
-        if token not in filled:
-            mask = placeholder_mask(module, ids, embeds, token)[:, : new - drafts]
-            refuse_unfilled("inputs_embeds" if ids is None else "input_ids", modality, mask)
-
-
-def placeholder_mask(base_model: nn.Module, ids: Tensor | None, embeds: Tensor | None, token: int) -> Tensor:
-    """(B, S) bool: where the ids, or the embeddings when only they are given, are placeholder ``token``."""
-    if ids is not None:
-        return ids == token
-    row = base_model.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
-    return (embeds == row.to(embeds.device)).all(-1)
+def _and(mask: Tensor, real: Tensor | None) -> Tensor:
+    return mask if real is None else mask & real
 
 
 def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Hook of the base model, also after an exception: then there is no output."""
-    handle, context = handle_of(module), kwargs.get("sar_context")
-    if handle is None or context is None:
+    handle, running = handle_of(module), kwargs.get("sar_context")
+    if handle is None or running is None:
         return
-    leave_pass(context)
-    if context.placeholders:
-        handle.prior = context.prior
-    if output is not None and context.reweights:
-        refuse_unreached(handle.sar_layers, context.reached)
+    leave(running)
+    if running.brings_pictures:
+        handle.prior = running.prior
+    if output is not None and running.reweights:
+        refuse_unreached(handle.sar_layers, running.reached)
 
 
 def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Pre-hook of decoder layers: they see the cache that the text model made itself.
-
-    Its state knows of text-only passes too.
-    """
-    context, cache = kwargs.get("sar_context"), kwargs.get("past_key_values")
-    if context is None or cache is None or context.cache is not None:
-        return
-    context.cache = cache
-    if context.config.measures:
-        state = attach(cache, rows=not torch.compiler.is_compiling())
-        state.belong_to(context.config, context.recorder.switch)
-        if not cache.is_compileable:  # a number that changes each step would compile a graph again
-            state.length = context.past_length + context.roles.text_mask.shape[1]
+    """Pre-hook of decoder layers: they see the cache that the text model made itself."""
+    running, cache = kwargs.get("sar_context"), kwargs.get("past_key_values")
+    if running is not None and cache is not None and running.cache is None:
+        running.meet(cache)

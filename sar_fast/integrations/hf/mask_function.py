@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from sar_fast.integrations.hf.compact_mask import compact
-from sar_fast.integrations.hf.context import running_pass
+from sar_fast.integrations.hf.forward_pass import Pass, running_pass
 from sar_fast.integrations.hf.mask_patterns import Queries, run_of
+from sar_fast.value_checks import check_holds
 
 
 def sar_mask(
@@ -43,9 +44,9 @@ def sar_mask(
         **kwargs,
     )
     device, tracing = kwargs.get("device", "cpu"), torch.compiler.is_compiling()
-    context = None if tracing else running_pass()  # closures cannot be traced
-    if context is not None and context.packing is not None:
-        queries = Queries.of_packing(context.packing, (batch_size, q_length), device)
+    running = None if tracing else running_pass()  # closures cannot be traced
+    if running is not None and running.packing is not None:
+        queries = Queries.of_packing(running.packing, (batch_size, q_length), device)
         run = run_of(mask_function, queries)
         if run is None:
             return dense()
@@ -72,8 +73,18 @@ def sar_mask(
     filled = range(kv_offset, int(q_offset) + q_length)  # keys beyond are a static cache's free slots
     if padding is not None:
         padding = padding[:, filled.start : filled.stop]
-        if not tracing and bool(padding.all()):
+        if not tracing and _hides_nothing(padding, q_length, running):
             padding = None
     if padding is None and filled.stop < keys.stop:
         padding = torch.ones(batch_size, len(filled), dtype=torch.bool, device=device)
     return padding
+
+
+def _hides_nothing(padding: Tensor, queries: int, running: Pass | None) -> bool:
+    """Whether a mask (B, keys) is known to be True all over. A GPU is asked once a prompt, by the pass, not here."""
+    if padding.device.type == "cpu":
+        return bool(padding.all())
+    if queries == 1 or running is None or running.padded is not False:
+        return False
+    check_holds(padding.all(), "attention_mask: the model hides positions that the mask it was given does not")
+    return True

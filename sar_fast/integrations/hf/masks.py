@@ -8,15 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sar_fast.dense_masks import as_visible, has_values
+from sar_fast.dense_masks import as_visible
 from sar_fast.integrations.hf.compact_mask import is_compact, real_queries
+from sar_fast.integrations.hf.host_facts import HostFacts
 from sar_fast.integrations.hf.packing import Packing
 
 KINDS = ("full_attention", "sliding_attention")  # of a dict's masks, the first to be read
 
 
+def ask_mask(facts: HostFacts, attention_mask: Any) -> None:
+    """Ask for what :func:`read_mask` reads of a (B, positions) mask: whether it hides any, and has other values."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        hidden = attention_mask == 0
+        facts.ask("padding", torch.stack([hidden.any(), (~hidden & (attention_mask != 1)).any()]))
+
+
+def hides_positions(facts: HostFacts) -> bool | None:
+    """Whether the mask that :func:`ask_mask` asked about hides any position; None = it did not."""
+    return bool(facts["padding"][0]) if "padding" in facts else None
+
+
 def read_mask(
-    attention_mask: Any, shape: torch.Size, past_length: int | Tensor
+    attention_mask: Any, shape: torch.Size, past_length: int | Tensor, facts: HostFacts
 ) -> tuple[Tensor | None, Packing | None]:
     """(real, packing) of a pass.
 
@@ -25,6 +38,7 @@ def read_mask(
             mask; or a dict of these by layer type, as ``generate`` makes them in advance for static caches.
         shape: (B, S) of the new positions.
         past_length: number of cached positions; a static cache gives a 0-dim tensor.
+        facts: what :func:`ask_mask` asked of a pass of several positions; nothing in a graph.
 
     Returns:
         real: (B, S) bool, False = padding; None = all are real.
@@ -45,7 +59,7 @@ def read_mask(
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, a dict of tensors or None; got {type(mask).__name__}")
     if mask.dim() == 2:
-        return _columns(mask, shape, past_length), None
+        return _columns(mask, shape, past_length, facts), None
     if is_compact(mask) and mask.shape[:3] in ((1, 1, shape[1]), (shape[0], 1, shape[1])):
         return real_queries(mask).expand(shape), None
     if mask.dim() == 4:
@@ -55,12 +69,12 @@ def read_mask(
     )
 
 
-def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor) -> Tensor:
+def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor, facts: HostFacts) -> Tensor:
     """The new positions' columns of a (B, positions) mask, which may run on over a static cache's unfilled slots."""
     B, S = shape
     if mask.shape[0] != B:
         raise ValueError(f"attention_mask must have the batch's {B} rows; got shape {tuple(mask.shape)}")
-    if S > 1 and mask.dtype != torch.bool and has_values(mask, lambda m: (m != 0) & (m != 1)):
+    if "padding" in facts and facts["padding"][1]:
         raise ValueError(
             "attention_mask of 2 dimensions must be 1 at real tokens and 0 at padding; got other values, which would "
             "all count as real. If they number packed sequences: a (batch, 1, queries, keys) mask, or cu_seq_lens_q "

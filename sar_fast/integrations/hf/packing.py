@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast import ops
@@ -15,6 +16,7 @@ from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
 from sar_fast.config import TextQueries
 from sar_fast.functional import autocast_inputs
+from sar_fast.integrations.hf.host_facts import HostFacts
 from sar_fast.roles import TokenRoles
 from sar_fast.types import SARStats
 from sar_fast.values import Bounds, Call, Result, Roles, Statistics, StatisticsWithRows
@@ -63,7 +65,23 @@ class Packing:
         return TokenRoles(visual, ~visual & (seen >= needed) & (total > 0))
 
 
-def find_packing(given: Mapping[str, Any], shape: torch.Size, past_length: int | Tensor) -> Packing | None:
+def ask_packing(facts: HostFacts, given: Mapping[str, Any], shape: torch.Size, past_length: int | Tensor) -> None:
+    """Ask for what :func:`find_packing` reads, of the same arguments."""
+    cu_q, cu_k, mask, positions = (
+        given.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "attention_mask", "position_ids")
+    )
+    if isinstance(cu_q, Tensor) and isinstance(cu_k, Tensor):
+        facts.ask("cu_seq_lens_q", cu_q)
+        facts.ask("cu_seq_lens_k", cu_k)
+        if mask is not None:
+            facts.ask("packed padding", (mask == 0).any())
+    elif positions is not None and mask is None and shape[1] > 1 and not (isinstance(past_length, int) and past_length):
+        facts.ask("restarts", _restarts(positions, shape))
+
+
+def find_packing(
+    given: Mapping[str, Any], shape: torch.Size, past_length: int | Tensor, facts: HostFacts
+) -> Packing | None:
     """The packing of a forward pass, or None.
 
     Args:
@@ -72,23 +90,29 @@ def find_packing(given: Mapping[str, Any], shape: torch.Size, past_length: int |
             Reading them breaks a graph that is being traced, which ``fullgraph=True`` refuses.
         shape: (B, S).
         past_length: how many tokens are cached.
+        facts: what :func:`ask_packing` asked; nothing in a graph.
 
     Raises:
         ValueError, TypeError: the arguments describe no packing that SAR supports; the message names the argument.
     """
     cu_q, cu_k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
     if cu_q is not None or cu_k is not None:
-        return _from_lengths(given, cu_q, cu_k, shape, past_length)
+        return _from_lengths(given, cu_q, cu_k, shape, past_length, facts)
     positions = given.get("position_ids")
     if positions is None or given.get("attention_mask") is not None or shape[1] == 1:
         return None
     if isinstance(past_length, Tensor) and torch.compiler.is_compiling():
         return None
-    return None if past_length else _from_positions(positions, shape)
+    return None if past_length else _from_positions(positions, shape, facts)
 
 
 def _from_lengths(
-    given: Mapping[str, Any], cu_q: Tensor | None, cu_k: Tensor | None, shape: torch.Size, past_length: int | Tensor
+    given: Mapping[str, Any],
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    shape: torch.Size,
+    past_length: int | Tensor,
+    facts: HostFacts,
 ) -> Packing:
     if cu_q is None or cu_k is None:
         missing = "cu_seq_lens_q" if cu_q is None else "cu_seq_lens_k"
@@ -104,13 +128,12 @@ def _from_lengths(
     if not torch.compiler.is_compiling():
         if past_length:
             raise ValueError(f"cu_seq_lens_q: SAR packs whole sequences, without a cache; {past_length} are cached")
-        ends = cu_q.tolist()
+        ends, same = facts["cu_seq_lens_q"], facts["cu_seq_lens_k"]
         if ends[0] != 0 or ends[-1] != shape[1] or any(b < a for a, b in itertools.pairwise(ends)):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the packed length {shape[1]}; got {ends}")
-        if not torch.equal(cu_q, cu_k):
-            raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q without a cache; got {cu_k.tolist()}")
-        mask = given.get("attention_mask")
-        if mask is not None and not bool((mask != 0).all()):
+        if ends != same:
+            raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q without a cache; got {same}")
+        if "packed padding" in facts and facts["packed padding"] != [0]:
             raise ValueError("attention_mask must be None or all ones with cu_seq_lens_q: packed rows have no padding")
     longest = given.get("max_length_q")
     return Packing(cu_q.to(torch.int32), shape[1] if longest is None else int(longest))
@@ -120,26 +143,39 @@ def _from_lengths(
     reason="SAR reads position_ids to see whether the row is packed. With fullgraph=True pass cu_seq_lens_q and "
     "cu_seq_lens_k for packed rows, attention_mask for all others"
 )
-def _from_positions(positions: Tensor, shape: torch.Size) -> Packing | None:
+def _from_positions(positions: Tensor, shape: torch.Size, facts: HostFacts) -> Packing | None:
     """Packing by restarts of ``position_ids``: (B or 1, S), or (rows, B, S) whose row 0 is the text's of four."""
-    rotary_rows = positions.dim() == 3 and positions.shape[0] == 3
-    if positions.dim() == 3:
-        positions = positions[0]
-    steps = torch.diff(positions.expand(shape), dim=-1)
-    if rotary_rows:  # positions of one sequence stand still inside a picture, but never fall
-        if bool((steps < 0).any()):
+    if "restarts" not in facts:  # a graph asked nothing
+        facts.ask("restarts", _restarts(positions, shape))
+    count, longest, falls = facts["restarts"]
+    if positions.dim() == 3 and positions.shape[0] == 3:
+        if falls:  # positions of one sequence stand still inside a picture, but never fall
             raise ValueError(
                 "position_ids of packed sequences must have four rows, the text positions and the three of the "
                 "rotary embedding; got three, from which the model cannot tell the sequences apart"
             )
         return None
-    starts = torch.ones(shape, dtype=torch.bool, device=positions.device)
-    starts[:, 1:] = steps != 1
-    if not bool(starts[:, 1:].any()):
+    if count == shape[0]:  # every row begins, and none again
         return None
-    begins = starts.flatten().nonzero()[:, 0]
-    cu_seqlens = torch.cat([begins, begins.new_tensor([starts.numel()])])
-    return Packing(cu_seqlens.to(torch.int32), int(cu_seqlens.diff().max()))
+    seen = _starts(positions, shape)[0].flatten().cumsum(0)  # [B * S] sequences that have begun
+    begins = torch.searchsorted(seen, torch.arange(1, count + 1, device=seen.device))
+    return Packing(F.pad(begins, (0, 1), value=shape.numel()).to(torch.int32), longest)
+
+
+def _restarts(positions: Tensor, shape: torch.Size) -> Tensor:
+    """(3,) int64: how many sequences ``position_ids`` tell, the longest one's length, and whether positions fall."""
+    starts, steps = _starts(positions, shape)
+    index = torch.arange(shape.numel(), device=starts.device)
+    begin = torch.where(starts.flatten(), index, 0).cummax(0).values  # [B * S] where each one's sequence began
+    return torch.stack([starts.sum(), (index - begin).max() + 1, (steps < 0).any().long()])
+
+
+def _starts(positions: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Where sequences begin, (B, S) bool, and the positions' steps, (B, S - 1)."""
+    if positions.dim() == 3:
+        positions = positions[0]
+    steps = torch.diff(positions.expand(shape), dim=-1)
+    return F.pad(steps != 1, (1, 0), value=True), steps
 
 
 def packed_attention(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.cache_state import CacheState
+from sar_fast.value_checks import check_holds
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # modality -> the argument that brings it
 CURE = (
@@ -16,6 +17,16 @@ CURE = (
     "sar_fast.integrations.hf.sequence_parallel.split_sequence(model, group)"
 )
 PLAIN = "plain attention is remove_sar(model) or activation_layer_k=0"
+
+
+def refuse_other_attention(came: str | None, needed: str) -> None:
+    """``RuntimeError`` if the text model's layers call another attention function than SAR's."""
+    if came != needed:
+        raise RuntimeError(
+            f"SAR: the text model's attention is {came!r}, not {needed!r}; nothing would be re-weighted. "
+            "set_attn_implementation was called while SAR is applied: handle.remove() (or remove_sar(model)) keeps "
+            "that choice, and apply_sar(model, config) after it puts SAR on again"
+        )
 
 
 def refuse_unseen_cache(
@@ -47,6 +58,14 @@ def refuse_unseen_cache(
     )
 
 
+def refuse_ignored_features(base_model: nn.Module, encoded: Mapping[str, Any], parameters: Sequence[str]) -> None:
+    """``ValueError`` if encoded features came to a model that takes none; ``parameters`` are its forward's."""
+    if encoded and "mm_encoder_outputs" not in parameters:
+        raise ValueError(
+            f"mm_encoder_outputs: {type(base_model).__name__} of this transformers version would ignore it; pass pixels"
+        )
+
+
 def refuse_merged_embeddings(given: Mapping[str, Any], new: int, peft_configs: Mapping[str, Any]) -> None:
     """``ValueError`` for embeddings without ids and pixels that may hold pictures already.
 
@@ -65,9 +84,8 @@ def refuse_merged_embeddings(given: Mapping[str, Any], new: int, peft_configs: M
     )
 
 
-def refuse_unfilled(name: str, modality: str, mask: Tensor) -> None:
-    """``ValueError`` if the argument ``name`` holds placeholders, True in ``mask`` (B, S), that no features fill."""
-    count = int(mask.sum())
+def refuse_unfilled(name: str, modality: str, count: int) -> None:
+    """``ValueError`` if the argument ``name`` holds placeholders that no features fill."""
     if count:
         raise ValueError(
             f"{name}: holds {count} placeholders of {modality}s, but neither {PIXELS[modality]} nor "
@@ -99,17 +117,21 @@ def refuse_slices(module: nn.Module, layer: int, came: tuple[int, int], needed: 
 
 
 def refuse_features_not_finite(modality: str, norms: Tensor, samples: Tensor | None) -> None:
-    """``ValueError`` that names the samples whose vision features are NaN or infinite.
+    """``ValueError`` that names the samples whose vision features are NaN or infinite; of a GPU in a later call.
 
     Args:
         norms: (B, S) their norms, 0 where there are none. samples: (B, S) packed sequence of each; None = its row.
     """
+    if torch.compiler.is_compiling():  # the operator itself looks at the prior
+        return
     bad = ~norms.isfinite()
-    if torch.compiler.is_compiling() or not bool(bad.any()):  # in a graph the operator itself looks at the prior
+    what = f"{PIXELS[modality]}: vision features are not finite (NaN or infinite)"
+    cure = "the prior is made of their norms. Needed: finite pixels and a vision encoder whose dtype holds its values"
+    if norms.device.type != "cpu":  # to say which samples would be to wait
+        check_holds(~bad.any(), f"{what}; {cure}")
+        return
+    if not bool(bad.any()):
         return
     numbers = (bad.nonzero()[:, 0] if samples is None else samples[bad]).unique().tolist()
-    raise ValueError(
-        f"{PIXELS[modality]}: vision features are not finite (NaN or infinite) in sample(s) "
-        f"{', '.join(map(str, numbers))} of the batch, counted from 0; the prior is made of their norms. Needed: "
-        "finite pixels and a vision encoder whose dtype holds its values"
-    )
+    samples = ", ".join(map(str, numbers))
+    raise ValueError(f"{what} in sample(s) {samples} of the batch, counted from 0; {cure}")

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from sar_fast.config import SARConfig
 from sar_fast.integrations.hf.features import handle_of
 from sar_fast.integrations.hf.structure import unwrap
-from sar_fast.weighting.split import module_of
+from sar_fast.weighting.split import Split, module_of
 
 NAME = "sar_weighting"  # of the submodule of base models
 
@@ -19,9 +20,15 @@ def rule_of(model: nn.Module) -> nn.Module | None:
     return None if handle is None else module_of(handle.config.weighting)
 
 
-def replica_of(rule: nn.Module, base_model: nn.Module) -> nn.Module:
-    """The rule as ``base_model`` has it, which may be a replica of the one that the rule was put on (DataParallel)."""
-    return base_model._modules.get(NAME, rule)
+def config_for(config: SARConfig, base_model: nn.Module, replica: nn.Module) -> SARConfig:
+    """The options of ``base_model`` for ``replica``, itself or a copy of it (DataParallel) with a copy of the rule."""
+    weighting = config.weighting
+    if replica is base_model or (rule := module_of(weighting)) is None:
+        return config
+    own = replica._modules.get(NAME, rule)
+    if isinstance(weighting, Split):
+        own = Split(own, weighting.heads, weighting.queries)
+    return config.replace(weighting=own)
 
 
 def put_on(model: nn.Module, rule: nn.Module, like: nn.Module) -> None:

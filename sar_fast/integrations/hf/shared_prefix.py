@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from sar_fast.integrations.hf.apply import SARHandle
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
 from sar_fast.integrations.hf.features import select_norms
+from sar_fast.integrations.hf.handle import SARHandle
 from sar_fast.integrations.hf.structure import unwrap
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")  # what processors give beside input_ids, of its shape; 0 is text
@@ -120,6 +120,7 @@ class SharedPrefix:
 
     def __init__(self, handle: SARHandle, groups: PromptGroups) -> None:
         self.handle, self.groups = handle, groups
+        self._base_model = handle.layout.base_model
         sharing = sharing_of(handle.model)
         if sharing.pictures:
             raise UnsupportedModelError(f"model: {sharing.pictures}, so several prompts cannot share one")
@@ -127,13 +128,15 @@ class SharedPrefix:
         self.rows = torch.repeat_interleave(torch.tensor(groups.counts)).to(self.device)  # picture of every prompt
         self.cuts = [common_prefix(rows) for rows in groups.ids]
         self._tails = [ids[cut:] for rows, cut in zip(groups.ids, self.cuts) for ids in rows]
-        visual = set(handle.placeholder_ids.values())
+        visual = set(handle.layout.placeholder_ids.values())
         self.why_whole = sharing.prefix
         if not self.why_whole and max(groups.counts) == 1:
             self.why_whole = "no picture has several prompts"
         elif not self.why_whole and (min(self.cuts) == 0 or any(visual.intersection(tail) for tail in self._tails)):
             self.why_whole = "prompts differ before their picture ends: the chat template puts the question first"
-        self._spatial = hasattr(handle.base_model, "get_rope_index")  # finds positions in time, height and width itself
+        self._spatial = hasattr(
+            handle.layout.base_model, "get_rope_index"
+        )  # finds positions in time, height and width itself
         self._cache: Cache | None = None
 
     @property
@@ -144,12 +147,12 @@ class SharedPrefix:
     @functools.cached_property
     def _encoded(self) -> tuple[Any, dict[str, Any], list[list[int]]]:
         """(output of ``get_image_features`` or None, what else the model is told, [B] each picture list's images)."""
-        base, pixels = self.handle.base_model, self.groups.pixels()
+        base, pixels = self._base_model, self.groups.pixels()
         if not pixels:
             return None, {}, [[] for _ in self.groups.ids]
         accepted = inspect.signature(type(base).get_image_features).parameters
         encoded = base.get_image_features(**{k: v for k, v in pixels.items() if k in accepted}, return_dict=True)
-        placeholders, images, at = set(self.handle.placeholder_ids.values()), [], 0
+        placeholders, images, at = set(self.handle.layout.placeholder_ids.values()), [], 0
         sizes = [len(image) for image in encoded.pooler_output]
         for rows in self.groups.ids:
             wanted, first = sum(token in placeholders for token in rows[0]), at
@@ -196,7 +199,7 @@ class SharedPrefix:
         if not self._spatial:
             extras["position_ids"] = (self._mask.cumsum(-1) - 1).clamp_min(0)
         self._cache = Cache(layer_class_to_replicate=_PrefixLayer)
-        self.handle.base_model(
+        self._base_model(
             input_ids=ids, attention_mask=self._mask, **extras, past_key_values=self._cache, use_cache=True
         )
 
@@ -207,8 +210,8 @@ class SharedPrefix:
         mask = torch.cat([self._mask[self.rows], tail_mask], dim=1)
         positions = (mask.cumsum(-1) - 1)[:, self._mask.shape[1] :]
         if self._spatial:  # text counts on in all three dimensions
-            positions = (positions + self.handle.base_model.rope_deltas.to(self.device)[self.rows]).expand(3, -1, -1)
-        self.handle.base_model(
+            positions = (positions + self._base_model.rope_deltas.to(self.device)[self.rows]).expand(3, -1, -1)
+        self._base_model(
             input_ids=tails,
             attention_mask=mask,
             position_ids=positions,

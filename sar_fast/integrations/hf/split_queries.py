@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.distributed import Shards, gather
-from sar_fast.integrations.hf.context import SARContext
+from sar_fast.integrations.hf.forward_pass import Pass
 from sar_fast.integrations.hf.refusals import CURE
 from sar_fast.roles import TokenRoles
 
@@ -42,35 +41,34 @@ def refuse_unnamed_splits(shards: Shards | None) -> None:
 
 
 def keys_of_all_ranks(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, context: SARContext
-) -> tuple[Tensor, Tensor, SARContext]:
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, running: Pass
+) -> tuple[Tensor, Tensor, Pass]:
     """What this rank's queries, slice number rank of the sequence, attend to: all positions up to their last one.
 
     One collective per layer; its backward sums the gradients of keys and values over the ranks.
 
     Args:
         query (B, H, S / ranks, D), key (B, Hkv, S / ranks, D), value (B, Hkv, S / ranks, Dv): of this rank's positions.
-        attention_mask: must be None. context: of the whole sequence.
+        attention_mask: must be None. running: the pass, of the whole sequence.
 
     Returns:
-        key (B, Hkv, end, D), value (B, Hkv, end, Dv), and the context of these queries and keys.
+        key (B, Hkv, end, D), value (B, Hkv, end, Dv), and the pass of these queries and keys.
     """
-    group = context.shards.queries
-    ranks, local, whole = dist.get_world_size(group), query.shape[2], context.roles.text_mask.shape[1]
+    group = running.shards.queries
+    ranks, local, whole = dist.get_world_size(group), query.shape[2], running.roles.text_mask.shape[1]
     if local * ranks != whole or key.shape[2] != local:
         raise RuntimeError(
             f"SAR: shards.queries has {ranks} ranks, and this one attends with {local} of {whole} positions to "
             f"{key.shape[2]} keys; needed {whole} / {ranks} of both: split_sequence(model, group) makes the slices"
         )
-    if attention_mask is not None or context.packing is not None:
+    if attention_mask is not None or running.packing is not None:
         what = "packed sequences" if attention_mask is None else "a mask (sliding window, patterns of pictures)"
         raise RuntimeError(f"SAR: {what} cannot be attended to with queries split over ranks; only plain causal layers")
     first = dist.get_rank(group) * local
     end = first + local
     both = gather(torch.cat([key, value], dim=-1), group, dim=2)[:, :, :end]  # [B, Hkv, end, D + Dv]
     key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
-    own = copy.copy(context)
-    own.roles = TokenRoles(context.roles.visual_mask[:, first:end], context.roles.text_mask[:, first:end])
-    if context.prior is not None:
-        own.visual_mask, own.prior = context.visual_mask[:, :end], context.prior[:, :end]
-    return key, value, own
+    changes = {"roles": TokenRoles(running.roles.visual_mask[:, first:end], running.roles.text_mask[:, first:end])}
+    if running.prior is not None:
+        changes |= {"visual_mask": running.visual_mask[:, :end], "prior": running.prior[:, :end]}
+    return key, value, running.but(**changes)

@@ -2,13 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from sar_fast.distributed import Shards
-from sar_fast.integrations.hf.families import UnsupportedModelError
+from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
+
+
+class Layout:
+    """What SAR works with in one model: its attention modules, vision blocks and placeholders, and its family.
+
+    Attributes:
+        model: the transformers model inside its wrappers. base_model: the part whose forward takes pictures.
+        peft_configs: those of the PEFT wrapper by adapter.
+        total_layers: number of attention layers.
+        prior_block: number of the vision block whose output makes the prior.
+        placeholder_ids: modality -> token id.
+        forward_parameters: names of the base model's arguments.
+
+    Raises:
+        UnsupportedModelError: the family is not known, or the model lacks something; the message says what.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        *wrappers, self.model = unwrapping(model)
+        self.base_model = self.model.base_model
+        self.peft_configs = next((w.peft_config for w in wrappers if hasattr(w, "peft_config")), {})
+        self.total_layers = len(self.attention_modules)
+        self.attention_config = inner_attention(self.attention_modules[-1]).config
+        L = len(self.vision_blocks)
+        self.prior_block = min(2 * L // 3, L - 1)
+        self.placeholder_ids = self._find_placeholder_ids()
+        self.forward_parameters = parameters_of(type(self.base_model).forward)
+
+    @functools.cached_property
+    def family(self) -> Family:
+        """What SAR knows of the model's family; not part of a copy or a pickle."""
+        return find_family(self.model.config)
+
+    @property
+    def attention_modules(self) -> list[nn.Module]:
+        """The text model's self-attention modules as they are now, in depth order."""
+        return find_attention_modules(self.model)
+
+    @property
+    def vision_blocks(self) -> nn.ModuleList:
+        """The vision encoder's blocks that run now: PEFT keeps several copies of a module."""
+        return self.family.find_vision_blocks(self.base_model)
+
+    def prior_block_of(self, base_model: nn.Module) -> nn.Module:
+        """The vision block whose output makes the prior, of ``base_model`` or a replica of it."""
+        return self.family.find_vision_blocks(base_model)[self.prior_block]
+
+    def _find_placeholder_ids(self) -> dict[str, int]:
+        config, fields = self.model.config, self.family.placeholder_ids
+        found = {modality: getattr(config, field, None) for modality, field in fields.items()}
+        found = {modality: int(token) for modality, token in found.items() if token is not None}
+        if not found:
+            raise UnsupportedModelError(
+                f"model: its config has no visual placeholder id ({', '.join(fields.values())})"
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "family"}
+
+
+def parameters_of(method: Callable) -> tuple[str, ...]:
+    """Names of a method's parameters after self; found once, as ``inspect`` does not belong in a traced graph."""
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

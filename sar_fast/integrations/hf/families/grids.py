@@ -77,14 +77,13 @@ def _blocks_by_position(base_model: nn.Module, norms: Tensor, arguments: Mapping
     positions = arguments["video_position_ids"] if positions is None else positions
     positions = positions.flatten(0, -3)  # (images or frames, P, 2) x, y; -1 = padding; older: (videos, frames, P, 2)
     side = base_model.config.vision_config.pooling_kernel_size
-    tokens = []
-    for n, xy in zip(norms, positions):
-        real = (xy != -1).all(-1)
-        x, y = xy[real].unbind(-1)
-        blocks_per_row = (x.max() + 1) // side
-        block = x // side + blocks_per_row * (y // side)
-        tokens.append(n.new_zeros(len(block) // side**2).index_add(0, block, n[real]) / side**2)
-    return torch.cat(tokens)
+    real = (positions != -1).all(-1)  # [images, P]
+    x, y = positions.unbind(-1)
+    blocks_per_row = (x.amax(-1, keepdim=True) + 1) // side
+    block = torch.where(real, x // side + blocks_per_row * (y // side), 0)
+    sums = torch.zeros_like(norms).scatter_add(1, block, norms.masked_fill(~real, 0.0))  # [images, P], blocks first
+    tokens = real.sum(-1, keepdim=True) // side**2
+    return sums[torch.arange(sums.shape[1], device=sums.device) < tokens] / side**2
 
 
 register_family(
@@ -94,6 +93,8 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        box_formats={"qwen2_vl": "thousandths", "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3"},
+        projectors=("visual.merger", "visual.deepstack_merger_list"),
         whole_prompts="",
     )
 )
@@ -104,6 +105,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        projectors=("visual.merger",),
         whole_prompts="its linear-attention layers keep a state of all tokens, which no second prompt can start from",
         note="Hybrid: K counts the layers that attend, linear-attention layers do not.",
     )
@@ -115,6 +117,8 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_windowed,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        box_formats={"qwen2_5_vl": "resized_pixels"},
+        projectors=("visual.merger",),
         whole_prompts="",
     )
 )
@@ -125,6 +129,7 @@ register_family(
         vision_blocks=("visual.blocks",),
         token_norms=_consecutive,
         placeholder_ids={"image": "image_token_id", "video": "image_token_id"},
+        projectors=("visual.merger",),
         whole_prompts="",
         note="Frames of a clip use the image's placeholder.",
     )
@@ -135,6 +140,7 @@ register_family(
         model_types=("mistral3",),
         vision_blocks=("vision_tower.transformer.layers",),
         token_norms=_blocks_in_rows,
+        packable=("mistral3",),
         whole_prompts="",
     )
 )
@@ -145,6 +151,7 @@ register_family(
         vision_blocks=("vision_tower.layers",),
         token_norms=_blocks_over_time,
         placeholder_ids=_IMAGE_AND_VIDEO,
+        projectors=("mm_projector",),
         whole_prompts="",
         note="Latent attention: value heads are smaller than key heads. transformers fails on clips of several frames.",
     )
@@ -167,6 +174,7 @@ register_family(
         token_norms=_blocks_by_position,
         placeholder_ids=_IMAGE_AND_VIDEO,
         computes_last_queries_only=True,
+        projectors=("embed_vision",),
         whole_prompts="transformers builds the masks of its layers for whole prompts",
         note="Layers without own keys compute all queries of a prompt, not only the last, as T needs them.",
     )

@@ -36,6 +36,7 @@ register_family(
             "vision_tower.transformer.layers",
         ),
         token_norms=_selected_patches,
+        packable=("llava",),
         whole_prompts="",
     )
 )
@@ -45,6 +46,7 @@ register_family(
         model_types=("paligemma",),
         vision_blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
         token_norms=_all_patches,
+        box_formats={"paligemma": "paligemma"},
         whole_prompts="the picture's tokens attend to the question",
         note="AV is the variance of soft-capped scores where the text model caps them (PaliGemma 2).",
     )
@@ -55,6 +57,8 @@ register_family(
         model_types=("deepseek_vl",),
         vision_blocks=("vision_model.encoder.layers", "vision_model.vision_model.encoder.layers"),
         token_norms=_all_patches,
+        pads_to_square=True,
+        projectors=("aligner",),
         whole_prompts="",
     )
 )

@@ -29,13 +29,21 @@ class Family:
         video_token_norms: the same for ``get_video_features``; None = ``token_norms`` does both.
         placeholder_ids: names of the config's fields that hold placeholder token ids, by modality.
         features: attribute of ``get_image_features``'s output that holds one feature per visual token.
-        projector: dotted path of the module that still projects ``features`` after that call, if one does.
+        projectors: dotted paths of the modules that bring vision features to the language model's width, if they exist.
+        projects_later: dotted path of the one that still projects ``features`` after that call, if one does.
         whole_video_features: (base model, features of ``get_video_features``, its arguments by name) -> those features
             with the tokens that the model's forward pass only then adds to them, if it does.
         computes_last_queries_only: the text model drops the other queries in its last layers when ``logits_to_keep`` is
             a number, as it is in ``generate``; SAR then asks for all of them, since T is more than the last one.
         whole_prompts: why prompts about one picture must each run from their first token. "": attention is causal and
             positions of a continued cache are right, so prompts may share the run of what they begin with.
+        box_formats: model type -> how its models write boxes, a name in ``evaluation.boxes.FORMATS``; those not listed
+            write fractions of the picture.
+        packable: model types of which a row may hold several samples. Not where positions have several rows that must
+            restart, or pictures' blocks look across samples.
+        pads_to_square: the processor pads pictures evenly to a square.
+        tiling: (base model) -> keyword arguments of its ``pack_image_features``, if it cuts pictures into tiles and
+            packs them behind the small whole picture.
         note: what users of the family should know, for docs/families.md.
     """
 
@@ -46,25 +54,42 @@ class Family:
     video_token_norms: TokenNorms | None = None
     placeholder_ids: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image": "image_token_id"})
     features: str = "pooler_output"
-    projector: str | None = None
+    projectors: tuple[str, ...] = ("multi_modal_projector",)
+    projects_later: str | None = None
     whole_video_features: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor] | None = None
     computes_last_queries_only: bool = False
     whole_prompts: str = "its family entry does not say that prompts can share what they begin with"
+    box_formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    packable: tuple[str, ...] = ()
+    pads_to_square: bool = False
+    tiling: Callable[[nn.Module], Mapping[str, Any]] | None = None
     note: str = ""
 
     def find_vision_blocks(self, base_model: nn.Module) -> nn.ModuleList:
         """The vision encoder's blocks, or an :class:`UnsupportedModelError` that lists the paths tried."""
+        return base_model.get_submodule(self._vision_path(base_model))
+
+    def vision_encoder(self, base_model: nn.Module) -> nn.Module:
+        """The part of the base model that the vision blocks lie in; in some families the projectors too."""
+        return base_model.get_submodule(self._vision_path(base_model).split(".")[0])
+
+    def _vision_path(self, base_model: nn.Module) -> str:
         for path in self.vision_blocks:
             try:
                 blocks = base_model.get_submodule(path)
             except AttributeError:
                 continue
             if len(blocks):
-                return blocks
+                return path
         raise UnsupportedModelError(
             f"model: {type(base_model).__name__} has no vision blocks at {' or '.join(self.vision_blocks)}, where the "
             f"{self.name} family keeps them; register_family can describe another layout"
         )
+
+    def find_projectors(self, base_model: nn.Module) -> list[nn.Module]:
+        """The modules that bring vision features to the language model's width."""
+        parts = dict(base_model.named_modules())
+        return [parts[path] for path in self.projectors if path in parts]
 
 
 _REGISTRY: dict[str, Family] = {}
@@ -98,6 +123,16 @@ def registered_families() -> tuple[Family, ...]:
 def refused_model_types() -> dict[str, str]:
     """Model types that are known and refused, with the reason."""
     return {t: reason for t, reason in _REFUSED.items() if t not in _REGISTRY}
+
+
+def known_family(model_type: str) -> Family | None:
+    """The family of a model type, None where none is registered."""
+    return _REGISTRY.get(model_type)
+
+
+def packable_model_types() -> tuple[str, ...]:
+    """Model types of which a row may hold several samples."""
+    return tuple(sorted({t for family in registered_families() for t in family.packable}))
 
 
 def find_family(config: Any) -> Family:

@@ -42,6 +42,8 @@ register_family(
         model_types=("internvl", "qianfan_ocr"),
         vision_blocks=("vision_tower.encoder.layer", "vision_tower.layers"),
         token_norms=_blocks(lambda m: round(1 / m.config.downsample_ratio), without_class_token),
+        box_formats={"internvl": "internvl"},
+        packable=("internvl",),
         whole_prompts="",
     )
 )
@@ -61,6 +63,8 @@ register_family(
         model_types=("idefics3", "smolvlm"),
         vision_blocks=("vision_model.encoder.layers",),
         token_norms=_blocks(lambda m: m.config.scale_factor),
+        packable=("idefics3",),
+        projectors=("connector",),
         whole_prompts="",
     )
 )
@@ -71,7 +75,7 @@ register_family(
         vision_blocks=("vision_model.model.layers",),
         token_norms=_blocks(lambda m: round(1 / m.config.vision_config.pixel_shuffle_ratio), _without_last),
         features="last_hidden_state",
-        projector="multi_modal_projector",
+        projects_later="multi_modal_projector",
         whole_prompts="it does not take pictures that are encoded already",
         note="Chunked layers see only their chunk's visual tokens.",
     )
@@ -100,6 +104,7 @@ register_family(
         model_types=("ovis2",),
         vision_blocks=("vision_tower.transformer.encoder.layers",),
         token_norms=_blocks(lambda m: m.config.vision_config.hidden_stride),
+        projectors=("visual_embeddings_table",),
         whole_prompts="",
     )
 )

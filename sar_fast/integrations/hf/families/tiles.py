@@ -78,6 +78,8 @@ register_family(
         model_types=("llava_next",),
         vision_blocks=_BLOCKS,
         token_norms=_packed,
+        packable=("llava_next",),
+        tiling=lambda m: {"vision_feature_select_strategy": m.config.vision_feature_select_strategy},
         whole_prompts="",
     )
 )
@@ -90,6 +92,7 @@ register_family(
         video_token_norms=_pooled_frames,
         whole_video_features=_with_newlines,
         placeholder_ids={"image": "image_token_id", "video": "video_token_id"},
+        tiling=lambda m: {"vision_aspect_ratio": m.config.vision_aspect_ratio},
         whole_prompts="",
     )
 )
