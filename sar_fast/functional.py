@@ -20,7 +20,7 @@ from sar_fast.row_statistics import join_rows, row_sums
 from sar_fast.row_statistics import row_statistics as row_statistics_of
 from sar_fast.types import SARState, SARStats
 from sar_fast.values import UNBOUNDED, Bounds, Call, Result, Roles, Scores
-from sar_fast.visibility import Visibility, query_positions
+from sar_fast.visibility import BROKEN_BLOCK, Visibility, query_positions
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
@@ -232,9 +232,6 @@ def _lowered_packed(
     how = {"causal": scores.causal, "window": scores.window, "total_q": q.shape[0]}
     bounds = visibility.packed_bounds(cu_q, cu_k, **how)
     return dataclasses.replace(scores, causal=False, window=(-1, -1)), bounds
-
-
-BROKEN_BLOCK = "visibility: the positions of a block must follow one another, but for padding; got a number twice"
 
 
 def _check_visibility(visibility: object) -> Visibility:

@@ -14,6 +14,8 @@ from torch import Tensor
 from sar_fast.scalars import is_integer, plain
 from sar_fast.values import Bounds
 
+BROKEN_BLOCK = "visibility: the positions of a block must follow one another, but for padding; got a number twice"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visibility:

@@ -17,7 +17,7 @@ from sar_fast.integrations.hf.attention import ATTENTION_NAME
 from sar_fast.integrations.hf.features import encoded_norms, handle_of
 from sar_fast.integrations.hf.forward_pass import Pass
 from sar_fast.integrations.hf.host_facts import HostFacts
-from sar_fast.integrations.hf.masks import ask_mask, hides_positions, read_mask
+from sar_fast.integrations.hf.masks import ask_mask, padding_of, read_mask
 from sar_fast.integrations.hf.norms import IncomingNorms, placeholders_of
 from sar_fast.integrations.hf.packing import Packing, ask_packing, find_packing
 from sar_fast.integrations.hf.refusals import (
@@ -74,7 +74,7 @@ def _begin(module: nn.Module, handle: Any, given: dict[str, Any]) -> Pass:
     placeholders = {modality: mask for modality, mask in placeholders.items() if modality in comes}
     roles, packing = _read_sequences(given, placeholders, past_length, past, config, facts)
     incoming = IncomingNorms(placeholders, facts)
-    running = Pass(handle, config, roles, past_length, incoming, past, packing, drafts, hides_positions(facts))
+    running = Pass(handle, config, roles, past_length, incoming, past, packing, drafts, **padding_of(facts))
     for modality in placeholders:
         if encoded.get(modality) is not None:
             running.receive_encoded(modality, encoded_norms(encoded[modality], modality, handle))

@@ -38,7 +38,8 @@ class Pass:
         packing: the sequences that are packed into the rows, or None.
         drafts: how many of the last tokens are a draft that this pass checks (assisted decoding); each of them counts
             as a decode step of its own, so that accepting or dropping it changes nothing else.
-        padded: whether the (B, positions) attention mask of a prompt hides any; None = it was not looked at.
+        padded, scattered: whether the (B, positions) attention mask of a prompt hides any, and some that lie between
+            others; None = it was not looked at.
         cache: the cache that the decoder layers use in this pass, once they run.
         queries: how many of the last positions the layers attend with; None = all.
         reached: the re-weighted layers that have attended in this pass.
@@ -55,6 +56,7 @@ class Pass:
     packing: Packing | None = None
     drafts: int = 0
     padded: bool | None = None
+    scattered: bool | None = None
     cache: Any = None
     queries: int | None = None
     reached: set[int] = dataclasses.field(default_factory=set)

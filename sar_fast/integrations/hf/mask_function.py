@@ -16,7 +16,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from sar_fast.integrations.hf.compact_mask import compact
 from sar_fast.integrations.hf.forward_pass import Pass, running_pass
-from sar_fast.integrations.hf.mask_patterns import Queries, run_of
+from sar_fast.integrations.hf.mask_patterns import Queries, padding_between, run_of
 from sar_fast.value_checks import check_holds
 
 
@@ -68,8 +68,9 @@ def sar_mask(
         if run is None:
             return dense()
         if not queries.see_all_before(run):
-            run = queries.hide_padding(run) if q_length > 1 else None  # dense, one query's mask is as small
-            return dense() if run is None else compact(run, kv_length, q_length, device)
+            if q_length == 1 or _lies_between(queries.real, running):  # dense, one query's mask is as small
+                return dense()
+            return compact(queries.hide_padding(run), kv_length, q_length, device)
     filled = range(kv_offset, int(q_offset) + q_length)  # keys beyond are a static cache's free slots
     if padding is not None:
         padding = padding[:, filled.start : filled.stop]
@@ -78,6 +79,17 @@ def sar_mask(
     if padding is None and filled.stop < keys.stop:
         padding = torch.ones(batch_size, len(filled), dtype=torch.bool, device=device)
     return padding
+
+
+def _lies_between(real: Tensor | None, running: Pass | None) -> bool:
+    """Whether a mask (B, positions) hides some between real ones, which no run leaves out. Asked as below."""
+    if real is None:
+        return False
+    if real.device.type == "cpu" or running is None or running.scattered is None:
+        return bool(padding_between(real))
+    if not running.scattered:
+        check_holds(~padding_between(real), "attention_mask: the model hides positions that lie between others")
+    return running.scattered
 
 
 def _hides_nothing(padding: Tensor, queries: int, running: Pass | None) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import masking_utils
 
 from sar_fast.integrations.hf.packing import Packing
+from sar_fast.value_checks import check_holds
 from sar_fast.values import Bounds
-from sar_fast.visibility import Visibility, block_runs
+from sar_fast.visibility import BROKEN_BLOCK, Visibility, block_runs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,30 +68,35 @@ class Queries:
         """Whether a run says causal and no more."""
         return run.first is None and run.end is self.after
 
-    def hide_padding(self, run: Bounds) -> Bounds | None:
-        """A run without its padding, empty where the query is padding; None where padding lies inside.
-
-        It is looked at, so a GPU is waited for.
-        """
+    def hide_padding(self, run: Bounds) -> Bounds:
+        """A run without the padding at its ends, empty where the query is padding."""
         if self.real is None:
             return run
         real = self.real[:, -self.most_keys :]  # [B, keys]
-        count, index = real.sum(1), torch.arange(real.shape[1], device=real.device)
-        first = torch.where(real, index, real.shape[1]).amin(1)
-        end = torch.where(real, index + 1, 0).amax(1)
-        if not bool((first + count >= end).all()):
-            return None
         asks = real.gather(1, (self.after - 1).expand(real.shape[0], -1))  # [B, S]
-        first, end = first[:, None], end[:, None]
+        first, end = (x[:, None] for x in real_run(real))
         first = first if run.first is None else torch.maximum(run.first, first)
         end = end if run.end is None else torch.minimum(run.end, end)
         return Bounds(first.expand_as(asks), torch.where(asks, end, 0))
 
 
+def real_run(real: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) int64 each: the first real position of a mask (B, L), and one past the last; (L, 0) where there is none."""
+    index = torch.arange(real.shape[1], device=real.device)
+    return torch.where(real, index, real.shape[1]).amin(1), torch.where(real, index + 1, 0).amax(1)
+
+
+def padding_between(real: Tensor) -> Tensor:
+    """() bool: whether padding lies between real positions in any row of a mask (B, L)."""
+    first, end = real_run(real)
+    return (first + real.sum(1) < end).any()
+
+
 def run_of(function: Any, queries: Queries) -> Bounds | None:
     """The (B or 1, S) int64 runs of a mask function, or None if it is none of those known here.
 
-    A side that nothing limits is None. Blocks are looked at, to see that each is in one piece: a GPU is waited for.
+    A side that nothing limits is None. A block that is not in one piece has no run either; on a GPU, which is not
+    waited for, it is an error of a later call.
     """
     read = _readers().get(getattr(function, "__code__", None))
     if read is None:
@@ -130,7 +136,10 @@ def _blocks(queries: Queries, block_sequence_ids: Tensor) -> Bounds | None:
     if end is None or block_sequence_ids.shape[1] < end:  # in packed rows they would reach over the sequences
         return None
     blocks, real = block_sequence_ids[:, :end], None if queries.real is None else queries.real[:, :end]
-    if not bool(Visibility(blocks=blocks).follows(end, blocks.device, real)):
+    follows = Visibility(blocks=blocks).follows(end, blocks.device, real)
+    if blocks.device.type != "cpu":
+        check_holds(follows, BROKEN_BLOCK)
+    elif not bool(follows):
         return None
     runs = block_runs(blocks, real)
     return Bounds(*(x.gather(1, queries.position.expand(len(x), -1)) - queries.origin for x in runs))

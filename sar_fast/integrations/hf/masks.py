@@ -11,21 +11,26 @@ from torch import Tensor
 from sar_fast.dense_masks import as_visible
 from sar_fast.integrations.hf.compact_mask import is_compact, real_queries
 from sar_fast.integrations.hf.host_facts import HostFacts
+from sar_fast.integrations.hf.mask_patterns import padding_between
 from sar_fast.integrations.hf.packing import Packing
 
 KINDS = ("full_attention", "sliding_attention")  # of a dict's masks, the first to be read
 
 
 def ask_mask(facts: HostFacts, attention_mask: Any) -> None:
-    """Ask for what :func:`read_mask` reads of a (B, positions) mask: whether it hides any, and has other values."""
+    """Ask of a (B, positions) mask whether it hides any, has other values, and hides some between others."""
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        hidden = attention_mask == 0
-        facts.ask("padding", torch.stack([hidden.any(), (~hidden & (attention_mask != 1)).any()]))
+        real = attention_mask != 0
+        others = real & (attention_mask != 1)
+        facts.ask("padding", torch.stack([(~real).any(), others.any(), padding_between(real)]))
 
 
-def hides_positions(facts: HostFacts) -> bool | None:
-    """Whether the mask that :func:`ask_mask` asked about hides any position; None = it did not."""
-    return bool(facts["padding"][0]) if "padding" in facts else None
+def padding_of(facts: HostFacts) -> dict[str, bool]:
+    """What a pass keeps of the mask that :func:`ask_mask` asked about; nothing where it did not."""
+    if "padding" not in facts:
+        return {}
+    padded, _, scattered = map(bool, facts["padding"])
+    return {"padded": padded, "scattered": scattered}
 
 
 def read_mask(
