@@ -143,7 +143,6 @@ def _row_pieces(seq: Sequence) -> Iterator[_Piece]:
         if k1 <= k0:
             continue
         visible = sees(seq, rows, torch.arange(k0, k1, device=rows.device))
-        visible = None if bool(visible.all()) else visible
         yield _Piece(slice(int(rows[0]), int(rows[-1]) + 1), slice(k0, k1), visible=visible)
 
 
@@ -190,8 +189,7 @@ def _kernel_forward(seq: Sequence, piece: _Piece) -> tuple[Tensor, Tensor]:
     o = o.permute(2, 0, 1, 3)[..., : seq.v.shape[-1]]  # [r, Hkv, G, Dv]
     lse = lse.to(seq.accumulate_dtype)
     if piece.visible is not None:  # of a row that sees nothing the kernel reports 0
-        dead = _dead_rows(piece)
-        lse = lse.masked_fill(dead, -torch.inf)
+        lse = lse.masked_fill(_dead_rows(piece), -torch.inf)
     return o.flatten(1, 2), lse.flatten(0, 1)
 
 

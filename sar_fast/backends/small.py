@@ -15,7 +15,7 @@ from sar_fast.backends.blocks import within
 from sar_fast.backends.sequence import Sequence, dense_last
 from sar_fast.values import Call
 
-_SAMPLE = 1 << 18  # entries of a sample's scores, whoever is beside it; beyond them arithmetic is what costs
+_SAMPLE = 1 << 18  # entries of one sample, whoever is beside it; beyond them arithmetic is what costs
 _BLOCK_BYTES = 8 << 20
 _ROWS = 16  # text queries are padded to a multiple
 _WIDE = torch.float64  # here digits cost next to nothing
@@ -33,8 +33,8 @@ def is_small(call: Call) -> bool:
 def runs_at_once(call: Call) -> bool:
     """Whether one kernel call may attend for all samples, and give each the bits that it would get alone.
 
-    A kernel's blocks depend on the batch in half precision, and so does whether an element of a tensor meets the vector
-    or the scalar form of exp and tanh, which only merged calls and soft-caps apply to all of it.
+    In half precision the kernel's blocks depend on the batch. So does whether an element meets the vector or
+    the scalar form of exp and tanh, which merged calls and soft-caps apply to whole tensors.
     """
     Sq, Sk, scores = call.q.shape[1], call.k.shape[1], call.scores
     merged = scores.causal and Sq not in (1, Sk)
