@@ -18,6 +18,7 @@ from tests.hf.tiny import CASES, llava, llava_batch
 
 SAR = SARConfig(activation_layer_k=3, beta=0.02, backend="torch")
 FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3"]  # norms by shapes, not by values
+PATTERNED = ["gemma3", "paligemma", "paligemma2", "llama4", "cohere2_vision", "aya_vision", "exaone4_5"]
 
 
 def on_device(devices, model, batch):
@@ -51,6 +52,22 @@ def test_a_generation_reads_once_a_prompt(name, cache, pictures):
     assert torch.equal(got, want)
     assert prompt == {"host_facts.py:__getitem__": 1}
     assert steps == [{}] * 3
+
+
+@pytest.mark.parametrize("pictures", [[1, 2, 0], [1]], ids=["padded", "whole"])
+@pytest.mark.parametrize("name", PATTERNED)
+def test_windows_chunks_and_blocks_ask_no_more(name, pictures):
+    model, batch = CASES[name].make(), CASES[name].batch(pictures)
+    config = SAR.replace(activation_layer_k=1)
+    with apply_sar(model, config):
+        want = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        with Devices() as devices:
+            batch = on_device(devices, model, batch)
+            run = lambda: model.generate(**batch, max_new_tokens=3, do_sample=False)
+            (prompt, *steps), got = reads_of_passes(model, run)
+    assert torch.equal(got, want)
+    assert prompt == {"host_facts.py:__getitem__": 1}
+    assert not any(steps)
 
 
 def packed_row(with_lengths):
