@@ -74,6 +74,7 @@ def _load_cache(
     table_ptr,
     first_key,
     num_keys,
+    real,
     stride_b,
     stride_s,
     PAGE: tl.constexpr,
@@ -83,8 +84,17 @@ def _load_cache(
 ):
     """Cache entries first_key .. first_key + BLOCK_N of one sample and head, zeros beyond num_keys.  # [BN, COLS]
 
-    PAGE = 0 is a contiguous cache, of which ptr is the sample's first entry.
+    PAGE = 0 is a contiguous cache, of which ptr is the sample's first entry. real: [BN], or None: zeros where it is not,
+    since what padding hides need not be finite, and 0 * NaN is NaN.
     """
+    if real is not None:
+        keys = first_key + tl.arange(0, BLOCK_N)
+        cols = tl.arange(0, COLS)[None, :]
+        offsets = keys.to(tl.int64) * stride_s
+        if PAGE != 0:
+            pages = tl.load(table_ptr + keys // PAGE, mask=real, other=0).to(tl.int64)  # [BN]
+            offsets = pages * stride_b + (keys % PAGE).to(tl.int64) * stride_s
+        return tl.load(ptr + offsets[:, None] + cols, mask=real[:, None] & (cols < NUM_COLS), other=0.0)
     if PAGE == 0:
         return load_tile(ptr, first_key, num_keys, stride_s, BLOCK_N, COLS, NUM_COLS, True)
     elif PAGE % BLOCK_N == 0:  # a tile lies in one page: one look-up
@@ -260,13 +270,17 @@ def decode_split_kernel(
         if STATISTICS:  # asked for before anything waits: no pipeline carries these two
             visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
             prior = tl.load(prior_ptr + keys, mask=keys < num_keys, other=0.0).to(ACC)  # [BN]
-        k = _load_cache(k_ptr, table_ptr, first_key, num_keys, stride_kb, stride_ks, PAGE, BLOCK_N, BLOCK_D, HEAD_DIM)
+        real = None
+        if HAS_PADDING:
+            real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+        k = _load_cache(
+            k_ptr, table_ptr, first_key, num_keys, None, stride_kb, stride_ks, PAGE, BLOCK_N, BLOCK_D, HEAD_DIM
+        )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
         visible = visible_mask(row_first[:, None], row_end[:, None], keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
         if HAS_PADDING:
-            real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
             visible = visible & real[None, :]
         if HAS_BITS:
             visible = visible & load_bits(bits_ptr, queries, first_key, seqlen_q, stride_bits_s, BLOCK_N, False)
@@ -279,10 +293,8 @@ def decode_split_kernel(
         if STATISTICS:
             alignment = alignment * rescale + tl.sum(weights * tl.where(visual, prior, 0.0)[None, :], 1)
         v = _load_cache(
-            v_ptr, table_ptr, first_key, num_keys, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
+            v_ptr, table_ptr, first_key, num_keys, real, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
         )
-        if HAS_PADDING:  # what padding hides need not be finite, and 0 * NaN is NaN
-            v = tl.where(real[:, None], v, 0.0)
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
 
     unseen = row_sum == 0.0  # not a comparison that NaN fails: bad inputs must show in the output

@@ -127,6 +127,21 @@ def test_a_paged_cache_has_masks_too():
     torch.testing.assert_close(lse, dense_lse)
 
 
+@pytest.mark.parametrize("page", [0, 16], ids=["contiguous", "paged"])
+def test_what_padding_of_a_cache_hides_need_not_be_finite(page):
+    case = BASE.but(seqlen_q=2, seqlen_k=96, padding=((9, 96), (0, 60)))
+    inputs = make(case)
+    lengths, kwargs = torch.full((2,), 96, dtype=torch.int32), inputs.kwargs(weights=False)
+    clean = decode_forward(inputs.q, inputs.k, inputs.v, lengths, **kwargs)
+    cache = [x.masked_fill(~inputs.padding[..., None, None], torch.nan) for x in (inputs.k, inputs.v)]
+    table = None
+    if page:
+        cache, table = [x.reshape(-1, page, *x.shape[2:]) for x in cache], torch.arange(12).view(2, 6).int()
+    found = decode_forward(inputs.q, *cache, lengths, block_table=table, **kwargs)
+    for got, want in zip(found, clean):
+        torch.testing.assert_close(got, want)
+
+
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_combination(data):
