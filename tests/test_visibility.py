@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sar_fast import Visibility, sar_attn_func, sar_attn_varlen_func
+from sar_fast.reference import sar_attention_reference
 from sar_fast.visibility import as_mask, query_positions
 from tests.helpers import BACKENDS, Case, assert_forward, assert_gradients, dtype_id, make_case
 
@@ -242,3 +245,50 @@ def attend(visibility: object) -> None:
     q = torch.randn(2, 5, 2, 8)
     marks = torch.zeros(2, 5, dtype=torch.bool)
     sar_attn_func(q, q, q, marks, marks, torch.zeros(2, 5), visibility=visibility)
+
+
+START = torch.tensor([0, 3])
+NUMBERS = torch.tensor([-1] * 5 + [0] * 9 + [-1] * 4 + [1] * 12 + [-1] * 10)
+FLEX = {  # what FlexAttention's users write, and what it is here
+    "window": (lambda b, h, i, j: (i >= j) & (i - j <= 7), {"window_size": (7, -1)}),
+    "both ways": (lambda b, h, i, j: (i - j).abs() <= 6, {"window_size": (6, 6), "causal": False}),
+    "chunks": (
+        lambda b, h, i, j: (i >= j) & ((i - START[b]) // 11 == (j - START[b]) // 11),
+        {"visibility": Visibility(chunk=11, chunk_start=START)},
+    ),
+    "prefix": (lambda b, h, i, j: (i >= j) | (j < 13), {"visibility": Visibility(prefix=torch.tensor([13, 13]))}),
+    "pictures": (
+        lambda b, h, i, j: (i >= j) | ((NUMBERS[i] == NUMBERS[j]) & (NUMBERS[i] >= 0)),
+        {"visibility": Visibility(blocks=NUMBERS)},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", FLEX)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_edges_are_flex_attentions(name, backend):
+    """A prefix-LM's query sees all of the prefix, which causality says already where it does not lie in it."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask_mod, options = FLEX[name]
+    q, k, v = torch.randn(2, 40, 4, 16), torch.randn(2, 40, 2, 16), torch.randn(2, 40, 2, 16)
+    nothing = torch.zeros(2, 40, dtype=torch.bool)
+    got = sar_attn_func(q, k, v, nothing, nothing, torch.zeros(2, 40), **options, backend=backend)
+    blocks = create_block_mask(mask_mod, 2, None, 40, 40, device="cpu")
+    want = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks, enable_gqa=True)
+    torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_on_masks_runs():
+    """Its Python block, whose output is the oracle's under the matrix that the page's table describes."""
+    page = (Path(__file__).parents[1] / "docs/masks.md").read_text()
+    (source,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    found: dict = {}
+    exec(compile(source, "docs/masks.md", "exec"), found)
+    S, visual = found["S"], found["visual"][0]
+    i, j = torch.arange(S)[:, None], torch.arange(S)
+    seen = ((j <= i) & (j >= i - 511)) | (visual[:, None] & visual)
+    call = [found[name] for name in ("q", "k", "v", "visual", "text", "prior")]
+    want = sar_attention_reference(*call, causal=False, attn_mask=seen[None, None])
+    torch.testing.assert_close(found["out"], want, rtol=1e-3, atol=1e-5)

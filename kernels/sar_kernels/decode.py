@@ -84,8 +84,8 @@ def _load_cache(
 ):
     """Cache entries first_key .. first_key + BLOCK_N of one sample and head, zeros beyond num_keys.  # [BN, COLS]
 
-    PAGE = 0 is a contiguous cache, of which ptr is the sample's first entry. real: [BN], or None: zeros where it is not,
-    since what padding hides need not be finite, and 0 * NaN is NaN.
+    PAGE = 0 is a contiguous cache, of which ptr is the sample's first entry. real: [BN], or None: zeros where it says
+    False, since what padding hides need not be finite, and 0 * NaN is NaN.
     """
     if real is not None:
         keys = first_key + tl.arange(0, BLOCK_N)
