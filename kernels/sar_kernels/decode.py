@@ -50,16 +50,16 @@ def _split_layout(
     hi = length
     if first_ptr is not None or end_ptr is not None:
         queries = tl.arange(0, BLOCK_Q)
-        first, end = row_edges(
+        first, last = row_edges(
             first_ptr, end_ptr, queries, seqlen_q, length, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
         sees = queries < seqlen_q
         if HAS_LEFT and HAS_RIGHT:
-            sees = sees & (first < end)
+            sees = sees & (first <= last)
         if HAS_LEFT:
             lo = tl.maximum(tl.min(tl.where(sees, first, length), 0), 0)
         if HAS_RIGHT:
-            hi = tl.minimum(tl.max(tl.where(sees, end, 0), 0), length)
+            hi = tl.minimum(tl.max(tl.where(sees, last + 1, 0), 0), length)
     elif HAS_LEFT:
         lo = tl.maximum(length - seqlen_q - window_left, 0)
     block = lo // BLOCK_N
@@ -243,9 +243,6 @@ def decode_split_kernel(
         padding_ptr += batch64 * stride_padding_b
     if HAS_BITS:
         bits_ptr += batch64 * stride_bits_b
-    row_first, row_end = row_edges(
-        first_ptr, end_ptr, queries, seqlen_q, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
     if STATISTICS:
         visual_ptr += batch64 * stride_visual_b
         prior_ptr += batch64 * stride_prior_b
@@ -279,7 +276,10 @@ def decode_split_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
             scores = soft_cap(scores * scale, cap)
-        visible = visible_mask(row_first[:, None], row_end[:, None], keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
+        row_first, row_last = row_edges(  # here, where registers are short: they outlive no tile
+            first_ptr, end_ptr, queries, seqlen_q, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        visible = visible_mask(row_first[:, None], row_last[:, None], keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
         if HAS_PADDING:
             visible = visible & real[None, :]
         if HAS_BITS:

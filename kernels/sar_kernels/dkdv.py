@@ -103,11 +103,11 @@ def _dkdv_segment(
             if HAS_SOFTCAP:
                 scores = soft_cap(scores * scale, cap)
             if MASKED:
-                row_first, row_end = row_edges(
+                row_first, row_last = row_edges(
                     first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
                 )
                 visible = visible_mask(
-                    row_first[None, :], row_end[None, :], keys[:, None], num_keys, HAS_LEFT, HAS_RIGHT
+                    row_first[None, :], row_last[None, :], keys[:, None], num_keys, HAS_LEFT, HAS_RIGHT
                 )
                 if HAS_PADDING:
                     visible = visible & real[:, None]

@@ -139,10 +139,10 @@ def _dq_segment(
     """Adds the keys [start, end) to dq; COLLECT (which needs MASKED) adds the gradient through the statistics."""
     rows = first_row + tl.arange(0, BLOCK_M)
     if MASKED:
-        row_first, row_end = row_edges(
+        row_first, row_last = row_edges(
             first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
-        row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
+        row_first, row_last = row_first[:, None], row_last[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
         seen = True
         if HAS_BITS:
@@ -160,7 +160,7 @@ def _dq_segment(
                 scores = soft_cap(scores * scale, cap)
             if MASKED:
                 keys = first_key + tl.arange(0, BLOCK_N)
-                visible = visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
+                visible = visible_mask(row_first, row_last, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
                 if HAS_PADDING:
                     visible = visible & real[None, :]
                 if HAS_BITS:

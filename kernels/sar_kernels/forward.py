@@ -88,10 +88,10 @@ def _attend(
     """
     rows = first_row + tl.arange(0, BLOCK_M)
     if MASKED:  # here, so that the other stretches hold no edges in registers
-        row_first, row_end = row_edges(
+        row_first, row_last = row_edges(
             first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
-        row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
+        row_first, row_last = row_first[:, None], row_last[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
         seen = True
         if HAS_BITS:
@@ -115,7 +115,7 @@ def _attend(
                 m2 += tl.sum(deviation * deviation, 1)
             if MASKED:
                 keys = first_key + tl.arange(0, BLOCK_N)
-                visible = visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
+                visible = visible_mask(row_first, row_last, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
                 if HAS_PADDING:
                     real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
                     visible = visible & real[None, :]

@@ -220,7 +220,7 @@ def row_ranges_kernel(
     lo, full, hi = num_rows, 0, 0
     for offset in range(0, num_rows, BLOCK):
         rows = offset + tl.arange(0, BLOCK)
-        first, end = row_edges(
+        first, last = row_edges(
             first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
         exists = rows < num_rows
@@ -230,10 +230,10 @@ def row_ranges_kernel(
             sees = sees & (first < end_key)
             sees_all = sees_all & (first <= first_key)
         if HAS_RIGHT:
-            sees = sees & (end > first_key)
-            sees_all = sees_all & (end >= end_key)
+            sees = sees & (last >= first_key)
+            sees_all = sees_all & (last >= end_key - 1)
         if HAS_LEFT and HAS_RIGHT:
-            sees = sees & (first < end)
+            sees = sees & (first <= last)
         lo = tl.minimum(lo, tl.min(tl.where(sees, rows, num_rows), 0))
         hi = tl.maximum(hi, tl.max(tl.where(sees, rows + 1, 0), 0))
         full = tl.maximum(full, tl.max(tl.where(exists & (sees_all == 0), rows + 1, 0), 0))

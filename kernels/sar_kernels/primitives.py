@@ -164,14 +164,15 @@ def row_edges(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """The run of keys [first, end) that each row may see, whatever else hides some of them.  # rows' shape each
+    """First and last key that each row may see, whatever else hides some between them.  # rows' shape each
 
     An edge is where the pointer says, or without one where the window is, aligned bottom-right (causal: right = 0);
-    where there is none it is not to be read. Rows that do not exist see nothing where pointers say.
+    where there is none it is not to be read. Rows that do not exist see nothing where pointers say. The last key, not
+    one past it: of `keys < rows + diagonal + right + 1` the compiler makes a decode kernel that spills.
     """
     diagonal = num_keys - num_rows
     first = rows
-    end = rows
+    last = rows
     if HAS_LEFT:
         if first_ptr is not None:
             first = tl.load(first_ptr + rows, mask=rows < num_rows, other=0)
@@ -179,18 +180,18 @@ def row_edges(
             first = rows + diagonal - window_left
     if HAS_RIGHT:
         if end_ptr is not None:
-            end = tl.load(end_ptr + rows, mask=rows < num_rows, other=0)
+            last = tl.load(end_ptr + rows, mask=rows < num_rows, other=0) - 1
         else:
-            end = rows + diagonal + window_right + 1
-    return first, end
+            last = rows + diagonal + window_right
+    return first, last
 
 
 @triton.jit
-def visible_mask(first, end, keys, num_keys, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def visible_mask(first, last, keys, num_keys, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which keys lie in each row's run; operands broadcast against each other: [BM, 1] with [1, BN], or transposed."""
     visible = keys < num_keys
     if HAS_RIGHT:
-        visible = visible & (keys < end)
+        visible = visible & (keys <= last)
     if HAS_LEFT:
         visible = visible & (keys >= first)
     return visible
@@ -219,11 +220,13 @@ def key_block_range(
     hi = num_keys
     full = num_keys // BLOCK_N * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_M)
-    first, end = row_edges(first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    first, last = row_edges(
+        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
     if HAS_RIGHT:
         if end_ptr is not None:
-            last_end = tl.max(end, 0)
-            first_end = tl.min(tl.where(rows < num_rows, end, num_keys), 0)
+            last_end = tl.max(last, 0) + 1
+            first_end = tl.min(tl.where(rows < num_rows, last, num_keys), 0) + 1
         else:
             last_end = tl.minimum(first_row + BLOCK_M, num_rows) + diagonal + window_right
             first_end = first_row + diagonal + window_right + 1
@@ -233,7 +236,7 @@ def key_block_range(
         if first_ptr is not None:
             sees = rows < num_rows
             if HAS_RIGHT:  # a row without keys asks for none
-                sees = sees & (first < end)
+                sees = sees & (first <= last)
             least = tl.min(tl.where(sees, first, num_keys), 0)
         else:
             least = first_row + diagonal - window_left
@@ -341,11 +344,13 @@ def text_meets_visual(
     last_text = tl.max(tl.where(text, rows, -1), 0)
     meets = (num_visual >= 2) & (last_text >= 0)
     sees_all = not HAS_BITS  # a mask of bits hides what it likes
-    first, end = row_edges(first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    first, last = row_edges(
+        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
     if HAS_RIGHT:
         visual_hi = tl.load(ranges_ptr + 4 * batch + 1)
         if end_ptr is not None:
-            least_end = tl.min(tl.where(text, end, visual_hi), 0)
+            least_end = tl.min(tl.where(text, last, visual_hi), 0) + 1
         else:
             least_end = tl.min(tl.where(text, rows, last_text), 0) + diagonal + window_right + 1
         sees_all = sees_all & (least_end >= visual_hi)

@@ -65,10 +65,10 @@ def visual_statistics(
     lse is in base-2 units, +inf for rows whose weights are to be 0. mean and M2 are in units of `scores`.
     """
     rows = first_row + tl.arange(0, BLOCK_M)
-    row_first, row_end = row_edges(
+    row_first, row_last = row_edges(
         first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
     )
-    row_first, row_end = row_first[:, None], row_end[:, None]  # [BM, 1]
+    row_first, row_last = row_first[:, None], row_last[:, None]  # [BM, 1]
     alignment = tl.zeros_like(lse)
     count = tl.zeros_like(lse)
     mean = tl.zeros_like(lse)
@@ -85,7 +85,7 @@ def visual_statistics(
         else:
             visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
             prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
-        selected = visual[None, :] & visible_mask(row_first, row_end, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
+        selected = visual[None, :] & visible_mask(row_first, row_last, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
         if HAS_PADDING and columns_ptr is None:
             selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
         if HAS_BITS:
