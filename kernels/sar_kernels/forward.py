@@ -52,6 +52,7 @@ def _attend(
     first_ptr,
     end_ptr,
     first_row,
+    rows,
     num_rows,
     num_keys,
     stride_ks,
@@ -86,7 +87,6 @@ def _attend(
     outside it the statistics only follow the running maximum. They are those of rows that see all visual keys, so that
     what selects an entry is its column alone. Without MOMENTS the alignment is collected and the variance is not.
     """
-    rows = first_row + tl.arange(0, BLOCK_M)
     if MASKED:  # here, so that the other stretches hold no edges in registers
         row_first, row_last = row_edges(
             first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -394,6 +394,7 @@ def forward_kernel(
                 first_ptr,
                 end_ptr,
                 first_row,
+                rows,
                 num_rows,
                 num_keys,
                 stride_ks,

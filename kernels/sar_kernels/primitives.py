@@ -350,10 +350,10 @@ def text_meets_visual(
     if HAS_RIGHT:
         visual_hi = tl.load(ranges_ptr + 4 * batch + 1)
         if end_ptr is not None:
-            least_end = tl.min(tl.where(text, last, visual_hi), 0) + 1
+            least_last = tl.min(tl.where(text, last, visual_hi), 0)
         else:
-            least_end = tl.min(tl.where(text, rows, last_text), 0) + diagonal + window_right + 1
-        sees_all = sees_all & (least_end >= visual_hi)
+            least_last = tl.min(tl.where(text, rows, last_text), 0) + diagonal + window_right
+        sees_all = sees_all & (least_last >= visual_hi - 1)
     if HAS_LEFT:
         visual_lo = tl.load(ranges_ptr + 4 * batch)
         if first_ptr is not None:
