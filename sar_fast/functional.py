@@ -214,7 +214,8 @@ def _lowered(
     if visibility is None:
         return scores, UNBOUNDED
     _check_visibility(visibility).check(*keys, position.device)
-    value_checks.check_holds(visibility.follows(keys[1], position.device, real), BROKEN_BLOCK)
+    if visibility.blocks is not None:  # else there is nothing to look at
+        value_checks.check_holds(visibility.follows(keys[1], position.device, real), BROKEN_BLOCK)
     bounds = visibility.bounds(position, keys[1], causal=scores.causal, window=scores.window, real=real)
     return dataclasses.replace(scores, causal=False, window=(-1, -1)), bounds
 

@@ -19,10 +19,11 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from sar_fast.integrations.hf.compact_mask import bounds_of, is_compact
+from sar_fast.integrations.hf.compact_mask import bounds_of, compact, is_compact
 from sar_fast.integrations.hf.host_facts import HostFacts
 from sar_fast.integrations.hf.mask_function import sar_mask
 from sar_fast.integrations.hf.masks import read_mask
+from sar_fast.values import Bounds
 from sar_fast.visibility import as_mask
 
 WINDOW = 6
@@ -265,3 +266,9 @@ def test_compositions(call):
     assert_says_the_same(got, want, asks)
     if got is not None and is_compact(got):  # what models do that compute their last positions alone
         assert_says_the_same(got[:, :, -2:, :], want[:, :, -2:], asks[:, -2:])
+
+
+def test_layers_take_a_compact_mask_apart_without_a_copy():
+    mask = compact(Bounds(torch.tensor([[0, 1, 2]]), None), 3, 3, "cpu")
+    assert mask.shape == (1, 1, 3, 2)
+    assert all(side.untyped_storage().data_ptr() == mask.untyped_storage().data_ptr() for side in bounds_of(mask))

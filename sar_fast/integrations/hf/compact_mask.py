@@ -28,7 +28,8 @@ def compact(bounds: Bounds, num_keys: int | Tensor, num_queries: int, device: An
     )
     nothing = torch.zeros(1, num_queries, dtype=torch.int64, device=device)
     sides = torch.broadcast_tensors(first.clamp_min(0), end.clamp_max(num_keys), nothing)
-    return torch.stack(sides[:2], -1)[:, None].to(torch.int32)
+    # each side dense by itself, so that layers take them apart without a copy
+    return torch.stack(sides[:2]).to(torch.int32).permute(1, 2, 0)[:, None]
 
 
 def is_compact(mask: Tensor) -> bool:
