@@ -134,9 +134,7 @@ class SharedPrefix:
             self.why_whole = "no picture has several prompts"
         elif not self.why_whole and (min(self.cuts) == 0 or any(visual.intersection(tail) for tail in self._tails)):
             self.why_whole = "prompts differ before their picture ends: the chat template puts the question first"
-        self._spatial = hasattr(
-            handle.layout.base_model, "get_rope_index"
-        )  # finds positions in time, height and width itself
+        self._spatial = hasattr(self._base_model, "get_rope_index")  # finds positions in time, height and width itself
         self._cache: Cache | None = None
 
     @property
