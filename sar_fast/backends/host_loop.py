@@ -11,7 +11,7 @@ from torch import Tensor
 from sar_fast.backends import small, torch_backend
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.sequence import Sequence, dense_last, sequences_of
-from sar_fast.backends.statistics import statistics_backward, statistics_forward, text_visual_block
+from sar_fast.backends.statistics import gather_rows, statistics_backward, statistics_forward, text_visual_block
 from sar_fast.backends.torch_backend import log_sum_exp
 from sar_fast.head_scaling import scale_heads_
 from sar_fast.kvcache import Step
@@ -207,7 +207,7 @@ def _attend_one(kernel: ModuleType, seq: Sequence, need_lse: bool) -> tuple[Tens
     if seq.marks is None and small.is_small(alone := seq.as_call()):
         return out, lse, *(x[0] for x in small.statistics_sums(alone))
     block = text_visual_block(seq)
-    text_lse = log_sum_exp(seq, block.rows) if lse is None else lse[:, block.rows]
+    text_lse = log_sum_exp(seq, block.rows) if lse is None else gather_rows(lse.T, block.rows).T
     return out, lse, *statistics_forward(seq, block, text_lse), block.counted.sum()
 
 

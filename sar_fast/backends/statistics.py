@@ -13,6 +13,7 @@ is several times more exact. There the text rows' other keys are summed too, and
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def rows_per_block(heads: int, num_keys: int, device: torch.device) -> int:
     return max(16, budget // (4 * max(1, heads) * max(1, num_keys)))
 
 
-def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index], as a view when the indices are one run."""
     if index.numel() and int(index[-1] - index[0]) == index.numel() - 1:
         return x[int(index[0]) : int(index[0]) + index.numel()]
@@ -94,17 +95,20 @@ def statistics_forward(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> tu
         return seq.q.new_zeros(H, dtype=acc), seq.q.new_zeros(H, dtype=acc)
     if block.others is not None and not _rounding_shows(lse):
         block = dataclasses.replace(block, others=None)
+    given = _centred(seq, block, lse)
+    av_sum = seq.q.new_zeros(Hkv, H // Hkv, dtype=acc)
+    direct = set(range(Hkv))  # kv heads whose variance is that of the scores themselves
     # with few keys the direct way is cheap
-    closed_form = block.all_visible and seq.scores.softcap == 0 and n > D and seq.marks is None
-    groups = [_group_statistics(seq, block, lse, kv, closed_form) for kv in range(Hkv)]
-    if closed_form:
-        # an error of at most eps x bound / sum stays below 1e-3; tests/test_numerics.py looks on both sides
-        limit = 2**-10 / torch.finfo(acc).eps
-        cancels = [(bound > limit * av_sum).any() for av_sum, _, bound in groups]
-        for kv in torch.stack(cancels).nonzero()[:, 0].tolist():
-            groups[kv] = _group_statistics(seq, block, lse, kv, False)
-    av_sum, sa_sum, _ = (torch.cat(parts) for parts in zip(*groups))
-    return av_sum, sa_sum
+    if block.all_visible and seq.scores.softcap == 0 and n > D and seq.marks is None:
+        av_sum, cancels = _closed_form(given)
+        direct = set(cancels.nonzero()[:, 0].tolist())
+    sa_sum = torch.zeros_like(av_sum)
+    buffers = _score_buffers(seq, block)
+    for kv in range(Hkv):
+        variance, sa_sum[kv] = _group_sums(seq, block, given, kv, buffers, variance=kv in direct)
+        if variance is not None:
+            av_sum[kv] = variance
+    return av_sum.flatten(), sa_sum.flatten()
 
 
 def _rounding_shows(lse: Tensor) -> bool:
@@ -113,54 +117,97 @@ def _rounding_shows(lse: Tensor) -> bool:
     return lse.shape[1] <= _FEW_ROWS or bool(size > _LARGE_LSE)
 
 
-def _group_statistics(
-    seq: Sequence, block: TextVisualBlock, lse: Tensor, kv: int, closed_form: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(av_sum, sa_sum, bound), each (G,), of one kv head's query heads.
+class _Centred(NamedTuple):
+    """Text queries and visual keys of all heads: ``s_ij = q_i.k_j + shift_i``, in fp32 or fp64."""
 
-    ``q^T C q`` adds up D^2 products of either sign, none larger than ``|q_a| sd_a |q_b| sd_b`` with ``sd`` the keys'
-    standard deviations; ``bound`` is the sum of those. Where keys vary most in a direction that queries do not look in,
-    the products cancel, and av_sum is far smaller.
+    q: Tensor  # [Hkv, G, t, D]
+    k: Tensor  # [Hkv, n, D + 1], centred and scaled; the last entry, 1, meets a row's constant inside the product
+    centre: Tensor  # [Hkv, D], scaled
+    shift: Tensor  # [Hkv, G, t]
+    lse: Tensor  # [Hkv, G, t]
+
+
+def _centred(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> _Centred:
+    (_, H, D), Hkv, scale = seq.q.shape, seq.k.shape[1], seq.scores.scale
+    q = gather_rows(seq.q, block.rows).to(seq.accumulate_dtype).transpose(0, 1)  # [H, t, D]
+    k_visual = gather_rows(seq.k, block.keys).transpose(0, 1)  # [Hkv, n, D]
+    centre = k_visual.mean(1, dtype=q.dtype)
+    k = torch.empty(Hkv, block.keys.numel(), D + 1, dtype=q.dtype, device=q.device)
+    torch.sub(k_visual, centre[:, None], out=k[..., :D]).mul_(scale)
+    k[..., D] = 1
+    centre = centre * scale
+    shift = q @ centre.repeat_interleave(H // Hkv, dim=0)[..., None]  # [H, t, 1]
+    heads = lambda x: x.unflatten(0, (Hkv, -1))
+    return _Centred(heads(q), k, centre, heads(shift[..., 0]), heads(lse))
+
+
+def _closed_form(given: _Centred) -> tuple[Tensor, Tensor]:
+    """Sums over rows of ``q^T C q``, as ``<C, sum q q^T>``, (Hkv, G), and which kv heads' cancel, (Hkv,) bool.
+
+    They add up products of either sign, of which ``bound`` is no less than the sum of sizes. Where keys vary most in a
+    direction that queries do not look in, these cancel, and the sum is far smaller: an error of at most
+    eps x bound / sum stays below 1e-3 (tests/test_numerics.py looks on both sides).
     """
-    H, D, Hkv = seq.q.shape[1], seq.q.shape[2], seq.k.shape[1]
-    G, t, n, acc, scale = H // Hkv, block.rows.numel(), block.keys.numel(), seq.accumulate_dtype, seq.scores.scale
-    heads = slice(kv * G, (kv + 1) * G)
-    av_sum, sa_sum, bound = seq.q.new_zeros(3, G, dtype=acc)
-    sums = torch.stack([seq.prior[block.keys].to(acc), seq.q.new_ones(n, dtype=acc)], -1)  # [n, 2]: alignment, mass
-    q_text, k_visual = _gather_rows(seq.q[:, heads], block.rows), _gather_rows(seq.k[:, kv], block.keys)
-    k_other = None if block.others is None else _gather_rows(seq.k[:, kv], block.others)  # [m, D]
-    step = min(t, rows_per_block(G, n if k_other is None else n + k_other.shape[0], seq.q.device))
-    k_c = torch.empty(n, D + 1, dtype=acc, device=seq.k.device)
-    centre = k_visual.mean(0, dtype=acc)  # [D]
-    torch.sub(k_visual, centre, out=k_c[:, :D])
-    k_c[:, D] = 1  # meets the per-row constant below inside the product
-    if closed_form:
-        covariance = (k_c[:, :D].T @ k_c[:, :D]) / (n - 1)  # [D, D]
-        sd = covariance.diagonal().sqrt()
+    q, k = given.q.flatten(0, 1), given.k[..., :-1]
+    covariance = (k.mT @ k) / (k.shape[1] - 1)  # [Hkv, D, D]
+    gram = (q.mT @ q).unflatten(0, given.q.shape[:2])  # [Hkv, G, D, D]
+    av_sum = (gram * covariance[:, None]).sum((-1, -2))
+    diagonal = lambda x: x.diagonal(dim1=-2, dim2=-1)
+    bound = q.shape[-1] * (diagonal(gram) * diagonal(covariance)[:, None]).sum(-1)
+    limit = 2**-10 / torch.finfo(q.dtype).eps
+    return av_sum, (bound > limit * av_sum).any(-1)
+
+
+def _other_keys(seq: Sequence, block: TextVisualBlock, given: _Centred, kv: int) -> Tensor:
+    """(m, D) the keys that are not visual, shifted and scaled as the visual ones are."""
+    k = gather_rows(seq.k[:, kv], block.others).to(given.k.dtype)
+    return (k * seq.scores.scale).sub_(given.centre[kv])
+
+
+def _score_buffers(seq: Sequence, block: TextVisualBlock) -> tuple[Tensor, Tensor]:
+    """Where blocks of scores are put, (G * r, n) and (G * r, m): fresh memory for each would cost as much as they."""
+    G, t, n = seq.q.shape[1] // seq.k.shape[1], block.rows.numel(), block.keys.numel()
+    m = 0 if block.others is None else block.others.numel()
+    step = min(t, rows_per_block(G, n + m, seq.q.device))
+    return tuple(seq.q.new_empty(G * step, size, dtype=seq.accumulate_dtype) for size in (n, m))
+
+
+def _group_sums(
+    seq: Sequence,
+    block: TextVisualBlock,
+    given: _Centred,
+    kv: int,
+    buffers: tuple[Tensor, Tensor],
+    *,
+    variance: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """(av_sum or None, sa_sum), each (G,), of one kv head's query heads."""
+    _, G, t, D = given.q.shape
+    q, k, shift, lse, acc = given.q[kv], given.k[kv], given.shift[kv], given.lse[kv], given.q.dtype
+    sa_sum, av_sum = q.new_zeros(G), q.new_zeros(G) if variance else None
+    prior = seq.prior[block.keys].to(acc)  # [n]
+    k_other = None if block.others is None else _other_keys(seq, block, given, kv)  # [m, D]
+    step = buffers[0].shape[0] // G
     for r0 in range(0, t, step):
-        part = slice(r0, r0 + step)
-        q_b = q_text[part].transpose(0, 1).to(acc) * scale  # [G, r, D]
-        r = q_b.shape[1]
-        row_lse = lse[heads, part]  # [G, r]
-        shift = q_b @ centre  # s_ij = q.(k_j - centre) + q.centre
-        if closed_form:
-            av_sum += ((q_b @ covariance) * q_b).sum((-1, -2))
-            bound += (q_b.abs() @ sd).square().sum(-1)
-            a = torch.cat([q_b, (shift - row_lse)[..., None]], -1).view(G * r, D + 1)
-            p = (a @ k_c.T).exp_().view(G, r, n)
-        else:
-            s = (q_b.reshape(G * r, D) @ k_c[:, :D].T).view(G, r, n)  # centred scores
+        part = slice(r0, min(t, r0 + step))
+        r = part.stop - r0
+        q_b, shift_b, lse_b = q[:, part], shift[:, part], lse[:, part]  # [G, r, D], [G, r]
+        if variance:
+            s = torch.mm(q_b.reshape(G * r, D), k[:, :D].T, out=buffers[0][: G * r]).view(G, r, -1)  # centred scores
             _spoil_(seq, s, block.rows[part], block.keys, kv)
-            var, p = _masked_statistics(seq, block, part, s, shift, row_lse)
+            var, p = _masked_statistics(seq, block, part, s, shift_b, lse_b)
             av_sum += var.sum(-1)
-        alignment, mass = (p @ sums).unbind(-1)  # [G, r]
+        else:
+            a = torch.cat([q_b, (shift_b - lse_b)[..., None]], -1).view(G * r, D + 1)
+            p = torch.mm(a, k.T, out=buffers[0][: G * r]).exp_().view(G, r, -1)
+        alignment = p @ prior  # [G, r]
         if k_other is not None:
-            s = (q_b.reshape(G * r, D) @ (k_other - centre).T).view(G, r, -1)
+            s = torch.mm(q_b.reshape(G * r, D), k_other.T, out=buffers[1][: G * r]).view(G, r, -1)
             _spoil_(seq, s, block.rows[part], block.others, kv)
-            mass = mass + _other_mass(seq, block, part, s, shift, row_lse)
+            mass = p.sum(-1) + _other_mass(seq, block, part, s, shift_b, lse_b)
             alignment = alignment / torch.where(mass == 0, 1, mass)
         sa_sum += torch.where(block.counted[part], alignment, 0).sum(-1)
-    return av_sum, sa_sum, bound
+    return av_sum, sa_sum
 
 
 def _spoil_(seq: Sequence, s: Tensor, rows: Tensor, keys: Tensor, kv: int) -> None:
