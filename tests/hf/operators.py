@@ -18,18 +18,23 @@ import sar_fast
 WAITING = {"_local_scalar_dense", "allclose", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
 READING = {"tolist", "cpu", "numpy"}  # which no operator tells on a CPU
 OURS, THEIRS = Path(sar_fast.__file__).parent, Path(transformers.__file__).parent
+FAMILIES = OURS / "integrations" / "hf" / "families"  # what these call of transformers runs for SAR alone
 ELSEWHERE = (OURS / "value_checks.py", OURS / "backends")  # on a GPU: waits for nothing; other ones than the CPU's
 
 
 def site() -> str | None:
-    """``file:function`` of the caller if the innermost frame of sar_fast or transformers is sar_fast's."""
-    frame = sys._getframe(1)
+    """``file:function`` of the caller if the innermost frame of sar_fast or transformers is sar_fast's.
+
+    Also where it is transformers', but a family's entry called that.
+    """
+    frame, theirs = sys._getframe(1), False
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(THEIRS) or any(path.is_relative_to(p) for p in ELSEWHERE):
+        if any(path.is_relative_to(p) for p in ELSEWHERE):
             return None
         if path.is_relative_to(OURS):
-            return f"{path.name}:{frame.f_code.co_name}"
+            return None if theirs and not path.is_relative_to(FAMILIES) else f"{path.name}:{frame.f_code.co_name}"
+        theirs = theirs or path.is_relative_to(THEIRS)
         frame = frame.f_back
     return None
 

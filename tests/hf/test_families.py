@@ -91,8 +91,7 @@ def config_of(case, **changes):
 def token_weights(model, case, row):
     """(tokens, positions): how much of each position's norm the family's map puts into each token."""
     family = find_family(model.config)
-    video = "pixel_values_videos" in row
-    token_norms = family.video_token_norms if video and family.video_token_norms else family.token_norms
+    modality = "video" if "pixel_values_videos" in row else "image"
     arguments = {name: x for name, x in row.items() if name not in TEXT_INPUTS}
     base = getattr(model, "model", model)
     blocks = model.get_submodule(case.blocks)
@@ -101,11 +100,10 @@ def token_weights(model, case, row):
         lambda m, a, o: shape.append((o[0] if isinstance(o, tuple) else o).shape[:-1])
     )
     with torch.no_grad():
-        visual_features(model, row, case.output)
+        tokens = len(visual_features(model, row, case.output))
     hook.remove()
-    norms = torch.ones(shape[0])
-    weights = torch.autograd.functional.jacobian(lambda n: token_norms(base, n, arguments), norms)
-    return weights.flatten(1)
+    of_tokens = lambda norms: family.norms_of_tokens(base, norms, arguments, modality, tokens)
+    return torch.autograd.functional.jacobian(of_tokens, torch.ones(shape[0])).flatten(1)
 
 
 def assert_maps_alike(model, case, row):

@@ -17,8 +17,9 @@ from tests.hf.pretend_devices import FIRST, Devices
 from tests.hf.tiny import CASES, llava, llava_batch
 
 SAR = SARConfig(activation_layer_k=3, beta=0.02, backend="torch")
-FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3"]  # norms by shapes, not by values
-PATTERNED = ["gemma3", "paligemma", "paligemma2", "llama4", "cohere2_vision", "aya_vision", "exaone4_5"]
+FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "mistral3", "lfm2_vl"]
+PATTERNED = ["gemma3", "gemma4", "paligemma", "paligemma2", "llama4", "cohere2_vision", "aya_vision", "exaone4_5"]
+TILED = ["llava_next", "llava_onevision"]
 
 
 def on_device(devices, model, batch):
@@ -68,6 +69,20 @@ def test_windows_chunks_and_blocks_ask_no_more(name, pictures):
     assert torch.equal(got, want)
     assert prompt == {"host_facts.py:__getitem__": 1}
     assert not any(steps)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_tiles_ask_once_for_the_sizes_of_all_pictures(name):
+    """They are packed by the model's own functions, which need them on the host."""
+    model, batch = CASES[name].make(), CASES[name].batch([1, 2, 0])
+    with apply_sar(model, SAR), torch.no_grad():
+        want = model(**batch).logits
+        with Devices() as devices:
+            batch = on_device(devices, model, batch)
+            (found,), got = reads_of_passes(model, lambda: model(**batch).logits)
+    torch.testing.assert_close(got, want)
+    found.pop("tiles.py:_packed_and_scaled", None)  # how many pictures each row has, where it comes from a device
+    assert found == {"host_facts.py:__getitem__": 1, "tiles.py:_sizes_of_images": 1}
 
 
 def packed_row(with_lengths):

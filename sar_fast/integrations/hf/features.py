@@ -149,16 +149,8 @@ def _token_norms(
             f"once; the prior cannot be built. Use prior_source='projected' or describe the {family.name} family's "
             "vision blocks"
         )
-    token_norms = family.token_norms
-    if modality == "video" and family.video_token_norms is not None:
-        token_norms = family.video_token_norms
-    norms = token_norms(layout.base_model, patch_norms[0], arguments)
-    expected = features.flatten(0, -2).shape[0]
-    if norms.numel() != expected:
-        raise RuntimeError(
-            f"SAR: the {family.name} family maps patches to {norms.numel()} visual tokens, the model made {expected}"
-        )
-    return norms
+    tokens = features.flatten(0, -2).shape[0]
+    return family.norms_of_tokens(layout.base_model, patch_norms[0], arguments, modality, tokens)
 
 
 def _norms_key(modality: str, source: str) -> str:

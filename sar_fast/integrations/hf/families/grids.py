@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sar_fast.integrations.hf.families.registry import Family, register_family
@@ -19,10 +20,41 @@ def grid_thw(arguments: Mapping[str, Any]) -> Tensor:
     return arguments["video_grid_thw"] if grid is None else grid
 
 
-def grid_block_means(norms: Tensor, shape: tuple[int, int, int], block: tuple[int, int, int]) -> Tensor:
-    """(t * h * w,) in rows -> mean of every block of (t, h, w) patches, blocks in rows."""
-    (t, h, w), (bt, bh, bw) = shape, block
-    return norms.view(t // bt, bt, h // bh, bh, w // bw, bw).mean((1, 3, 5)).flatten()
+def _block_means(norms: Tensor, starts: Tensor, shapes: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Mean of every (height, width) block of patches, over all frames, by arithmetic on the device alone.
+
+    Args:
+        norms: (P,) patches of images or clips in rows; what follows an image's last patch is padding.
+        starts: (n,) int64, each image's first patch.
+        shapes: (n, 3) int64, patches in time, height and width.
+
+    Returns:
+        (means, real): blocks in rows, image after image, and which of the entries are any.
+    """
+    index = torch.arange(norms.numel(), device=norms.device)
+    image = torch.searchsorted(starts, index, right=True) - 1
+    t, h, w = shapes[image].clamp_min(1).unbind(-1)  # [P] each
+    index = index - starts[image]
+    y, x = index // w % h // block[0], index % w // block[1]
+    rows, columns = h // block[0], w // block[1]
+    inside = (index < shapes.prod(-1)[image]) & (y < rows) & (x < columns)
+    blocks = shapes[:, 1] // block[0] * (shapes[:, 2] // block[1])  # [n]
+    target = (blocks.cumsum(0) - blocks)[image] + y * columns + x
+    size = block[0] * block[1]
+    most = norms.numel() // size
+    means = norms.new_zeros(most + 1).scatter_add(0, torch.where(inside, target, most), norms / (t * size))
+    return means[:most], torch.arange(most, device=norms.device) < blocks.sum()
+
+
+def _one_after_another(shapes: Tensor) -> Tensor:
+    """(n,) first patch of images that have no padding between them."""
+    sizes = shapes.prod(-1)
+    return sizes.cumsum(0) - sizes
+
+
+def _images(heights_and_widths: Any, device: torch.device) -> Tensor:
+    """(n, 3) int64 shapes of single frames."""
+    return F.pad(torch.as_tensor(heights_and_widths, dtype=torch.int64, device=device), (1, 0), value=1)
 
 
 def _consecutive(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -32,46 +64,46 @@ def _consecutive(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, A
 
 def _windowed(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Mean of each block; blocks come in the order of attention windows and go back to reading order."""
-    visual, grid = base_model.visual, grid_thw(arguments)
-    if hasattr(visual, "get_window_index"):  # transformers before the shared vision utilities
-        window_index = torch.as_tensor(visual.get_window_index(grid)[0])
-    else:
-        from transformers.vision_utils import get_vision_window_index
-
-        window_index = get_vision_window_index(
-            grid,
-            spatial_merge_size=visual.spatial_merge_size,
-            window_size=visual.window_size,
-            patch_size=visual.patch_size,
-        )[0]
+    visual = base_model.visual
     merged = _consecutive(base_model, norms, arguments)
-    return merged[torch.argsort(window_index.to(merged.device))]
+    side = visual.window_size // visual.spatial_merge_size // visual.patch_size  # of a window, in blocks
+    shapes = grid_thw(arguments).to(merged.device)
+    shapes = torch.cat([shapes[:, :1], shapes[:, 1:] // visual.spatial_merge_size], -1)  # [n, 3] blocks
+    starts = _one_after_another(shapes)
+    index = torch.arange(merged.numel(), device=merged.device)  # of a block in reading order
+    image = torch.searchsorted(starts, index, right=True) - 1
+    _, h, w = shapes[image].unbind(-1)
+    inner = index - starts[image]
+    across, down = -(-w // side), -(-h // side)  # windows of a frame
+    window = (inner // (h * w) * down + inner // w % h // side) * across + inner % w // side
+    order = torch.argsort(starts[image] + window, stable=True)  # a frame has no more windows than blocks
+    return torch.zeros_like(merged).scatter(0, order, merged)
 
 
-def _blocks_in_rows(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def _blocks_in_rows(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean of each block; patches come in rows, images one after another."""
     patch, side = base_model.vision_tower.patch_size, base_model.config.spatial_merge_size
-    shapes = [(1, h // patch, w // patch) for h, w in torch.as_tensor(arguments["image_sizes"]).tolist()]
-    parts = norms.flatten().split([h * w for _, h, w in shapes])
-    return torch.cat([grid_block_means(p, shape, (1, side, side)) for p, shape in zip(parts, shapes)])
+    sizes = torch.as_tensor(arguments["image_sizes"], device=norms.device)
+    shapes = _images(sizes // patch, norms.device)
+    return _block_means(norms.flatten(), _one_after_another(shapes), shapes, (side, side))
 
 
-def _unpadded_blocks(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def _unpadded_blocks(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean of each block of the real patches; images are padded to one length."""
     side = base_model.config.downsample_factor
-    shapes = torch.as_tensor(arguments["spatial_shapes"]).tolist()
-    return torch.cat([grid_block_means(n[: h * w], (1, h, w), (1, side, side)) for n, (h, w) in zip(norms, shapes)])
+    shapes = _images(arguments["spatial_shapes"], norms.device)
+    starts = torch.arange(len(shapes), device=norms.device) * norms.shape[1]
+    return _block_means(norms.flatten(), starts, shapes, (side, side))
 
 
-def _blocks_over_time(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def _blocks_over_time(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean of each block, over all frames of a clip too."""
+    shapes = grid_thw(arguments).to(norms.device, torch.int64)
     kernel = tuple(base_model.vision_tower.merge_kernel_size)
-    shapes = [tuple(shape) for shape in grid_thw(arguments).tolist()]
-    parts = norms.flatten().split([t * h * w for t, h, w in shapes])
-    return torch.cat([grid_block_means(p, (t, h, w), (t, *kernel)) for p, (t, h, w) in zip(parts, shapes)])
+    return _block_means(norms.flatten(), _one_after_another(shapes), shapes, kernel)
 
 
-def _blocks_by_position(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def _blocks_by_position(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean of each block, found by its patches' coordinates; padding has none."""
     positions = arguments.get("image_position_ids")
     positions = arguments["video_position_ids"] if positions is None else positions
@@ -83,7 +115,7 @@ def _blocks_by_position(base_model: nn.Module, norms: Tensor, arguments: Mapping
     block = torch.where(real, x // side + blocks_per_row * (y // side), 0)
     sums = torch.zeros_like(norms).scatter_add(1, block, norms.masked_fill(~real, 0.0))  # [images, P], blocks first
     tokens = real.sum(-1, keepdim=True) // side**2
-    return sums[torch.arange(sums.shape[1], device=sums.device) < tokens] / side**2
+    return sums / side**2, torch.arange(sums.shape[1], device=sums.device) < tokens
 
 
 register_family(

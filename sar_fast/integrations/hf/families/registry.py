@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-TokenNorms = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
+from sar_fast.value_checks import check_holds
+
+TokenNorms = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor | tuple[Tensor, Tensor]]
 
 
 class UnsupportedModelError(ValueError):
@@ -25,7 +28,8 @@ class Family:
         vision_blocks: dotted paths, from the base model, of the vision encoder's list of blocks; the first that exists.
         token_norms: (base model, fp32 patch norms, the output of a block without its last dimension, arguments of
             ``get_image_features`` by name) -> (n,) norms in the order of the placeholders. Tokens made of several
-            patches get the mean of their norms, tokens that are no patch get 0.
+            patches get the mean of their norms, tokens that are no patch get 0. Or, where a GPU would have to be asked
+            how many there are, (norms, real): with gaps, and bool of the same shape, False at those.
         video_token_norms: the same for ``get_video_features``; None = ``token_norms`` does both.
         placeholder_ids: names of the config's fields that hold placeholder token ids, by modality.
         features: attribute of ``get_image_features``'s output that holds one feature per visual token.
@@ -64,6 +68,28 @@ class Family:
     pads_to_square: bool = False
     tiling: Callable[[nn.Module], Mapping[str, Any]] | None = None
     note: str = ""
+
+    def norms_of_tokens(
+        self, base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any], modality: str, tokens: int
+    ) -> Tensor:
+        """(tokens,) what :attr:`token_norms`, or those of clips, makes of patch norms.
+
+        Raises:
+            RuntimeError: it makes another number. ValueError, of a GPU in a later call, where it says that by gaps.
+        """
+        find = self.token_norms
+        if modality == "video" and self.video_token_norms is not None:
+            find = self.video_token_norms
+        found = find(base_model, norms, arguments)
+        wrong = f"SAR: the {self.name} family maps patches to {{}} visual tokens, the model made {tokens}"
+        if isinstance(found, Tensor):
+            if found.numel() != tokens:
+                raise RuntimeError(wrong.format(found.numel()))
+            return found
+        values, real = (x.flatten() for x in found)
+        check_holds(real.sum() == tokens, wrong.format("another number of"))
+        place = torch.where(real, real.cumsum(0) - 1, tokens).clamp_max(tokens)  # one past the last for what is none
+        return values.new_zeros(tokens + 1).scatter(0, place, values)[:tokens]
 
     def find_vision_blocks(self, base_model: nn.Module) -> nn.ModuleList:
         """The vision encoder's blocks, or an :class:`UnsupportedModelError` that lists the paths tried."""

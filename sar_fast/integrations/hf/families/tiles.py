@@ -15,24 +15,30 @@ from sar_fast.integrations.hf.families.registry import Family, register_family
 _BLOCKS = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
 
 
-def _tiles_of_images(base_model: nn.Module, arguments: Mapping[str, Any], cut: list[bool]) -> list[int]:
+def _sizes_of_images(arguments: Mapping[str, Any]) -> list[list[int]]:
+    """(height, width) of each image, which the model's own functions would read from a device one by one."""
+    return torch.as_tensor(arguments["image_sizes"]).tolist()
+
+
+def _tiles_of_images(base_model: nn.Module, sizes: list[list[int]], cut: list[bool]) -> list[int]:
     """How many tiles each image has, the small whole image included."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config = base_model.config
     return [
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if tiled else 1
-        for size, tiled in zip(arguments["image_sizes"], cut)
+        for size, tiled in zip(sizes, cut)
     ]
 
 
 def _packed(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """The model's own packing of tiles, on norms; newline tokens get 0."""
     norms = without_class_token(base_model, norms, arguments)
-    tiles = _tiles_of_images(base_model, arguments, [True] * len(arguments["image_sizes"]))
+    sizes = _sizes_of_images(arguments)
+    tiles = _tiles_of_images(base_model, sizes, [True] * len(sizes))
     strategy = arguments.get("vision_feature_select_strategy") or base_model.config.vision_feature_select_strategy
     packed, _ = base_model.pack_image_features(
-        norms[..., None].split(tiles), arguments["image_sizes"], strategy, image_newline=norms.new_zeros(1)
+        norms[..., None].split(tiles), sizes, strategy, image_newline=norms.new_zeros(1)
     )
     return torch.cat([p.flatten() for p in packed])
 
@@ -40,13 +46,13 @@ def _packed(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) 
 def _packed_and_scaled(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """The model's own packing of tiles and scaling down, on norms; newline tokens get 0."""
     norms = without_class_token(base_model, norms, arguments)
-    counts = arguments.get("batch_num_images")
-    cut = [True] * len(arguments["image_sizes"])
+    counts, sizes = arguments.get("batch_num_images"), _sizes_of_images(arguments)
+    cut = [True] * len(sizes)
     if counts is not None:  # only a row's single image is cut into tiles
-        cut = [int(n) == 1 for n in counts for _ in range(int(n))]
+        cut = [n == 1 for n in torch.as_tensor(counts).tolist() for _ in range(n)]
     packed, _ = base_model.pack_image_features(
-        norms[..., None].split(_tiles_of_images(base_model, arguments, cut)),
-        arguments["image_sizes"],
+        norms[..., None].split(_tiles_of_images(base_model, sizes, cut)),
+        sizes,
         image_newline=norms.new_zeros(1),
         vision_aspect_ratio=arguments.get("vision_aspect_ratio") or base_model.config.vision_aspect_ratio,
     )
