@@ -121,12 +121,12 @@ class CacheState:
         """
         self.decode = decode
         old = self.layers.get(layer)
-        if length is not None and decode != "step":
+        if length is not None:
             self.layers[layer] = state
-            self._keep_snapshot(layer, state, length)
+            if decode != "step":
+                self._keep_snapshot(layer, state, length)
         elif old is not None and old.av_sum.shape == state.av_sum.shape:
-            for kept, new in zip(old.tensors(), state.tensors()):
-                kept.copy_(new)
+            torch._foreach_copy_(old.tensors(), state.tensors())  # one launch
         else:  # others may hold the call's own tensors
             self.layers[layer] = SARState(*(x.clone() for x in state.tensors()))
 

@@ -16,7 +16,7 @@ from sar_fast.distributed import Shards
 from sar_fast.functional import autocast_inputs
 from sar_fast.row_statistics import row_sums
 from sar_fast.types import SARState, SARStats
-from sar_fast.values import Call, Result, Sums
+from sar_fast.values import Call, Result, Statistics, Sums
 from sar_fast.weighting.constant import Fixed
 from sar_fast.weighting.protocol import needs_statistics
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics
@@ -81,9 +81,10 @@ def _carried(sums: Sums, rows: Tensor | None) -> Sums:
 
 
 def _state_after(result: Result, asked: tuple[RowStatistic, ...], *, shared: bool) -> SARState:
-    """The state that a call leaves; ``shared``: it may be made of the call's own tensors, which saves two operators."""
+    """The state that a call leaves; ``shared``: it may be made of the call's own tensors, which saves operators."""
     found = result.statistics
-    av, sa, c, n = (t.detach().to(torch.float32) for t in (found.av, found.sa, result.c, found.count))
-    rows = row_sums(found, asked).detach().to(torch.float32) if asked else None
+    sums = result.sums or Statistics(found.av, found.sa, found.count).sums()
+    rows = row_sums(found, asked) if asked else None
+    av, sa, n, c = (t.detach().to(torch.float32) for t in (*sums[:3], result.c))
     c, n = (c, n) if shared else (c.clone(), n.clone())
-    return SARState(av * n[:, None], sa * n[:, None], n, c, rows)
+    return SARState(av, sa, n, c, None if rows is None else rows.detach().to(torch.float32))

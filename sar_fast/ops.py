@@ -35,10 +35,13 @@ _OPTIONS = (
 )
 _PACKED = "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 _library = torch.library.Library("sar_fast", "DEF")
+_RESULTS = "Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, Tensor count"
 _library.define(
-    f"attention_forward({_TENSORS}, Tensor? av_sum, Tensor? sa_sum, Tensor? count, {_OPTIONS}, bool need_lse, "
-    f"{_PACKED}, bool check_prior=True)"
-    " -> (Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, Tensor count_out)"
+    f"attention_forward({_TENSORS}, {_OPTIONS}, bool need_lse, {_PACKED}, bool check_prior=True) -> ({_RESULTS})"
+)
+_library.define(  # from the sums of queries before; count is also the new sums'
+    f"attention_continued({_TENSORS}, Tensor av_sum, Tensor sa_sum, Tensor count, {_OPTIONS}, bool need_lse, "
+    f"bool check_prior=True) -> ({_RESULTS.replace('count', 'count_out')}, Tensor av_sum_out, Tensor sa_sum_out)"
 )
 _library.define(
     f"attention_backward(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, "
@@ -80,29 +83,64 @@ def _call_of(
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
 def _forward_impl(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    key_first, key_end, av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta,
-    protect, normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
+    key_first, key_end, softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend,
+    need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
     options = (softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend)
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
     tensors = (q, k, v, visual_mask, text_mask, prior, *masks)
-    call, rule, chosen = _call_of(*tensors, options, (max_seqlen_q, max_seqlen_k))
-    call.carried = None if av_sum is None else Sums(av_sum, sa_sum, count)
-    if prior is not None and check_prior:
-        value_checks.check_prior_values(prior, wait=chosen.waits)
-    with no_autocast(q):
-        out, lse, statistics, c = chosen.forward(call, rule, need_lse=need_lse)
-    return out, lse, statistics.av, statistics.sa, c, statistics.count
+    found = _run_forward(*_call_of(*tensors, options, (max_seqlen_q, max_seqlen_k)), need_lse, check_prior)
+    return _flat(found)
+
+
+@torch.library.impl(_library, "attention_continued", "CompositeExplicitAutograd")
+def _continued_impl(
+    q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+    key_first, key_end, av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta,
+    protect, normalize, backend, need_lse, check_prior=True,
+):  # fmt: skip
+    options = (softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend)
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
+    call, rule, chosen = _call_of(q, k, v, visual_mask, text_mask, prior, *masks, options, (0, 0))
+    call.carried = Sums(av_sum, sa_sum, count)
+    found = _run_forward(call, rule, chosen, need_lse, check_prior)
+    return *_flat(found), *(x.to(call.accumulate_dtype) for x in found.sums[:2])
+
+
+def _run_forward(call: Call, rule: Lowered, backend: Backend, need_lse: bool, check_prior: bool) -> Result:
+    if call.roles is not None and check_prior:
+        value_checks.check_prior_values(call.roles.prior, wait=backend.waits)
+    with no_autocast(call.q):
+        return backend.forward(call, rule, need_lse=need_lse)
+
+
+def _flat(found: Result) -> tuple[Tensor, ...]:
+    """A result as the operators return it."""
+    return found.out, found.lse, found.statistics.av, found.statistics.sa, found.c, found.statistics.count
 
 
 @torch.library.register_fake("sar_fast::attention_forward", lib=_library)
 def _forward_fake(
     q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
-    key_first, key_end, av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta,
-    protect, normalize, backend, need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
+    key_first, key_end, softmax_scale, causal, window_left, window_right, softcap, beta, protect, normalize, backend,
+    need_lse, max_seqlen_q=0, max_seqlen_k=0, check_prior=True,
 ):  # fmt: skip
-    call = Call(q, k, v, Scores(softmax_scale), cu_seqlens_q=cu_seqlens_q)
-    acc, batch, sar = call.accumulate_dtype, call.batch_size, visual_mask is not None
+    return _fake_results(q, v, visual_mask is not None, need_lse, cu_seqlens_q)
+
+
+@torch.library.register_fake("sar_fast::attention_continued", lib=_library)
+def _continued_fake(
+    q, k, v, visual_mask, text_mask, prior, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k,
+    key_first, key_end, av_sum, sa_sum, count, softmax_scale, causal, window_left, window_right, softcap, beta,
+    protect, normalize, backend, need_lse, check_prior=True,
+):  # fmt: skip
+    results = _fake_results(q, v, True, need_lse)
+    return *results, torch.empty_like(results[2]), torch.empty_like(results[2])
+
+
+def _fake_results(q, v, sar: bool, need_lse: bool, cu_seqlens_q=None) -> tuple[Tensor, ...]:
+    call = Call(q, q, v, Scores(1.0), cu_seqlens_q=cu_seqlens_q)
+    acc, batch = call.accumulate_dtype, call.batch_size
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty(call.lse_shape if need_lse else (0,), dtype=acc)
     stats = lambda: q.new_empty((batch, call.num_heads) if sar else (0, 0), dtype=acc)
@@ -171,9 +209,7 @@ class SARAttentionFunction(torch.autograd.Function):
     ):  # fmt: skip
         masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, key_first, key_end)
         tensors = (q, k, v, visual_mask, text_mask, prior, *masks)
-        results = torch.ops.sar_fast.attention_forward(
-            *tensors, None, None, None, *options, True, *max_seqlens, check_prior
-        )
+        results = torch.ops.sar_fast.attention_forward(*tensors, *options, True, *max_seqlens, check_prior)
         ctx.save_for_backward(*tensors, *results)
         ctx.options, ctx.max_seqlens = options, max_seqlens
         ctx.sav_grad = sav_grad and prior is not None
@@ -244,7 +280,7 @@ def attention(
         statistics = no_statistics(call.batch_size, call.num_heads, call.q, call.accumulate_dtype)
     c = head_weights(weighting, statistics, layer)
     out = scale_heads(result.out, c, call.cu_seqlens_q, value_source(weighting, layer))
-    return Result(out, result.lse, statistics, c)
+    return Result(out, result.lse, statistics, c, result.sums)
 
 
 def _run(
@@ -262,15 +298,19 @@ def _run(
         for t in (call.q, call.k, call.v, call.roles.prior if sav_grad and call.roles else None)
     )
     tensors, options = _tensors(call), _options(call, rule, backend)
-    if differentiates:
-        if call.carried is not None:
+    if call.carried is not None:
+        if differentiates:
             raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
+        out, lse, av, sa, c, count, av_sum, sa_sum = torch.ops.sar_fast.attention_continued(
+            *tensors, *call.carried[:3], *options, need_lse, check_prior
+        )
+        return Result(out, lse, Statistics(av, sa, count), c, Sums(av_sum, sa_sum, count))
+    if differentiates:
         out, lse, av, sa, c, count = SARAttentionFunction.apply(
             *distinct(*tensors), sav_grad, options, call.max_seqlens, check_prior
         )
     else:
-        carried = (None, None, None) if call.carried is None else call.carried[:3]
         out, lse, av, sa, c, count = torch.ops.sar_fast.attention_forward(
-            *tensors, *carried, *options, need_lse, *call.max_seqlens, check_prior
+            *tensors, *options, need_lse, *call.max_seqlens, check_prior
         )
     return Result(out, lse, Statistics(av, sa, count), c)

@@ -181,3 +181,4 @@ class Result(NamedTuple):
     lse: Tensor  # Call.lse_shape
     statistics: Statistics
     c: Tensor  # [B, H], the factor on each head's output
+    sums: Sums | None = None  # the call's carried sums with its own queries in them; None where it carried none

@@ -17,12 +17,12 @@ OPTIONS = (0.25, True, -1, -1, 0.0, 0.05, True, "none")  # scale .. normalize, i
 
 
 def forward_arguments(pattern: str, backend: str) -> list:
-    """Arguments of ``attention_forward`` without the packed lengths."""
+    """Arguments of ``operator`` without the packed lengths."""
     dtype = torch.bfloat16 if pattern == "bf16" else torch.float32
     padding = "left" if pattern == "padded" else "none"
     case = make_case(10, 12, D=16, Dv=24, dtype=dtype, padding=padding)
     q, k, v, options = case.q, case.k, case.v, OPTIONS
-    roles, masks, carried = list(case.tensors[3:]), [None] * 6, [None, None, None]
+    roles, masks, carried = list(case.tensors[3:]), [None] * 6, []
     if pattern == "plain":
         roles = [None, None, None]
     elif pattern == "padded":
@@ -45,16 +45,21 @@ LACKING = [("dense mask", "composed")]
 CASES = [(p, b) for p in PATTERNS for b in BACKENDS if (p, b) not in LACKING]
 
 
-def longest(pattern: str) -> tuple[int, int]:
-    """The packed lengths of ``forward_arguments``."""
-    return (15, 16) if pattern == "packed" else (0, 0)
+def operator(pattern: str):
+    """The forward's, or the one that goes on from earlier sums."""
+    return getattr(torch.ops.sar_fast, "attention_continued" if pattern == "decode" else "attention_forward")
+
+
+def longest(pattern: str) -> tuple[int, ...]:
+    """The packed lengths of ``forward_arguments``, which a continued call has none of."""
+    return () if pattern == "decode" else (15, 16) if pattern == "packed" else (0, 0)
 
 
 @pytest.mark.parametrize(("pattern", "backend"), CASES)
 @pytest.mark.parametrize("need_lse", [True, False], ids=["lse", "no lse"])
 def test_opcheck_forward(pattern, backend, need_lse):
     arguments = (*forward_arguments(pattern, backend), need_lse, *longest(pattern))
-    torch.library.opcheck(torch.ops.sar_fast.attention_forward, arguments)
+    torch.library.opcheck(operator(pattern), arguments)
 
 
 @pytest.mark.parametrize(("pattern", "backend"), [c for c in CASES if c[0] != "decode"])
@@ -63,7 +68,7 @@ def test_opcheck_backward(pattern, backend, through_weights):
     arguments = forward_arguments(pattern, backend)
     results = torch.ops.sar_fast.attention_forward(*arguments, True, *longest(pattern))
     grads = [torch.randn_like(x) for x in results[2:5]] if through_weights else [None] * 3
-    call = (torch.randn_like(results[0]), *arguments[:12], *results, *grads, *arguments[15:], *longest(pattern))
+    call = (torch.randn_like(results[0]), *arguments[:12], *results, *grads, *arguments[12:], *longest(pattern))
     torch.library.opcheck(torch.ops.sar_fast.attention_backward, call)
 
 
@@ -79,7 +84,7 @@ def test_the_backward_checks_what_the_forward_returned(pattern, backend):
     def run(**changes):
         grad_out, *saved = {**given, **changes}.values()
         return torch.ops.sar_fast.attention_backward(
-            grad_out, *arguments[:12], *saved, None, None, None, *arguments[15:], *longest(pattern)
+            grad_out, *arguments[:12], *saved, None, None, None, *arguments[12:], *longest(pattern)
         )
 
     expected = run()

@@ -109,7 +109,7 @@ def strides(name: str, tensor: torch.Tensor) -> dict[str, int]:
 
 
 def check_cache(name_q, q, k_cache, v_cache, cache_seqlens, block_table) -> int:
-    """Checks what q (or new keys), the caches and the lengths have in common; returns Smax."""
+    """Checks what q (or new keys), the caches and the lengths, if any, have in common; returns Smax."""
     for name, tensor in ((name_q, q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.ndim != 4:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need 4 dimensions")
@@ -123,7 +123,8 @@ def check_cache(name_q, q, k_cache, v_cache, cache_seqlens, block_table) -> int:
     if k_cache.shape[:-1] != v_cache.shape[:-1]:
         raise ValueError(f"v_cache: got shape {tuple(v_cache.shape)}, need k_cache's {tuple(k_cache.shape)} but for DV")
     batch = q.shape[0]
-    _check_int32("cache_seqlens", cache_seqlens, (batch,), q.device)
+    if cache_seqlens is not None:
+        _check_int32("cache_seqlens", cache_seqlens, (batch,), q.device)
     if block_table is None:
         if k_cache.shape[0] != batch:
             raise ValueError(f"k_cache: got shape {tuple(k_cache.shape)}, need {name_q}'s batch size {batch} first")

@@ -29,6 +29,15 @@ from sar_kernels.primitives import (
 
 
 @triton.jit
+def _length(lengths_ptr, batch, capacity):
+    """Keys of one sample."""
+    length = capacity
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + batch), capacity)
+    return length
+
+
+@triton.jit
 def _split_layout(
     first_ptr,
     end_ptr,
@@ -119,7 +128,7 @@ def decode_split_kernel(
     q_ptr,  # (B, Sq, H, D)
     k_ptr,  # (B, Smax, Hkv, D) or (blocks, PAGE, Hkv, D)
     v_ptr,  # (B, Smax, Hkv, DV) or (blocks, PAGE, Hkv, DV)
-    lengths_ptr,  # (B,) int32
+    lengths_ptr,  # (B,) int32, or None: the cache is full
     table_ptr,  # (B, pages) int32, paged only
     padding_ptr,  # (B, Smax) True = real token, HAS_PADDING only
     first_ptr,  # (B, Sq) int32 first visible key, or None: the window's
@@ -199,7 +208,7 @@ def decode_split_kernel(
             tl.store(copy_ptr + heads, tl.load(sa_sum_ptr + batch64 * num_heads + heads, mask=is_head), mask=is_head)
             tl.store(copy_ptr + num_heads, tl.load(count_ptr + batch))
 
-    num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
+    num_keys = _length(lengths_ptr, batch, capacity)
     edges = edge_offset(batch, 0, stride_edges_b, False)
     if first_ptr is not None:
         first_ptr += edges
@@ -369,12 +378,12 @@ def _query_statistics(
 def decode_combine_kernel(
     partial_out_ptr,  # (B, H, Sq, splits, DV)
     partials_ptr,  # (5, B, H, Sq, splits)
-    lengths_ptr,  # (B,) int32
+    lengths_ptr,  # (B,) int32 or None
     first_ptr,  # (B, Sq) int32 or None, and the next, as in the split kernel
     end_ptr,
     text_ptr,  # (B, Sq) bool, "step" and "running" only
     carried_ptr,  # (B, 2 H + 1), "running" only
-    av_sum_ptr,  # (B, H) the state: written if "running", read if "prompt"
+    av_sum_ptr,  # (B, H) the sums: written if "running", perhaps elsewhere than where they were; read if "prompt"
     sa_sum_ptr,  # (B, H)
     count_ptr,  # (B,)
     head_weights_ptr,  # (B, H), "prompt" only
@@ -415,7 +424,7 @@ def decode_combine_kernel(
     batch = tl.program_id(0)
     head = tl.program_id(1)
     batch64 = batch.to(tl.int64)
-    num_keys = tl.minimum(tl.load(lengths_ptr + batch), capacity)
+    num_keys = _length(lengths_ptr, batch, capacity)
     edges = edge_offset(batch, 0, stride_edges_b, False)
     if first_ptr is not None:
         first_ptr += edges

@@ -3,7 +3,8 @@
 q is (B, Sq, H, D), Sq small. The caches are (B, Smax, Hkv, D) and (B, Smax, Hkv, DV), or paged: (blocks, page, Hkv, D)
 with block_table (B, pages) int32, and then Smax = pages * page. cache_seqlens (B,) int32 lives on the device and is
 never read on the host: it is each sample's length with the new keys in it (`append_kv` writes them). A length beyond
-Smax is taken for Smax. Everything may be strided if its last dimension is dense.
+Smax is taken for Smax, and None says that every sample has Smax keys. Everything may be strided if its last dimension
+is dense.
 
 Nothing here waits for the GPU, and with a workspace nothing allocates, so that a step can be captured in a CUDA graph.
 """
@@ -27,7 +28,7 @@ def decode_forward(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
+    cache_seqlens: torch.Tensor | None,
     *,
     options: AttentionOptions,
     masks: Masks = NO_MASKS,
@@ -60,18 +61,19 @@ def sar_decode_forward(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
+    cache_seqlens: torch.Tensor | None,
     visual_mask: torch.Tensor | None,
     text_mask: torch.Tensor | None,
     prior: torch.Tensor | None,
-    av_sum: torch.Tensor,
-    sa_sum: torch.Tensor,
-    count: torch.Tensor,
-    head_weights: torch.Tensor,
+    av_sum: torch.Tensor | None,
+    sa_sum: torch.Tensor | None,
+    count: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
     *,
     options: AttentionOptions,
     weights: WeightOptions,
     mode: str,
+    sums_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     masks: Masks = NO_MASKS,
     block_table: torch.Tensor | None = None,
     num_splits: int | None = None,
@@ -83,9 +85,11 @@ def sar_decode_forward(
         visual_mask: (B, Smax) bool, and prior: (B, Smax) floating point, over cache positions. text_mask: (B, Sq) bool,
             the new queries that count. All three unused, and may be None, if mode is "prompt".
         av_sum, sa_sum (B, H), count (B,): fp32 contiguous, the layer's sums so far. "running" adds this step's queries
-            to them in place; otherwise they are only read.
-        head_weights: (B, H) fp32 contiguous, the prompt's weights; read if mode is "prompt", never written.
+            to them, in place or in `sums_out`; "prompt" reads them; "step" does not, and they may be None.
+        head_weights: (B, H) fp32 contiguous, the prompt's weights; read if mode is "prompt", never written. Else
+            it may be None.
         weights: temperature, protected head and normalisation.
+        sums_out: as the sums, where "running" puts the new ones.
         mode: "running" (means over all queries so far, these included), "step" (these alone), "prompt" (as they were).
         The others as in `decode_forward`.
 
@@ -99,8 +103,15 @@ def sar_decode_forward(
     """
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, need one of {MODES}")
+    read = {"step": {}, "running": {"av_sum": av_sum, "sa_sum": sa_sum, "count": count}}
+    read["prompt"] = read["running"] | {"head_weights": head_weights}
+    for name, tensor in read[mode].items():
+        if tensor is None:
+            raise ValueError(f'{name}: got None, need a tensor if mode is "{mode}"')
     call = DecodeCall(q, k_cache, v_cache, cache_seqlens, options, block_table, num_splits, workspace, masks)
     call.set_state(av_sum, sa_sum, count, head_weights)
+    if sums_out is not None:
+        call.set_sums_out(*sums_out)
     if mode != "prompt":
         call.set_roles(visual_mask, text_mask, prior)
     run_all(call.plan(mode, weights))

@@ -156,6 +156,7 @@ class DecodeCall:
         self.workspace = self._workspace(workspace, num_splits, sm_count)
         self.masks = masks.checked((self.batch, self.seqlen_q), (self.batch, self.capacity), q.device, options.window)
         self.state = dict.fromkeys(("av_sum_ptr", "sa_sum_ptr", "count_ptr", "head_weights_ptr"))
+        self.sums_out: dict[str, Any] = {}
         self.visual = self.text = self.prior = None
 
     def _workspace(self, workspace, num_splits, sm_count) -> DecodeWorkspace:
@@ -191,11 +192,17 @@ class DecodeCall:
 
     def set_state(self, av_sum, sa_sum, count, head_weights) -> None:
         """Checks the state tensors."""
-        per_head = (self.batch, self.heads)
-        names = ("av_sum", "sa_sum", "count", "head_weights")
-        for name, tensor, shape in zip(
-            names, (av_sum, sa_sum, count, head_weights), (per_head, per_head, (self.batch,), per_head)
-        ):
+        self.state = self._checked_state(av_sum=av_sum, sa_sum=sa_sum, count=count, head_weights=head_weights)
+
+    def set_sums_out(self, av_sum, sa_sum, count) -> None:
+        """Checks where "running" puts the new sums; without, over the old ones."""
+        self.sums_out = self._checked_state(av_sum=av_sum, sa_sum=sa_sum, count=count)
+
+    def _checked_state(self, **tensors) -> dict[str, Any]:
+        for name, tensor in tensors.items():
+            if tensor is None:  # the mode reads none
+                continue
+            shape = (self.batch,) if name == "count" else (self.batch, self.heads)
             if (
                 tensor.dtype != torch.float32
                 or tensor.shape != shape
@@ -206,7 +213,7 @@ class DecodeCall:
                     f"{name}: got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
                     f"need contiguous torch.float32 {shape} on {self.q.device}"
                 )
-            self.state[f"{name}_ptr"] = tensor
+        return {f"{name}_ptr": tensor for name, tensor in tensors.items()}
 
     def set_roles(self, visual_mask, text_mask, prior) -> None:
         """Checks the masks and the prior."""
@@ -299,6 +306,7 @@ class DecodeCall:
         outputs = ("out", "lse", "av", "sa", "c")
         arguments = {
             **shared,
+            **self.sums_out,
             "text_ptr": self.text,
             "stride_text_b": 0 if self.text is None else self.text.stride(0),
             "head_weights_ptr": self.state["head_weights_ptr"],

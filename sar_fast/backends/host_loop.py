@@ -15,7 +15,7 @@ from sar_fast.backends.statistics import gather_rows, statistics_backward, stati
 from sar_fast.backends.torch_backend import log_sum_exp
 from sar_fast.head_scaling import scale_heads_
 from sar_fast.kvcache import Step
-from sar_fast.values import Call, Result, Statistics
+from sar_fast.values import Call, Result, Statistics, Sums
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.softmax import Lowered
 
@@ -53,36 +53,32 @@ class HostLoop:
             return None
         out = out.unflatten(1, (call.batch_size, -1)).transpose(0, 1).contiguous()
         lse = lse.view(call.lse_shape) if need_lse else out.new_empty(0)
-        av, sa, count, c = _start(call)
-        if call.roles is not None:
-            for total, part in zip((av, sa, count), sums):
-                total += part
-            total = count.clamp_min(1)[:, None]
-            av /= total
-            sa /= total
-            if not isinstance(rule, Equal):
-                c = rule(Statistics(av, sa, count), None)
-                out *= c[:, None, :, None]
-        return Result(out, lse, Statistics(av, sa, count), c)
+        total, c = _start(call)
+        if call.roles is None:
+            return Result(out, lse, Statistics(*total[:3]), c)
+        for before, own in zip(total[:3], sums):
+            before += own
+        statistics = total.means()
+        if not isinstance(rule, Equal):
+            c = rule(statistics, None)
+            out *= c[:, None, :, None]
+        return Result(out, lse, statistics, c, None if call.carried is None else total)
 
     def _attend(self, call: Call, sequences: list[Sequence], rule: Lowered, *, need_lse: bool) -> Result:
         """Attention of a call's sequences, one after the other."""
         q, acc, sar = call.q, call.accumulate_dtype, call.roles is not None
         lse = q.new_empty(call.lse_shape if need_lse else (0,), dtype=acc)
-        av, sa, count, c = _start(call)
+        total, c = _start(call)
         weighs = sar and not isinstance(rule, Equal)  # whose weights are 1: no pass over the output
         out_shape = (*q.shape[:-1], call.v.shape[-1])
         out = None if len(sequences) == 1 else q.new_empty(out_shape)
         for b, seq in enumerate(sequences):
             o, row_lse, *sums = _attend_safely(self.kernel, seq, need_lse)
             if sar:
-                for total, part in zip((av, sa, count), sums):
-                    total[b] += part
-                total = count[b : b + 1].clamp_min(1)
-                av[b] /= total
-                sa[b] /= total
+                for before, own_sum in zip(total[:3], sums):
+                    before[b] += own_sum
                 if weighs:
-                    c[b] = rule(Statistics(av[b : b + 1], sa[b : b + 1], count[b : b + 1]), None)[0]
+                    c[b] = rule(Sums(*(x[b : b + 1] for x in total[:3])).means(), None)[0]
             if need_lse:
                 _lse_part(call, lse, b).copy_(row_lse)
             if out is None:
@@ -91,7 +87,9 @@ class HostLoop:
                 _part(call, out, b).copy_(o)
             if weighs:
                 scale_heads_(_part(call, out, b), c[b])
-        return Result(out, lse, Statistics(av, sa, count), c)
+        if not sar:
+            return Result(out, lse, Statistics(*total[:3]), c)
+        return Result(out, lse, total.means(), c, None if call.carried is None else total)
 
     def backward(
         self, call: Call, rule: Lowered, grad_out: Tensor, result: Result, through: Gradients | None
@@ -142,23 +140,23 @@ class HostLoop:
             for b in range(q.shape[0]):
                 scale_heads_(result.out[b], step.c[b])
         if step.sums is not None:
-            for kept, new in zip(step.sums[:3], result.statistics.sums()):
+            for kept, new in zip(step.sums[:3], result.sums):
                 kept.copy_(new)
         return result
 
 
-def _start(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(av, sa, count) to add a call's sums to, and weights 1; empty for plain attention."""
+def _start(call: Call) -> tuple[Sums, Tensor]:
+    """What to add a call's sums to, and weights 1; empty for plain attention."""
     q, acc = call.q, call.accumulate_dtype
     if call.roles is None:
-        (av, sa, count), c = nothing_computed(q, acc)
-        return av, sa, count, c
+        nothing, c = nothing_computed(q, acc)
+        return Sums(*nothing), c
     B, H = call.batch_size, call.num_heads
-    av, sa, count = (q.new_zeros(shape, dtype=acc) for shape in ((B, H), (B, H), (B,)))
-    if call.carried is not None:
-        for total, before in zip((av, sa, count), call.carried):
-            total += before
-    return av, sa, count, q.new_ones((B, H), dtype=acc)
+    if call.carried is None:
+        total = Sums(*(q.new_zeros(shape, dtype=acc) for shape in ((B, H), (B, H), (B,))))
+    else:
+        total = Sums(*(x.to(acc, copy=True) for x in call.carried[:3]))
+    return total, q.new_ones((B, H), dtype=acc)
 
 
 def _part(call: Call, x: Tensor, b: int, *, keys: bool = False) -> Tensor:

@@ -70,7 +70,7 @@ class Triton:
         from sar_kernels import attention as kernels
 
         q, k, v = _dense_qkv(call)
-        out, lse, statistics, c = result
+        out, lse, statistics, c, _ = result
         layout = {"options": _attention_options(call.scores), **_layout(call)}
         if _hides_rows(call):  # queries that see nothing need not be finite: dK takes 0 times them
             q = q.masked_fill(lse.isneginf().all(-2)[..., None, None], 0)
@@ -193,13 +193,12 @@ def _beside_attention(call: Call, rule: Lowered, q: Tensor, k: Tensor, v: Tensor
 
     out, lse = kernels.attention_forward(q, k, v, **layout)
     av, sa, _, count = kernels.attention_statistics(q, k, lse, *call.roles, weights=_weight_options(rule), **layout)
-    statistics = Statistics(av, sa, count)
+    statistics, sums = Statistics(av, sa, count), None
     if call.carried is not None:
-        statistics = Sums(*(a + b for a, b in zip(statistics.sums()[:3], call.carried))).means()
+        sums = Sums(*(a + b for a, b in zip(statistics.sums()[:3], call.carried)))
+        statistics = sums.means()
     c = rule(statistics, None)
-    if isinstance(rule, Equal):
-        return Result(out, lse, statistics, c)
-    return Result(out.mul_(c[:, None, :, None]), lse, statistics, c)
+    return Result(out if isinstance(rule, Equal) else out.mul_(c[:, None, :, None]), lse, statistics, c, sums)
 
 
 def _decodes(call: Call) -> bool:
@@ -209,13 +208,13 @@ def _decodes(call: Call) -> bool:
 
 def _decode_call(call: Call, rule: Lowered) -> Result:
     q, k, v = _dense_qkv(call)
-    lengths = torch.full((call.batch_size,), k.shape[1], dtype=torch.int32, device=q.device)
-    sums = None
-    if call.carried is not None:  # the kernels add to the sums in place: the caller keeps its own
-        sums = Sums(*(t.to(torch.float32).contiguous().clone() for t in call.carried[:3]))
+    sums = sums_out = None
+    if call.carried is not None:
+        sums = Sums(*(t.to(torch.float32) for t in call.carried[:3]))
+        sums_out = Sums(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in sums[:3]))
     cache = Cache(k, v, None, None, None, None, call.batch_size)
     step = Step(q, cache, call.scores, call.roles, sums, rule, bounds=call.bounds)
-    return _decode(step, lengths, call.key_padding_mask, call.attn_mask)
+    return _decode(step, None, call.key_padding_mask, call.attn_mask, sums_out)
 
 
 def _append(q: Tensor, cache: Cache) -> Tensor:
@@ -230,9 +229,16 @@ def _append(q: Tensor, cache: Cache) -> Tensor:
 
 
 def _decode(
-    step: Step, lengths: Tensor, key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None
+    step: Step,
+    lengths: Tensor | None,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    sums_out: Sums | None = None,
 ) -> Result:
-    """A step over a cache whose samples have ``lengths`` (B,) int32 keys, the new ones written."""
+    """A step over a cache whose samples have ``lengths`` (B,) int32 keys, the new ones written; None = it is full.
+
+    New sums go to ``sums_out`` (contiguous), or into the step's.
+    """
     from sar_kernels.decode_call import decode_forward, sar_decode_forward
 
     q, cache, roles, sums, c = dense_last(step.q), step.cache, step.roles, step.sums, step.c
@@ -242,29 +248,31 @@ def _decode(
     if roles is None and c is None:
         out, lse = decode_forward(q, cache.k, cache.v, lengths, **given)
         return Result(out, lse, *nothing_computed(q, lse.dtype))
-    B, H = q.shape[0], q.shape[-2]
-    written = _no_sums(B, H, q.device) if sums is None else Sums(*(t.contiguous() for t in sums[:3]))
-    weights = torch.ones(B, H, dtype=torch.float32, device=q.device) if c is None else c.float().contiguous()
+    written = (None, None, None) if sums is None else tuple(t.contiguous() for t in sums[:3])
+    if sums is None and roles is None:  # the prompt's weights, of whose sums nobody asks
+        written = _no_sums(q.shape[0], q.shape[-2], q.device)
     out, lse, av, sa, used, count = sar_decode_forward(
         q,
         cache.k,
         cache.v,
         lengths,
         *([None] * 3 if roles is None else [dense_last(x) for x in roles]),
-        *written[:3],
-        weights,
+        *written,
+        None if c is None else c.float().contiguous(),
         weights=_weight_options(step.rule or Equal()),
         mode="prompt" if roles is None else "step" if sums is None else "running",
+        sums_out=None if sums_out is None else sums_out[:3],
         **given,
     )
-    for kept, new in zip((sums or ())[:3], written):
-        if new is not kept:
-            kept.copy_(new)
+    if sums_out is None:
+        for kept, new in zip((sums or ())[:3], written):
+            if new is not kept:
+                kept.copy_(new)
     if roles is None:
         return Result(out, lse, *nothing_computed(q, lse.dtype))
-    return Result(out, lse, Statistics(av, sa, count), used)
+    return Result(out, lse, Statistics(av, sa, count), used, sums_out or sums)
 
 
-def _no_sums(batch: int, heads: int, device: torch.device) -> Sums:
+def _no_sums(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
-    return Sums(zeros(batch, heads), zeros(batch, heads), zeros(batch))
+    return zeros(batch, heads), zeros(batch, heads), zeros(batch)

@@ -26,11 +26,11 @@ def launches_of_a_step(name, layers, cache, decode):
 
 @pytest.mark.parametrize(
     ("decode", "cache", "a_layer"),
-    [("running", "dynamic", 2), ("step", "dynamic", 6), ("prompt", "dynamic", 1), ("running", "static", 6)],
+    [("running", "dynamic", 0), ("step", "dynamic", 2), ("prompt", "dynamic", 1), ("running", "static", 1)],
 )
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_operators_of_a_layer(name, decode, cache, a_layer):
-    """The sums, av and sa times the count; where state is updated in place, its copies; NaN for a rule without."""
+    """Of "step" av and sa times the count; where state is updated in place, a copy; NaN for a rule without."""
     one, two = (launches_of_a_step(name, layers, cache, decode) for layers in (1, 2))
     assert sum((two - one).values()) == a_layer
 
@@ -39,5 +39,4 @@ def test_operators_of_a_layer(name, decode, cache, a_layer):
 def test_operators_of_a_pass(name):
     """V and T of one token, the prior over the keys that are there, and whether its mask hides any."""
     found = launches_of_a_step(name, 1, "dynamic", "running")
-    assert found.pop("decoding.py:_state_after") == 2
     assert sum(found.values()) <= 8
