@@ -3,9 +3,9 @@
     python -m sar_kernels.aot [--arch sm_90 ...] [--head-dim 64 ...] [--dtype bfloat16] [--kernel forward ...]
                               [--purpose sar running ...] [--options window ...] [--heads 32:8 ...] [--json]
 
-Prints registers per thread, spilled bytes per thread, shared memory per block, blocks resident per multiprocessor, and
-whether the tensor cores are driven by wgmma. The launches are the very ones that a call on a GPU would make, planned on
-tensors that have no memory.
+Prints registers per thread, spilled bytes per thread, shared memory per block, blocks resident per multiprocessor,
+whether the tensor cores are driven by wgmma, and instructions: of the kernel, and of each innermost loop. The launches
+are the very ones that a call on a GPU would make, planned on tensors that have no memory.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ class Variant:
     wgmma: bool = False
     wgmma_serialized: bool = False  # every wgmma waits for the one before it: ptxas found no other safe way
     blocks_per_sm: int = 0  # by registers, shared memory and threads; 0 where not computed (AMD)
+    instructions: int = 0  # of the whole kernel, as often as they are written; 0 likewise
+    loops: tuple[int, ...] = ()  # instructions of each innermost loop, in the kernel's order
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -109,15 +111,17 @@ def measure(variant: Variant, launch: Launch) -> Variant:
     shared = compiled.metadata.shared
     if variant.arch.startswith("sm_"):
         registers, spills = _cuda_usage(compiled.asm["cubin"])
+        assembly = _cuobjdump("-sass", compiled.asm["cubin"])
+        instructions, loops = count_instructions(assembly)
         wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
-        serialized = wgmma and _is_serialized(compiled.asm["cubin"])
+        serialized = wgmma and _is_serialized(assembly)
         threads = 32 * variant.num_warps
         by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
         limit = SHARED_MEMORY_LIMIT[variant.arch]
         resident = min(by_registers, (limit + 1024) // (shared + 1024), MAX_THREADS[variant.arch] // threads)
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
-        wgmma, serialized, resident = False, False, 0
+        wgmma, serialized, resident, instructions, loops = False, False, 0, 0, ()
     return replace(
         variant,
         registers=registers,
@@ -126,6 +130,8 @@ def measure(variant: Variant, launch: Launch) -> Variant:
         wgmma=wgmma,
         wgmma_serialized=serialized,
         blocks_per_sm=resident,
+        instructions=instructions,
+        loops=loops,
     )
 
 
@@ -135,9 +141,23 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def _is_serialized(cubin: bytes) -> bool:
+def count_instructions(assembly: str) -> tuple[int, tuple[int, ...]]:
+    """Instructions of a kernel's disassembly, and of each loop without a loop in it: a branch back, and its target."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly, re.MULTILINE)
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    loops = []
+    for i, (_, text) in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        start = place.get(int(branch[1], 16), i) if branch else i
+        if start < i:
+            loops.append((start, i))
+    holds = lambda outer, inner: outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+    innermost = [loop for loop in loops if not any(holds(loop, other) for other in loops)]
+    return len(lines), tuple(end - start + 1 for start, end in sorted(innermost))
+
+
+def _is_serialized(assembly: str) -> bool:
     """Whether each wgmma is fenced by itself; those of one product, from head dimension 64 on, should share a fence."""
-    assembly = _cuobjdump("-sass", cubin)
     return assembly.count("WARPGROUP.ARRIVE") >= assembly.count("HGMMA")
 
 
@@ -158,10 +178,11 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 def table(rows: list[Variant]) -> str:
     """The figures as an aligned text table."""
     columns = "arch kernel purpose head_dim dtype causal options tile warps stages regs spill shared blocks/SM wgmma"
-    cells = [columns.split(" ")]
+    cells = [[*columns.split(" "), "instructions", "loops"]]
     for r in rows:
         what = (r.arch, r.kernel, r.purpose, r.head_dim, r.dtype, r.causal, "+".join(r.options) or "-")
         how = (f"{r.block_m}x{r.block_n}", r.num_warps, r.num_stages)
-        cells.append([*what, *how, r.registers, r.spill_bytes, r.shared_bytes, r.blocks_per_sm, r.wgmma])
+        made = (r.registers, r.spill_bytes, r.shared_bytes, r.blocks_per_sm, r.wgmma, r.instructions)
+        cells.append([*what, *how, *made, "+".join(map(str, r.loops)) or "-"])
     widths = [max(len(str(row[i])) for row in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(str(x).ljust(w) for x, w in zip(row, widths)).rstrip() for row in cells)

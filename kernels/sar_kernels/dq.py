@@ -11,7 +11,6 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     LEAST_WEIGHT,
-    LN_2,
     LOG2_E,
     edge_offset,
     is_tile_seen,
@@ -39,9 +38,9 @@ def delta_kernel(
     out_ptr,  # (B, Sq, H, DV), scaled by c if there are head weights
     delta_ptr,  # (B, H, Sq) out: divided by c if there are head weights
     sums_ptr,  # (B, H, row blocks) out, WITH_SUMS only: sums of delta itself, which the gradient of c is made of
-    c_ptr,  # (B, H), this and the rest SCALED only
+    c_ptr,  # (B, H), or None
     lse_ptr,  # (B, H, Sq)
-    scaled_lse_ptr,  # (B, H, Sq) out: lse - log c
+    lse2_ptr,  # (B, H, Sq) out: lse - log c in base 2, inf for rows that saw nothing, so that their weights are 0
     cu_seqlens_q_ptr,
     stride_dob,
     stride_dos,
@@ -57,10 +56,9 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     VARLEN: tl.constexpr,
     WITH_SUMS: tl.constexpr,
-    SCALED: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """delta = rowsum(dout * out), and the head weight folded into it and lse. Grid (row blocks, H, B)."""
+    """delta = rowsum(dout * out), and lse as loops read it, the head weight in both. Grid (row blocks, H, B)."""
     block = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -79,13 +77,14 @@ def delta_kernel(
     index = tl.cast(batch, tl.int64) * tl.num_programs(1) + head
     if WITH_SUMS:
         tl.store(sums_ptr + index * tl.num_programs(0) + block, tl.sum(delta, 0))
-    if SCALED:
+    lse_ptr = row_pointer(lse_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
+    lse2_ptr = row_pointer(lse2_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
+    lse2 = load_lse(lse_ptr, rows, num_rows)
+    if c_ptr is not None:
         c = tl.maximum(tl.load(c_ptr + index), LEAST_WEIGHT)
-        lse_ptr = row_pointer(lse_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
-        scaled_lse_ptr = row_pointer(scaled_lse_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
-        lse = tl.load(lse_ptr + rows, mask=in_range, other=0.0)
-        tl.store(scaled_lse_ptr + rows, lse - tl.log2(c) * LN_2, mask=in_range)
+        lse2 -= tl.log2(c)
         delta = delta / c
+    tl.store(lse2_ptr + rows, lse2, mask=in_range)
     tl.store(delta_ptr + rows, delta, mask=in_range)
 
 
@@ -310,7 +309,7 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
     dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
-    lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
+    lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=float("inf"))  # [BM] base 2
     delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)  # [BM]
     row_mean = delta
     row_slope = delta

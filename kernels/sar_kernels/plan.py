@@ -255,7 +255,8 @@ def _plan_weights(
 
 
 def _plan_scale(call: Call, out: torch.Tensor, c: torch.Tensor, count: torch.Tensor) -> Launch:
-    block = 4096
+    block_d = padded_head_dim(call.head_dim_v)
+    block_m = max(1, 4096 // block_d)
     arguments = {
         "out_ptr": out,
         "c_ptr": c,
@@ -264,11 +265,12 @@ def _plan_scale(call: Call, out: torch.Tensor, c: torch.Tensor, count: torch.Ten
         "max_seqlen": call.max_q,
         "num_heads": call.heads,
         "HEAD_DIM": call.head_dim_v,
+        "BLOCK_D": block_d,
+        "BLOCK_M": block_m,
         "VARLEN": call.varlen,
-        "BLOCK": block,
     }
-    pieces = triton.cdiv(call.max_q * call.heads * call.head_dim_v, block)
-    return Launch(scale_heads_kernel, (pieces, call.batch), arguments, SMALL)
+    grid = (call.heads, triton.cdiv(call.max_q, block_m), call.batch)
+    return Launch(scale_heads_kernel, grid, arguments, SMALL)
 
 
 def plan_attention_forward(call: Call) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
@@ -292,11 +294,11 @@ def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightO
 def _plan_delta(
     call: Call, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, c: torch.Tensor | None, *, with_sums: bool
 ):
-    """(delta, lse) with c folded in, delta's sums per row block (B, H, row blocks) or None, and the launch."""
+    """(delta, lse in base 2), both with c, delta's sums per row block (B, H, row blocks) or None, and the launch."""
     block_m = 64
     grid = call.grid(block_m)
     delta = call.per_row()
-    scaled_lse = None if c is None else call.per_row()
+    lse2 = call.per_row()
     sums = torch.empty((call.batch, call.heads, grid[0]), dtype=call.acc, device=dout.device) if with_sums else None
     arguments = {
         "dout_ptr": dout,
@@ -304,8 +306,8 @@ def _plan_delta(
         "delta_ptr": delta,
         "sums_ptr": sums,
         "c_ptr": c,
-        "lse_ptr": None if c is None else lse,
-        "scaled_lse_ptr": scaled_lse,
+        "lse_ptr": lse,
+        "lse2_ptr": lse2,
         "cu_seqlens_q_ptr": call.cu_q,
         **call.strides("do", dout),
         **call.strides("o", out),
@@ -316,10 +318,9 @@ def _plan_delta(
         "BLOCK_M": block_m,
         "VARLEN": call.varlen,
         "WITH_SUMS": with_sums,
-        "SCALED": c is not None,
         "ACC": call.triton_acc,
     }
-    return delta, lse if c is None else scaled_lse, sums, Launch(delta_kernel, grid, arguments, SMALL)
+    return delta, lse2, sums, Launch(delta_kernel, grid, arguments, SMALL)
 
 
 def _plan_weights_backward(call: Call, through: Through, sums: torch.Tensor, block_m: int):
@@ -403,7 +404,7 @@ def plan_backward(
     dout, lse = call.output_array("dout", dout), call.row_array("lse", lse)
     out = call.output_array("out" if c is None else "out_scaled", out)
     c = None if c is None else call.head_array("c", c)
-    delta, scaled_lse, sums, launch = _plan_delta(call, dout, out, lse, c, with_sums=through is not None)
+    delta, lse2, sums, launch = _plan_delta(call, dout, out, lse, c, with_sums=through is not None)
     launches = [launch]
     rows = dict.fromkeys(("row_mean_ptr", "row_slope_ptr", "row_gain_ptr"))
     dprior = None
@@ -430,7 +431,7 @@ def plan_backward(
         **rows,
         **call.strides("do", dout),
         "dout_ptr": dout,
-        "lse_ptr": scaled_lse,
+        "lse_ptr": lse2,
         "delta_ptr": delta,
         "STATISTICS": through is not None,
     }

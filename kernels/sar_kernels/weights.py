@@ -113,27 +113,28 @@ def scale_heads_kernel(
     max_seqlen,
     num_heads,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     VARLEN: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """out *= c per head over a flat piece of one sample. Grid (pieces of the longest sample, B).
+    """out *= c on a tile of one head's rows. Grid (H, row blocks, B): neighbours in memory run side by side.
 
     A sample without a counting query is left alone.
     """
-    batch = tl.program_id(1)
+    head = tl.program_id(0)
+    batch = tl.program_id(2)
     start, length = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen, VARLEN)
-    width = num_heads * HEAD_DIM
-    total = tl.cast(length, tl.int64) * width
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    if first >= total:
+    first = tl.program_id(1) * BLOCK_M
+    if first >= length:
         return
     if tl.load(count_ptr + batch) == 0.0:
         return
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < total - first
-    heads = ((first % width).to(tl.int32) + lanes) // HEAD_DIM % num_heads
-    c = tl.load(c_ptr + tl.cast(batch, tl.int64) * num_heads + heads, mask=mask, other=1.0)
-    ptrs = out_ptr + start * width + first + lanes
+    c = tl.load(c_ptr + tl.cast(batch, tl.int64) * num_heads + head)
+    out_ptr += ((tl.cast(start, tl.int64) + first) * num_heads + head) * HEAD_DIM
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    mask = (rows < length - first) & (columns < HEAD_DIM)
+    ptrs = out_ptr + rows * (num_heads * HEAD_DIM) + columns
     tl.store(ptrs, (tl.load(ptrs, mask=mask) * c).to(out_ptr.dtype.element_ty), mask=mask)
 
 
