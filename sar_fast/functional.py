@@ -24,7 +24,7 @@ from sar_fast.visibility import BROKEN_BLOCK, Visibility, query_positions
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
-from sar_fast.weighting.softmax import Lowered, choose_weighting
+from sar_fast.weighting.softmax import choose_weighting, is_lowered
 from sar_fast.weighting.split import refuse_split_queries, split_over
 
 
@@ -361,7 +361,7 @@ def _decode(
         result = decode(step(c=state.head_weights))
         return result._replace(statistics=state.sums.means(), c=state.head_weights)
     sums = state.sums if mode == "running" else None
-    if isinstance(rule, Lowered):
+    if is_lowered(rule):
         return decode(step(roles=roles, sums=sums, rule=rule))
     asked = all_row_statistics(rule)
     before = None if sums is None else sums._replace(count=sums.count.clone())
