@@ -221,7 +221,7 @@ def test_patch_model_for_sar_takes_another_rule_in_place_of_beta():
     handle = patch_model_for_sar(model, sar_activation_layer_k=2, weighting=rule)
     assert handle.config == SARConfig(activation_layer_k=2, weighting=rule)
     handle.remove()
-    with pytest.raises(ValueError, match="weighting must come without beta, .*; got TopHeads and beta=0.5"):
+    with pytest.raises(ValueError, match=r"weighting must come without beta, .*; got TopHeads and beta=0\.5"):
         patch_model_for_sar(model, sar_beta=0.5, weighting=rule)
     assert patch_model_for_sar(model, True, 2).config == SARConfig(activation_layer_k=2, beta=0.5)
 
