@@ -42,7 +42,7 @@ def needs_statistics(weighting: Weighting) -> bool:
 
 
 def check_weighting(weighting: object) -> Weighting:
-    """The rule itself; ``TypeError`` unless it can be called as one."""
+    """The rule itself; ``TypeError`` unless it can be called as one, ``ValueError`` if it contradicts itself."""
     if inspect.isclass(weighting):
         raise TypeError(f"weighting must be a rule, not a class; got {weighting.__name__}, need {weighting.__name__}()")
     if not callable(weighting):
@@ -52,6 +52,8 @@ def check_weighting(weighting: object) -> Weighting:
         )
     if not isinstance(needs_statistics(weighting), bool):
         raise TypeError(f"weighting.needs_statistics must be a bool; got {weighting.needs_statistics!r}")
+    if not needs_statistics(weighting) and getattr(weighting, "row_statistics", ()):
+        raise ValueError(f"weighting: {name_of(weighting)} has row_statistics, and needs_statistics is False")
     return weighting
 
 

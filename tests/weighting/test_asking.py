@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sar_fast import SARState, sar_attn_with_kvcache
+from sar_fast import SARAttention, SARConfig, SARState, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
 from sar_fast.weighting import Equal, Fixed, HeadScales, Mass, SoftmaxOverHeads
 from tests.helpers import make_case, max_error
@@ -111,3 +111,30 @@ def test_samples_without_pictures_spoil_no_gradient(backend):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     *_, power, bias = gradients(case.rows(slice(1, 2)), backend)
     assert (power, bias) == (0, 0)
+
+
+class Contradictory:
+    needs_statistics = False
+    row_statistics = (Mass(),)
+
+    def __call__(self, statistics, layer):
+        return statistics.rows["mass"]
+
+
+def test_row_statistics_need_statistics():
+    case = without_beta(make_case(18, H=H, D=16))
+    message = "weighting: Contradictory has row_statistics, and needs_statistics is False"
+    with pytest.raises(ValueError, match=message):
+        case.run("torch", weighting=Contradictory())
+    with pytest.raises(ValueError, match=message):
+        SARConfig(weighting=Contradictory())
+
+
+def test_an_attention_module_refers_to_its_rule():
+    """One rule may be that of many layers: it is the caller's to move, to save and to train."""
+    case, rule = without_beta(make_case(18, H=H, D=16)), Ratio()
+    module = SARAttention(64, H, config=SARConfig(weighting=rule))
+    out, _ = module(torch.randn(3, 18, 64), visual_mask=case.visual, text_mask=case.text, prior=case.prior)
+    out.square().sum().backward()
+    assert rule.power.grad != 0
+    assert not {id(p) for p in rule.parameters()} & {id(p) for p in module.parameters()}
