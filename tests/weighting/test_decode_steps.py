@@ -35,7 +35,7 @@ def caches_of(case, paged):
 def steps(step, case, rule, backend, mode, *, lengths, paged, new, **options):
     """Outputs of the positions behind ``START``, ``new`` at a time, and the state after them."""
     prompt = [x[:, :START] for x in case.tensors]
-    _, stats = sar_attn_func(*prompt, weighting=rule, backend=backend, return_stats=True, **options)
+    _, stats = sar_attn_func(*prompt, weighting=rule, backend="torch", return_stats=True, **options)
     state = SARState.from_stats(stats, rule)
     k_cache, v_cache, table = caches_of(case, paged)
     visual, prior = (torch.nn.functional.pad(x, (0, PAGE * PAGES - x.shape[1])) for x in (case.visual, case.prior))
