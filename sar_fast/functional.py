@@ -24,7 +24,7 @@ from sar_fast.visibility import BROKEN_BLOCK, Visibility, query_positions
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics, recorded_rows
-from sar_fast.weighting.softmax import Lowered, choose_weighting
+from sar_fast.weighting.softmax import choose_weighting, is_lowered
 from sar_fast.weighting.split import refuse_split_queries, split_over
 
 
@@ -361,7 +361,7 @@ def _decode(
         result = decode(step(c=state.head_weights))
         return result._replace(statistics=state.sums.means(), c=state.head_weights)
     sums = state.sums if mode == "running" else None
-    if isinstance(rule, Lowered):
+    if is_lowered(rule):
         return decode(step(roles=roles, sums=sums, rule=rule))
     asked = all_row_statistics(rule)
     before = None if sums is None else sums._replace(count=sums.count.clone())
@@ -378,15 +378,17 @@ def _decode(
 def _row_sums_over_cache(
     step: Step, roles: Roles, lse: Tensor, asked: tuple[RowStatistic, ...], backend: Backend
 ) -> Tensor:
-    """(B, R, H) of a cache that holds the new keys by now, a sample at a time: a GPU is waited for."""
-    lengths = [n + step.cache.new for n in step.cache.host_lengths()]
-    found = []
-    for b, (k, v) in enumerate(step.cache.sequences(lengths)):
-        own = Roles(roles.visual[b, None, : lengths[b]], roles.text[b, None], roles.prior[b, None, : lengths[b]])
-        bounds = Bounds(*(None if x is None else x[b if x.shape[0] > 1 else 0][None] for x in step.bounds))
-        call = Call(step.q[b, None], k[None], v[None], step.scores, own, bounds=bounds)
-        found.append(row_statistics_of(call, lse[b, None], asked, backend.name, differentiable=False))
-    return torch.cat(found) if found else lse.new_zeros(0, len(asked), step.q.shape[2])
+    """(B, R, H) of a cache that holds the new keys by now. Traces: lengths are bounds, of which none is read here."""
+    scores, capacity, Sq = step.scores, step.cache.capacity, step.q.shape[1]
+    position = step.cache.positions(Sq, step.q.device)  # [B or 1, Sq]
+    first, end = step.bounds
+    if not step.bounds.given:
+        first, end = Visibility().bounds(position, capacity, causal=scores.causal, window=scores.window)
+    filled = (position[:, -1:] + 1).to(torch.int32).expand(-1, Sq)
+    bounds = Bounds(first, filled.contiguous() if end is None else torch.minimum(end, filled))
+    k, scores = step.cache.every_key(), dataclasses.replace(scores, causal=False, window=(-1, -1))
+    call = Call(step.q, k, k, scores, roles, bounds=bounds)  # statistics read no values
+    return row_statistics_of(call, lse, asked, backend.name, differentiable=False)
 
 
 def check_state(state: SARState, batch: int, heads: int, device: torch.device, *, written: bool) -> None:

@@ -72,6 +72,13 @@ class Cache:
         length = lengths[0] + self.new if lengths else 0  # one number for all; a list would be copied, and that waits
         return torch.full((len(lengths),), length, dtype=torch.int32, device=q.device)
 
+    def every_key(self) -> Tensor:
+        """(B, Smax, Hkv, D) keys, also of positions that are not filled: the cache itself, or its pages gathered."""
+        if self.block_table is None:
+            return self.k
+        pages = self.block_table.long().clamp(0, self.k.shape[0] - 1)  # entries beyond a sample's length are free
+        return self.k[pages].flatten(1, 2)
+
     def positions(self, num_queries: int, device: torch.device) -> Tensor:
         """(B or 1, Sq) int64: where the newest queries are, without waiting for a GPU."""
         length = self.capacity if self.seqlens is None else self.seqlens

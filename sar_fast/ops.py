@@ -21,7 +21,7 @@ from sar_fast.values import Bounds, Call, Result, Roles, Scores, Statistics, Sum
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.protocol import Weighting, head_weights, needs_statistics, no_statistics, value_source
 from sar_fast.weighting.rows import RowStatistic, all_row_statistics
-from sar_fast.weighting.softmax import Lowered, SoftmaxOverHeads, flatten, unflatten
+from sar_fast.weighting.softmax import Lowered, flatten, is_lowered, unflatten
 from sar_fast.weighting.split import Split, refuse_split_queries
 
 _TENSORS = (
@@ -261,7 +261,7 @@ def attention(
         refuse_split_queries(weighting)
     how = {"sav_grad": sav_grad, "check_prior": check_prior}
     asked = all_row_statistics(weighting, recorded)
-    lowered = isinstance(weighting, (SoftmaxOverHeads, Equal))
+    lowered = is_lowered(weighting)
     if lowered and not asked:
         return _run(call, weighting, backend, need_lse=need_lse, **how)
     if call.roles is not None and (need_stats or asked or needs_statistics(weighting)):

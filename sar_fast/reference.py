@@ -115,7 +115,7 @@ def sar_attention_reference(
 
     # weights: the paper's rule, or the one that is asked for
     SAV = AV * SA
-    if isinstance(rule, SoftmaxOverHeads):
+    if type(rule) is SoftmaxOverHeads:
         x = SAV - SAV.amax(-1, keepdim=True)  # the same softmax; SAV / beta itself may overflow
         if rule.normalize == "standardize":
             std = SAV.std(dim=-1, correction=0, keepdim=True) if H > 1 else torch.zeros_like(SAV)

@@ -45,7 +45,8 @@ class SARStats:
         found = result.statistics
         av, sa, sav = (narrow(t) for t in (found.av, found.sa, found.sav))
         rows = {name: narrow(x) for name, x in getattr(found, "rows", {}).items()}
-        return cls(narrow(result.lse), av, sa, sav, narrow(result.c), narrow(found.count), backend, rows)
+        c = narrow(result.c).clone()  # not the rule's own table, which may change
+        return cls(narrow(result.lse), av, sa, sav, c, narrow(found.count), backend, rows)
 
     def detach(self) -> SARStats:
         """The same without a graph."""

@@ -195,7 +195,7 @@ def heads_kept(keep: int | float, heads: int) -> int:
     if isinstance(keep, float):
         return max(1, int(keep * heads + 1e-9))  # 0.29 of 100 heads are 29, whatever the product rounds to
     if keep > heads:
-        raise ValueError(f"keep must be at most the layer's number of heads, {heads}; got {keep}")
+        raise ValueError(f"weighting: keep must be at most the layer's number of heads, {heads}; got {keep}")
     return keep
 
 

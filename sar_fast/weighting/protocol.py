@@ -6,9 +6,9 @@ import inspect
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sar_fast.values import Statistics
+from sar_fast.values import Statistics, StatisticsWithRows
 
 
 class Weighting(Protocol):
@@ -28,8 +28,9 @@ class Weighting(Protocol):
         """The weights c: (B, H), (H,) or (1, H) floating point, any finite numbers.
 
         Args:
-            statistics: of this layer. What is returned for a row whose ``count`` is 0 is not used: its weights are 1.
-                All NaN for a rule that needs none.
+            statistics: of this layer, not to be changed in place; all NaN for a rule that needs none. A row whose
+                ``count`` is 0 weighs 1, whatever is returned for it. It holds 0, for a module while gradients are
+                recorded other numbers, so that to divide by them spoils no gradient.
             layer: index of the attention layer in a model, as the keys of ``handle.stats``; None in a function call.
         """
         ...
@@ -41,7 +42,7 @@ def needs_statistics(weighting: Weighting) -> bool:
 
 
 def check_weighting(weighting: object) -> Weighting:
-    """The rule itself; ``TypeError`` unless it can be called as one."""
+    """The rule itself; ``TypeError`` unless it can be called as one, ``ValueError`` if it contradicts itself."""
     if inspect.isclass(weighting):
         raise TypeError(f"weighting must be a rule, not a class; got {weighting.__name__}, need {weighting.__name__}()")
     if not callable(weighting):
@@ -51,6 +52,8 @@ def check_weighting(weighting: object) -> Weighting:
         )
     if not isinstance(needs_statistics(weighting), bool):
         raise TypeError(f"weighting.needs_statistics must be a bool; got {weighting.needs_statistics!r}")
+    if not needs_statistics(weighting) and getattr(weighting, "row_statistics", ()):
+        raise ValueError(f"weighting: {name_of(weighting)} has row_statistics, and needs_statistics is False")
     return weighting
 
 
@@ -72,18 +75,24 @@ def no_statistics(batch: int, heads: int, like: Tensor, dtype: torch.dtype) -> S
     return Statistics(nothing.expand(batch, heads), nothing.expand(batch, heads), nothing.expand(batch))
 
 
-def head_weights(weighting: Weighting, statistics: Statistics, layer: int | None) -> Tensor:
+def head_weights(weighting: Weighting, statistics: Statistics | StatisticsWithRows, layer: int | None) -> Tensor:
     """A rule's weights c (B, H), in the statistics' dtype; exactly 1 in rows in which no query counted.
 
     Raises:
         TypeError, ValueError: naming the rule and what it returned. Its values are looked at where c is used.
     """
+    counts = needs_statistics(weighting)
+    learns = counts and isinstance(weighting, nn.Module) and torch.is_grad_enabled()
+    given = _without_zeros(statistics) if learns else statistics
+    before = _versions(given)
     device = statistics.av.device.type
     if torch.is_autocast_enabled(device):  # its dtype would round fp32 statistics
         with torch.autocast(device, enabled=False):
-            c = weighting(statistics, layer)
+            c = weighting(given, layer)
     else:
-        c = weighting(statistics, layer)
+        c = weighting(given, layer)
+    if _versions(given) != before:
+        raise ValueError(f"weighting: {name_of(weighting)} must not change the statistics that it is given")
     batch, heads = statistics.av.shape
     rule = f"weighting: {name_of(weighting)}"
     if not isinstance(c, Tensor):
@@ -97,4 +106,21 @@ def head_weights(weighting: Weighting, statistics: Statistics, layer: int | None
     if c.device != statistics.av.device:
         raise ValueError(f"{rule} must return weights on {statistics.av.device}; got {c.device}")
     c = c.to(statistics.av.dtype).expand(batch, heads)
-    return torch.where(statistics.count[:, None] > 0, c, 1) if needs_statistics(weighting) else c
+    return torch.where(statistics.count[:, None] > 0, c, 1) if counts else c
+
+
+def _without_zeros(statistics: Statistics | StatisticsWithRows) -> Statistics | StatisticsWithRows:
+    """Numbers that differ in rows in which no query counted: dividing by 0 there makes a parameter's gradient NaN."""
+    counted, heads = statistics.count[:, None] > 0, statistics.av.shape[-1]
+    numbers = torch.linspace(1, 2, heads, dtype=statistics.av.dtype, device=statistics.av.device)
+    fill = lambda x: torch.where(counted, x, numbers)
+    rows = {"rows": {name: fill(x) for name, x in statistics.rows.items()}} if hasattr(statistics, "rows") else {}
+    return statistics._replace(av=fill(statistics.av), sa=fill(statistics.sa), **rows)
+
+
+def _versions(statistics: Statistics | StatisticsWithRows) -> list[int]:
+    """How often each tensor was changed in place; nothing where that is not known."""
+    if torch.compiler.is_compiling() or statistics.av.is_inference():
+        return []
+    tensors = [*statistics[:3], *getattr(statistics, "rows", {}).values()]
+    return [x._version for x in tensors]

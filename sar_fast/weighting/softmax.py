@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -87,6 +88,11 @@ class SoftmaxOverHeads:
 
 
 Lowered = SoftmaxOverHeads | Equal  # the rules that the backends themselves know
+
+
+def is_lowered(rule: Weighting) -> TypeGuard[Lowered]:
+    """Whether the backends know a rule; what is derived from one of theirs may be another."""
+    return type(rule) in (SoftmaxOverHeads, Equal)
 
 
 def flatten(rule: Lowered) -> tuple[float, bool, str]:

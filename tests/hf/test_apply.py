@@ -10,6 +10,7 @@ import torch
 
 from sar_fast import SARConfig, apply_sar, patch_model_for_sar, remove_sar
 from sar_fast.integrations.hf import UnsupportedModelError, families
+from sar_fast.weighting import TopHeads
 from tests.hf.oracle import eager_oracle, llava_prior, qwen_prior
 from tests.hf.tiny import MODELS, llava, llava_batch
 
@@ -213,6 +214,16 @@ def test_patch_model_for_sar_is_the_research_name():
     handle = patch_model_for_sar(model, use_sar=True, sar_activation_layer_k=2, sar_beta=0.25)
     assert (handle.config.activation_layer_k, handle.config.beta) == (2, 0.25)
     handle.remove()
+
+
+def test_patch_model_for_sar_takes_another_rule_in_place_of_beta():
+    model, rule = llava(), TopHeads(2)
+    handle = patch_model_for_sar(model, sar_activation_layer_k=2, weighting=rule)
+    assert handle.config == SARConfig(activation_layer_k=2, weighting=rule)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"weighting must come without beta, .*; got TopHeads and beta=0\.5"):
+        patch_model_for_sar(model, sar_beta=0.5, weighting=rule)
+    assert patch_model_for_sar(model, True, 2).config == SARConfig(activation_layer_k=2, beta=0.5)
 
 
 def test_from_pretrained_with_the_implementation_named(tmp_path):

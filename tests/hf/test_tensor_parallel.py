@@ -7,10 +7,12 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import DistributedConfig, LlavaForConditionalGeneration
 
 from sar_fast import SARConfig, apply_sar
 from sar_fast.distributed import Shards
+from sar_fast.weighting import Entropy, Fixed, HeadScales, ScoreSum, SuppressHeads
 from tests.distributed_workers import run_ranks
 from tests.hf.tiny import llava, llava_batch
 
@@ -31,6 +33,59 @@ def results(model, config=CONFIG):
         p.grad for p in (layer.self_attn.k_proj.weight, layer.self_attn.o_proj.weight, layer.mlp.up_proj.weight)
     ]
     return logits.detach(), tokens, weights, gradients
+
+
+class Mixture(nn.Module):
+    """Couples all heads, and uses row statistics of both kinds."""
+
+    row_statistics = (Entropy(), ScoreSum())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, statistics, layer):
+        rows = statistics.rows
+        mean = statistics.av + statistics.sa + rows["entropy"] / 9 + rows["score_sum"] / 20
+        return 1 + layer * torch.tanh(mean @ self.mix) / 3
+
+
+def rules_worker(rank, world, path):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    alone = LlavaForConditionalGeneration.from_pretrained(path)
+    split = LlavaForConditionalGeneration.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto"))
+    table = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) + 0.2
+    for rule, options in (
+        (Mixture(), {"sav_grad": True}),
+        (Mixture(), {"decode": "step"}),
+        (Mixture(), {"decode": "prompt"}),
+        (Fixed(table), {}),
+        (HeadScales(4, 4), {}),
+        (SuppressHeads(2, 0.1), {}),
+    ):
+        config = SARConfig(activation_layer_k=2, weighting=rule, record=True, **options)
+        alone.zero_grad()
+        split.zero_grad()
+        logits, tokens, weights, gradients = results(alone, config)
+        parameters = list(rule.parameters()) if isinstance(rule, nn.Module) else []
+        whole = [p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+        mine = results(split, config)
+        assert (mine[0] - logits).abs().max() <= 1e-4 * logits.abs().max()
+        assert torch.equal(mine[1], tokens)
+        for layer, expected in weights.items():
+            torch.testing.assert_close(mine[2][layer], expected.chunk(world, 1)[rank], rtol=1e-4, atol=1e-5)
+        for got, expected in zip(mine[3], gradients):
+            torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-3, atol=1e-5)
+        for p, expected in zip(parameters, whole):
+            dist.all_reduce(p.grad)  # each rank's loss is of its own heads
+            torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rules_under_tensor_parallelism_equal_one_process(tmp_path):
+    llava().save_pretrained(tmp_path)
+    run_ranks(rules_worker, str(tmp_path))
 
 
 def tensor_parallel_worker(rank, world, path, uneven):

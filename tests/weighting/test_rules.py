@@ -129,7 +129,7 @@ def test_statistics_that_are_no_numbers_decide_nothing(rule, bad):
 
 
 def test_more_heads_than_there_are():
-    with pytest.raises(ValueError, match="keep must be at most the layer's number of heads, 6; got 7"):
+    with pytest.raises(ValueError, match=r"^weighting: keep must be at most the layer's number of heads, 6; got 7"):
         TopHeads(7)(measured())
 
 

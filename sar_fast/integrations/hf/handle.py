@@ -185,13 +185,14 @@ def patch_model_for_sar(
     model: nn.Module,
     use_sar: bool = True,
     sar_activation_layer_k: int = 10,
-    sar_beta: float = 0.5,
+    sar_beta: float | None = None,
     **options: Any,
 ) -> SARHandle | None:
     """The research code's name for :func:`apply_sar`; ``use_sar=False`` is the model without SAR, which is taken off
     where it is applied, and returns None.
 
-    ``options`` are further fields of :class:`~sar_fast.SARConfig`.
+    ``sar_beta`` is 0.5 by default; ``options`` are further fields of :class:`~sar_fast.SARConfig`, a ``weighting`` in
+    place of ``sar_beta`` among them.
     """
     if not isinstance(use_sar, bool):
         raise TypeError(f"use_sar must be a bool; got {type(use_sar).__name__} {use_sar!r}")
