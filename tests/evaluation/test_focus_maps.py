@@ -150,6 +150,7 @@ class TestMasks:
             ((10, 10, 10, 20), "box has no area"),
             ((30, 10, 10, 20), "box has no area"),
             ((10.6, 10.6, 10.9, 10.9), "empty mask"),
+            ((0.1, 0.2, 0.9, 1.0), "box in fractions of the picture, needed pixels"),
         ],
     )
     def test_unusable_boxes_are_skips_with_a_reason(self, box, reason):

@@ -19,6 +19,7 @@ NOTHING_GROUNDED = "nothing grounded"
 EMPTY_MASK = "empty mask"
 NO_BOX_AREA = "box has no area"
 BOX_OUTSIDE = "box outside the image"
+BOX_FRACTIONS = "box in fractions of the picture, needed pixels"
 UNREADABLE = "unreadable image"
 PLACEHOLDER = "words with the placeholder of a picture"
 BAD_MASK = "unreadable mask"
@@ -177,15 +178,23 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
     if len(box) != 4 or not all(math.isfinite(v) for v in box):
         raise ValueError(f"bbox must be four finite numbers x1, y1, x2, y2 in pixels; got {list(box)}")
     x1, y1, x2, y2 = map(float, box)
-    if x1 >= x2 or y1 >= y2:
-        raise SampleSkipped(NO_BOX_AREA, f"{[x1, y1, x2, y2]}")
-    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        raise SampleSkipped(BOX_OUTSIDE, f"{[x1, y1, x2, y2]} in {width} x {height}")
+    if problem := box_problem(box, size):
+        raise SampleSkipped(problem, f"{[x1, y1, x2, y2]} in {width} x {height}")
     x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
     mask = ((y >= y1) & (y < y2))[:, None] & ((x >= x1) & (x < x2))[None]
     if not mask.any():
         raise SampleSkipped(EMPTY_MASK, f"{[x1, y1, x2, y2]} holds no pixel centre")
     return mask
+
+
+def box_problem(box: Sequence[float], size: tuple[int, int]) -> str | None:
+    """Why (x1, y1, x2, y2) cannot be a box in pixels of a picture, as one of this module's reasons; None if it can."""
+    x1, y1, x2, y2 = box
+    if x1 >= x2 or y1 >= y2:
+        return NO_BOX_AREA
+    if x2 <= 0 or y2 <= 0 or x1 >= size[0] or y1 >= size[1]:
+        return BOX_OUTSIDE
+    return BOX_FRACTIONS if max(x2, y2) <= 1 < max(size) else None  # nobody annotates the first pixel
 
 
 def picture_hash(picture: Image.Image) -> str:
