@@ -153,6 +153,20 @@ def test_a_run_that_was_stopped_before_its_results_gets_them(finished, tmp_path)
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere", "resume_from_checkpoint is nowhere, which is no whole checkpoint"),
+        ("{run}", "resume_from_checkpoint is {run}, a run's folder: name one of its checkpoints, checkpoint-4"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named_whatever_the_folder_holds(finished, tmp_path, place, message):
+    place, message = (words.format(run=finished) for words in (place, message))
+    for output in (finished, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            build(parse(flags(output, **{**RUN, "resume_from_checkpoint": place})))
+
+
 def test_weights_alone_are_no_resume(tmp_path):
     common = {**RUN, "max_steps": 2, "save_only_model": True}
     train(tmp_path, **common)
