@@ -127,8 +127,10 @@ def below_one(group: Any, *names: str) -> None:
 def _check(group: Any, names: Sequence[str], good: Callable[[Any], bool], needed: str) -> None:
     for name in names:
         value = getattr(group, name)
-        if value is not None and not (math.isfinite(value) and good(value)):
+        if value is not None and not good(value):
             raise ValueError(f"--{name} must be {needed}; got {value}")
+        if value is not None and math.isinf(value):
+            raise ValueError(f"--{name} must be {needed} and finite; got {value}")
 
 
 def arguments_of_process(parse: Callable[[Sequence[str]], Parsed]) -> Parsed:

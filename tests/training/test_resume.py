@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import json
+import re
 import shutil
 
 import pytest
 
-from sar_fast.training.arguments import parse
+from sar_fast.training.arguments import ControlArguments, DataArguments, ModelArguments, SFTArguments, parse
 from sar_fast.training.checkpoints import COMPLETE, checkpoints
+from sar_fast.training.resume import BY_PRODUCT, MAY_CHANGE
 from sar_fast.training.run import build, run
 from tests.training.runs import flags, lines, train
-from tests.training.samples import DATA, write_jsonl
+from tests.training.samples import DATA, REPOSITORY, write_jsonl
 
 RUN = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_analysis": False}
 HALF = {**RUN, "resume_from_checkpoint": "true"}
@@ -110,6 +114,17 @@ def test_what_may_change(half, finished, tmp_path):
     assert json.loads((moved / "train_results.json").read_text())["train_loss"] == pytest.approx(
         whole["train_loss"], rel=1e-4
     )
+
+
+def test_the_docs_list_what_may_change():
+    groups = (ModelArguments, DataArguments, ControlArguments, SFTArguments)
+    flags = {field.name for group in groups for field in dataclasses.fields(group)}
+    text = (REPOSITORY / "docs" / "training.md").read_text().partition("**May change:**")[2].partition("**Anything")[0]
+    listed = set(re.findall(r"`([a-z_*]+)`", text)) - {"max_length", "control_sft"}  # which are explained there
+    for pattern in listed:
+        assert fnmatch.filter(flags, pattern), pattern
+    found = {flag for flag in flags for pattern in listed if fnmatch.fnmatchcase(flag, pattern)}
+    assert found == (MAY_CHANGE | set(BY_PRODUCT)) & flags
 
 
 def test_figures_are_of_the_whole_run(half, finished):
