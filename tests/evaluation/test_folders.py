@@ -170,7 +170,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     """A training writes all_results.json and a run_metadata.json of its own; ``parts`` may be anyone's."""
     (tmp_path / METADATA).write_text('{"command": []}')
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is not that of an evaluation: choose another folder$"):
+        with pytest.raises(ValueError, match=r"is not that of an evaluation: choose another folder$"):
             benchmark.run(arguments(tmp_path, overwrite_output_dir=overwrite))
     assert (tmp_path / METADATA).read_text() == '{"command": []}'
     (tmp_path / METADATA).unlink()
