@@ -130,8 +130,9 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
         settings["samples_per_micro_batch"] = micro_batch
     if model.finetuning_type == "lora" and source_of(model).adapter is None:
         settings |= with_defaults(model)
-    if data.streaming:  # which worker reads what decides the order
+    if data.streaming:  # which worker reads what decides the order; records are known by their files and entries
         settings["dataloader_num_workers"] = training.dataloader_num_workers
+        settings["dataset_info"] = [_entry(info) for info in infos]
     facts = model_facts(source_of(model))
     for name, of in (("model_name_or_path", ""), ("base_model", "base_")):
         weights = facts.get(f"{of}weights")
@@ -141,6 +142,12 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
     settings["sar_weighting"] = _weighting(model.sar_weighting)
     settings["deepspeed"] = _deepspeed(training.deepspeed)
     return json.loads(json.dumps(settings, default=str))
+
+
+def _entry(info: DatasetInfo) -> dict[str, Any]:
+    """What the registry says of a dataset's rows, wherever they lie."""
+    values = dataclasses.asdict(info)
+    return {name: values[name] for name in ("layout", "hub_id", "subset", "split", "num_samples")}
 
 
 def _weighting(spec: str | None) -> str | None:

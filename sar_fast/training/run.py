@@ -101,8 +101,9 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     processor = load_processor(arguments)
     encoder = Encoder(processor, data.max_length, data.too_long)
     train = _dataset(arguments, infos, encoder) if training.do_train else None
-    if settings is not None and (pictures := getattr(train, "pictures", None)) is not None:  # a stream is not read yet
-        settings["content of the pictures"] = pictures
+    if settings is not None:
+        content = getattr(train, "stamps", {})  # a stream is not read yet
+        settings |= {f"content of the {what}": stamps for what, stamps in content.items()}
         if checkpoint is not None:
             check_same_run(settings, checkpoint)
     evaluation = None

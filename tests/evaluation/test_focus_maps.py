@@ -165,7 +165,8 @@ class TestMasks:
             check_mask(np.zeros((40, 96)), SIZE)
         with pytest.raises(SampleSkipped, match="as its picture"):
             check_mask(np.ones((96, 40)), SIZE)
-        for bad in (b"no picture", [1, 2, 3, 4], [[1, 2, 3, 4, 5, "x"]]):
+        fractions = [0.1, 0.1, 0.9, 0.1, 0.9, 0.9]
+        for bad in (b"no picture", [1, 2, 3, 4], [[1, 2, 3, 4, 5, "x"]], fractions, [fractions]):
             with pytest.raises(SampleSkipped, match="unreadable mask"):
                 decode_mask(bad, SIZE)
 

@@ -102,6 +102,33 @@ def test_a_replaced_picture_is_another_run(tmp_path):
         build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
 
 
+@pytest.mark.parametrize(
+    ("entry", "streaming", "named"),
+    [
+        ({"num_samples": 6}, False, "content of the records is .*, was"),
+        ({"columns": {"messages": "other"}}, False, "content of the records is .*, was"),
+        ({"num_samples": 6}, True, "dataset_info is .*num_samples.*6.*, was"),
+    ],
+)
+def test_another_entry_of_the_registry_is_another_run(tmp_path, entry, streaming, named):
+    turns = lambda *words: [{"from": who, "value": value} for who, value in zip(("human", "gpt"), words)]
+    rows = [{"conversations": turns(f"{n}?", "red"), "other": turns(f"{n}?", "blue")} for n in range(8)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    common = {**RUN, "max_steps": 2, "dataset": "rows", "dataset_dir": tmp_path, "streaming": streaming}
+
+    def register(**changes):
+        (tmp_path / "dataset_info.json").write_text(
+            json.dumps({"rows": {"file_name": "rows.jsonl", "formatting": "sharegpt", **changes}})
+        )
+
+    register()
+    train(tmp_path / "run", **common)
+    build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
+    register(**entry)
+    with pytest.raises(ValueError, match=named):
+        build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
+
+
 def test_what_may_change(half, finished, tmp_path):
     """The total batch counts, not how it is divided; data and folders may have moved."""
     moved = tmp_path / "moved"
