@@ -166,7 +166,7 @@ class TestMasks:
         with pytest.raises(SampleSkipped, match="as its picture"):
             check_mask(np.ones((96, 40)), SIZE)
         fractions = [0.1, 0.1, 0.9, 0.1, 0.9, 0.9]
-        for bad in (b"no picture", [1, 2, 3, 4], [[1, 2, 3, 4, 5, "x"]], fractions, [fractions]):
+        for bad in (b"no picture", [1, 2, 3, 4], [[1, 2, 3, 4, 5, "x"]], [[9, 2, 30, 4, float("nan"), 9]], fractions):
             with pytest.raises(SampleSkipped, match="unreadable mask"):
                 decode_mask(bad, SIZE)
 

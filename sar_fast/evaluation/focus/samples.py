@@ -120,8 +120,8 @@ class DatasetMasks(MaskSource):
 def decode_mask(mask: np.ndarray | bytes | list | Mapping, size: tuple[int, int]) -> np.ndarray:
     """A mask in any of the forms of :class:`GroundingSample`, as an array; ``size`` is the picture's, for polygons.
 
-    Raises :class:`SampleSkipped` for bytes that are no picture, polygons of less than three corners, and run lengths
-    that do not make up their size.
+    Raises :class:`SampleSkipped` for bytes that are no picture, polygons of less than three corners or in fractions of
+    the picture, and run lengths that do not make up their size.
     """
     if isinstance(mask, Mapping):
         try:
@@ -141,9 +141,14 @@ def decode_mask(mask: np.ndarray | bytes | list | Mapping, size: tuple[int, int]
                     BAD_MASK, f"a polygon needs x, y of three corners or more; got {len(polygon)} numbers"
                 )
             try:
-                ImageDraw.Draw(drawn).polygon([float(v) for v in polygon], fill=1)
+                corners = [float(v) for v in polygon]
             except (TypeError, ValueError) as error:
                 raise SampleSkipped(BAD_MASK, f"a polygon holds what is no number: {error}") from error
+            if not all(map(math.isfinite, corners)):
+                raise SampleSkipped(BAD_MASK, f"a polygon holds what is not finite: {corners[:6]}")
+            if max(corners) <= 1 < max(size):
+                raise SampleSkipped(BAD_MASK, f"a polygon in fractions of the picture, needed pixels: {corners[:6]}")
+            ImageDraw.Draw(drawn).polygon(corners, fill=1)
         return np.asarray(drawn)
     return mask
 
