@@ -77,8 +77,8 @@ def _file_flags(path: Path) -> list[str]:
     for name, value in values.items():
         if isinstance(value, list):
             words += [f"--{name}", *map(text, value)]
-        elif value is not None:
-            words += [f"--{name}", text(value)]
+        elif value is not None:  # YAML takes the word no for False
+            words += [f"--{name}", "no" if value is False and str(name).endswith("_strategy") else text(value)]
     return words
 
 
