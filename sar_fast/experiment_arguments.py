@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
-from sar_fast.foreign_flags import advice
+from sar_fast.foreign_flags import hint
 
 Parsed = TypeVar("Parsed")
-NEAR = 0.8  # likeness of names, from 0 to 1, from which one may be the other misspelt
 
 
 class _Parser(HfArgumentParser):
@@ -40,19 +38,11 @@ def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]
     for word in words:
         name = word.split("=", 1)[0]
         if name.startswith("--") and name not in known:
-            raise ValueError(f"unknown flag {name}{_hint(name, known)}")
+            raise ValueError(f"unknown flag {name}{hint(name, known)}")
     *parsed, left = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if left:
         raise ValueError(f"cannot make sense of {' '.join(left)}; flags begin with --")
     return tuple(parsed)
-
-
-def _hint(flag: str, known: Iterable[str]) -> str:
-    instead = advice(flag.removeprefix("--").replace("-", "_"))
-    if instead is not None:
-        return f": {instead}"
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=NEAR)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def expand(argv: Sequence[str]) -> list[str]:
@@ -87,8 +77,8 @@ def _file_flags(path: Path) -> list[str]:
     for name, value in values.items():
         if isinstance(value, list):
             words += [f"--{name}", *map(text, value)]
-        elif value is not None:
-            words += [f"--{name}", text(value)]
+        elif value is not None:  # YAML takes the word no for False
+            words += [f"--{name}", "no" if value is False and str(name).endswith("_strategy") else text(value)]
     return words
 
 
@@ -127,8 +117,10 @@ def below_one(group: Any, *names: str) -> None:
 def _check(group: Any, names: Sequence[str], good: Callable[[Any], bool], needed: str) -> None:
     for name in names:
         value = getattr(group, name)
-        if value is not None and not (math.isfinite(value) and good(value)):
+        if value is not None and not good(value):
             raise ValueError(f"--{name} must be {needed}; got {value}")
+        if value is not None and math.isinf(value):
+            raise ValueError(f"--{name} must be {needed} and finite; got {value}")
 
 
 def arguments_of_process(parse: Callable[[Sequence[str]], Parsed]) -> Parsed:

@@ -1,10 +1,17 @@
-"""Flags that users bring from LLaMA-Factory and older Trainers: what to do here instead."""
+"""Flags that a command does not have: which of its own is meant, or what to do in place of another program's."""
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+
+NEAR = 0.8  # likeness of names, from 0 to 1, from which one may be the other misspelt
+LONGER = 3  # letters that a misspelt name may have too many or too few
+
 MADE_FOR_OTHER_TRAINING = "that method is not here; see --finetuning_type and --custom_trainer"
 LORA_VARIANT = "LoRA is plain here: --lora_rank, --lora_alpha, --lora_dropout, --lora_target"
-DECODING = "answers are generated greedily, by experiments/evaluate.py; see its --max_new_tokens"
+DECODING = "answers are generated greedily, by experiments/evaluate.py and sar-fast generate"
 SERVING = "models are run by transformers here; nothing is served or exported"
 PICTURES = "pictures are resized as the model's processor_config.json says; change it there, or the pictures"
 QUANTIZED = "weights are not quantized here; --torch_dtype bfloat16 halves them, --finetuning_type lora trains few"
@@ -129,6 +136,19 @@ PREFIXES = {
     "ray_": "launchers are in experiments/launch",
     "use_ray": "launchers are in experiments/launch",
 }
+
+
+def hint(flag: str, known: Iterable[str]) -> str:
+    """What goes on after "unknown flag ``flag``" for a command with the flags ``known``, all with their dashes."""
+    flag, *names = ("--" + name.removeprefix("--").replace("-", "_") for name in (flag, *known))  # both spellings
+    instead = advice(flag.removeprefix("--"))
+    if instead is not None:
+        understood = set(names).issuperset(re.findall(r"--\w+", instead))
+        return f": {instead if understood else 'it is for training, and has no meaning here'}"
+    longer = list({name for name in names if name.startswith(flag)})
+    alike = [name for name in names if abs(len(name) - len(flag)) <= LONGER]
+    near = longer if len(longer) == 1 else difflib.get_close_matches(flag, alike, n=1, cutoff=NEAR)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def advice(name: str) -> str | None:

@@ -34,6 +34,8 @@ TURNS = {
 }
 HEADER_TELLS = ("JPEG", "MPO", "WEBP", "GIF")  # orientation and size; others tell one of them when they are decoded
 ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+WHITE_IS_ZERO, UNSIGNED = 0, 1  # a photometric interpretation, a sample format
 FLOAT_RANGES, INTEGER_RANGES = (1, 255, 65535), (255, 65535)  # of 32-bit values, which do not say their own
 SCHEME = re.compile(r"(data|file|https?):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -52,9 +54,10 @@ class PictureError(ValueError):
 def open_picture(source: Source) -> Image.Image:
     """The picture as it is shown: mode RGB, upright, without metadata; the same again for its own result.
 
-    16-bit values are scaled by 65535. Values of 32 bits do not say their range: it is the first of 0..1 (floats only),
-    0..255 and 0..65535 that holds all finite ones, else from the least of them to the greatest. inf is white; -inf, NaN
-    and a constant outside of the ranges are black. EXIF data that cannot be parsed turns nothing.
+    Grey of 16 bits is scaled by 65535, of 12 by 4095. Values of 32 bits do not say their range: it is the first of 0..1
+    (floats only), 0..255 and 0..65535 that holds all finite ones, else from the least of them to the greatest. inf is
+    white; -inf, NaN and a constant outside of the ranges are black. Where a TIFF says that 0 is white, all is turned
+    over but NaN. EXIF data that cannot be parsed turns nothing.
 
     Args:
         source: a path, an encoded picture's bytes, or a decoded picture, which is left as it is.
@@ -252,7 +255,7 @@ def _colours(picture: Image.Image) -> Image.Image:
             picture = picture.convert("RGBA")  # Pillow warns where it must drop a palette's transparency
         picture.info.pop("transparency", None)
     if mode in ("I", "F") or mode.startswith("I;16"):
-        picture = _grey(np.asarray(picture))
+        picture = _grey(picture)
     elif mode == "LAB":
         from PIL import ImageCms
 
@@ -283,19 +286,34 @@ def _opacity(picture: Image.Image) -> Image.Image | None:
     return Image.fromarray(np.where(same, 0, 255).astype(np.uint8))
 
 
-def _grey(values: np.ndarray) -> Image.Image:
-    """Mode L of (height, width) values of 16 or 32 bits, by the ranges that :func:`open_picture` names."""
-    if values.dtype.kind == "u":
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+def _grey(picture: Image.Image) -> Image.Image:
+    """Mode L of values of 16 or 32 bits, by the ranges that :func:`open_picture` names."""
+    values, top, inverted = _stored(picture)
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
         raise PictureError("has no finite value")
     low, high = finite.min(), finite.max()
-    known = FLOAT_RANGES if values.dtype.kind == "f" else INTEGER_RANGES
+    known = (top,) if top else FLOAT_RANGES if values.dtype.kind == "f" else INTEGER_RANGES
     if low >= 0 and high <= known[-1]:
         low, high = 0, next(top for top in known if high <= top)
-    levels = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return Image.fromarray(np.rint(255 * ((levels - low) / max(high - low, 1e-300))).astype(np.uint8))
+    levels = np.clip((values.astype(np.float64) - low) / max(high - low, 1e-300), 0, 1)
+    levels = np.nan_to_num(1 - levels if inverted else levels)
+    return Image.fromarray(np.rint(255 * levels).astype(np.uint8))
+
+
+def _stored(picture: Image.Image) -> tuple[np.ndarray, int | None, bool]:
+    """((height, width) values, the greatest that there can be, None for 32 bits; whether 0 is white)."""
+    values = np.asarray(picture)
+    top = 65535 if values.dtype.kind == "u" or (picture.format == "PPM" and picture.mode == "I") else None
+    tags = getattr(picture, "tag_v2", None)
+    if tags is None:
+        return values, top, False
+    bits, kind = (int(np.ravel(tags.get(tag, 1))[0]) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT))
+    if kind == UNSIGNED and values.dtype.kind == "u":
+        top = 2**bits - 1  # 12 bits lie in 16
+    elif kind == UNSIGNED and values.dtype.kind == "i":
+        values = values.view(np.uint32)  # Pillow has signed ones alone
+    return values, top, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
 
 def _values(picture: Image.Image) -> np.ndarray:

@@ -114,6 +114,22 @@ def test_an_unknown_option_names_the_nearest(name):
             assert "; did you mean --output" in line
 
 
+def test_flags_of_other_programs_are_known_and_nothing_unrelated_is_suggested():
+    for words, message in (
+        ("generate --stage sft", "unknown option --stage"),
+        ("generate --top_k 3", "unknown option --top_k: answers are generated greedily"),
+        ("inspect --flash_attn fa2", "unknown option --flash_attn: it is for training, and has no meaning here"),
+        ("generate --use_dora true", "unknown option --use_dora: it is for training, and has no meaning here"),
+        ("demo --dataset x", "unknown option --dataset"),
+        ("bench train --heads 3", "unknown option --heads"),
+        ("paper --task mme", "unknown option --task"),
+        ("merge --out x", "unknown option --out; did you mean --output_dir?"),
+    ):
+        line = fails(*words.split())
+        assert line.startswith(message), line
+        assert ("did you mean" in line) == ("did you mean" in message), line
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -148,6 +148,36 @@ def test_32_bit_integers_by_the_first_range_that_holds_them(values, expected):
     assert np.abs(shown[0, :, 0] - expected).max() <= 1
 
 
+def tiff(width: int, bits: int, row: bytes, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A TIFF file of one row of grey values, written by hand: what Pillow reads but does not write."""
+    numbers = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 1, 279: len(row)}
+    numbers |= {339: sample_format}  # 273: where the row begins, behind all tags
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in numbers.items())
+    return b"II" + struct.pack("<HIH", 42, 8, len(numbers)) + tags + struct.pack("<I", 0) + row
+
+
+def floats(*values: float) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (tiff(4, 12, bytes.fromhex("000333800fff")), [0, 51, 128, 255]),
+        (tiff(3, 16, struct.pack("<3H", 0, 13107, 65535), photometric=0), [255, 204, 0]),
+        (tiff(3, 32, floats(0, 0.2, 1), photometric=0, sample_format=3), [255, 204, 0]),
+        (tiff(3, 32, floats(np.nan, 0, 1), photometric=0, sample_format=3), [0, 255, 0]),
+        (tiff(3, 32, struct.pack("<3I", 0, 1 << 31, (1 << 32) - 1)), [0, 128, 255]),
+        (b"P5 3 1 65535\n" + struct.pack(">3H", 0, 100, 255), [0, 0, 1]),  # a dark picture of 16 bits
+        (b"P5 3 1 4095\n" + struct.pack(">3H", 0, 8, 4095), [0, 0, 255]),
+        (b"P2 3 1 4095\n0 2048 1000", [0, 128, 62]),
+    ],
+    ids=["12 bits", "white is 0", "float, white is 0", "NaN, white is 0", "unsigned", "dark PGM", "PGM", "plain PGM"],
+)
+def test_grey_means_what_its_file_says(content, expected):
+    assert np.abs(pixels(content)[0, :, 0] - expected).max() <= 1
+
+
 def test_values_that_are_no_numbers_are_no_picture():
     with pytest.raises(PictureError, match="has no finite value"):
         open_picture(Image.fromarray(np.full((3, 3), np.nan, np.float32)))

@@ -82,15 +82,20 @@ def test_from_data_to_a_score(command, tmp_path):
     assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
 
     benchmark = ["--task", "pope", "--data_dir", DATA / "benchmarks/pope", "--max_samples", "12"]
+    benchmark += ["--scoring", "first_token"]  # its numbers tell a model from one that answers alike
     sar = ["--use_sar", "--sar_activation_layer_k", "2", "--sar_beta", "0.05"]
-    scores = {}
+    found = {}
     command("merge", "lora", "--output_dir", "merged")
-    for name, model, flags in (("off", "lora", []), ("on", "lora", sar), ("merged", "merged", sar)):
+    runs = (("off", "lora", []), ("on", "lora", sar), ("merged", "merged", sar), ("base", "miniature", sar))
+    for name, model, flags in runs:
         folder = tmp_path / f"score_{name}"
         command("evaluate.py", "--model_name_or_path", model, *benchmark, *flags, "--output_dir", folder)
-        scores[name] = json.loads(next(folder.glob("*results.json")).read_text())
-    assert scores["off"]["overall"].keys() == scores["on"]["overall"].keys()
-    assert scores["on"]["overall"] == scores["merged"]["overall"]
+        assert json.loads((folder / "all_results.json").read_text())["overall"]["accuracy"] > 0
+        records = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+        found[name] = [value for record in records for value in record["log_probabilities"].values()]
+    assert found["merged"] == pytest.approx(found["on"], abs=1e-3)
+    for other in ("off", "base"):
+        assert max(abs(a - b) for a, b in zip(found["on"], found[other])) > 0.01
 
     asked = ["--image", data / "pictures/1.jpg", "--question", "What colour is the circle?", "--use_sar", "--k", "2"]
     answers = [command("generate", "--model", model, *asked) for model in ("lora", "merged")]

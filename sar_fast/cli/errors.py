@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from sar_fast.extras import EXTRA_OF, MissingExtraError, need
+from sar_fast.foreign_flags import hint
 
 OPTION_OF = {  # names that library errors begin with, as the option that sets them
     "activation_layer_k": "--k",
@@ -91,9 +92,9 @@ def _usage(error: Any) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
         return ""
     if hasattr(error, "possibilities"):
-        near = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
-        return f"unknown option {error.option_name}{near}"
+        options = {option for parameter in error.ctx.command.params for option in parameter.opts}
+        return f"unknown option {error.option_name}{hint(error.option_name, options | {'--help'})}"
     cause = error.__cause__
     came = f"; got {cause.errors()[0]['input']!r}" if hasattr(cause, "errors") else ""  # pydantic's words leave it out
-    hint = f" ({error.ctx.command_path} --help)" if error.ctx else ""
-    return " ".join(error.format_message().split()) + came + hint
+    more = f" ({error.ctx.command_path} --help)" if error.ctx else ""
+    return " ".join(error.format_message().split()) + came + more

@@ -10,6 +10,7 @@ from sar_fast.miniature.questions import BOX_BINS
 
 Box = tuple[float, float, float, float]
 Size = Sequence[int]
+Corners = Callable[[float, float, float, float], Box]
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"
 GAP = r"[\s,()\[\]]+"
@@ -35,12 +36,16 @@ class BoxFormat:
     order: tuple[int, int, int, int] = (0, 1, 2, 3)
     offset: float = 0.0  # added to every number first: half a bin where numbers are bins
 
-    def read(self, reply: str, size: Size, frame: Size | None) -> Box | None:
-        """The first box of a reply in pixels of the picture, None if there is none of positive size."""
+    def read(self, reply: str, size: Size, frame: Size | None, corners: Corners | None = None) -> Box | None:
+        """The first box of a reply in pixels of the picture, None if there is none of positive size.
+
+        ``corners`` makes (x1, y1, x2, y2) of the numbers, where they are something else.
+        """
         found = self.pattern.search(reply)
         if found is None:
             return None
         numbers = [float(found[1 + index]) + self.offset for index in self.order]
+        numbers = numbers if corners is None else corners(*numbers)
         (width, height), (left, top) = self.scale(size, frame)
         x1, y1, x2, y2 = (v * s - o for v, s, o in zip(numbers, (width, height) * 2, (left, top) * 2))
         return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
@@ -75,6 +80,7 @@ FORMATS = {
         _per(1),
     ),
     "square_fraction": BoxFormat(DESCRIBE, BRACKETED, _square),
+    "percent": BoxFormat(DESCRIBE, BRACKETED, _per(100)),
     "thousandths": BoxFormat(DESCRIBE, BRACKETED, _per(1000)),
     "pixels": BoxFormat(DESCRIBE, BRACKETED, _as_they_are),
     "resized_pixels": BoxFormat(

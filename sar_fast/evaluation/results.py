@@ -51,7 +51,14 @@ class ResultFolder:
             raise ValueError(f"output_dir {path} is a file, needed a folder")
         self.products, self.work = products, work
         self.sessions: list[dict[str, Any]] = []
+        self._refuse_anothers()
         self._stale = overwrite or not self._continues()
+
+    def _refuse_anothers(self) -> None:
+        """``ValueError`` if the metadata are of something else than an evaluation: a training's are not replaced."""
+        metadata = self.path / METADATA
+        if metadata.is_file() and not {"settings", "sessions"} <= read_json(metadata).keys():
+            raise ValueError(f"{metadata} is not that of an evaluation: choose another folder")
 
     def _continues(self) -> bool:
         """Whether what lies there is of these settings; False if it counts as nothing, an error if it is of others."""
@@ -64,8 +71,6 @@ class ResultFolder:
                 raise ValueError(f"output_dir {self.path} holds {', '.join(left)} but no {METADATA}: {ADVICE}")
             return False
         stored = read_json(metadata)
-        if not {"settings", "sessions"} <= stored.keys():
-            raise ValueError(f"{metadata} is not that of an evaluation: {ADVICE}")
         differing = differences(stored["settings"], self.settings)
         if differing and self._used():
             raise ValueError(

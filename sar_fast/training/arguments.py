@@ -216,6 +216,8 @@ class SFTArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        if str(self.deepspeed).endswith(".json") and not Path(self.deepspeed).is_file():
+            raise ValueError(f"--deepspeed {self.deepspeed} does not exist")
         if not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()):
             self.use_cpu = True  # otherwise --bf16 is refused on such a machine
             self.dataloader_pin_memory = False
@@ -247,7 +249,7 @@ class SFTArguments(TrainingArguments):
         at_least(self, 1, "save_total_limit", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout")
         at_least(self, 1, "gradient_analysis_steps")
         at_least(self, 0, "seed", "data_seed", "dataloader_num_workers", "warmup_steps", "eval_delay")
-        at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")
+        at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "neftune_noise_alpha")
         above(self, 0, "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "peak_flops")
         below_one(self, "adam_beta1", "adam_beta2", "label_smoothing_factor")
         if self.max_steps == 0 or self.max_steps < -1:

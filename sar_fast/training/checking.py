@@ -86,6 +86,12 @@ def check_records(
     return measured.select([index for index, reason in enumerate(reasons) if not reason]) if dropped else measured
 
 
+def records_stamp(records: Dataset) -> str:
+    """A hash of what is said in the records, in their order, whatever file and columns it is from."""
+    turns = records.select_columns(["messages"])
+    return stamp([stamp(batch["messages"]) for batch in turns.iter(batch_size=1000)])
+
+
 def pictures_stamp(records: Dataset) -> str:
     """A hash of what the records' picture files hold; a missing one counts as such.
 

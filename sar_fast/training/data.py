@@ -8,6 +8,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
-from sar_fast.training.checking import LENGTH, bad, check_records, encode, pictures_stamp
+from sar_fast.training.checking import LENGTH, bad, check_records, encode, pictures_stamp, records_stamp
 from sar_fast.training.encoding import IGNORED, Encoder, TooLong
 from sar_fast.training.mixing import Mix, mixed
 from sar_fast.training.records import RecordError, id_in_messages, read_rows, to_record
@@ -121,8 +122,8 @@ def training_dataset(
     """
     mix.check(len(infos))
     loaded = [_load(info, cache_dir) for info in infos]
-    pictures = [pictures_stamp(records) for records in loaded]
-    parts = [check_records(records, encoder, num_proc, stamp) for records, stamp in zip(loaded, pictures)]
+    stamps = {"records": list(map(records_stamp, loaded)), "pictures": list(map(pictures_stamp, loaded))}
+    parts = [check_records(records, encoder, num_proc, stamp) for records, stamp in zip(loaded, stamps["pictures"])]
     records = concatenate_datasets(parts)
     if len(parts) > 1:
         ends = list(itertools.accumulate(map(len, parts)))
@@ -130,7 +131,7 @@ def training_dataset(
         order = list(mixed([span.__iter__ for span in spans], mix, random.Random(seed), lambda n: None))
         records = records if mix.strategy == "concat" else records.select(order)
         _tell(mix, infos, spans, order)
-    return EncodedDataset(records, encoder, pictures)
+    return EncodedDataset(records, encoder, stamps)
 
 
 def training_stream(
@@ -166,13 +167,15 @@ class EncodedDataset(Dataset):
     """Checked records, encoded when they are asked for: rows are ``{"features": model inputs}``.
 
     The column ``length`` is read without encoding anything: the Trainer sorts by it.
-    ``pictures`` are hashes of what the picture files of its parts hold, where they were taken.
+    ``stamps`` are hashes of what its parts hold, "records" and "pictures", where they were taken.
     """
 
-    def __init__(self, records: Dataset, encoder: Encoder, pictures: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, records: Dataset, encoder: Encoder, stamps: Mapping[str, Sequence[str]] = MappingProxyType({})
+    ) -> None:
         super().__init__(records.data, records.info, records.split, records._indices, records._fingerprint)
         self._lengths: list[int] = records[LENGTH][:]
-        self.pictures = pictures
+        self.stamps = stamps
         self.set_transform(_BatchEncoder(encoder))
 
     def __getitem__(self, key: Any) -> Any:

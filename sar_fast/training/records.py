@@ -35,6 +35,7 @@ KNOWN_COLUMNS = {
     "sharegpt": ("messages", "system", "images"),
     "alpaca": ("prompt", "query", "response", "system", "history", "images"),
 }
+UNREAD = ("videos", "audios")  # LLaMA-Factory's columns: without them a record says something else
 DEFAULT_TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -147,6 +148,8 @@ def to_record(row: Any, layout: Layout, media_dir: Path) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"record is a {type(row).__name__}, needed an object")
+    if left_out := [name for name in UNREAD if row.get(name)]:
+        raise RecordError(f"record has {' and '.join(left_out)}, and pictures are all that is read")
     name = _id(row)
     turns, parts = _sharegpt_turns(row, layout) if layout.formatting == "sharegpt" else _alpaca_turns(row, layout)
     system = layout.column(row, "system")

@@ -47,13 +47,15 @@ def find_datasets(
     (:func:`find_file`). ``max_samples`` limits each of the datasets.
 
     Raises:
-        ValueError: an unknown name (with the nearest known one), an entry that asks for what is not supported.
+        ValueError: an unknown name (with the nearest known one), an entry that asks for what is not supported, a
+            ``media_dir`` that is no folder.
         FileNotFoundError: no registry, or an entry whose file is not there.
     """
     wanted = split_names(names)
     folder = dataset_dir or DEFAULT_DIR
     if not wanted:
         raise ValueError(f"dataset is {names!r}, needed a name of {folder / REGISTRY_NAME} or a file")
+    check_media_dir(media_dir)
     found = [
         _file(find_file(name, dataset_dir), media_dir)
         if is_file_name(name)
@@ -64,6 +66,12 @@ def find_datasets(
         return found
     limits = [max_samples if info.num_samples is None else min(max_samples, info.num_samples) for info in found]
     return [dataclasses.replace(info, num_samples=limit) for info, limit in zip(found, limits)]
+
+
+def check_media_dir(media_dir: str | Path | None) -> None:
+    """``ValueError`` if pictures are to be found in a folder that is none."""
+    if media_dir is not None and not Path(media_dir).is_dir():
+        raise ValueError(f"media_dir {str(media_dir)!r} is no folder")
 
 
 def split_names(names: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from sar_fast.chat_template import read_template
 from sar_fast.evaluation.stamps import content_stamp, files_stamp
 from sar_fast.evaluation.weights import model_facts
 from sar_fast.training.arguments import Arguments
-from sar_fast.training.checkpoints import SETTINGS, last_complete
+from sar_fast.training.checkpoints import SETTINGS, checkpoints, last_complete
 from sar_fast.training.lora import with_defaults
 from sar_fast.training.models import source_of
 from sar_fast.training.output_folder import earlier_run
@@ -75,14 +75,18 @@ def find_checkpoint(arguments: Arguments) -> str | None:
     wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
     asked = wanted is not None and str(wanted).lower() != "false"
     found = Path(wanted) if asked and str(wanted).lower() != "true" else last_complete(output) if asked else None
+    if found is not None and (inside := checkpoints(found)):
+        raise ValueError(
+            f"resume_from_checkpoint is {wanted}, a run's folder: name one of its checkpoints, {inside[-1].name}"
+        )
+    if found is not None and not (found / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint is {wanted}, which is no whole checkpoint")
     if found is None or found.resolve().parent != output.resolve():
         _refuse_earlier_run(arguments, asked)
     if found is None:
         if asked:
             logger.info("resuming from nothing: no whole checkpoint yet")
         return None
-    if not (found / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint is {wanted}, which is no whole checkpoint")
     if not any(found.glob("optimizer*")) and not any(found.glob("global_step*")):
         raise ValueError(
             f"resume_from_checkpoint: {found} holds no optimizer state (--save_only_model): learning rate and moments "
@@ -126,8 +130,9 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
         settings["samples_per_micro_batch"] = micro_batch
     if model.finetuning_type == "lora" and source_of(model).adapter is None:
         settings |= with_defaults(model)
-    if data.streaming:  # which worker reads what decides the order
+    if data.streaming:  # which worker reads what decides the order; records are known by their files and entries
         settings["dataloader_num_workers"] = training.dataloader_num_workers
+        settings["dataset_info"] = [_entry(info) for info in infos]
     facts = model_facts(source_of(model))
     for name, of in (("model_name_or_path", ""), ("base_model", "base_")):
         weights = facts.get(f"{of}weights")
@@ -137,6 +142,12 @@ def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str
     settings["sar_weighting"] = _weighting(model.sar_weighting)
     settings["deepspeed"] = _deepspeed(training.deepspeed)
     return json.loads(json.dumps(settings, default=str))
+
+
+def _entry(info: DatasetInfo) -> dict[str, Any]:
+    """What the registry says of a dataset's rows, wherever they lie."""
+    values = dataclasses.asdict(info)
+    return {name: values[name] for name in ("layout", "hub_id", "subset", "split", "num_samples")}
 
 
 def _weighting(spec: str | None) -> str | None:

@@ -19,14 +19,13 @@ from transformers.utils import logging as hf_logging
 
 from sar_fast import json_text
 from sar_fast.experiment_arguments import expand
-from sar_fast.extras import need
 from sar_fast.integrations.hf.families import packable_model_types
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.process_group import leave_process_group
 from sar_fast.run_metadata import commit, versions
 from sar_fast.sar_flags import check_backend
 from sar_fast.threads import one_thread_for
-from sar_fast.training.arguments import Arguments, SFTArguments, main_arguments
+from sar_fast.training.arguments import Arguments, main_arguments
 from sar_fast.training.checking import ending_at_a_bad_record
 from sar_fast.training.checkpoints import forget_replaced
 from sar_fast.training.data import (
@@ -48,6 +47,7 @@ from sar_fast.training.resume import check_same_run, find_checkpoint, is_finishe
 from sar_fast.training.rules import learns_from_statistics
 from sar_fast.training.run_config import RunConfigCallback
 from sar_fast.training.throughput import ThroughputCallback
+from sar_fast.training.trainer_checks import check_optimizer, check_packages, check_trackers
 from sar_fast.training.trainers import ControlSFTTrainer, SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,9 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     processor = load_processor(arguments)
     encoder = Encoder(processor, data.max_length, data.too_long)
     train = _dataset(arguments, infos, encoder) if training.do_train else None
-    if settings is not None and (pictures := getattr(train, "pictures", None)) is not None:  # a stream is not read yet
-        settings["content of the pictures"] = pictures
+    if settings is not None:
+        content = getattr(train, "stamps", {})  # a stream is not read yet
+        settings |= {f"content of the {what}": stamps for what, stamps in content.items()}
         if checkpoint is not None:
             check_same_run(settings, checkpoint)
     evaluation = None
@@ -128,6 +129,8 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
         trainer: Trainer = ControlSFTTrainer(**options, **control)
     else:
         trainer = SFTTrainer(**options)
+    if training.do_train:
+        check_optimizer(trainer)
     trainer.add_callback(RunConfigCallback(trainer, arguments.to_dict()))
     if training.do_train and training.gradient_analysis:
         every = training.gradient_analysis_steps or max(1, int(training.logging_steps))
@@ -204,37 +207,6 @@ def draw_loss(trainer: Trainer, path: Path) -> None:
             "--plot_loss: no loss to plot: %d steps, and one is logged every --logging_steps %g",
             trainer.state.global_step,
             trainer.args.logging_steps,
-        )
-
-
-def check_packages(arguments: Arguments) -> None:
-    """``ImportError`` for flags that need a package which is not installed; a run would find out at its end."""
-    if arguments.model.finetuning_type == "lora":
-        need("--finetuning_type lora", "peft")
-    if arguments.training.plot_loss:
-        need("--plot_loss", "matplotlib")
-    for name in ("tensorboard", "wandb"):
-        if name in arguments.training.report_to:
-            need(f"--report_to {name}", name)
-
-
-def check_trackers(training: SFTArguments) -> None:
-    """``ValueError`` if ``--report_to wandb`` is asked for and Weights & Biases would fail at the first step."""
-    if "wandb" not in training.report_to or training.process_index != 0:
-        return
-    import wandb
-
-    reason = ""
-    try:
-        known = wandb.setup().settings.mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
-    except TypeError:  # an older wandb, which cannot look without asking
-        return
-    except wandb.Error as error:
-        known, reason = False, f" ({' '.join(str(error).split())})"
-    if not known:
-        raise ValueError(
-            f"--report_to wandb has no key{reason}: set WANDB_API_KEY or run `wandb login`; WANDB_MODE=offline keeps "
-            "the log on this machine, --report_to none keeps none"
         )
 
 

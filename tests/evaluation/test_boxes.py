@@ -72,8 +72,8 @@ def test_families_have_their_format_and_a_flag_overrules_it():
     assert choose_format(None, "qwen2_5_vl") == "resized_pixels"
     assert choose_format(None, "llava") == "fraction"
     assert choose_format("pixels", "llava") == "pixels"
-    with pytest.raises(ValueError, match="box_format is 'percent', needed one of fraction"):
-        choose_format("percent", "llava")
+    with pytest.raises(ValueError, match="box_format is 'permille', needed one of fraction"):
+        choose_format("permille", "llava")
 
 
 # --- RefCOCO
@@ -125,6 +125,8 @@ def test_refcoco_lists_what_it_cannot_use():
         ("row 1", "expression 0 is empty"),
     ]
     assert [s.kind for s in skips] == ["box has no area", "no expression"]
+    samples, skips = make().samples([row(bbox=[0.1, 0.2, 0.4, 0.8])])
+    assert (samples, [s.kind for s in skips]) == ([], ["box in fractions of the picture, needed pixels"])
 
 
 def test_refcoco_objects_to_a_box_outside_of_the_picture():
@@ -154,6 +156,7 @@ def test_refcoco_counts_a_repeated_row_once():
 BOXES = [BOX, (210.0, 90.0, 390.0, 190.0), (30.0, 100.0, 130.0, 195.0), (150.0, 10.0, 260.0, 60.0)]
 PARTS = {  # numbers per side of the picture, and how they are written
     "fraction": ((1, 1), "[{:.3f}, {:.3f}, {:.3f}, {:.3f}]"),
+    "percent": ((100, 100), "[{:.1f}, {:.1f}, {:.1f}, {:.1f}]"),
     "thousandths": ((1000, 1000), "({:.0f},{:.0f}),({:.0f},{:.0f})"),
     "pixels": (SIZE, "[{:.0f}, {:.0f}, {:.0f}, {:.0f}]"),
     "resized_pixels": ((280, 280), '[{{"bbox_2d": [{:.0f}, {:.0f}, {:.0f}, {:.0f}]}}]'),
@@ -204,6 +207,33 @@ def test_a_mismatch_shows_also_where_the_model_finds_nothing():
     assert "numbers from 0.6 to 0.99" in remark
     _, (remark,) = read_as("pixels", ["[70000, 65000, 90000, 99000]"])
     assert remark.endswith("accuracy 0.00; no other --box_format fits")
+
+
+SWAPPED = {
+    "y1, x1, y2, x2": lambda x1, y1, x2, y2: (y1, x1, y2, x2),
+    "x, y, width, height": lambda x1, y1, x2, y2: (x1, y1, x2 - x1, y2 - y1),
+    "centre x, centre y, width, height": lambda x1, y1, x2, y2: ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1),
+}
+
+
+@pytest.mark.parametrize("order", SWAPPED)
+@pytest.mark.parametrize("units", ["fraction", "percent", "thousandths", "pixels"])
+@pytest.mark.parametrize("in_force", ["fraction", "percent", "thousandths", "pixels"])
+def test_numbers_in_another_order_are_told_though_no_format_reads_them(order, units, in_force):
+    side, words = PARTS[units]
+    replies = [words.format(*SWAPPED[order](*(v / s * p for v, s, p in zip(box, SIZE * 2, side * 2)))) for box in BOXES]
+    scores, (remark,) = read_as(in_force, replies, frame=None)
+    assert scores["overall"]["accuracy"] < 100
+    assert scores["box_format_mismatch"]["order"] == {"units": units, "order": order, "accuracy": 100}
+    end = f"read as {order} in the units of {units}, accuracy 100.00: no --box_format has this order"
+    assert remark.endswith(end)
+
+
+def test_formats_that_hold_the_numbers_equally_well_are_all_named():
+    """Nothing is right in any of them: which is meant is not known."""
+    _, (remark,) = read_as("fraction", ["[1, 90, 4, 99]"] * 4, frame=None)
+    assert "with --box_format percent: 4 of 4 boxes plausible, accuracy 0.00" in remark
+    assert "(thousandths, pixels, qwen3, internvl fit as well)" in remark
 
 
 def test_weak_and_wordy_models_are_no_mismatch():

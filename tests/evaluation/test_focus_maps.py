@@ -150,6 +150,7 @@ class TestMasks:
             ((10, 10, 10, 20), "box has no area"),
             ((30, 10, 10, 20), "box has no area"),
             ((10.6, 10.6, 10.9, 10.9), "empty mask"),
+            ((0.1, 0.2, 0.9, 1.0), "box in fractions of the picture, needed pixels"),
         ],
     )
     def test_unusable_boxes_are_skips_with_a_reason(self, box, reason):
@@ -164,7 +165,8 @@ class TestMasks:
             check_mask(np.zeros((40, 96)), SIZE)
         with pytest.raises(SampleSkipped, match="as its picture"):
             check_mask(np.ones((96, 40)), SIZE)
-        for bad in (b"no picture", [1, 2, 3, 4], [[1, 2, 3, 4, 5, "x"]]):
+        fractions = [0.1, 0.1, 0.9, 0.1, 0.9, 0.9]
+        for bad in (b"no picture", [1, 2, 3, 4], [[1, 2, 3, 4, 5, "x"]], [[9, 2, 30, 4, float("nan"), 9]], fractions):
             with pytest.raises(SampleSkipped, match="unreadable mask"):
                 decode_mask(bad, SIZE)
 

@@ -128,7 +128,7 @@ def test_what_a_failed_command_left_does_not_bind_the_next(tmp_path, kind):
 
 
 def test_a_layer_that_is_not_there_is_found_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="layers: 9 is none of the model's 4 attention layers"):
+    with pytest.raises(ValueError, match="--focus_layers: 9 is none of the model's 4 attention layers"):
         focus.run(focus_arguments(tmp_path / "out", do_sfs_fi_eval=True, focus_layers=[9]))
     assert not (tmp_path / "out").exists()
 
@@ -169,8 +169,10 @@ def test_features_without_scores_are_work_that_is_kept(tmp_path, monkeypatch):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     """A training writes all_results.json and a run_metadata.json of its own; ``parts`` may be anyone's."""
     (tmp_path / METADATA).write_text('{"command": []}')
-    with pytest.raises(ValueError, match="is not that of an evaluation: choose another folder"):
-        benchmark.run(arguments(tmp_path))
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"is not that of an evaluation: choose another folder$"):
+            benchmark.run(arguments(tmp_path, overwrite_output_dir=overwrite))
+    assert (tmp_path / METADATA).read_text() == '{"command": []}'
     (tmp_path / METADATA).unlink()
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "wheel.stl").write_text("mine")

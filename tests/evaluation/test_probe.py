@@ -244,10 +244,15 @@ class TestProbe:
         bad = [
             GroundingSample("out", image, "red", "red", (90, 0, 99, 9)),
             GroundingSample("flat", image, "red", "red", (9, 9, 9, 20)),
+            GroundingSample("share", image, "red", "red", (0.2, 0.1, 0.7, 0.8)),
         ]
         kept, skipped = LayerwiseProbe(*miniature).usable([*drawn(2), *bad])
         assert len(kept) == len(drawn(2))
-        assert skipped == {"box outside the image": ["out"], "box has no area": ["flat"]}
+        assert skipped == {
+            "box outside the image": ["out"],
+            "box has no area": ["flat"],
+            "box in fractions of the picture, needed pixels": ["share"],
+        }
         with pytest.raises(ValueError, match=r"no sample can be probed: .*no area \(1\)"):
             LayerwiseProbe(*miniature).run(bad, tmp_path)
         with pytest.raises(ValueError, match="no bbox"):

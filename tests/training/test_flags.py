@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from sar_fast.config import SARConfig
@@ -18,6 +20,31 @@ from tests.training.samples import DATA
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+NOT_HERE = [name for name in ("bitsandbytes", "liger_kernel", "mlflow") if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr_scheduler_kwargs x", "--lr_scheduler_kwargs 'x' does not fit --lr_scheduler_type linear: "),
+        ('--lr_scheduler_kwargs {"cycles":2}', "does not fit --lr_scheduler_type linear: .*'cycles'"),
+        ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: .*min_lr"),
+        ("--optim galore_adamw", "--optim galore_adamw: "),
+        ("--deepspeed nowhere.json", "--deepspeed nowhere.json does not exist"),
+        ("--media_dir nowhere", "media_dir 'nowhere' is no folder"),
+        ("--report_to nope", "--report_to nope: nope is not supported"),
+        *[("--optim adamw_bnb_8bit", "--optim adamw_bnb_8bit: .*bitsandbytes")] * ("bitsandbytes" in NOT_HERE),
+        *[("--use_liger_kernel", "--use_liger_kernel needs liger_kernel")] * ("liger_kernel" in NOT_HERE),
+        *[("--report_to mlflow", "--report_to mlflow: .*pip install mlflow")] * ("mlflow" in NOT_HERE),
+    ],
+)
+def test_what_the_trainer_would_find_at_the_first_step_is_found_before_an_earlier_run_moves(tmp_path, words, message):
+    (tmp_path / "model.safetensors").write_bytes(b"an earlier run's")
+    with pytest.raises((ValueError, ImportError), match=message):
+        build(parse([*flags(tmp_path, overwrite_output_dir=True), *words.split()]))
+    assert (tmp_path / "model.safetensors").read_bytes() == b"an earlier run's"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -28,14 +55,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1; got 0"),
         ("--per_device_eval_batch_size -2", "--per_device_eval_batch_size must be at least 1; got -2"),
         ("--num_train_epochs -1", "--num_train_epochs must be > 0; got -1"),
-        ("--num_train_epochs inf", "--num_train_epochs must be > 0; got inf"),
+        ("--num_train_epochs inf", "--num_train_epochs must be > 0 and finite; got inf"),
         ("--max_steps 0", "--max_steps must be at least 1, or -1 for --num_train_epochs; got 0"),
         ("--save_steps 0", "--save_steps must be > 0; got 0"),
         ("--logging_steps -3", "--logging_steps must be > 0; got -3"),
         ("--eval_steps 0", "--eval_steps must be > 0; got 0"),
         ("--save_total_limit 0", "--save_total_limit must be at least 1; got 0"),
+        ("--learning_rate inf", "--learning_rate must be at least 0 and finite; got inf"),
         ("--learning_rate nan", "--learning_rate must be at least 0; got nan"),
         ("--weight_decay -0.1", "--weight_decay must be at least 0; got -0.1"),
+        ("--neftune_noise_alpha -5", "--neftune_noise_alpha must be at least 0; got -5"),
         ("--seed -1", "--seed must be at least 0; got -1"),
         ("--dataloader_num_workers -1", "--dataloader_num_workers must be at least 0; got -1"),
         ("--preprocessing_num_workers 0", "--preprocessing_num_workers must be at least 1; got 0"),
@@ -105,10 +134,22 @@ def test_what_is_known_as_another_trainers_flag_is_none_of_ours(tmp_path):
             parse([*flags(tmp_path), f"--{name}", "1"])
 
 
-@pytest.mark.parametrize("name", ["--gpus", "--log_samples", "--devices", "--sar_layers", "--k"])
+@pytest.mark.parametrize("name", ["--gpus", "--log_samples", "--devices", "--sar_layers", "--k", "--batch_size"])
 def test_no_unrelated_flag_is_suggested(tmp_path, name):
     with pytest.raises(ValueError, match=f"unknown flag {name}$"):
         parse([*flags(tmp_path), name, "1"])
+
+
+@pytest.mark.parametrize("name", ["--batch_size", "--k", "--heads", "--dtype"])
+def test_evaluate_suggests_no_unrelated_flag(name):
+    with pytest.raises(ValueError, match=f"unknown flag {name}$"):
+        evaluation.parse(["--model_name_or_path", "miniature", "--task", "mme", name, "1"])
+
+
+@pytest.mark.parametrize(("name", "meant"), [("out", "output_dir"), ("model", "model_name_or_path"), ("seeed", "seed")])
+def test_the_beginning_of_one_flag_and_a_misspelt_one_are_told(tmp_path, name, meant):
+    with pytest.raises(ValueError, match=f"unknown flag --{name}; did you mean --{meant}\\?$"):
+        parse([*flags(tmp_path), f"--{name}", "1"])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +190,8 @@ def test_evaluates_flags(tmp_path):
     for more, message in (
         ("--max_samples 0", "--max_samples must be at least 1; got 0"),
         ("--seed -4", "--seed must be at least 0; got -4"),
-        ("--flash_attn fa2", "unknown flag --flash_attn: --attn_impl"),
+        ("--adapter_name_or_path x", "--adapter_name_or_path: --model_name_or_path takes an adapter's folder"),
+        ("--flash_attn fa2", "unknown flag --flash_attn: it is for training, and has no meaning here"),
         ("--use_sar --sar_beta -1", "--sar_beta must be > 0"),
     ):
         with pytest.raises(ValueError, match=message):

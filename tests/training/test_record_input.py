@@ -131,6 +131,8 @@ def test_no_row_makes_another_error(row, formatting):
         ({"images": ["https://host/a.png"]}, "image is the URL 'https://host/a.png': nothing is downloaded"),
         ({"image": "b.png"}, "images and image are both given and differ"),
         ({"messages": [{"role": "user", "content": "x"}, ANSWER]}, "conversations and messages are both given"),
+        ({"videos": ["a.mp4"]}, "record has videos, and pictures are all that is read"),
+        ({"audios": "a.wav"}, "record has audios, and pictures are all that is read"),
     ],
 )  # fmt: skip
 def test_wrong_fields_of_sharegpt(changes, message, tmp_path):
@@ -168,7 +170,13 @@ def test_what_columns_leave_out_is_left_out(tmp_path):
         record = to_record({"conversations": TURNS, "messages": None, **images}, Layout(), tmp_path)
         assert record["images"] == [{"path": str(tmp_path / "a.png"), "bytes": None}]
     text = [{"from": "human", "value": "What?"}, TURNS[1]]
-    for images in ({}, {"image": None}, {"images": []}, {"images": None, "image": None}):
+    for images in (
+        {},
+        {"image": None},
+        {"images": []},
+        {"images": None, "image": None},
+        {"videos": [], "audios": None},
+    ):
         assert to_record({"conversations": text, **images}, Layout(), tmp_path)["images"] == []
     record = to_record({**ALPACA, "input": None, "history": None, "system": ""}, Layout("alpaca"), tmp_path)
     assert [m["content"] for m in record["messages"]] == ["What?", "red"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import json
+import re
 import shutil
 
 import pytest
 
-from sar_fast.training.arguments import parse
+from sar_fast.training.arguments import ControlArguments, DataArguments, ModelArguments, SFTArguments, parse
 from sar_fast.training.checkpoints import COMPLETE, checkpoints
+from sar_fast.training.resume import BY_PRODUCT, MAY_CHANGE
 from sar_fast.training.run import build, run
 from tests.training.runs import flags, lines, train
-from tests.training.samples import DATA, write_jsonl
+from tests.training.samples import DATA, REPOSITORY, write_jsonl
 
 RUN = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_analysis": False}
 HALF = {**RUN, "resume_from_checkpoint": "true"}
@@ -98,6 +102,33 @@ def test_a_replaced_picture_is_another_run(tmp_path):
         build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
 
 
+@pytest.mark.parametrize(
+    ("entry", "streaming", "named"),
+    [
+        ({"num_samples": 6}, False, "content of the records is .*, was"),
+        ({"columns": {"messages": "other"}}, False, "content of the records is .*, was"),
+        ({"num_samples": 6}, True, "dataset_info is .*num_samples.*6.*, was"),
+    ],
+)
+def test_another_entry_of_the_registry_is_another_run(tmp_path, entry, streaming, named):
+    turns = lambda *words: [{"from": who, "value": value} for who, value in zip(("human", "gpt"), words)]
+    rows = [{"conversations": turns(f"{n}?", "red"), "other": turns(f"{n}?", "blue")} for n in range(8)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    common = {**RUN, "max_steps": 2, "dataset": "rows", "dataset_dir": tmp_path, "streaming": streaming}
+
+    def register(**changes):
+        (tmp_path / "dataset_info.json").write_text(
+            json.dumps({"rows": {"file_name": "rows.jsonl", "formatting": "sharegpt", **changes}})
+        )
+
+    register()
+    train(tmp_path / "run", **common)
+    build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
+    register(**entry)
+    with pytest.raises(ValueError, match=named):
+        build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
+
+
 def test_what_may_change(half, finished, tmp_path):
     """The total batch counts, not how it is divided; data and folders may have moved."""
     moved = tmp_path / "moved"
@@ -110,6 +141,17 @@ def test_what_may_change(half, finished, tmp_path):
     assert json.loads((moved / "train_results.json").read_text())["train_loss"] == pytest.approx(
         whole["train_loss"], rel=1e-4
     )
+
+
+def test_the_docs_list_what_may_change():
+    groups = (ModelArguments, DataArguments, ControlArguments, SFTArguments)
+    flags = {field.name for group in groups for field in dataclasses.fields(group)}
+    text = (REPOSITORY / "docs" / "training.md").read_text().partition("**May change:**")[2].partition("**Anything")[0]
+    listed = set(re.findall(r"`([a-z_*]+)`", text)) - {"max_length", "control_sft"}  # which are explained there
+    for pattern in listed:
+        assert fnmatch.filter(flags, pattern), pattern
+    found = {flag for flag in flags for pattern in listed if fnmatch.fnmatchcase(flag, pattern)}
+    assert found == (MAY_CHANGE | set(BY_PRODUCT)) & flags
 
 
 def test_figures_are_of_the_whole_run(half, finished):
@@ -151,6 +193,20 @@ def test_a_run_that_was_stopped_before_its_results_gets_them(finished, tmp_path)
     again, whole = (json.loads((f / "train_results.json").read_text()) for f in (folder, finished))
     assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere", "resume_from_checkpoint is nowhere, which is no whole checkpoint"),
+        ("{run}", "resume_from_checkpoint is {run}, a run's folder: name one of its checkpoints, checkpoint-4"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named_whatever_the_folder_holds(finished, tmp_path, place, message):
+    place, message = (words.format(run=finished) for words in (place, message))
+    for output in (finished, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            build(parse(flags(output, **{**RUN, "resume_from_checkpoint": place})))
 
 
 def test_weights_alone_are_no_resume(tmp_path):

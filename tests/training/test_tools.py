@@ -123,16 +123,17 @@ def test_data_check_knows_grounding_tables(tmp_path):
         "needed four numbers": {"bbox": [1, 2, 3]},
         "box has no area": {"bbox": [30, 2, 1, 20]},
         "lies outside of the picture's 40 x 20 pixels": {"bbox": [1, 2, 30, 25]},
+        "box in fractions of the picture, needed pixels: [0.1, 0.2, 0.9, 0.8]": {"bbox": [0.1, 0.2, 0.9, 0.8]},
         "unreadable image": {"image": "cut.png"},
         "neither bbox nor mask": {"bbox": None},
-        "id 'a' is in record 8 already": {"id": "a"},
+        "id 'a' is in record 9 already": {"id": "a"},
     }
     rows = [{**good, **change} for change in (*list(changes.values())[:-1], {"id": "a"}, {"id": "a"})]
     code, output = command("data", "check", write_jsonl(tmp_path / "rows.jsonl", rows))
     assert code == 1, output
     lines = output.splitlines()
-    assert len(lines) == 9, output
+    assert len(lines) == 10, output
     for line, message in zip(lines, list(changes)[1:]):
         assert message in line
     assert lines[0].startswith("record 1: no query")
-    assert lines[-1].endswith("10 records, 2 images, 2 boxes, 0 masks; 8 bad")
+    assert lines[-1].endswith("11 records, 2 images, 2 boxes, 0 masks; 9 bad")

@@ -65,6 +65,9 @@ def test_files_and_flags(tmp_path):
     arguments = parse([str(path), "--seed", "9", "max_steps=7", "plot_loss=false"])
     training = arguments.training
     assert (training.learning_rate, training.seed, training.max_steps, training.plot_loss) == (2e-5, 9, 7, False)
+    path.write_text("save_strategy: no\neval_strategy: no\nplot_loss: no\n")  # which YAML takes for False
+    training = parse([*flags(tmp_path), str(path)]).training
+    assert (training.save_strategy, training.eval_strategy, training.plot_loss) == ("no", "no", False)
     path.write_text("- a list")
     with pytest.raises(ValueError, match="holds list"):
         parse([str(path)])

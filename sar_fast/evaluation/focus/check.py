@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.evaluation.focus.dataset import to_sample
-from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, SampleSkipped, check_size
+from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, SampleSkipped, box_problem, check_size
 from sar_fast.evaluation.tasks.refcoco import SLACK
 from sar_fast.training.records import DEFAULT_COLUMNS
 from sar_fast.wording import cut
@@ -58,9 +58,9 @@ def _problem(sample: GroundingSample) -> str:
         return str(problem)
     if sample.bbox is None:
         return ""
+    if problem := box_problem(sample.bbox, (width, height)):  # of one that has a mask too
+        return f"{problem}: {list(sample.bbox)}"
     x1, y1, x2, y2 = sample.bbox
-    if x1 >= x2 or y1 >= y2:
-        return f"bbox {list(sample.bbox)} has no area; needed x1 < x2 and y1 < y2"
     if x1 < -SLACK or y1 < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
         return f"bbox {list(sample.bbox)} lies outside of the picture's {width} x {height} pixels"
     return ""

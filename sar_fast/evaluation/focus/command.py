@@ -16,6 +16,7 @@ from sar_fast.evaluation.models import load
 from sar_fast.evaluation.results import write_json
 from sar_fast.evaluation.session import Session, model_settings
 from sar_fast.integrations.hf.shared_prefix import sharing_of
+from sar_fast.sar_flags import naming_flags
 
 RESULTS = "focus_metrics_results.json"
 OVERLAYS = "overlays"
@@ -58,15 +59,16 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
         model, processor, handle = load(arguments, state)
         if handle is not None:
             handle.remove()  # the evaluator puts SAR on while it looks
-        evaluator = FocusMetricsEvaluator(
-            model,
-            processor,
-            masks,
-            config=None if handle is None else handle.config,
-            layers=arguments.focus_layers,
-            templates=templates,
-            overlay_dir=overlays,
-        )
+        with naming_flags({"layers": "focus_layers"}):
+            evaluator = FocusMetricsEvaluator(
+                model,
+                processor,
+                masks,
+                config=None if handle is None else handle.config,
+                layers=arguments.focus_layers,
+                templates=templates,
+                overlay_dir=overlays,
+            )
     session.begin("SFS and FI", len(samples), sum(map(len, batches)))
     if batches:
         session.note(sharing=sharing_of(model).describe())

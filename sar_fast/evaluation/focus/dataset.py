@@ -12,7 +12,14 @@ from sar_fast.evaluation.focus.samples import GroundingSample
 from sar_fast.evaluation.stamps import content_stamp, file_stamp, stamp
 from sar_fast.pictures import PictureError, find_picture
 from sar_fast.training.records import check_text, read_rows
-from sar_fast.training.registry import DEFAULT_DIR, REGISTRY_NAME, find_file, is_file_name, load_registry
+from sar_fast.training.registry import (
+    DEFAULT_DIR,
+    REGISTRY_NAME,
+    check_media_dir,
+    find_file,
+    is_file_name,
+    load_registry,
+)
 
 NEEDED = ("image", "query", "object_prompt")
 OPTIONAL = ("bbox", "mask", "segmentation", "label", "id")
@@ -32,9 +39,11 @@ def load_grounding_samples(
     default the file's folder. ``limit`` takes the first rows.
 
     Raises:
-        ValueError: an unknown name, a row without a needed column or with a wrong value in one, two rows of one id.
+        ValueError: an unknown name, a ``media_dir`` that is no folder, a row without a needed column or with a wrong
+            value in one, two rows of one id.
         FileNotFoundError: no registry, or no file.
     """
+    check_media_dir(media_dir)
     path, columns = _find(name, Path(dataset_dir) if dataset_dir is not None else None)
     media = Path(media_dir) if media_dir is not None else path.parent
     samples: dict[str, GroundingSample] = {}

@@ -19,6 +19,7 @@ NOTHING_GROUNDED = "nothing grounded"
 EMPTY_MASK = "empty mask"
 NO_BOX_AREA = "box has no area"
 BOX_OUTSIDE = "box outside the image"
+BOX_FRACTIONS = "box in fractions of the picture, needed pixels"
 UNREADABLE = "unreadable image"
 PLACEHOLDER = "words with the placeholder of a picture"
 BAD_MASK = "unreadable mask"
@@ -119,8 +120,8 @@ class DatasetMasks(MaskSource):
 def decode_mask(mask: np.ndarray | bytes | list | Mapping, size: tuple[int, int]) -> np.ndarray:
     """A mask in any of the forms of :class:`GroundingSample`, as an array; ``size`` is the picture's, for polygons.
 
-    Raises :class:`SampleSkipped` for bytes that are no picture, polygons of less than three corners, and run lengths
-    that do not make up their size.
+    Raises :class:`SampleSkipped` for bytes that are no picture, polygons of less than three corners or in fractions of
+    the picture, and run lengths that do not make up their size.
     """
     if isinstance(mask, Mapping):
         try:
@@ -140,9 +141,14 @@ def decode_mask(mask: np.ndarray | bytes | list | Mapping, size: tuple[int, int]
                     BAD_MASK, f"a polygon needs x, y of three corners or more; got {len(polygon)} numbers"
                 )
             try:
-                ImageDraw.Draw(drawn).polygon([float(v) for v in polygon], fill=1)
+                corners = [float(v) for v in polygon]
             except (TypeError, ValueError) as error:
                 raise SampleSkipped(BAD_MASK, f"a polygon holds what is no number: {error}") from error
+            if not all(map(math.isfinite, corners)):
+                raise SampleSkipped(BAD_MASK, f"a polygon holds what is not finite: {corners[:6]}")
+            if max(corners) <= 1 < max(size):
+                raise SampleSkipped(BAD_MASK, f"a polygon in fractions of the picture, needed pixels: {corners[:6]}")
+            ImageDraw.Draw(drawn).polygon(corners, fill=1)
         return np.asarray(drawn)
     return mask
 
@@ -177,15 +183,23 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
     if len(box) != 4 or not all(math.isfinite(v) for v in box):
         raise ValueError(f"bbox must be four finite numbers x1, y1, x2, y2 in pixels; got {list(box)}")
     x1, y1, x2, y2 = map(float, box)
-    if x1 >= x2 or y1 >= y2:
-        raise SampleSkipped(NO_BOX_AREA, f"{[x1, y1, x2, y2]}")
-    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        raise SampleSkipped(BOX_OUTSIDE, f"{[x1, y1, x2, y2]} in {width} x {height}")
+    if problem := box_problem(box, size):
+        raise SampleSkipped(problem, f"{[x1, y1, x2, y2]} in {width} x {height}")
     x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
     mask = ((y >= y1) & (y < y2))[:, None] & ((x >= x1) & (x < x2))[None]
     if not mask.any():
         raise SampleSkipped(EMPTY_MASK, f"{[x1, y1, x2, y2]} holds no pixel centre")
     return mask
+
+
+def box_problem(box: Sequence[float], size: tuple[int, int]) -> str | None:
+    """Why (x1, y1, x2, y2) cannot be a box in pixels of a picture, as one of this module's reasons; None if it can."""
+    x1, y1, x2, y2 = box
+    if x1 >= x2 or y1 >= y2:
+        return NO_BOX_AREA
+    if x2 <= 0 or y2 <= 0 or x1 >= size[0] or y1 >= size[1]:
+        return BOX_OUTSIDE
+    return BOX_FRACTIONS if max(x2, y2) <= 1 < max(size) else None  # nobody annotates the first pixel
 
 
 def picture_hash(picture: Image.Image) -> str:

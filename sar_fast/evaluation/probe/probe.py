@@ -21,7 +21,7 @@ from sar_fast.config import SARConfig
 from sar_fast.evaluation.answering import encode_texts
 from sar_fast.evaluation.focus.bootstrap import interval_of_mean
 from sar_fast.evaluation.focus.prompts import check_words
-from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA, GroundingSample, SampleSkipped
+from sar_fast.evaluation.focus.samples import GroundingSample, SampleSkipped, box_problem
 from sar_fast.evaluation.probe.features import FeatureStore, layer_features
 from sar_fast.evaluation.probe.heads import (
     HeadTraining,
@@ -278,11 +278,7 @@ def _box_problem(sample: GroundingSample) -> str | None:
         raise ValueError(f"sample {sample.id}: no bbox; the grounding probe needs one (x1, y1, x2, y2 in pixels)")
     if len(sample.bbox) != 4 or not all(math.isfinite(v) for v in sample.bbox):
         raise ValueError(f"sample {sample.id}: bbox must be four finite numbers; got {list(sample.bbox)}")
-    x1, y1, x2, y2 = sample.bbox
-    if x1 >= x2 or y1 >= y2:
-        return NO_BOX_AREA
-    width, height = sample.size
-    return BOX_OUTSIDE if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height else None
+    return box_problem(sample.bbox, sample.size)
 
 
 def _label_problem(sample: GroundingSample) -> str | None:

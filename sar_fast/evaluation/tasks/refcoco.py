@@ -8,7 +8,7 @@ from typing import Any
 
 from sar_fast.evaluation.box_check import box_format_mismatch, describe_mismatch
 from sar_fast.evaluation.boxes import FORMATS, choose_format
-from sar_fast.evaluation.focus.samples import BOX_OUTSIDE, NO_BOX_AREA
+from sar_fast.evaluation.focus.samples import BOX_FRACTIONS, BOX_OUTSIDE, NO_BOX_AREA
 from sar_fast.evaluation.tasks.base import Record, Sample, Skip, Task, TaskOptions, share
 from sar_fast.miniature.questions import box_iou
 
@@ -60,6 +60,9 @@ class RefCOCO(Task):
             x, y, width, height = box
             if width <= 0 or height <= 0:
                 skips.append(Skip(f"row {number}", f"bbox {box} has no area", NO_BOX_AREA))
+                continue
+            if max(x + width, y + height) <= 1:
+                skips.append(Skip(f"row {number}", f"bbox {box} is not in pixels", BOX_FRACTIONS))
                 continue
             if not expressions:
                 skips.append(Skip(f"row {number}", "answer has no expression", NO_EXPRESSION))
