@@ -78,11 +78,11 @@ class Planner:
         kept = Through(*roles, weights, av, sa, count, av, sa, c) if backward == "through" else None
         return work + plan_backward(call, dout, out, lse, c, kept)[1]
 
-    def decode(self, shape: Shape, mode: str) -> list[Launch]:
-        """One step with one new token per sequence."""
+    def decode(self, shape: Shape, mode: str, *, full: bool = False) -> list[Launch]:
+        """One step with one new token per sequence; ``full``: over keys of one length, as models have them."""
         batch, length, heads, kv_heads, head_dim = (shape[n] for n in ("B", "KV", "H", "Hkv", "D"))
         q, k = self.empty(batch, 1, heads, head_dim), self.empty(batch, length, kv_heads, head_dim)
-        lengths = self.empty(batch, dtype=torch.int32)
+        lengths = None if full else self.empty(batch, dtype=torch.int32)
         options = AttentionOptions(True, head_dim**-0.5)
         call = DecodeCall(q, k, k, lengths, options, arch=self.arch, sm_count=MULTIPROCESSORS)
         if mode != "plain":
@@ -160,7 +160,7 @@ def _step(plan: Planner, tiny: bool) -> Iterator[Launch]:
 def _model(plan: Planner, tiny: bool) -> Iterator[Launch]:
     for shape in _model_shapes(tiny):
         yield from plan.prefill(shape, sar=True)
-        yield from plan.decode({**shape, "KV": shape["N"]}, "running")
+        yield from plan.decode({**shape, "KV": shape["N"]}, "running", full=True)
 
 
 def _others(plan: Planner, tiny: bool) -> Iterator[Launch]:

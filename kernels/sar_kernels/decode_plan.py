@@ -155,7 +155,7 @@ class DecodeCall:
         )
         self.workspace = self._workspace(workspace, num_splits, sm_count)
         self.masks = masks.checked((self.batch, self.seqlen_q), (self.batch, self.capacity), q.device, options.window)
-        self.state = dict.fromkeys(("av_sum_ptr", "sa_sum_ptr", "count_ptr", "head_weights_ptr"))
+        self.state: dict[str, Any] = {}
         self.sums_out: dict[str, Any] = {}
         self.visual = self.text = self.prior = None
 
@@ -238,15 +238,23 @@ class DecodeCall:
         """The two launches of a step; mode "plain" leaves the heads as they are."""
         return [self._plan_split(mode), self._plan_combine(mode, weights)]
 
-    def _shared(self) -> dict[str, Any]:
+    def _state(self, mode: str) -> dict[str, Any]:
+        """The state that a mode reads; of what it does not, nothing is told, as that would be another kernel."""
+        sums = ("av_sum_ptr", "sa_sum_ptr", "count_ptr")
+        read = {"running": sums, "prompt": (*sums, "head_weights_ptr")}.get(mode, ())
+        return {name: self.state[name] if name in read else None for name in (*sums, "head_weights_ptr")}
+
+    def _shared(self, mode: str) -> dict[str, Any]:
         """Arguments of both kernels."""
+        state = self._state(mode)
+        del state["head_weights_ptr"]
         return {
             **self._edges(),
             "lengths_ptr": self.lengths,
             "partial_out_ptr": self.workspace.partial_out,
             "partials_ptr": self.workspace.partials,
             "carried_ptr": self.workspace.carried,
-            **{name: self.state[name] for name in ("av_sum_ptr", "sa_sum_ptr", "count_ptr")},
+            **state,
             "plane": self.workspace.partials[0].numel(),
             "capacity": self.capacity,
             "seqlen_q": self.seqlen_q,
@@ -267,7 +275,7 @@ class DecodeCall:
     def _plan_split(self, mode: str) -> Launch:
         stride_b = lambda tensor: 0 if tensor is None else tensor.stride(0)
         arguments = {
-            **self._shared(),
+            **self._shared(mode),
             "q_ptr": self.q,
             "k_ptr": self.k,
             "v_ptr": self.v,
@@ -302,14 +310,14 @@ class DecodeCall:
         return Launch(decode_split_kernel, grid, arguments, self.config)
 
     def _plan_combine(self, mode: str, weights: WeightOptions | None) -> Launch:
-        splits, shared = self.workspace.num_splits, self._shared()
+        splits, shared = self.workspace.num_splits, self._shared(mode)
         outputs = ("out", "lse", "av", "sa", "c")
         arguments = {
             **shared,
             **self.sums_out,
             "text_ptr": self.text,
             "stride_text_b": 0 if self.text is None else self.text.stride(0),
-            "head_weights_ptr": self.state["head_weights_ptr"],
+            "head_weights_ptr": self._state(mode)["head_weights_ptr"],
             **{f"{name}_ptr": getattr(self.workspace, name) for name in outputs},
             "count_out_ptr": self.workspace.count,
             "num_splits": splits,
