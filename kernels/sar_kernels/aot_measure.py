@@ -46,6 +46,7 @@ class Variant:
     blocks_per_sm: int = 0  # by registers, shared memory and threads; 0 where not computed (AMD)
     instructions: int = 0  # of the whole kernel, as often as they are written; 0 likewise
     loops: tuple[int, ...] = ()  # instructions of each innermost loop, in the kernel's order
+    loop_spills: int = 0  # those of them that load or store what was spilled; others do so once a program
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -112,7 +113,7 @@ def measure(variant: Variant, launch: Launch) -> Variant:
     if variant.arch.startswith("sm_"):
         registers, spills = _cuda_usage(compiled.asm["cubin"])
         assembly = _cuobjdump("-sass", compiled.asm["cubin"])
-        instructions, loops = count_instructions(assembly)
+        instructions, loops, loop_spills = count_instructions(assembly)
         wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
         serialized = wgmma and _is_serialized(assembly)
         threads = 32 * variant.num_warps
@@ -121,7 +122,7 @@ def measure(variant: Variant, launch: Launch) -> Variant:
         resident = min(by_registers, (limit + 1024) // (shared + 1024), MAX_THREADS[variant.arch] // threads)
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
-        wgmma, serialized, resident, instructions, loops = False, False, 0, 0, ()
+        wgmma, serialized, resident, instructions, loops, loop_spills = False, False, 0, 0, (), 0
     return replace(
         variant,
         registers=registers,
@@ -132,6 +133,7 @@ def measure(variant: Variant, launch: Launch) -> Variant:
         blocks_per_sm=resident,
         instructions=instructions,
         loops=loops,
+        loop_spills=loop_spills,
     )
 
 
@@ -141,8 +143,11 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def count_instructions(assembly: str) -> tuple[int, tuple[int, ...]]:
-    """Instructions of a kernel's disassembly, and of each loop without a loop in it: a branch back, and its target."""
+def count_instructions(assembly: str) -> tuple[int, tuple[int, ...], int]:
+    """Instructions of a kernel's disassembly, of each loop without a loop in it, and the spills in those.
+
+    A loop is what lies between a branch back and its target.
+    """
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly, re.MULTILINE)
     place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     loops = []
@@ -153,7 +158,8 @@ def count_instructions(assembly: str) -> tuple[int, tuple[int, ...]]:
             loops.append((start, i))
     holds = lambda outer, inner: outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
     innermost = [loop for loop in loops if not any(holds(loop, other) for other in loops)]
-    return len(lines), tuple(end - start + 1 for start, end in sorted(innermost))
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", lines[i][1])) for a, b in innermost for i in range(a, b + 1))
+    return len(lines), tuple(end - start + 1 for start, end in sorted(innermost)), spills
 
 
 def _is_serialized(assembly: str) -> bool:

@@ -19,11 +19,10 @@ from sar_kernels.primitives import (
     load_bits,
     load_keys_mask,
     load_tile,
-    online_softmax,
     row_edges,
     soft_cap,
     softmax_over_heads,
-    update_moments,
+    softmax_weights,
     visible_mask,
 )
 
@@ -266,11 +265,12 @@ def decode_split_kernel(
         unit = scale
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     row_max = tl.full([BLOCK_M], -float("inf"), ACC)
-    row_sum = tl.zeros([BLOCK_M], ACC)
-    alignment = tl.zeros([BLOCK_M], ACC)
-    count = tl.zeros([BLOCK_M], ACC)
-    mean = tl.zeros([BLOCK_M], ACC)
-    m2 = tl.zeros([BLOCK_M], ACC)
+    # Of every place in a tile by itself, and merged after the loop: a sum over keys is a barrier in every tile.
+    sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    alignments = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    counts = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    means = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    m2s = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for first_key in range(start, end, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         if STATISTICS:  # asked for before anything waits: no pipeline carries these two
@@ -297,15 +297,17 @@ def decode_split_kernel(
         if STATISTICS:  # the moments first: their temporaries are dead before the softmax's are born
             # Reading the mask back off the scores spares a tile of predicates.
             selected = visual[None, :] & (scores > -float("inf"))
-            count, mean, m2 = update_moments(scores, selected, count, mean, m2)
-        weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, True)
+            counts, means, m2s = _add_moments(scores, selected, counts, means, m2s)
+        weights, rescale, row_max = softmax_weights(scores, row_max, scale_log2, True)
+        sums = sums * rescale[:, None] + weights
         if STATISTICS:
-            alignment = alignment * rescale + tl.sum(weights * tl.where(visual, prior, 0.0)[None, :], 1)
+            alignments = alignments * rescale[:, None] + weights * tl.where(visual, prior, 0.0)[None, :]
         v = _load_cache(
             v_ptr, table_ptr, first_key, num_keys, real, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
         )
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
 
+    row_sum = tl.sum(sums, 1)
     unseen = row_sum == 0.0  # not a comparison that NaN fails: bad inputs must show in the output
     row_sum = tl.where(unseen, 1.0, row_sum)
     head_rows = (batch64 * num_heads + kv_head * group + heads_in_group) * seqlen_q + queries
@@ -316,11 +318,31 @@ def decode_split_kernel(
     ptrs = partials_ptr + index
     tl.store(ptrs, tl.where(unseen, -float("inf"), row_max + tl.log2(row_sum)), mask=in_range)
     if STATISTICS:
+        count, mean, m2 = _merged_moments(counts, means, m2s)
         plane = tl.cast(plane, tl.int64)
         tl.store(ptrs + plane, count, mask=in_range)
         tl.store(ptrs + 2 * plane, mean * unit, mask=in_range)
         tl.store(ptrs + 3 * plane, m2 * unit * unit, mask=in_range)
-        tl.store(ptrs + 4 * plane, alignment / row_sum, mask=in_range)
+        tl.store(ptrs + 4 * plane, tl.sum(alignments, 1) / row_sum, mask=in_range)
+
+
+@triton.jit
+def _add_moments(scores, selected, counts, means, m2s):
+    """Adds a tile's selected entries to the (count, mean, M2) of their places, [BM, BN] all."""
+    counts += selected.to(counts.dtype)
+    deviation = tl.where(selected, scores - means, 0.0)
+    means += deviation / tl.maximum(counts, 1.0)
+    m2s += tl.where(selected, deviation * (scores - means), 0.0)
+    return counts, means, m2s
+
+
+@triton.jit
+def _merged_moments(counts, means, m2s):
+    """Those of all places of a row, about their common mean.  # [BM] each"""
+    count = tl.sum(counts, 1)
+    mean = tl.sum(counts * means, 1) / tl.maximum(count, 1.0)
+    spread = means - mean[:, None]
+    return count, mean, tl.sum(m2s + counts * spread * spread, 1)
 
 
 @triton.jit

@@ -389,7 +389,14 @@ def soft_cap_slope(capped, cap):
 
 @triton.jit
 def online_softmax(scores, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
-    """One step of the running softmax in base 2: weights [BM, BN], the factor for older sums, the new max and sum.
+    """One step of the running softmax in base 2: weights [BM, BN], the factor for older sums, the new max and sum."""
+    weights, rescale, row_max = softmax_weights(scores, row_max, scale_log2, MASKED)
+    return weights, rescale, row_max, row_sum * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_weights(scores, row_max, scale_log2, MASKED: tl.constexpr):
+    """A running softmax's weights [BM, BN] in base 2, the factor for older sums, and the new max.
 
     A row that has seen nothing keeps max = -inf; subtracting 0 in its place keeps NaN out.
     """
@@ -400,8 +407,7 @@ def online_softmax(scores, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
         shift = new_max
     weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BM, BN]
     rescale = tl.exp2(row_max - shift)  # [BM]
-    row_sum = row_sum * rescale + tl.sum(weights, 1)
-    return weights, rescale, new_max, row_sum
+    return weights, rescale, new_max
 
 
 @triton.jit
