@@ -39,7 +39,7 @@ def _impl(
     scores = Scores(softmax_scale, causal, (window_left, window_right), softcap)
     rule, bounds = unflatten(beta, protect, normalize), Bounds(key_first, key_end)
     step = Step(q, cache, scores, roles, sums, rule, head_weights, bounds)
-    out, lse, statistics, c = chosen.decode(step, need_lse=need_lse)
+    out, lse, statistics, c, _ = chosen.decode(step, need_lse=need_lse)
     return out, lse if need_lse else lse.new_empty(0), statistics.av, statistics.sa, c, statistics.count
 
 

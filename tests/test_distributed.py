@@ -31,7 +31,7 @@ def attend(tensors, rule, backend, sav_grad, shards=None):
     """(out, av, sa, c, count) and the gradients of q, k, v and the prior, for a loss on output and weights."""
     q, k, v, prior = (tensors[i].detach().clone().requires_grad_() for i in (0, 1, 2, 5))
     call = Call(q, k, v, Scores(0.2), Roles(tensors[3], tensors[4], prior))
-    out, _, (av, sa, count), c = ops.attention(call, split_over(rule, shards), BACKENDS[backend], sav_grad=sav_grad)
+    out, _, (av, sa, count), c, _ = ops.attention(call, split_over(rule, shards), BACKENDS[backend], sav_grad=sav_grad)
     g = torch.Generator().manual_seed(7)
     weight = torch.randn(tensors[6], generator=g, dtype=q.dtype)[tensors[7]]
     (out * weight).sum().backward()

@@ -16,6 +16,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.backends.blocks import sees
@@ -100,7 +101,7 @@ def statistics_forward(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> tu
     direct = set(range(Hkv))  # kv heads whose variance is that of the scores themselves
     # with few keys the direct way is cheap
     if block.all_visible and seq.scores.softcap == 0 and n > D and seq.marks is None:
-        av_sum, cancels = _closed_form(given)
+        av_sum, cancels = _closed_form(given, seq.scores.scale)
         direct = set(cancels.nonzero()[:, 0].tolist())
     sa_sum = torch.zeros_like(av_sum)
     buffers = _score_buffers(seq, block)
@@ -118,12 +119,12 @@ def _rounding_shows(lse: Tensor) -> bool:
 
 
 class _Centred(NamedTuple):
-    """Text queries and visual keys of all heads: ``s_ij = q_i.k_j + shift_i``, in fp32 or fp64."""
+    """Text queries and visual keys of all heads: ``s_ij = scale q_i.k_j + shift_i``, in fp32 or fp64."""
 
     q: Tensor  # [Hkv, G, t, D]
-    k: Tensor  # [Hkv, n, D + 1], centred and scaled; the last entry, 1, meets a row's constant inside the product
-    centre: Tensor  # [Hkv, D], scaled
-    shift: Tensor  # [Hkv, G, t]
+    k: Tensor  # [Hkv, n, D + 1], centred; the last entry, 1, meets a row's constant inside the product
+    centre: Tensor  # [Hkv, D]
+    shift: Tensor  # [Hkv, G, t], scaled
     lse: Tensor  # [Hkv, G, t]
 
 
@@ -133,23 +134,22 @@ def _centred(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> _Centred:
     k_visual = gather_rows(seq.k, block.keys).transpose(0, 1)  # [Hkv, n, D]
     centre = k_visual.mean(1, dtype=q.dtype)
     k = torch.empty(Hkv, block.keys.numel(), D + 1, dtype=q.dtype, device=q.device)
-    torch.sub(k_visual, centre[:, None], out=k[..., :D]).mul_(scale)
+    torch.sub(k_visual, centre[:, None], out=k[..., :D])
     k[..., D] = 1
-    centre = centre * scale
-    shift = q @ centre.repeat_interleave(H // Hkv, dim=0)[..., None]  # [H, t, 1]
+    shift = scale * (q @ centre.repeat_interleave(H // Hkv, dim=0)[..., None])  # [H, t, 1]
     heads = lambda x: x.unflatten(0, (Hkv, -1))
     return _Centred(heads(q), k, centre, heads(shift[..., 0]), heads(lse))
 
 
-def _closed_form(given: _Centred) -> tuple[Tensor, Tensor]:
-    """Sums over rows of ``q^T C q``, as ``<C, sum q q^T>``, (Hkv, G), and which kv heads' cancel, (Hkv,) bool.
+def _closed_form(given: _Centred, scale: float) -> tuple[Tensor, Tensor]:
+    """Sums over rows of ``scale^2 q^T C q``, by ``<C, sum q q^T>``, (Hkv, G); which kv heads' cancel, (Hkv,) bool.
 
     They add up products of either sign, of which ``bound`` is no less than the sum of sizes. Where keys vary most in a
     direction that queries do not look in, these cancel, and the sum is far smaller: an error of at most
     eps x bound / sum stays below 1e-3 (tests/test_numerics.py looks on both sides).
     """
     q, k = given.q.flatten(0, 1), given.k[..., :-1]
-    covariance = (k.mT @ k) / (k.shape[1] - 1)  # [Hkv, D, D]
+    covariance = (k.mT @ k) * (scale**2 / (k.shape[1] - 1))  # [Hkv, D, D]
     gram = (q.mT @ q).unflatten(0, given.q.shape[:2])  # [Hkv, G, D, D]
     av_sum = (gram * covariance[:, None]).sum((-1, -2))
     diagonal = lambda x: x.diagonal(dim1=-2, dim2=-1)
@@ -159,9 +159,8 @@ def _closed_form(given: _Centred) -> tuple[Tensor, Tensor]:
 
 
 def _other_keys(seq: Sequence, block: TextVisualBlock, given: _Centred, kv: int) -> Tensor:
-    """(m, D) the keys that are not visual, shifted and scaled as the visual ones are."""
-    k = gather_rows(seq.k[:, kv], block.others).to(given.k.dtype)
-    return (k * seq.scores.scale).sub_(given.centre[kv])
+    """(m, D) the keys that are not visual, shifted as the visual ones are."""
+    return gather_rows(seq.k[:, kv], block.others) - given.centre[kv]
 
 
 def _score_buffers(seq: Sequence, block: TextVisualBlock) -> tuple[Tensor, Tensor]:
@@ -185,7 +184,9 @@ def _group_sums(
     _, G, t, D = given.q.shape
     q, k, shift, lse, acc = given.q[kv], given.k[kv], given.shift[kv], given.lse[kv], given.q.dtype
     sa_sum, av_sum = q.new_zeros(G), q.new_zeros(G) if variance else None
-    prior = seq.prior[block.keys].to(acc)  # [n]
+    prior, scale = seq.prior[block.keys].to(acc), seq.scores.scale  # [n]
+    if not variance:  # smaller than the queries, and as good a place for the scale
+        scaled = k * F.pad(k.new_full((D,), scale), (0, 1), value=1.0)  # [n, D + 1]
     k_other = None if block.others is None else _other_keys(seq, block, given, kv)  # [m, D]
     step = buffers[0].shape[0] // G
     for r0 in range(0, t, step):
@@ -193,16 +194,18 @@ def _group_sums(
         r = part.stop - r0
         q_b, shift_b, lse_b = q[:, part], shift[:, part], lse[:, part]  # [G, r, D], [G, r]
         if variance:
-            s = torch.mm(q_b.reshape(G * r, D), k[:, :D].T, out=buffers[0][: G * r]).view(G, r, -1)  # centred scores
+            q_s = (q_b * scale).reshape(G * r, D)
+            s = torch.mm(q_s, k[:, :D].T, out=buffers[0][: G * r]).view(G, r, -1)  # centred scores
             _spoil_(seq, s, block.rows[part], block.keys, kv)
             var, p = _masked_statistics(seq, block, part, s, shift_b, lse_b)
             av_sum += var.sum(-1)
         else:
             a = torch.cat([q_b, (shift_b - lse_b)[..., None]], -1).view(G * r, D + 1)
-            p = torch.mm(a, k.T, out=buffers[0][: G * r]).exp_().view(G, r, -1)
+            p = torch.mm(a, scaled.T, out=buffers[0][: G * r]).exp_().view(G, r, -1)
         alignment = p @ prior  # [G, r]
         if k_other is not None:
-            s = torch.mm(q_b.reshape(G * r, D), k_other.T, out=buffers[1][: G * r]).view(G, r, -1)
+            q_s = (q_b * scale).reshape(G * r, D)
+            s = torch.mm(q_s, k_other.T, out=buffers[1][: G * r]).view(G, r, -1)
             _spoil_(seq, s, block.rows[part], block.others, kv)
             mass = p.sum(-1) + _other_mass(seq, block, part, s, shift_b, lse_b)
             alignment = alignment / torch.where(mass == 0, 1, mass)
