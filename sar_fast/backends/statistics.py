@@ -16,7 +16,6 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.backends.blocks import sees
@@ -185,29 +184,28 @@ def _group_sums(
     q, k, shift, lse, acc = given.q[kv], given.k[kv], given.shift[kv], given.lse[kv], given.q.dtype
     sa_sum, av_sum = q.new_zeros(G), q.new_zeros(G) if variance else None
     prior, scale = seq.prior[block.keys].to(acc), seq.scores.scale  # [n]
-    if not variance:  # smaller than the queries, and as good a place for the scale
-        scaled = k * F.pad(k.new_full((D,), scale), (0, 1), value=1.0)  # [n, D + 1]
+    with_mass = torch.stack([prior, torch.ones_like(prior)], -1)  # [n, 2]
     k_other = None if block.others is None else _other_keys(seq, block, given, kv)  # [m, D]
     step = buffers[0].shape[0] // G
     for r0 in range(0, t, step):
         part = slice(r0, min(t, r0 + step))
         r = part.stop - r0
-        q_b, shift_b, lse_b = q[:, part], shift[:, part], lse[:, part]  # [G, r, D], [G, r]
+        q_b, shift_b, lse_b = q[:, part] * scale, shift[:, part], lse[:, part]  # [G, r, D], [G, r]
         if variance:
-            q_s = (q_b * scale).reshape(G * r, D)
-            s = torch.mm(q_s, k[:, :D].T, out=buffers[0][: G * r]).view(G, r, -1)  # centred scores
+            s = torch.mm(q_b.reshape(G * r, D), k[:, :D].T, out=buffers[0][: G * r]).view(G, r, -1)  # centred scores
             _spoil_(seq, s, block.rows[part], block.keys, kv)
             var, p = _masked_statistics(seq, block, part, s, shift_b, lse_b)
             av_sum += var.sum(-1)
         else:
             a = torch.cat([q_b, (shift_b - lse_b)[..., None]], -1).view(G * r, D + 1)
-            p = torch.mm(a, scaled.T, out=buffers[0][: G * r]).exp_().view(G, r, -1)
-        alignment = p @ prior  # [G, r]
-        if k_other is not None:
-            q_s = (q_b * scale).reshape(G * r, D)
-            s = torch.mm(q_s, k_other.T, out=buffers[1][: G * r]).view(G, r, -1)
+            p = torch.mm(a, k.T, out=buffers[0][: G * r]).exp_().view(G, r, -1)
+        if k_other is None:
+            alignment = p @ prior  # [G, r]
+        else:
+            alignment, mass = (p @ with_mass).unbind(-1)
+            s = torch.mm(q_b.reshape(G * r, D), k_other.T, out=buffers[1][: G * r]).view(G, r, -1)
             _spoil_(seq, s, block.rows[part], block.others, kv)
-            mass = p.sum(-1) + _other_mass(seq, block, part, s, shift_b, lse_b)
+            mass = mass + _other_mass(seq, block, part, s, shift_b, lse_b)
             alignment = alignment / torch.where(mass == 0, 1, mass)
         sa_sum += torch.where(block.counted[part], alignment, 0).sum(-1)
     return av_sum, sa_sum
