@@ -13,7 +13,7 @@ import pytest
 import triton
 
 from sar_kernels.aot import OPTIONS
-from sar_kernels.aot_measure import MAX_THREADS
+from sar_kernels.aot_measure import MAX_THREADS, count_instructions
 from sar_kernels.configs import LIKE_HOPPER, SHARED_MEMORY_LIMIT
 
 BUDGETED = ("sm_80", "sm_90")  # the others must compile and fit their shared memory
@@ -250,3 +250,29 @@ def test_what_there_is_not_is_refused_by_name(arguments, message):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   ISETP.GE.AND P0, PT, R2, R3, PT ;
+        /*0020*/              @P0  BRA 0x90 ;
+        /*0030*/                   LDL R4, [R1] ;
+        /*0040*/                   FADD R4, R4, R5 ;
+        /*0050*/                   STL [R1], R4 ;
+        /*0060*/              @!P0 BRA 0x30 ;
+        /*0070*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0080*/              @P1  BRA `(.L_x_1) 0x10 ;
+        /*0090*/                   STL [R1+0x4], R4 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_instructions_are_counted_by_innermost_loop():
+    """The outer loop is not one; a branch forwards is none; what is spilled outside of loops does not count in them."""
+    assert count_instructions(SASS) == (11, (4,), 2)
+
+
+def test_a_kernels_loops_are_found():
+    (row,) = compiled("--arch", "sm_90", "--head-dim", "64", "--kernel", "decode_split", "--purpose", "plain")[:1]
+    assert len(row["loops"]) == 1
+    assert 100 < row["loops"][0] < row["instructions"]
