@@ -242,7 +242,7 @@ class DecodeCall:
         """The state that a mode reads; of what it does not, nothing is told, as that would be another kernel."""
         sums = ("av_sum_ptr", "sa_sum_ptr", "count_ptr")
         read = {"running": sums, "prompt": (*sums, "head_weights_ptr")}.get(mode, ())
-        return {name: self.state[name] if name in read else None for name in (*sums, "head_weights_ptr")}
+        return {name: self.state.get(name) if name in read else None for name in (*sums, "head_weights_ptr")}
 
     def _shared(self, mode: str) -> dict[str, Any]:
         """Arguments of both kernels."""

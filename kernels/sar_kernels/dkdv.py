@@ -9,6 +9,7 @@ from sar_kernels.primitives import (
     is_tile_seen,
     load_bits,
     load_keys_mask,
+    load_lse2,
     load_real_tile,
     load_tile,
     row_edges,
@@ -97,7 +98,7 @@ def _dkdv_segment(
             member_row = member * tl.cast(stride_lse_h, tl.int64)  # offset in the per-row arrays
             q = load_tile(member_q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
             dout = load_tile(member_dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)
-            lse = tl.load(lse_ptr + member_row + rows, mask=in_range, other=float("inf"))  # [BM] base 2
+            lse = load_lse2(lse_ptr + member_row, rows, num_rows)  # [BM]
             delta = tl.load(delta_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
             if HAS_SOFTCAP:

@@ -18,6 +18,7 @@ from sar_kernels.primitives import (
     load_bits,
     load_keys_mask,
     load_lse,
+    load_lse2,
     load_real_tile,
     load_tile,
     row_edges,
@@ -309,7 +310,7 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
     dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
-    lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=float("inf"))  # [BM] base 2
+    lse = load_lse2(lse_ptr, rows, num_rows)  # [BM]
     delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)  # [BM]
     row_mean = delta
     row_slope = delta

@@ -153,6 +153,12 @@ def load_lse(lse_ptr, rows, num_rows):
 
 
 @triton.jit
+def load_lse2(lse2_ptr, rows, num_rows):
+    """lse as delta's launch wrote it for the backward, in base-2 units; +inf for rows that do not exist."""
+    return tl.load(lse2_ptr + rows, mask=rows < num_rows, other=float("inf"))
+
+
+@triton.jit
 def row_edges(
     first_ptr,
     end_ptr,
