@@ -124,11 +124,13 @@ def attach(model: nn.Module, source: ModelSource, trainable: bool = False) -> Pe
 
 def merge(wrapped: PeftModel, source: ModelSource) -> nn.Module:
     """The plain model whose weights have the adapter added; ``ModelError`` for a kind that cannot be, or NaN."""
-    kind = wrapped.peft_config[NAME].peft_type
+    kind = wrapped.peft_config[NAME].peft_type.value
+    if not hasattr(wrapped, "merge_and_unload"):  # of PEFT's kinds that change inputs, not weights
+        raise source.error("cannot be merged ({kind}): PEFT has no merge for this kind", kind=kind)
     try:
         return wrapped.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, ValueError) as error:  # no merge in PEFT's class, or NaN
-        raise source.error("cannot be merged ({kind}): {reason}", kind=kind.value, reason=_reason(error)) from error
+    except (NotImplementedError, ValueError) as error:  # how PEFT refuses a layer, and NaN under safe_merge
+        raise source.error("cannot be merged ({kind}): {reason}", kind=kind, reason=_reason(error)) from error
 
 
 def _weights(wrapped: PeftModel) -> dict[str, torch.Tensor]:

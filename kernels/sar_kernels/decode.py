@@ -405,7 +405,7 @@ def decode_combine_kernel(
     end_ptr,
     text_ptr,  # (B, Sq) bool, "step" and "running" only
     carried_ptr,  # (B, 2 H + 1), "running" only
-    av_sum_ptr,  # (B, H) the sums: written if "running", perhaps elsewhere than where they were; read if "prompt"
+    av_sum_ptr,  # (B, H) the sums: "running" writes them, perhaps elsewhere; "prompt" reads them, or None
     sa_sum_ptr,  # (B, H)
     count_ptr,  # (B,)
     head_weights_ptr,  # (B, H), "prompt" only
@@ -471,9 +471,13 @@ def decode_combine_kernel(
         is_head = heads < num_heads
         per_head = batch64 * num_heads + heads  # [BH]
         if MODE == "prompt":
-            variance = tl.load(av_sum_ptr + per_head, mask=is_head, other=0.0).to(ACC)
-            alignment = tl.load(sa_sum_ptr + per_head, mask=is_head, other=0.0).to(ACC)
-            count = tl.load(count_ptr + batch).to(ACC)
+            variance = tl.zeros([BLOCK_H], ACC)
+            alignment = tl.zeros([BLOCK_H], ACC)
+            count = tl.cast(0.0, ACC)
+            if av_sum_ptr is not None:
+                variance = tl.load(av_sum_ptr + per_head, mask=is_head, other=0.0).to(ACC)
+                alignment = tl.load(sa_sum_ptr + per_head, mask=is_head, other=0.0).to(ACC)
+                count = tl.load(count_ptr + batch).to(ACC)
         else:
             variance = tl.zeros([BLOCK_H], ACC)
             alignment = tl.zeros([BLOCK_H], ACC)

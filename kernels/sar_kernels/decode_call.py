@@ -85,7 +85,8 @@ def sar_decode_forward(
         visual_mask: (B, Smax) bool, and prior: (B, Smax) floating point, over cache positions. text_mask: (B, Sq) bool,
             the new queries that count. All three unused, and may be None, if mode is "prompt".
         av_sum, sa_sum (B, H), count (B,): fp32 contiguous, the layer's sums so far. "running" adds this step's queries
-            to them, in place or in `sums_out`; "prompt" reads them; "step" does not, and they may be None.
+            to them, in place or in `sums_out`; "prompt" makes av, sa and count of them, 0 if they are None; "step"
+            reads none.
         head_weights: (B, H) fp32 contiguous, the prompt's weights; read if mode is "prompt", never written. Else
             it may be None.
         weights: temperature, protected head and normalisation.
@@ -103,9 +104,8 @@ def sar_decode_forward(
     """
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, need one of {MODES}")
-    read = {"step": {}, "running": {"av_sum": av_sum, "sa_sum": sa_sum, "count": count}}
-    read["prompt"] = read["running"] | {"head_weights": head_weights}
-    for name, tensor in read[mode].items():
+    needed = {"running": {"av_sum": av_sum, "sa_sum": sa_sum, "count": count}, "prompt": {"head_weights": head_weights}}
+    for name, tensor in needed.get(mode, {}).items():
         if tensor is None:
             raise ValueError(f'{name}: got None, need a tensor if mode is "{mode}"')
     call = DecodeCall(q, k_cache, v_cache, cache_seqlens, options, block_table, num_splits, workspace, masks)

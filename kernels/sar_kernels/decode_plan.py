@@ -238,23 +238,20 @@ class DecodeCall:
         """The two launches of a step; mode "plain" leaves the heads as they are."""
         return [self._plan_split(mode), self._plan_combine(mode, weights)]
 
-    def _state(self, mode: str) -> dict[str, Any]:
-        """The state that a mode reads; of what it does not, nothing is told, as that would be another kernel."""
-        sums = ("av_sum_ptr", "sa_sum_ptr", "count_ptr")
-        read = {"running": sums, "prompt": (*sums, "head_weights_ptr")}.get(mode, ())
-        return {name: self.state.get(name) if name in read else None for name in (*sums, "head_weights_ptr")}
+    def _read(self, name: str, mode: str, *modes: str) -> Any:
+        """A part of the state if the mode is one that reads it; to tell of it otherwise would be another kernel."""
+        return self.state.get(name) if mode in modes else None
 
     def _shared(self, mode: str) -> dict[str, Any]:
         """Arguments of both kernels."""
-        state = self._state(mode)
-        del state["head_weights_ptr"]
+        sums = ("av_sum_ptr", "sa_sum_ptr", "count_ptr")
         return {
             **self._edges(),
             "lengths_ptr": self.lengths,
             "partial_out_ptr": self.workspace.partial_out,
             "partials_ptr": self.workspace.partials,
             "carried_ptr": self.workspace.carried,
-            **state,
+            **{name: self._read(name, mode, "running", "prompt") for name in sums},
             "plane": self.workspace.partials[0].numel(),
             "capacity": self.capacity,
             "seqlen_q": self.seqlen_q,
@@ -317,7 +314,7 @@ class DecodeCall:
             **self.sums_out,
             "text_ptr": self.text,
             "stride_text_b": 0 if self.text is None else self.text.stride(0),
-            "head_weights_ptr": self._state(mode)["head_weights_ptr"],
+            "head_weights_ptr": self._read("head_weights_ptr", mode, "prompt"),
             **{f"{name}_ptr": getattr(self.workspace, name) for name in outputs},
             "count_out_ptr": self.workspace.count,
             "num_splits": splits,

@@ -125,6 +125,7 @@ class _Centred(NamedTuple):
     centre: Tensor  # [Hkv, D]
     shift: Tensor  # [Hkv, G, t], scaled
     lse: Tensor  # [Hkv, G, t]
+    prior: Tensor  # [n, 2], and 1: a product with p gives alignment and mass
 
 
 def _centred(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> _Centred:
@@ -137,7 +138,9 @@ def _centred(seq: Sequence, block: TextVisualBlock, lse: Tensor) -> _Centred:
     k[..., D] = 1
     shift = scale * (q @ centre.repeat_interleave(H // Hkv, dim=0)[..., None])  # [H, t, 1]
     heads = lambda x: x.unflatten(0, (Hkv, -1))
-    return _Centred(heads(q), k, centre, heads(shift[..., 0]), heads(lse))
+    prior = seq.prior[block.keys].to(q.dtype)
+    prior = torch.stack([prior, torch.ones_like(prior)], -1)
+    return _Centred(heads(q), k, centre, heads(shift[..., 0]), heads(lse), prior)
 
 
 def _closed_form(given: _Centred, scale: float) -> tuple[Tensor, Tensor]:
@@ -155,11 +158,6 @@ def _closed_form(given: _Centred, scale: float) -> tuple[Tensor, Tensor]:
     bound = q.shape[-1] * (diagonal(gram) * diagonal(covariance)[:, None]).sum(-1)
     limit = 2**-10 / torch.finfo(q.dtype).eps
     return av_sum, (bound > limit * av_sum).any(-1)
-
-
-def _other_keys(seq: Sequence, block: TextVisualBlock, given: _Centred, kv: int) -> Tensor:
-    """(m, D) the keys that are not visual, shifted as the visual ones are."""
-    return gather_rows(seq.k[:, kv], block.others) - given.centre[kv]
 
 
 def _score_buffers(seq: Sequence, block: TextVisualBlock) -> tuple[Tensor, Tensor]:
@@ -181,11 +179,9 @@ def _group_sums(
 ) -> tuple[Tensor | None, Tensor]:
     """(av_sum or None, sa_sum), each (G,), of one kv head's query heads."""
     _, G, t, D = given.q.shape
-    q, k, shift, lse, acc = given.q[kv], given.k[kv], given.shift[kv], given.lse[kv], given.q.dtype
+    q, k, shift, lse, scale = given.q[kv], given.k[kv], given.shift[kv], given.lse[kv], seq.scores.scale
     sa_sum, av_sum = q.new_zeros(G), q.new_zeros(G) if variance else None
-    prior, scale = seq.prior[block.keys].to(acc), seq.scores.scale  # [n]
-    with_mass = torch.stack([prior, torch.ones_like(prior)], -1)  # [n, 2]
-    k_other = None if block.others is None else _other_keys(seq, block, given, kv)  # [m, D]
+    k_other = None if block.others is None else gather_rows(seq.k[:, kv], block.others) - given.centre[kv]  # [m, D]
     step = buffers[0].shape[0] // G
     for r0 in range(0, t, step):
         part = slice(r0, min(t, r0 + step))
@@ -199,10 +195,8 @@ def _group_sums(
         else:
             a = torch.cat([q_b, (shift_b - lse_b)[..., None]], -1).view(G * r, D + 1)
             p = torch.mm(a, k.T, out=buffers[0][: G * r]).exp_().view(G, r, -1)
-        if k_other is None:
-            alignment = p @ prior  # [G, r]
-        else:
-            alignment, mass = (p @ with_mass).unbind(-1)
+        alignment, mass = (p @ given.prior).unbind(-1)  # [G, r]
+        if k_other is not None:
             s = torch.mm(q_b.reshape(G * r, D), k_other.T, out=buffers[1][: G * r]).view(G, r, -1)
             _spoil_(seq, s, block.rows[part], block.others, kv)
             mass = mass + _other_mass(seq, block, part, s, shift_b, lse_b)

@@ -198,7 +198,9 @@ def _beside_attention(call: Call, rule: Lowered, q: Tensor, k: Tensor, v: Tensor
         sums = Sums(*(a + b for a, b in zip(statistics.sums()[:3], call.carried)))
         statistics = sums.means()
     c = rule(statistics, None)
-    return Result(out if isinstance(rule, Equal) else out.mul_(c[:, None, :, None]), lse, statistics, c, sums)
+    if not isinstance(rule, Equal):
+        out = out.mul_(c[:, None, :, None])
+    return Result(out, lse, statistics, c, sums)
 
 
 def _decodes(call: Call) -> bool:
@@ -249,8 +251,6 @@ def _decode(
         out, lse = decode_forward(q, cache.k, cache.v, lengths, **given)
         return Result(out, lse, *nothing_computed(q, lse.dtype))
     written = (None, None, None) if sums is None else tuple(t.contiguous() for t in sums[:3])
-    if sums is None and roles is None:  # the prompt's weights, of whose sums nobody asks
-        written = _no_sums(q.shape[0], q.shape[-2], q.device)
     out, lse, av, sa, used, count = sar_decode_forward(
         q,
         cache.k,
@@ -271,8 +271,3 @@ def _decode(
     if roles is None:
         return Result(out, lse, *nothing_computed(q, lse.dtype))
     return Result(out, lse, Statistics(av, sa, count), used, sums_out or sums)
-
-
-def _no_sums(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
-    return zeros(batch, heads), zeros(batch, heads), zeros(batch)

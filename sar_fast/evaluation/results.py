@@ -51,10 +51,10 @@ class ResultFolder:
             raise ValueError(f"output_dir {path} is a file, needed a folder")
         self.products, self.work = products, work
         self.sessions: list[dict[str, Any]] = []
-        self._refuse_anothers()
+        self._refuse_foreign_metadata()
         self._stale = overwrite or not self._continues()
 
-    def _refuse_anothers(self) -> None:
+    def _refuse_foreign_metadata(self) -> None:
         """``ValueError`` if the metadata are of something else than an evaluation: a training's are not replaced."""
         metadata = self.path / METADATA
         if metadata.is_file() and not {"settings", "sessions"} <= read_json(metadata).keys():

@@ -81,13 +81,13 @@ class Family:
         if modality == "video" and self.video_token_norms is not None:
             find = self.video_token_norms
         found = find(base_model, norms, arguments)
-        wrong = f"SAR: the {self.name} family maps patches to {{}} visual tokens, the model made {tokens}"
+        wrong = lambda n: f"SAR: the {self.name} family maps patches to {n} visual tokens, the model made {tokens}"
         if isinstance(found, Tensor):
             if found.numel() != tokens:
-                raise RuntimeError(wrong.format(found.numel()))
+                raise RuntimeError(wrong(found.numel()))
             return found
         values, real = (x.flatten() for x in found)
-        check_holds(real.sum() == tokens, wrong.format("another number of"))
+        check_holds(real.sum() == tokens, wrong("another number of"))
         place = torch.where(real, real.cumsum(0) - 1, tokens).clamp_max(tokens)  # one past the last for what is none
         return values.new_zeros(tokens + 1).scatter(0, place, values)[:tokens]
 
