@@ -10,7 +10,15 @@ from transformers import CompileConfig
 
 from sar_fast import SARConfig, apply_sar
 from sar_fast.integrations.hf.families import find_family
-from tests.hf.oracle import TEXT_INPUTS, eager_oracle, supports, visual_features, visual_norms, visual_prior
+from tests.hf.oracle import (
+    TEXT_INPUTS,
+    eager_oracle,
+    lacking_without_sar,
+    supports,
+    visual_features,
+    visual_norms,
+    visual_prior,
+)
 from tests.hf.seen_masks import by_kind, seen_masks
 from tests.hf.tiny import CASES, IMAGE, OLDEST, VIDEO
 
@@ -252,10 +260,10 @@ def test_static_cache_equals_dynamic(case, side):
     if case.static_error is not None:
         with pytest.raises(case.static_error):
             generate(model, batch, **options)
-        pytest.xfail(f"transformers without SAR raises {case.static_error.__name__} with a static cache")
+        lacking_without_sar(f"{case.static_error.__name__} with a static cache")
     if OLDEST and case.name.startswith("gemma4"):
         assert not torch.equal(generate(model, batch)[0], generate(model, batch, **options)[0])
-        pytest.xfail("transformers 5.17 without SAR answers otherwise with a static cache")
+        lacking_without_sar("5.17 answers otherwise with a static cache")
     with apply_sar(model, config_of(case)):
         answers, want = generate(model, batch)
         again, got = generate(model, batch, **options)
@@ -269,7 +277,7 @@ def test_compiled_decoding_on_a_static_cache_has_no_graph_break(case):
     if case.static_error is not None:
         with pytest.raises(case.static_error):
             generate(model, batch, cache_implementation="static", disable_compile=True)
-        pytest.xfail(f"transformers without SAR raises {case.static_error.__name__} with a static cache")
+        lacking_without_sar(f"{case.static_error.__name__} with a static cache")
     graphs = []
 
     def backend(graph, inputs):
@@ -322,7 +330,7 @@ def test_checkpointed_gradients_equal_plain_ones(case, reentrant):
     if reentrant and case.name in ("llama4", "gemma4-shared-kv"):
         with pytest.raises(AssertionError):
             both()
-        pytest.xfail("transformers without SAR: shared keys, and a vision encoder whose input needs no gradient")
+        lacking_without_sar("shared keys, and a vision encoder whose input needs no gradient")
     with apply_sar(model, config_of(case, sav_grad=True)):
         both()
 

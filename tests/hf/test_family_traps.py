@@ -14,7 +14,15 @@ from sar_fast.integrations.hf import Family, UnsupportedModelError, register_fam
 from sar_fast.integrations.hf.attention import register
 from sar_fast.integrations.hf.families import find_family, supported_model_types
 from tests.hf.families_table import PAGE, registry_part
-from tests.hf.oracle import TEXT_INPUTS, Oracle, eager_oracle, required, visual_features, visual_prior
+from tests.hf.oracle import (
+    TEXT_INPUTS,
+    Oracle,
+    eager_oracle,
+    lacking_without_sar,
+    required,
+    visual_features,
+    visual_prior,
+)
 from tests.hf.test_families import (
     BOUND,
     ROWS,
@@ -75,7 +83,7 @@ def test_embeddings_instead_of_ids(case):
     if case.name == "llama4":
         with pytest.raises(ValueError, match="both pixel_values and inputs_embeds"):
             logits(model, embedded)
-        pytest.xfail("transformers without SAR takes no pictures with embeddings")
+        lacking_without_sar("no pictures with embeddings")
     with apply_sar(model, config_of(case)) as handle:
         want, roles, prior = logits(model, batch), handle.roles, handle.prior
         got = logits(model, embedded)
@@ -369,7 +377,7 @@ def test_beams_of_a_batch_equal_rows_alone(case):
     if case.name == ("exaone4_5" if OLDEST else "llama4"):
         with pytest.raises(RuntimeError if OLDEST else ValueError):
             model.generate(**batch, **options)
-        pytest.xfail("transformers without SAR cannot repeat its pictures")
+        lacking_without_sar("pictures are not repeated for beams")
     with apply_sar(model, config_of(case)):
         together = model.generate(**batch, **options)[:, -4:]
         apart = torch.cat([model.generate(**row, **options)[:, -4:] for row in rows])
@@ -405,7 +413,7 @@ def test_a_second_picture_on_a_cache_equals_the_whole_conversation(case):
     error = (turn - together).abs().max()
     if case.name.startswith(("gemma", "paligemma")):
         assert error > 0.1
-        pytest.xfail("transformers without SAR: blocks that attend in both directions begin anew on a cache")
+        lacking_without_sar("blocks that attend in both directions begin anew on a cache")
     assert error <= 1e-3
     plain = turn
     with apply_sar(model, config_of(case, activation_layer_k=1)):

@@ -73,16 +73,17 @@ def test_windows_chunks_and_blocks_ask_no_more(name, pictures):
 
 @pytest.mark.parametrize("name", TILED)
 def test_tiles_ask_once_for_the_sizes_of_all_pictures(name):
-    """They are packed by the model's own functions, which need them on the host."""
+    """They are packed by the model's own functions, which need them on the host, and how many each row has."""
     model, batch = CASES[name].make(), CASES[name].batch([1, 2, 0])
+    if name == "llava_onevision":
+        batch["batch_num_images"] = torch.tensor([1, 1, 1])  # each tiled, as without
     with apply_sar(model, SAR), torch.no_grad():
         want = model(**batch).logits
         with Devices() as devices:
             batch = on_device(devices, model, batch)
             (found,), got = reads_of_passes(model, lambda: model(**batch).logits)
     torch.testing.assert_close(got, want)
-    found.pop("tiles.py:_packed_and_scaled", None)  # how many pictures each row has, where it comes from a device
-    assert found == {"host_facts.py:__getitem__": 1, "tiles.py:_sizes_of_images": 1}
+    assert found == {"host_facts.py:__getitem__": 2}  # these, and what all families are asked
 
 
 def packed_row(with_lengths):

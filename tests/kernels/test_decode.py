@@ -515,6 +515,42 @@ def test_errors_name_the_argument(name, spoil):
         inputs.run(state=SARState.empty(2, 4, DEVICE))
 
 
+def test_frozen_weights_need_no_sums():
+    inputs, c = Inputs(BASE), torch.rand(len(BASE.lengths), BASE.heads)
+    nothing, common = (None, None, None), {"options": inputs.options, "weights": inputs.weights, "mode": "prompt"}
+    sums = [torch.rand(x.shape) for x in inputs.state().tensors()[:3]]
+    out, lse, av, sa, used, count = sar_decode_forward(*inputs.cache, *nothing, *nothing, c, **common)
+    want = sar_decode_forward(*inputs.cache, *nothing, *sums, c, **common)
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse, want[1])
+    assert torch.equal(used, c)
+    assert not any(x.any() for x in (av, sa, count))
+    with pytest.raises(ValueError, match=r'head_weights: got None, need a tensor if mode is "prompt"'):
+        sar_decode_forward(*inputs.cache, *nothing, *nothing, None, **common)
+
+
+def test_new_sums_may_go_elsewhere():
+    inputs = Inputs(BASE)
+    old = SARState(*(torch.rand(x.shape) for x in inputs.state().tensors()))
+    kept, there = [x.clone() for x in old.tensors()], tuple(torch.empty_like(x) for x in old.tensors()[:3])
+    got = inputs.run(state=old, sums_out=there)
+    assert all(torch.equal(a, b) for a, b in zip(old.tensors(), kept))
+    want = inputs.run(state=old)  # over the old ones
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert all(torch.equal(a, b) for a, b in zip(there, old.tensors()))
+    with pytest.raises(ValueError, match=r"sa_sum: got torch\.float32"):
+        inputs.run(sums_out=(there[0], there[0][:, :1], there[2]))
+
+
+def test_a_full_cache_needs_no_lengths():
+    inputs = Inputs(BASE.but(lengths=(BASE.capacity,) * len(BASE.lengths)))
+    given = {"options": inputs.options, "weights": inputs.weights, "mode": "step"}
+    q, k, v, lengths = inputs.cache
+    with_lengths = sar_decode_forward(q, k, v, lengths, *inputs.roles, *inputs.state().tensors(), **given)
+    without = sar_decode_forward(q, k, v, None, *inputs.roles, None, None, None, None, **given)
+    assert all(torch.equal(a, b) for a, b in zip(with_lengths, without))
+
+
 def test_errors_of_mode_state_and_workspace():
     inputs = Inputs(BASE.but(head_dim=16))
     with pytest.raises(ValueError, match="mode"):

@@ -11,16 +11,25 @@ from torch import Tensor, nn
 
 from sar_fast.integrations.hf.families.per_patch import without_class_token
 from sar_fast.integrations.hf.families.registry import Family, register_family
+from sar_fast.integrations.hf.host_facts import HostFacts
 
 _BLOCKS = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
 
 
-def _sizes_of_images(arguments: Mapping[str, Any]) -> list[list[int]]:
-    """(height, width) of each image, which the model's own functions would read from a device one by one."""
-    return torch.as_tensor(arguments["image_sizes"]).tolist()
+def _read_images(arguments: Mapping[str, Any]) -> tuple[list[tuple[int, int]], list[int] | None]:
+    """(height, width) of each image, and how many each row has if that is said.
+
+    In one read, where the model's own functions would wait for a device image by image.
+    """
+    facts, counts = HostFacts(), arguments.get("batch_num_images")
+    facts.ask("sizes", torch.as_tensor(arguments["image_sizes"]))
+    if counts is not None:
+        facts.ask("counts", torch.as_tensor(counts))
+    sides = facts["sizes"]
+    return list(zip(sides[::2], sides[1::2])), None if counts is None else facts["counts"]
 
 
-def _tiles_of_images(base_model: nn.Module, sizes: list[list[int]], cut: list[bool]) -> list[int]:
+def _tiles_of_images(base_model: nn.Module, sizes: list[tuple[int, int]], cut: list[bool]) -> list[int]:
     """How many tiles each image has, the small whole image included."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -34,7 +43,7 @@ def _tiles_of_images(base_model: nn.Module, sizes: list[list[int]], cut: list[bo
 def _packed(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """The model's own packing of tiles, on norms; newline tokens get 0."""
     norms = without_class_token(base_model, norms, arguments)
-    sizes = _sizes_of_images(arguments)
+    sizes, _ = _read_images(arguments)
     tiles = _tiles_of_images(base_model, sizes, [True] * len(sizes))
     strategy = arguments.get("vision_feature_select_strategy") or base_model.config.vision_feature_select_strategy
     packed, _ = base_model.pack_image_features(
@@ -46,10 +55,10 @@ def _packed(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) 
 def _packed_and_scaled(base_model: nn.Module, norms: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """The model's own packing of tiles and scaling down, on norms; newline tokens get 0."""
     norms = without_class_token(base_model, norms, arguments)
-    counts, sizes = arguments.get("batch_num_images"), _sizes_of_images(arguments)
+    sizes, counts = _read_images(arguments)
     cut = [True] * len(sizes)
     if counts is not None:  # only a row's single image is cut into tiles
-        cut = [n == 1 for n in torch.as_tensor(counts).tolist() for _ in range(n)]
+        cut = [n == 1 for n in counts for _ in range(n)]
     packed, _ = base_model.pack_image_features(
         norms[..., None].split(_tiles_of_images(base_model, sizes, cut)),
         sizes,
