@@ -86,8 +86,9 @@ class Planner:
         options = AttentionOptions(True, head_dim**-0.5)
         call = DecodeCall(q, k, k, lengths, options, arch=self.arch, sm_count=MULTIPROCESSORS)
         if mode != "plain":
-            per_head = lambda: self._floats(batch, heads)
-            call.set_state(per_head(), per_head(), self._floats(batch), per_head())
+            per_head = self._floats(batch, heads)
+            sums = (per_head, per_head, self._floats(batch)) if mode == "running" else (None, None, None)
+            call.set_state(*sums, per_head if mode == "prompt" else None)
         if mode in ("running", "step"):
             masks = self.empty(batch, length, dtype=torch.bool), self.empty(batch, 1, dtype=torch.bool)
             call.set_roles(*masks, self._floats(batch, length))
