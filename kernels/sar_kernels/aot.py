@@ -24,6 +24,7 @@ import torch
 
 from sar_kernels import decode_aot
 from sar_kernels.aot_measure import Variant, compile_key, describe, measure, table
+from sar_kernels.beside import plan_beside
 from sar_kernels.call import MAX_HEAD_DIM, AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import CLOSED_FORM, SHARED_MEMORY_LIMIT, SHORT, KernelConfig
 from sar_kernels.decode_aot import HEADS, masks_of
@@ -32,7 +33,7 @@ from sar_kernels.plan import Through, plan_attention_forward, plan_backward, pla
 
 ARCHS = ("sm_80", "sm_90", "gfx942")
 HEAD_DIMS = (64, 128, 256)
-PASSES = ("attention", "sar", "sar_sav_grad")
+PASSES = ("attention", "sar", "sar_sav_grad", "beside")  # beside: what another library's attention needs
 # ends, runs: a run of keys per query, from the first key or from anywhere; bits: a packed mask
 OPTIONS = ("window", "softcap", "padding", "packed", "ends", "runs", "bits")
 
@@ -71,6 +72,8 @@ def plan_attention(
         return launches + plan_backward(call, dout, out, lse)[1]
     weights = WeightOptions(0.5)
     prior = empty(*tokens, dtype=torch.float32)
+    if purpose == "beside":
+        return plan_beside(call, dout, mask, mask, prior, weights)
     (out, lse, av, sa, c, count), launches = plan_sar_forward(call, mask, mask, prior, weights)
     through = Through(mask, mask, prior, weights, av, sa, count) if purpose == "sar_sav_grad" else None
     return launches + plan_backward(call, dout, out, lse, c, through)[1]

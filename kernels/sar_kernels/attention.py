@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 
+from sar_kernels.beside import attention_statistics, scale_heads, statistics_backward, unscale_heads
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.launch import run_all
 from sar_kernels.masks import NO_MASKS, Masks, pack_mask
 from sar_kernels.plan import (
     Through,
     plan_attention_forward,
-    plan_attention_statistics,
     plan_backward,
     plan_sar_forward,
 )
@@ -32,6 +32,9 @@ __all__ = [
     "pack_mask",
     "sar_backward",
     "sar_forward",
+    "scale_heads",
+    "statistics_backward",
+    "unscale_heads",
 ]
 
 
@@ -102,33 +105,6 @@ def sar_forward(
     """
     call = Call(q, k, v, options, masks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     outputs, launches = plan_sar_forward(call, visual_mask, text_mask, prior, weights)
-    run_all(launches)
-    return outputs
-
-
-def attention_statistics(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    visual_mask: torch.Tensor,
-    text_mask: torch.Tensor,
-    prior: torch.Tensor,
-    *,
-    options: AttentionOptions,
-    weights: WeightOptions,
-    masks: Masks = NO_MASKS,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Statistics and head weights after any attention forward that returned lse; reads the text-by-visual block only.
-
-    Returns:
-        (av, sa, c, count) as in `sar_forward`.
-    """
-    call = Call(q, k, k, options, masks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    outputs, launches = plan_attention_statistics(call, lse, visual_mask, text_mask, prior, weights)
     run_all(launches)
     return outputs
 

@@ -241,3 +241,43 @@ def row_ranges_kernel(
     tl.store(row_ranges_ptr, tl.minimum(lo, hi))
     tl.store(row_ranges_ptr + 1, full)
     tl.store(row_ranges_ptr + 2, hi)
+
+
+@triton.jit(do_not_specialize=["stride_edges_b", "max_seqlen_q", "max_seqlen_k", "window_left", "window_right"])
+def text_edges_kernel(
+    text_ptr,  # (B, Sq) or (T,) bool
+    first_ptr,  # (B, Sq) int32 or None, as the attention kernels take them
+    end_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    text_first_ptr,  # (B, Sq) or (T,) int32 out; None without a left edge
+    text_end_ptr,  # out
+    stride_edges_b,
+    max_seqlen_q,
+    max_seqlen_k,
+    window_left,
+    window_right,
+    VARLEN: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The runs of keys of the text queries; the others see nothing. Grid (row blocks, B)."""
+    batch = tl.program_id(1)
+    start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    _, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
+    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    if first_ptr is not None:
+        first_ptr += edges
+    if end_ptr is not None:
+        end_ptr += edges
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_range = rows < num_rows
+    first, last = row_edges(
+        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    end = tl.minimum(last + 1, num_keys) if HAS_RIGHT else tl.zeros_like(rows) + num_keys
+    is_text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0
+    tl.store(text_end_ptr + start_q + rows, tl.where(is_text, tl.maximum(end, 0), 0), mask=in_range)
+    if HAS_LEFT:
+        tl.store(text_first_ptr + start_q + rows, tl.maximum(first, 0), mask=in_range)

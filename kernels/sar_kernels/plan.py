@@ -61,6 +61,7 @@ class Through:
     dav: torch.Tensor | None = None
     dsa: torch.Tensor | None = None
     dc: torch.Tensor | None = None
+    sums: torch.Tensor | None = None  # of dout * out per DELTA_ROWS rows, where another kernel than delta's has them
 
 
 NO_SAV = {"visual_ptr": None, "text_ptr": None, "prior_ptr": None, "ranges_ptr": None}
@@ -73,6 +74,7 @@ NO_COLUMNS = {
 }
 CANCELLATION = 2048  # bound over sum up to which the closed form stays within 1e-3 (tests/kernels/test_moments.py)
 MOMENT_ROWS = 2048  # tokens per second moment: few enough to fill the device, many enough to be small beside q
+DELTA_ROWS = 64  # rows per program of delta's kernel, and of what stands for it
 CHUNK = 256  # keys that are summed in one program before the forward; never chosen by length, which would change bits
 
 
@@ -254,7 +256,8 @@ def _plan_weights(
     return (av, sa, c, count), Launch(head_weights_kernel, (call.batch,), arguments, SMALL)
 
 
-def _plan_scale(call: Call, out: torch.Tensor, c: torch.Tensor, count: torch.Tensor) -> Launch:
+def plan_scale(call: Call, out: torch.Tensor, c: torch.Tensor, count: torch.Tensor) -> Launch:
+    """out, contiguous, times the head weights in place, but for samples that count no query."""
     block_d = padded_head_dim(call.head_dim_v)
     block_m = max(1, 4096 // block_d)
     arguments = {
@@ -287,7 +290,7 @@ def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightO
     closed, moments = _plan_moments(call, sav, prepared, block_m) if call.closed_form else (None, [])
     out, lse, partials, forward = _plan_forward(call, sav, prepared, closed)
     (av, sa, c, count), head_weights = _plan_weights(call, sav, weights, partials, block_m, closed)
-    launches = [prepare, *moments, forward, head_weights, _plan_scale(call, out, c, count)]
+    launches = [prepare, *moments, forward, head_weights, plan_scale(call, out, c, count)]
     return (out, lse, av, sa, c, count), launches
 
 
@@ -295,8 +298,7 @@ def _plan_delta(
     call: Call, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, c: torch.Tensor | None, *, with_sums: bool
 ):
     """(delta, lse in base 2), both with c, delta's sums per row block (B, H, row blocks) or None, and the launch."""
-    block_m = 64
-    grid = call.grid(block_m)
+    grid = call.grid(DELTA_ROWS)
     delta = call.per_row()
     lse2 = call.per_row()
     sums = torch.empty((call.batch, call.heads, grid[0]), dtype=call.acc, device=dout.device) if with_sums else None
@@ -315,7 +317,7 @@ def _plan_delta(
         "max_seqlen_q": call.max_q,
         "HEAD_DIM_V": call.head_dim_v,
         "BLOCK_DV": padded_head_dim(call.head_dim_v),
-        "BLOCK_M": block_m,
+        "BLOCK_M": DELTA_ROWS,
         "VARLEN": call.varlen,
         "WITH_SUMS": with_sums,
         "ACC": call.triton_acc,
@@ -404,18 +406,14 @@ def plan_backward(
     dout, lse = call.output_array("dout", dout), call.row_array("lse", lse)
     out = call.output_array("out" if c is None else "out_scaled", out)
     c = None if c is None else call.head_array("c", c)
-    delta, lse2, sums, launch = _plan_delta(call, dout, out, lse, c, with_sums=through is not None)
+    with_sums = through is not None and through.sums is None
+    delta, lse2, sums, launch = _plan_delta(call, dout, out, lse, c, with_sums=with_sums)
     launches = [launch]
     rows = dict.fromkeys(("row_mean_ptr", "row_slope_ptr", "row_gain_ptr"))
     dprior = None
     if through is not None:
         sav, ranges = _plan_ranges(call, through.visual_mask, through.text_mask, through.prior)
-        gains, weights_backward = _plan_weights_backward(
-            call,
-            through,
-            sums,
-            launch.arguments["BLOCK_M"],
-        )
+        gains, weights_backward = _plan_weights_backward(call, through, sums if with_sums else through.sums, DELTA_ROWS)
         rows = {name: call.per_row() for name in rows}
         statistics = _plan_statistics(
             call, sav, lse, variance_gain_ptr=gains[0], alignment_gain_ptr=gains[1], delta_ptr=delta, **rows

@@ -170,6 +170,10 @@ def statistics_kernel(
     first_row = block * BLOCK_M
     if first_row >= num_rows:
         return
+    if not GRADIENT:  # the weights read no sums from beyond the text queries
+        text_lo, text_hi = tl.load(ranges_ptr + 4 * batch + 2), tl.load(ranges_ptr + 4 * batch + 3)
+        if (first_row >= text_hi) | (first_row + BLOCK_M <= text_lo):
+            return
 
     q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
     k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)

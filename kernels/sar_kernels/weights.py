@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from sar_kernels.primitives import LEAST_WEIGHT, sequence_bounds, softmax_over_heads
+from sar_kernels.primitives import (
+    LEAST_WEIGHT,
+    load_tile,
+    sequence_bounds,
+    sequence_pointer,
+    softmax_over_heads,
+    store_tile,
+)
 
 
 @triton.jit
@@ -136,6 +143,62 @@ def scale_heads_kernel(
     mask = (rows < length - first) & (columns < HEAD_DIM)
     ptrs = out_ptr + rows * (num_heads * HEAD_DIM) + columns
     tl.store(ptrs, (tl.load(ptrs, mask=mask) * c).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["max_seqlen_q"])
+def unscale_heads_kernel(
+    dout_ptr,  # (B, Sq, H, DV) or (T, H, DV), strided
+    out_ptr,
+    c_ptr,  # (B, H)
+    dplain_ptr,  # dout * c, contiguous
+    plain_ptr,  # out / c, contiguous
+    sums_ptr,  # (B, H, row blocks) sums of dout * out, or None
+    cu_seqlens_q_ptr,
+    stride_dob,
+    stride_dos,
+    stride_doh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_pb,
+    stride_ps,
+    stride_ph,
+    max_seqlen_q,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """From scaled attention to what a plain attention's backward takes, on rows of one head. Grid (row blocks, H, B).
+
+    A head whose weight underflowed to 0 has out = 0 and gives no gradient, whatever stands for its plain output.
+    """
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    start, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
+    first_row = block * BLOCK_M
+    if first_row >= num_rows:
+        return
+    dout_ptr = sequence_pointer(dout_ptr, batch, head, start, stride_dob, stride_dos, stride_doh, VARLEN)
+    out_ptr = sequence_pointer(out_ptr, batch, head, start, stride_ob, stride_os, stride_oh, VARLEN)
+    dplain_ptr = sequence_pointer(dplain_ptr, batch, head, start, stride_pb, stride_ps, stride_ph, VARLEN)
+    plain_ptr = sequence_pointer(plain_ptr, batch, head, start, stride_pb, stride_ps, stride_ph, VARLEN)
+    index = tl.cast(batch, tl.int64) * tl.num_programs(1) + head
+    c = tl.load(c_ptr + index)
+    inverse = 1.0 / tl.maximum(c, LEAST_WEIGHT)
+    total = tl.zeros([ROWS], ACC)
+    for row in range(first_row, tl.minimum(first_row + BLOCK_M, num_rows), ROWS):  # few at once: registers
+        dout = load_tile(dout_ptr, row, num_rows, stride_dos, ROWS, BLOCK_DV, HEAD_DIM_V, True).to(ACC)  # [ROWS, DV]
+        out = load_tile(out_ptr, row, num_rows, stride_os, ROWS, BLOCK_DV, HEAD_DIM_V, True).to(ACC)
+        if sums_ptr is not None:
+            total += tl.sum(dout * out, 1)
+        store_tile(dplain_ptr, dout * c, row, num_rows, stride_ps, ROWS, BLOCK_DV, HEAD_DIM_V)
+        store_tile(plain_ptr, out * inverse, row, num_rows, stride_ps, ROWS, BLOCK_DV, HEAD_DIM_V)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + index * tl.num_programs(0) + block, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=["max_seqlen_q", "num_blocks", "num_heads"])

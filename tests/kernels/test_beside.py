@@ -1,0 +1,123 @@
+"""What stands beside another library's attention: parts that together are re-weighted attention, both ways."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import FP64, STATISTICS, Case, make
+
+from sar_fast import Visibility
+from sar_kernels.attention import (
+    attention_backward,
+    attention_forward,
+    attention_statistics,
+    sar_backward,
+    sar_forward,
+    scale_heads,
+    statistics_backward,
+    unscale_heads,
+)
+
+DTYPE = torch.float64 if FP64 else torch.float32
+CLOSE = {"rtol": 1e-9, "atol": 1e-11} if FP64 else {"rtol": 2e-4, "atol": 2e-5}
+BASE = Case(seqlen_q=75, seqlen_k=75, head_dim=32, images=(((5, 30),), ((3, 20), (33, 41))), dtype=DTYPE)
+CASES = {
+    "base": BASE,
+    "text after the first picture": BASE.but(text_only_rows=False),
+    "more keys": BASE.but(seqlen_q=40),
+    "more queries": BASE.but(seqlen_q=90),
+    "full": BASE.but(causal=False),
+    "window": BASE.but(window=(30, 5), causal=False),
+    "window, causal": BASE.but(window=(30, -1)),
+    "soft cap": BASE.but(softcap=3.0),
+    "padding": BASE.but(padding=((0, 75), (7, 75))),
+    "runs": BASE.but(visibility=Visibility(chunk=40)),
+    "no picture": BASE.but(images=(((5, 30),), ())),
+    "odd head dims": BASE.but(head_dim=24, head_dim_v=40),
+}
+
+
+def forwards(inputs):
+    """(re-weighted in one pass, and from parts), each (out, lse, av, sa, c, count)."""
+    fused = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+    out, lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
+    statistics = attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())
+    return fused, (scale_heads(out, *statistics[2:]), lse, *statistics)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_from_parts(name):
+    fused, parts = forwards(make(CASES[name]))
+    for what, got, want in zip(("out", "lse", *STATISTICS, "count"), parts, fused):
+        torch.testing.assert_close(got, want, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backward_from_parts(name):
+    inputs = make(CASES[name])
+    qkv, (out, lse, av, sa, c, count) = (inputs.q, inputs.k, inputs.v), forwards(inputs)[0]
+    incoming = {"dav": torch.randn_like(av), "dsa": torch.randn_like(sa), "dc": torch.randn_like(c)}
+    dout = torch.randn_like(out).transpose(1, 2).contiguous().transpose(1, 2)  # any strides
+    kept = (*inputs.sav, av, sa, c, count)
+    want = sar_backward(dout, *qkv, out, lse, *kept, sav_grad=True, **incoming, **inputs.kwargs())
+
+    dplain, plain, sums = unscale_heads(dout, out, c, with_sums=True)
+    constant = attention_backward(dplain, *qkv, plain, lse, **inputs.kwargs(weights=False))
+    dq, dk, dprior = statistics_backward(*qkv, lse, *kept, sums, **incoming, **inputs.kwargs())
+    got = (constant[0] + dq, constant[1] + dk, constant[2], dprior)
+    for what, ours, theirs in zip(("dq", "dk", "dv", "dprior"), got, want):
+        torch.testing.assert_close(ours, theirs, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
+    assert dprior.abs().max() > 0
+    assert dq.abs().max() > 0
+
+
+def test_packed_sequences_from_parts():
+    lengths = (0, 41, 1, 70)
+    tokens = sum(lengths)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    q, dout = (torch.randn(tokens, 4, 32, dtype=DTYPE) for _ in range(2))
+    k, v = (torch.randn(tokens, 2, 32, dtype=DTYPE) for _ in range(2))
+    visual, text = torch.zeros(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.bool)
+    visual[3:20], visual[45:80] = True, True
+    text[20:41], text[80:tokens] = True, True
+    prior = visual / 20.0
+    inputs = make(BASE)
+    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 70, "max_seqlen_k": 70}
+    both = {"options": inputs.options, **packed}
+    weights = {"weights": inputs.weights}
+    out, lse, av, sa, c, count = sar_forward(q, k, v, visual, text, prior.to(DTYPE), **both, **weights)
+    plain_out, _ = attention_forward(q, k, v, **both)
+    scaled = scale_heads(plain_out, c, count, cu_seqlens=cu, max_seqlen=70)
+    torch.testing.assert_close(scaled, out, **CLOSE)
+    kept = (visual, text, prior.to(DTYPE), av, sa, c, count)
+    want = sar_backward(dout, q, k, v, out, lse, *kept, sav_grad=True, **both, **weights)
+    dplain, plain, sums = unscale_heads(dout, out, c, with_sums=True, cu_seqlens=cu, max_seqlen=70)
+    dq, dk, dv = attention_backward(dplain, q, k, v, plain, lse, **both)
+    more_dq, more_dk, dprior = statistics_backward(q, k, v, lse, *kept, sums, **both, **weights)
+    for ours, theirs in zip((dq + more_dq, dk + more_dk, dv, dprior), want):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_a_head_whose_weight_underflowed_gives_no_gradient():
+    out, dout = torch.zeros(1, 5, 2, 16), torch.randn(1, 5, 2, 16)
+    dplain, plain, _ = unscale_heads(dout, out, torch.tensor([[0.0, 2.0]]))
+    assert not dplain[:, :, 0].any()
+    assert plain.isfinite().all()
+    torch.testing.assert_close(dplain[:, :, 1], 2 * dout[:, :, 1])
+
+
+def test_what_parts_refuse():
+    out = torch.zeros(1, 2, 5, 16).transpose(1, 2)  # (B, S, H, D) with heads outside
+    ones = torch.ones(1, 2)
+    with pytest.raises(ValueError, match="out: got strides"):
+        scale_heads(out, ones, ones[0, :1])
+    with pytest.raises(ValueError, match="c: got"):
+        scale_heads(out.contiguous(), ones[:, :1], ones[0, :1])
+    with pytest.raises(ValueError, match="dout: got"):
+        unscale_heads(out[:, :4], out, ones)
+    inputs = make(BASE.but(mask=torch.ones(1, 1, 75, 75, dtype=torch.bool), causal=False))
+    lse, heads = torch.zeros(2, 4, 75, dtype=DTYPE), torch.ones(2, 4, dtype=DTYPE)
+    kept = (*inputs.sav, heads, heads, heads, heads[:, 0])
+    sums = torch.zeros(2, 4, 2, dtype=DTYPE)
+    with pytest.raises(ValueError, match=r"masks\.packed"):
+        statistics_backward(inputs.q, inputs.k, inputs.v, lse, *kept, sums, **inputs.kwargs())
