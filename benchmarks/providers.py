@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sar_fast import flash_attn_func, sar_attn_func
 from sar_fast.analysis.eager import eager_sar_attention
 from sar_fast.analysis.timing import SYSTEM_TOKENS, attention_inputs
-from sar_fast.backends.triton import interpreting
+from sar_fast.backends.kernel_calls import interpreting
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -6,7 +6,7 @@ import torch
 
 from sar_fast import value_checks
 from sar_fast.backends.protocol import Backend
-from sar_fast.backends.select import BACKENDS
+from sar_fast.backends.select import BY_NAME
 from sar_fast.kvcache import Cache, Step
 from sar_fast.values import Bounds, Call, Result, Roles, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
@@ -30,7 +30,7 @@ def _impl(
     head_weights, key_first, key_end, softmax_scale, causal, window_left, window_right, softcap, beta, protect,
     normalize, backend, need_lse,
 ):  # fmt: skip
-    chosen = BACKENDS[backend]
+    chosen = BY_NAME[backend]
     if prior is not None:
         value_checks.check_prior_values(prior, wait=chosen.waits)  # before the cache is written
     cache = Cache(k_cache, v_cache, k, v, seqlens if length == _FULL else length, block_table, q.shape[0])

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from sar_fast import value_checks
 from sar_fast.backends.protocol import Backend
-from sar_fast.backends.select import BACKENDS
+from sar_fast.backends.select import BY_NAME
 from sar_fast.head_scaling import scale_heads
 from sar_fast.row_statistics import join_rows, row_statistics
 from sar_fast.tracing import distinct, longest, no_autocast
@@ -77,7 +77,7 @@ def _call_of(
     lengths = longest(max_seqlens[0], cu_q, q.shape[0]), longest(max_seqlens[1], cu_k, k.shape[0])
     scores = Scores(scale, causal, (left, right), softcap)
     call = Call(q, k, v, scores, roles, key_padding_mask, attn_mask, cu_q, cu_k, lengths, Bounds(first, end))
-    return call, unflatten(beta, protect, normalize), BACKENDS[backend]
+    return call, unflatten(beta, protect, normalize), BY_NAME[backend]
 
 
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")

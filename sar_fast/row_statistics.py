@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sar_fast.backends.blocks import row_blocks, scores, sees
-from sar_fast.backends.select import BACKENDS
+from sar_fast.backends.select import BY_NAME
 from sar_fast.backends.sequence import Sequence, sequences_of
 from sar_fast.backends.statistics import rows_per_block, text_visual_block
 from sar_fast.tracing import distinct, longest, no_autocast, recording
@@ -127,7 +127,7 @@ def _forward(call: Call, lse: Tensor, asked: list[_Asked], backend: str) -> Tens
     others = []
     for i, one in enumerate(asked):
         chosen = one.statistic.chosen(call, *one.tensors) if _is_mass(one.statistic) else None
-        mass = None if chosen is None else BACKENDS[backend].mass(call, lse, chosen)
+        mass = None if chosen is None else BY_NAME[backend].mass(call, lse, chosen)
         if mass is None:
             others.append(i)
         else:

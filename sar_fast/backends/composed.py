@@ -1,10 +1,11 @@
 """Backend ``"composed"``: the fastest attention kernel that PyTorch ships for the device, plus the T x V block.
 
-Output, log-sum-exp and their gradients come from PyTorch's fused kernels (CPU flash, CUDA FlashAttention-2); the
-statistics need only the text-by-visual block (docs/method.md, section 7). Causal attention with more keys than queries
-is a full call on the older keys and a square call on the newest, merged by their log-sum-exps, so nothing depends on
-how a kernel aligns its causal mask. Where queries see a run of keys (windows, chunks, blocks), a call takes a block of
-queries and the keys that any of them sees, under a mask of that block.
+Output, log-sum-exp and their gradients come from PyTorch's fused kernels (CPU flash; CUDA FlashAttention-2 where Triton
+is not installed, else :mod:`.whole_batch` runs there); the statistics need only the text-by-visual block
+(docs/method.md, section 7). Causal attention with more keys than queries is a full call on the older keys and a square
+call on the newest, merged by their log-sum-exps, so nothing depends on how a kernel aligns its causal mask. Where
+queries see a run of keys (windows, chunks, blocks), a call takes a block of queries and the keys that any of them sees,
+under a mask of that block.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sar_fast.backends import kernel_calls
 from sar_fast.backends.blocks import row_blocks, scores, sees
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.sequence import Sequence
@@ -35,6 +37,10 @@ def unsupported(request: Request) -> str | None:
         return f"head_dim={request.head_dim}: fused kernels go to {MAX_HEAD_DIM}"
     if request.device.type not in ("cpu", "cuda"):
         return f"PyTorch's fused kernels with a log-sum-exp are for cpu and cuda, not {request.device.type}"
+    if request.device.type == "cuda" and kernel_calls.missing() is None:
+        return "a GPU by one sequence after the other, where the Triton kernels are installed"
+    if request.device.type == "cuda" and request.backward and request.deterministic:
+        return "deterministic gradients: the backward of PyTorch's CUDA flash kernel adds in any order"
     if request.dtype not in _DTYPES[request.device.type]:
         return f"{request.dtype}: PyTorch's flash kernel for {request.device.type} does not take it"
     if request.scores.softcap > 0:

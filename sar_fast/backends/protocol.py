@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import torch
@@ -19,7 +20,11 @@ class Request:
 
     Attributes:
         padded, masked, bounded: whether a key_padding_mask, a dense attn_mask or bounds are given.
-        head_dim: the larger of the keys' and the values'; 0 = any that the public functions take.
+        head_dim: the largest of the queries', keys' and values'; 0 = any that the public functions take.
+        packed: whether sequences are. square: whether there are as many queries as keys, in every sequence.
+        length: keys of the longest sequence; 0 = not known.
+        backward: whether gradients may be asked for. deterministic: whether they must be the same every time.
+        decode: whether it is a step over a cache.
     """
 
     device: torch.device
@@ -29,11 +34,42 @@ class Request:
     masked: bool = False
     bounded: bool = False
     head_dim: int = 0
+    packed: bool = False
+    square: bool = True
+    length: int = 0
+    backward: bool = False
+    deterministic: bool = False
+    decode: bool = False
 
     @classmethod
     def of(cls, call: Call) -> Request:
+        q, k, v = call.q, call.k, call.v
         padded, masked = call.key_padding_mask is not None, call.attn_mask is not None
-        return cls(call.q.device, call.q.dtype, call.scores, padded, masked, call.bounds.given, call.head_dim)
+        known = (q.device, q.dtype, call.scores, padded, masked, call.bounds.given, call.head_dim, call.packed)
+        if q.device.type == "cpu":  # where no lengths matter, which a traced graph would be tied to
+            return cls(*known)
+        return cls(
+            *known,
+            call.cu_seqlens_q is call.cu_seqlens_k if call.packed else q.shape[1] == k.shape[1],
+            call.max_seqlens[1] if call.packed else k.shape[1],
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    @property
+    def arch(self) -> str:
+        """As compilers name the device's architecture, "sm_90" or "gfx942"; the device's type where no GPU is."""
+        return device_arch(self.device)
+
+
+@functools.cache
+def device_arch(device: torch.device) -> str:
+    """As :attr:`Request.arch`."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of av, sa and c, each [B, H]
