@@ -38,6 +38,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def check_backend_name(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a backend's name, or ``"composed:<provider>"``."""
+    if isinstance(value, str) and value.startswith("composed:"):
+        from sar_fast.backends.select import BY_NAME
+
+        check_choice(name, value, tuple(n for n in BY_NAME if ":" in n))
+    else:
+        check_choice(name, value, get_args(BackendName))
+
+
 def check_beta(beta: object) -> int | float:
     """beta as a Python number in (0, inf], else an error; ``inf`` gives every head the same weight."""
     beta = number("beta", beta)
@@ -99,7 +109,10 @@ class SARConfig:
         for name, choices in CHOICES.items():
             if name == "normalize" and self.weighting is not None:
                 continue
-            check_choice(name, getattr(self, name), get_args(choices))
+            if name == "backend":
+                check_backend_name(name, self.backend)
+            else:
+                check_choice(name, getattr(self, name), get_args(choices))
             object.__setattr__(self, name, str(getattr(self, name)))
 
     def _check_rule(self) -> None:

@@ -324,7 +324,7 @@ def sar_attn_with_kvcache(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
     )
     scores, bounds = _lowered(visibility, scores, cache.positions(Sq, q.device), (B, cache.capacity))
-    chosen = choose_backend(backend, Request(q.device, q.dtype, scores, bounded=bounds.given))
+    chosen = choose_backend(backend, Request(q.device, q.dtype, scores, bounded=bounds.given, decode=True))
     value_checks.raise_arrived()
     if chosen.waits or q.device.type == "cpu":
         value_checks.check_prior_values(prior)  # before the cache is written

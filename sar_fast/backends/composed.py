@@ -10,6 +10,7 @@ under a mask of that block.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,40 +21,32 @@ from torch import Tensor
 from sar_fast.backends import kernel_calls
 from sar_fast.backends.blocks import row_blocks, scores, sees
 from sar_fast.backends.protocol import Request
+from sar_fast.backends.providers.choice import PROVIDERS, refusal
+from sar_fast.backends.providers.cpu import CPU_FLASH
+from sar_fast.backends.providers.protocol import Provider
 from sar_fast.backends.sequence import Sequence
-from sar_fast.validation import MAX_HEAD_DIM
+from sar_fast.values import Call, Scores
 
-_aten = torch.ops.aten
 _ROWS = 128  # of a call under a mask: more see keys in vain, fewer leave the kernel too little to do
-_DTYPES = {
-    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    "cuda": (torch.float16, torch.bfloat16),
-}
+
+
+def _provider(device: torch.device) -> Provider:
+    return CPU_FLASH if device.type == "cpu" else PROVIDERS["torch-fa2"]
 
 
 def unsupported(request: Request) -> str | None:
     """Why such a call cannot run here, or None. Only what the fused kernels lack is refused."""
-    if request.head_dim > MAX_HEAD_DIM:
-        return f"head_dim={request.head_dim}: fused kernels go to {MAX_HEAD_DIM}"
-    if request.device.type not in ("cpu", "cuda"):
-        return f"PyTorch's fused kernels with a log-sum-exp are for cpu and cuda, not {request.device.type}"
-    if request.device.type == "cuda" and kernel_calls.missing() is None:
-        return "a GPU by one sequence after the other, where the Triton kernels are installed"
-    if request.device.type == "cuda" and request.backward and request.deterministic:
-        return "deterministic gradients: the backward of PyTorch's CUDA flash kernel adds in any order"
-    if request.dtype not in _DTYPES[request.device.type]:
-        return f"{request.dtype}: PyTorch's flash kernel for {request.device.type} does not take it"
-    if request.scores.softcap > 0:
-        return f"softcap={request.scores.softcap}: PyTorch's fused kernels have no soft-capping"
-    if request.scores.windowed and request.device.type == "cuda":
-        return f"window_size={request.scores.window}: only the CPU kernel takes the mask that a window needs here"
-    if request.bounded and request.device.type == "cuda":
-        return "visibility: only the CPU kernel takes the mask that it needs here"
+    device = request.device.type
+    if device not in ("cpu", "cuda"):
+        return f"PyTorch's fused kernels with a log-sum-exp are for cpu and cuda, not {device}"
     if request.masked:
         return "attn_mask: a dense mask would be converted to a float tensor of the same shape"
-    if request.padded and request.device.type == "cuda":
-        return "key_padding_mask: PyTorch's CUDA flash kernels take none (pack the batch and use sar_attn_varlen_func)"
-    return None
+    if device == "cuda" and kernel_calls.missing() is None:
+        return "a GPU by one sequence after the other, where the Triton kernels are installed"
+    if device == "cuda" and (request.scores.windowed or request.bounded or request.padded):
+        return "windows, visibility and padding on cuda: only the CPU kernel takes the mask that they need here"
+    # pieces of a call are square, or see all of their keys
+    return refusal(_provider(request.device), dataclasses.replace(request, square=True, packed=False))
 
 
 def attention(seq: Sequence, *, need_lse: bool) -> tuple[Tensor, Tensor]:
@@ -66,11 +59,11 @@ def attention(seq: Sequence, *, need_lse: bool) -> tuple[Tensor, Tensor]:
         out = seq.q.new_zeros(Sq, H, Dv)
         lse = seq.q.new_full((H, Sq), -torch.inf, dtype=seq.accumulate_dtype)
         for piece in _row_pieces(seq):
-            out[piece.rows], lse[:, piece.rows] = _kernel_forward(seq, piece)
+            out[piece.rows], lse[:, piece.rows] = _piece_forward(seq, piece)
         return out, lse
     out, lse = None, None
     for piece in _pieces(seq):
-        o, l = _kernel_forward(seq, piece)
+        o, l = _piece_forward(seq, piece)
         if piece.rows.start > 0:  # queries older than every key see nothing
             o = F.pad(o, (0, 0, 0, 0, piece.rows.start, 0))
             l = F.pad(l, (piece.rows.start, 0), value=-torch.inf)
@@ -100,7 +93,7 @@ def attention_backward(
     grad = (grad_out * weight).to(grad_out.dtype)
     plain = torch.where(weight == 0, 0, out / torch.where(weight == 0, 1, weight)).to(out.dtype)
     for piece in _row_pieces(seq) if _limited(seq) else _pieces(seq):
-        gq, gk, gv = _kernel_backward(seq, piece, grad, plain, lse)
+        gq, gk, gv = _piece_backward(seq, piece, grad, plain, lse)
         dq[piece.rows] += gq
         dk[piece.keys] += gk
         dv[piece.keys] += gv
@@ -160,104 +153,27 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     return (part(out_a, lse_a) + part(out_b, lse_b)).to(out_a.dtype), lse
 
 
-def _bias(seq: Sequence, visible: Tensor | None) -> Tensor | None:
-    """(1 or Hkv, 1, r or 1, n) additive mask of what a piece shows: 0 or -inf."""
-    if visible is None:
-        return None
-    bias = torch.zeros(visible.shape, dtype=seq.q.dtype, device=seq.q.device).masked_fill_(~visible, -torch.inf)
-    return bias if bias.dim() == 4 else bias[None, None]
+def _piece_call(seq: Sequence, piece: _Piece) -> Call:
+    """A piece as a dense call of one sample."""
+    q, k, v = seq.q[piece.rows][None], seq.k[piece.keys][None], seq.v[piece.keys][None]
+    seen = piece.visible
+    seen = None if seen is None else seen[None, None] if seen.dim() == 2 else seen.transpose(0, 1)
+    return Call(q, k, v, Scores(seq.scores.scale, piece.causal), attn_mask=seen)
 
 
-def _kernel_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as (Hkv, G, S, D): kv heads are the batch, so that a group shares its keys without a copy."""
-    Hkv = seq.k.shape[1]
-    G = seq.q.shape[1] // Hkv
-    width = max(seq.q.shape[-1], seq.v.shape[-1])  # the kernel has one: zeros change neither scores nor kept columns
-    q = _widened(seq.q[rows], width).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
-    spread = lambda x: _widened(x[keys], width).transpose(0, 1)[:, None].expand(-1, G, -1, -1)
-    return q, spread(seq.k), spread(seq.v)
+def _piece_forward(seq: Sequence, piece: _Piece) -> tuple[Tensor, Tensor]:
+    """out (r, H, Dv) and lse (H, r) of one fused call."""
+    out, lse = _provider(seq.q.device).forward(_piece_call(seq, piece))
+    return out[0], lse[0]
 
 
-def _widened(x: Tensor, width: int) -> Tensor:
-    """With zeros at the end of the last dimension; F.pad would copy what is wide enough."""
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _kernel_forward(seq: Sequence, piece: _Piece) -> tuple[Tensor, Tensor]:
-    """One fused call: out (r, H, Dv), lse (H, r)."""
-    if seq.q.device.type == "cuda":
-        return _cuda_forward(seq, piece)
-    q, k, v = _kernel_inputs(seq, piece.rows, piece.keys)
-    bias = _bias(seq, piece.visible)
-    o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, piece.causal, attn_mask=bias, scale=seq.scores.scale
-    )
-    o = o.permute(2, 0, 1, 3)[..., : seq.v.shape[-1]]  # [r, Hkv, G, Dv]
-    lse = lse.to(seq.accumulate_dtype)
-    if piece.visible is not None:  # of a row that sees nothing the kernel reports 0
-        lse = lse.masked_fill(_dead_rows(piece), -torch.inf)
-    return o.flatten(1, 2), lse.flatten(0, 1)
-
-
-def _dead_rows(piece: _Piece) -> Tensor:
-    """(r or 1,) or (Hkv, 1, r or 1) bool: queries of this call that see no key."""
-    if piece.causal:
-        return (piece.visible.cumsum(-1) == 0).squeeze(-2)
-    return ~piece.visible.any(-1)
-
-
-def _kernel_backward(
+def _piece_backward(
     seq: Sequence, piece: _Piece, grad: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv) of one fused call, given the merged out and lse."""
-    if seq.q.device.type == "cuda":
-        return _cuda_backward(seq, piece, grad, out, lse)
-    q, k, v = _kernel_inputs(seq, piece.rows, piece.keys)
-    Hkv, G, _, width = q.shape
-    D, Dv = seq.q.shape[-1], seq.v.shape[-1]
-    group = lambda x: _widened(x[piece.rows], width).unflatten(1, (Hkv, G)).permute(1, 2, 0, 3)
-    l = lse[:, piece.rows].unflatten(0, (Hkv, G))
-    l = torch.where(l.isinf(), 0, l).contiguous()
-    bias = _bias(seq, piece.visible)
-    gq, gk, gv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        group(grad), q, k, v, group(out), l, 0.0, piece.causal, attn_mask=bias, scale=seq.scores.scale
-    )
-    gq = gq.permute(2, 0, 1, 3).flatten(1, 2)[..., :D]
-    gk, gv = (x.sum(1, dtype=seq.accumulate_dtype).transpose(0, 1) for x in (gk, gv))
-    return gq, gk[..., :D], gv[..., :Dv]
-
-
-def _cuda_inputs(seq: Sequence, rows: slice, keys: slice) -> tuple[list[Tensor], list]:
-    """q, k, v (S, heads, width) of one packed sequence, and the sequence bounds; groups are the kernel's own."""
-    width = -(-max(seq.q.shape[-1], seq.v.shape[-1]) // 8) * 8  # one head dim for all, a multiple of 8
-    parts = [F.pad(x, (0, width - x.shape[-1])).contiguous() for x in (seq.q[rows], seq.k[keys], seq.v[keys])]
-    lengths = [x.shape[0] for x in parts[:2]]
-    bounds = [torch.tensor([0, n], dtype=torch.int32, device=seq.q.device) for n in lengths]
-    return parts, [*bounds, *lengths]
-
-
-def _cuda_forward(seq: Sequence, piece: _Piece) -> tuple[Tensor, Tensor]:
-    """PyTorch's FlashAttention-2 on one sequence: out (r, H, Dv), lse (H, r)."""
-    parts, bounds = _cuda_inputs(seq, piece.rows, piece.keys)
-    out, lse, *_ = _aten._flash_attention_forward(*parts, *bounds, 0.0, piece.causal, False, scale=seq.scores.scale)
-    return out[..., : seq.v.shape[-1]], lse.view(seq.q.shape[1], -1)
-
-
-def _cuda_backward(
-    seq: Sequence, piece: _Piece, grad: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Its backward: gradients (r, H, D), (n, Hkv, D), (n, Hkv, Dv)."""
-    rows = piece.rows
-    parts, bounds = _cuda_inputs(seq, rows, piece.keys)
-    D, Dv, width = seq.q.shape[-1], seq.v.shape[-1], parts[0].shape[-1]
-    grad, out = (F.pad(x[rows], (0, width - Dv)).contiguous() for x in (grad, out))
-    rng = torch.zeros(2, dtype=torch.uint64, device=seq.q.device)  # read only under dropout
-    unused = torch.empty(0, device=seq.q.device)
-    l = lse[:, rows].contiguous()
-    gq, gk, gv = _aten._flash_attention_backward(
-        grad, *parts, out, l, *bounds, 0.0, piece.causal, rng, unused, scale=seq.scores.scale
-    )
-    return gq[..., :D], gk[..., :D], gv[..., :Dv]
+    rows, call = piece.rows, _piece_call(seq, piece)
+    given = (grad[rows][None], out[rows][None], lse[:, rows][None].contiguous())
+    return tuple(g[0] for g in _provider(seq.q.device).backward(call, *given))
 
 
 def _delta_backward(seq: Sequence, lse: Tensor, extra_delta: Tensor, dq: Tensor, dk: Tensor) -> None:

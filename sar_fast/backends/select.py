@@ -14,7 +14,7 @@ from sar_fast.backends.providers.choice import PROVIDERS, measured_lengths, meas
 from sar_fast.backends.providers.protocol import Provider
 from sar_fast.backends.triton import Triton
 from sar_fast.backends.whole_batch import WholeBatch
-from sar_fast.config import check_choice
+from sar_fast.config import check_backend_name
 from sar_fast.values import Scores
 
 # in the order in which "auto" tries them where nothing was measured
@@ -49,18 +49,13 @@ def choose_backend(name: str, request: Request) -> Backend:
         ValueError: an unknown name, or a named backend that lacks something: says what, and which backend has it.
     """
     origin = "backend"
-    _check_name(origin, name)
+    check_backend_name(origin, name)
     if name == "auto" and os.environ.get("SAR_BACKEND"):
         name, origin = os.environ["SAR_BACKEND"], "SAR_BACKEND"
-        _check_name(origin, name)
+        check_backend_name(origin, name)
     if torch.compiler.is_compiling() and (request.device.type != "cpu" or ":" in name):
         return BY_NAME[_constant_choice(name, origin, *_constants(request))]
     return _first_that_supports(name, origin, request)
-
-
-def _check_name(origin: str, name: object) -> None:
-    with_provider = isinstance(name, str) and name.startswith("composed:")
-    check_choice(origin, name, tuple(n for n in BY_NAME if ":" in n) if with_provider else ("auto", *BACKENDS))
 
 
 def _constants(request: Request) -> tuple:

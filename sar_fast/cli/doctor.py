@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -36,7 +37,7 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # of the output
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show versions, the GPU, and which backends work on this machine.
+    """Show versions, the GPU, which backends and libraries work on this machine, and which are taken for what.
 
     Every backend runs a small call in each dtype on each device, and the result is compared with the fp32 reference.
     Exit code 1 if a backend that should work here fails or is wrong.
@@ -47,7 +48,13 @@ def doctor(
 
     * `sar-fast doctor --json | jq .backends`
     """
-    found = {"versions": versions(), "gpus": gpus(), "backends": try_backends()}
+    found = {
+        "versions": versions(),
+        "gpus": gpus(),
+        "backends": try_backends(),
+        "providers": providers(),
+        "choices": choices(),
+    }
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -80,20 +87,57 @@ def try_backends() -> list[dict[str, Any]]:
     output relative to the fp32 reference, and ``reason`` where it does not run."""
     import torch
 
+    from sar_fast.backends.providers.choice import PROVIDERS
     from sar_fast.backends.select import BACKENDS
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = [name for name, provider in PROVIDERS.items() if provider.missing() is None]
+    names = {"cpu": list(BACKENDS)}
+    if torch.cuda.is_available():
+        names["cuda"] = [*BACKENDS, *(f"composed:{name}" for name in found)]
     return [
-        {
-            "backend": backend,
-            "device": device,
-            "dtype": dtype,
-            **_trial(backend, device, dtype),
-        }
-        for backend in BACKENDS
-        for device in devices
+        {"backend": backend, "device": device, "dtype": dtype, **_trial(backend, device, dtype)}
+        for device in names
+        for backend in names[device]
         for dtype in ROUNDING
     ]
+
+
+def providers() -> list[dict[str, Any]]:
+    """One record per library whose attention backend "composed" can take, ``reason`` where it cannot be called here."""
+    from sar_fast.backends.providers.choice import PROVIDERS
+    from sar_fast.backends.providers.cpu import CPU_FLASH
+
+    return [{"provider": p.name, "reason": p.missing()} for p in (CPU_FLASH, *PROVIDERS.values())]
+
+
+def choices() -> list[dict[str, Any]]:
+    """What "auto" and "composed" take on each device, for calls of 8,192 tokens in bfloat16 at head dim 128."""
+    import torch
+
+    from sar_fast.backends.protocol import Request
+    from sar_fast.backends.select import choose_backend
+    from sar_fast.values import Scores
+
+    calls = {
+        "inference": {},
+        "training": {"backward": True},
+        "packed training": {"backward": True, "packed": True},
+        "padded inference": {"padded": True},
+        "a window": {"scores": Scores(0.1, window=(1024, -1))},
+        "a decode step": {"decode": True},
+    }
+    found = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        for call, needs in calls.items():
+            request = Request(torch.device(device), torch.bfloat16, head_dim=128, length=8192)
+            request = dataclasses.replace(request, **needs)
+            found.append({"device": device, "call": call})
+            for name in ("auto", "composed"):
+                try:
+                    found[-1][name] = choose_backend(name, request).name
+                except ValueError as error:  # which says why
+                    found[-1][name] = f"none: {error}"
+    return found
 
 
 def _trial(backend: str, device: str, dtype_name: str) -> dict[str, Any]:
@@ -101,14 +145,14 @@ def _trial(backend: str, device: str, dtype_name: str) -> dict[str, Any]:
 
     from sar_fast.analysis.timing import attention_inputs
     from sar_fast.backends.protocol import Request
-    from sar_fast.backends.select import BACKENDS
+    from sar_fast.backends.select import BY_NAME
     from sar_fast.functional import sar_attn_func
     from sar_fast.reference import sar_attention_reference
     from sar_fast.values import Scores
 
     dtype = getattr(torch, dtype_name)
     inputs = attention_inputs(128, 64, dtype, heads=4, kv_heads=2, head_dim=64, device=device)
-    reason = BACKENDS[backend].unsupported(Request(inputs[0].device, dtype, Scores(64**-0.5), head_dim=64))
+    reason = BY_NAME[backend].unsupported(Request(inputs[0].device, dtype, Scores(64**-0.5), head_dim=64))
     if reason is not None:
         return {"status": "unavailable", "error": None, "reason": reason}
     try:
@@ -143,4 +187,17 @@ def _print(found: dict[str, Any]) -> None:
             detail = reason or f"error {shown[0]['error']:.1e}"
             dtypes = ", ".join(t["dtype"] for t in shown)
             table.add_row(backend, device, dtypes, f"[{colours[status]}]{status}[/]: {escape(detail)}")
+    console.print(table)
+    table = Table(
+        title="\nLibraries whose attention backend composed can take", title_justify="left", show_header=False
+    )
+    for provider in found["providers"]:
+        reason = provider["reason"]
+        table.add_row(provider["provider"], f"[yellow]{escape(reason)}[/]" if reason else "[green]there[/]")
+    console.print(table)
+    table = Table(title="\nTaken for 8,192 tokens, bfloat16, head dim 128", title_justify="left")
+    for name in ("device", "call", "auto", "composed"):
+        table.add_column(name)
+    for choice in found["choices"]:
+        table.add_row(*(escape(choice[name]) for name in ("device", "call", "auto", "composed")))
     console.print(table)

@@ -20,6 +20,7 @@ _AMPERE_ON = ("sm_8", "sm_9", "sm_10", "sm_12")
 
 # By the speeds that the libraries publish: FlashAttention-3 and -4 are written for one generation each.
 UNMEASURED = {
+    "sm_8": ("fa2", "torch-fa2", "cudnn"),
     "sm_9": ("fa3", "torch-fa3", "cudnn", "fa4", "torch-fa4", "fa2", "torch-fa2"),
     "sm_10": ("fa4", "torch-fa4", "cudnn", "fa2", "torch-fa2"),
 }
@@ -69,4 +70,7 @@ def unmeasured_order(arch: str) -> tuple[str, ...]:
 
 def refusal(provider: Provider, request: Request) -> str | None:
     """Why a provider cannot compute such a call here, or None."""
-    return provider.unsupported(request) or provider.missing()
+    reason = provider.unsupported(request)
+    if reason is None and (absent := provider.missing()):
+        reason = f"being called here: {absent}"
+    return reason
