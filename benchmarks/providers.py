@@ -18,6 +18,9 @@ from sar_fast import flash_attn_func, sar_attn_func
 from sar_fast.analysis.eager import eager_sar_attention
 from sar_fast.analysis.timing import SYSTEM_TOKENS, attention_inputs
 from sar_fast.backends.kernel_calls import interpreting
+from sar_fast.backends.protocol import Request
+from sar_fast.backends.providers.choice import PROVIDERS as LIBRARIES
+from sar_fast.backends.select import BY_NAME
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -91,6 +94,7 @@ PROVIDERS: dict[str, Provider] = {
     "flex": _flex,
     "flash-attn": _flash_attn,
     "eager-sar": lambda *inputs: eager_sar_attention(*inputs),
+    **{f"sar-composed:{name}": _ours(f"composed:{name}") for name in LIBRARIES},
 }
 
 
@@ -98,6 +102,9 @@ def unavailable(name: str, device: str) -> str | None:
     """Why a provider cannot run on ``device``, or None."""
     if device == "cpu" and name in ("sar-triton", "plain-triton") and not interpreting():
         return "the Triton kernels need a GPU"
+    if ":" in name:
+        usual = Request(torch.device(device), torch.bfloat16, head_dim=128)
+        return BY_NAME[name.removeprefix("sar-")].unsupported(usual)
     if device == "cpu" and name in ("sdpa-cudnn", "flex", "flash-attn"):
         return f"{name} has no CPU kernel for this"
     if name == "flash-attn":

@@ -40,28 +40,28 @@ def ceilings(bench: Bench) -> None:
     )
     for shape in attention_shapes(bench.tiny)[::2]:  # text plays no part
         shape = {k: v for k, v in shape.items() if k != "T"}
-        inputs = _inputs(bench, shape)
-        names = _available(bench, ("sdpa-flash", "sdpa-cudnn"))
-        _measure(bench, "library", shape, {n: partial(_call, n, inputs) for n in names}, seconds=0.03)
-        _measure(bench, "library, backward", shape, {n: partial(_training, n, inputs) for n in names}, seconds=0.03)
+        inputs = inputs_of(bench, shape)
+        names = available(bench, ("sdpa-flash", "sdpa-cudnn"))
+        measure(bench, "library", shape, {n: partial(_call, n, inputs) for n in names}, seconds=0.03)
+        measure(bench, "library, backward", shape, {n: partial(training, n, inputs) for n in names}, seconds=0.03)
 
 
 def forward(bench: Bench) -> None:
     """Whole calls as graph replays, and every launch of a SAR call by events."""
     for shape in attention_shapes(bench.tiny):
-        inputs = _inputs(bench, shape)
-        names = _available(bench, PASSES)
-        _measure(bench, "forward", shape, {n: partial(_graph, bench, n, inputs) for n in names}, timed="graph")
+        inputs = inputs_of(bench, shape)
+        names = available(bench, PASSES)
+        measure(bench, "forward", shape, {n: partial(graph_of, bench, n, inputs) for n in names}, timed="graph")
         launches(bench, "forward", shape, {"sar launches": partial(_forward_launches, inputs)})
 
 
 def backward(bench: Bench) -> None:
     """Forward and backward of the same shapes, ``through`` with sav_grad=True; and every launch of the backward."""
     for shape in attention_shapes(bench.tiny):
-        inputs = _inputs(bench, shape)
-        makers = {n: partial(_training, n, inputs) for n in _available(bench, PASSES)}
-        makers["sar-triton through"] = partial(_training, "sar-triton through", inputs)
-        _measure(bench, "forward+backward", shape, makers)
+        inputs = inputs_of(bench, shape)
+        makers = {n: partial(training, n, inputs) for n in available(bench, PASSES)}
+        makers["sar-triton through"] = partial(training, "sar-triton through", inputs)
+        measure(bench, "forward+backward", shape, makers)
         both = {
             "sar launches": partial(_backward_launches, inputs, False),
             "sar through launches": partial(_backward_launches, inputs, True),
@@ -72,25 +72,25 @@ def backward(bench: Bench) -> None:
 def short(bench: Bench) -> None:
     """Prefill too short to hide a launch; CUDA graphs on all sides."""
     for shape in short_shapes(bench.tiny):
-        inputs = _inputs(bench, shape)
-        makers = {n: partial(_graph, bench, n, inputs) for n in _available(bench, PASSES)}
-        _measure(bench, "forward, graph", shape, makers, timed="graph")
+        inputs = inputs_of(bench, shape)
+        makers = {n: partial(graph_of, bench, n, inputs) for n in available(bench, PASSES)}
+        measure(bench, "forward, graph", shape, makers, timed="graph")
 
 
 def scaling(bench: Bench) -> None:
     """Time and memory along each axis; looks for cliffs."""
     for axis, shape in scaling_shapes(bench.tiny):
-        inputs = _inputs(bench, shape)
-        makers = {n: partial(_call, n, inputs) for n in _available(bench, PASSES[:3])}
-        _measure(bench, f"scaling {axis}", shape, makers, seconds=0.03, memory=True)
+        inputs = inputs_of(bench, shape)
+        makers = {n: partial(_call, n, inputs) for n in available(bench, PASSES[:3])}
+        measure(bench, f"scaling {axis}", shape, makers, seconds=0.03, memory=True)
 
 
 def others(bench: Bench) -> None:
     """What cannot be captured or takes long to compile: composed, auto, FlexAttention, flash-attn, by launches."""
     names = ("sar-triton", "sar-auto", "sar-composed", "flex", "flash-attn")
     for shape in other_shapes(bench.tiny):
-        inputs = _inputs(bench, shape)
-        _measure(bench, "forward, launched", shape, {n: partial(_call, n, inputs) for n in _available(bench, names)})
+        inputs = inputs_of(bench, shape)
+        measure(bench, "forward, launched", shape, {n: partial(_call, n, inputs) for n in available(bench, names)})
 
 
 def launches(bench: Bench, mode: str, shape: Shape, makers: dict[str, Callable]) -> None:
@@ -121,13 +121,13 @@ def launches(bench: Bench, mode: str, shape: Shape, makers: dict[str, Callable])
 Inputs = Callable[[], tuple]
 
 
-def _inputs(bench: Bench, shape: Shape) -> Inputs:
+def inputs_of(bench: Bench, shape: Shape) -> Inputs:
     """Made once a shape, if something of it is still to be measured; drawn where it is used."""
     text = {"text": shape["T"]} if "T" in shape else {}
     return cache(lambda: make_inputs(*sizes(shape), **text, dtype=bench.dtype, device=bench.device.name))
 
 
-def _available(bench: Bench, names: Iterable[str]) -> list[str]:
+def available(bench: Bench, names: Iterable[str]) -> list[str]:
     """Those that can run here; the others are named once."""
     found = []
     for name in names:
@@ -143,7 +143,7 @@ def _available(bench: Bench, names: Iterable[str]) -> list[str]:
 _TOLD: set[tuple[str, str]] = set()
 
 
-def _measure(bench: Bench, mode: str, shape: Shape, makers: dict[str, Callable], **options: Any) -> None:
+def measure(bench: Bench, mode: str, shape: Shape, makers: dict[str, Callable], **options: Any) -> None:
     """`Bench.measure` with the rate of an attention pass."""
     flops = 2 * shape["B"] * shape["H"] * shape["N"] ** 2 * shape["D"]  # two products, half of them masked
     flops *= 3.5 if "backward" in mode else 1
@@ -155,11 +155,11 @@ def _call(name: str, inputs: Inputs) -> Call:
     return lambda: PROVIDERS[name](*given)
 
 
-def _graph(bench: Bench, name: str, inputs: Inputs) -> Call:
+def graph_of(bench: Bench, name: str, inputs: Inputs) -> Call:
     return bench.device.graph(_call(name, inputs))
 
 
-def _training(name: str, inputs: Inputs) -> Call:
+def training(name: str, inputs: Inputs) -> Call:
     *given, visual, text, prior = inputs()
     leaves = [x.detach().clone().requires_grad_() for x in given]
     grad = torch.randn_like(given[0])
@@ -198,3 +198,16 @@ def _backward_launches(inputs: Inputs, through: bool) -> list:
     zeros = [torch.zeros_like(x) for x in (av, sa, c)]  # as autograd hands them along
     kept = Through(*roles, weights, av, sa, count, *zeros) if through else None
     return plan_backward(call, torch.randn_like(out), out, lse, c, kept)[1]
+
+
+def statistics_launches(inputs: Inputs) -> list:
+    """What statistics from another library's log-sum-exp launch, and the scaling of its output."""
+    from sar_kernels.attention import attention_forward
+    from sar_kernels.beside import plan_scale
+    from sar_kernels.call import WeightOptions
+    from sar_kernels.plan import plan_attention_statistics
+
+    call, roles = _kernel_call(inputs)
+    out, lse = attention_forward(call.q, call.k, call.v, options=call.options)
+    (_, _, c, count), work = plan_attention_statistics(call, lse, *roles, WeightOptions(0.5))
+    return [*work, plan_scale(call, out, c, count)]

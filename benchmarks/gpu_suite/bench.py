@@ -165,7 +165,8 @@ class Bench:
             names, modes, head_dim = {"sar-triton"}, {"forward", "constant", "through", "decode"}, 128
         else:
             backend = provider.removesuffix(" through").removesuffix(" launches")
-            names = {"sar-triton"} if backend.startswith("sar") and backend != "sar-composed" else {backend}
+            fused = backend.startswith("sar") and "composed" not in backend
+            names = {"sar-triton"} if fused else {backend}
             modes, head_dim = {"forward"}, shape["D"]
             if mode == "decode":
                 modes = {"decode"}
@@ -181,4 +182,4 @@ class Bench:
 
 def ours(provider: str) -> bool:
     """Whether a provider runs our kernels, which the gate speaks of."""
-    return provider.startswith(("sar", "plain")) and "composed" not in provider
+    return provider.startswith(("sar", "plain")) and (":" in provider or "composed" not in provider)

@@ -29,7 +29,7 @@ def gate(bench: Bench) -> None:
         inputs = make_inputs(*sizes(shape), dtype=bench.dtype, device=bench.device.name)
         for provider, backend in (("sar-triton", sar_attn_func), ("plain-triton", _plain)):
             for mode in ("constant", "through") if provider == "sar-triton" else ("constant",):
-                _prefill_rows(bench, provider, mode, shape, inputs, backend)
+                prefill_rows(bench, provider, mode, shape, inputs, backend)
         bench.device.release()
     for shape in gate_decode_shapes(bench.tiny):
         for mode in MODES:
@@ -44,7 +44,9 @@ def _plain(q, k, v, visual, text, prior, *, backend: str, **_: Any):
     return flash_attn_func(q, k, v, causal=True, backend=backend), None
 
 
-def _prefill_rows(bench: Bench, provider: str, mode: str, shape: Shape, inputs: tuple, function: Callable) -> None:
+def prefill_rows(
+    bench: Bench, provider: str, mode: str, shape: Shape, inputs: tuple, function: Callable, backend: str = "triton"
+) -> None:
     """The forward's row and the gradients' row, from one run."""
     modes = ("forward", mode) if mode == "constant" else (mode,)
     if not any(bench.missing("gate", m, shape, [provider]) for m in modes):
@@ -54,7 +56,8 @@ def _prefill_rows(bench: Bench, provider: str, mode: str, shape: Shape, inputs: 
     found: dict[str, Row] = {}
 
     def check() -> bool:
-        found.update(check_prefill(function, inputs, mode == "through", plain=provider == "plain-triton"))
+        plain = provider == "plain-triton"
+        found.update(check_prefill(function, inputs, mode == "through", plain=plain, backend=backend))
         return True
 
     if bench.attempt("gate", provider, mode, shape, check) is None:
@@ -83,9 +86,15 @@ def _write(bench: Bench, provider: str, mode: str, shape: Shape, failures: list[
 
 
 def check_prefill(
-    function: Callable, inputs: tuple, through: bool, *, plain: bool = False, reference: dict[str, Any] | None = None
+    function: Callable,
+    inputs: tuple,
+    through: bool,
+    *,
+    plain: bool = False,
+    reference: dict[str, Any] | None = None,
+    backend: str = "triton",
 ) -> dict[str, Row]:
-    """{"forward": row, "gradients": row} of a Triton-backed function on these inputs.
+    """{"forward": row, "gradients": row} of a function's backend on these inputs.
 
     ``reference``: further options of the reference alone, where it says with a matrix what the function sees.
     """
@@ -103,7 +112,7 @@ def check_prefill(
     exact, rounded = (
         attend(sar_attention_reference, double, **options, **(reference or {})) for double in (True, False)
     )
-    got = attend(function, False, backend="triton", **options)
+    got = attend(function, False, backend=backend, **options)
     rows: dict[str, tuple[list[str], list[float]]] = {"forward": ([], []), "gradients": ([], [])}
     for index, name in enumerate(("out", "dq", "dk", "dv")):
         error, eager = ((x[index] - exact[index]).abs().max().item() for x in (got, rounded))

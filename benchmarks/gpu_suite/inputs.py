@@ -59,6 +59,17 @@ def other_shapes(tiny: bool) -> list[Shape]:
     return attention_shapes(tiny)[:1] if tiny else attention_shapes(tiny)[2:8:4]
 
 
+def library_shapes(tiny: bool) -> list[Shape]:
+    """Where the table of speeds has rows: little text, D 128 at each length, D 64 at one."""
+    shapes = attention_shapes(tiny)
+    return shapes[:1] if tiny else [*shapes[0:8:2], shapes[12]]
+
+
+def library_gate_shapes(tiny: bool) -> list[Shape]:
+    """One odd length at each head dim of theirs."""
+    return gate_shapes(tiny)[2::4] if not tiny else gate_shapes(tiny)
+
+
 def pattern_shapes(tiny: bool) -> tuple[Shape, Shape]:
     """Where patterns of visible keys are checked, and where they are timed."""
     if tiny:

@@ -20,6 +20,8 @@ from gpu_suite.inputs import (
     decode_shapes,
     gate_decode_shapes,
     gate_shapes,
+    library_gate_shapes,
+    library_shapes,
     other_shapes,
     part_of,
     pattern_shapes,
@@ -27,6 +29,7 @@ from gpu_suite.inputs import (
     short_shapes,
 )
 from gpu_suite.slices import SHORTLIST
+from sar_kernels.beside import plan_beside
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.decode_aot import masks_of
 from sar_kernels.decode_plan import DecodeCall
@@ -77,6 +80,14 @@ class Planner:
         # autograd hands the statistics' gradients along, zeros where nothing came
         kept = Through(*roles, weights, av, sa, count, av, sa, c) if backward == "through" else None
         return work + plan_backward(call, dout, out, lse, c, kept)[1]
+
+    def beside(self, shape: Shape) -> list[Launch]:
+        """What stands beside another library's forward and its backward, both ways."""
+        batch, length, heads, kv_heads, head_dim = (shape[n] for n in ("B", "N", "H", "Hkv", "D"))
+        q, k = self.empty(batch, length, heads, head_dim), self.empty(batch, length, kv_heads, head_dim)
+        call = Call(q, k, k, AttentionOptions(True, head_dim**-0.5), arch=self.arch)
+        roles = *(self.empty(batch, length, dtype=torch.bool) for _ in range(2)), self._floats(batch, length)
+        return plan_beside(call, q, *roles, WeightOptions(0.5))
 
     def decode(self, shape: Shape, mode: str, *, full: bool = False) -> list[Launch]:
         """One step with one new token per sequence; ``full``: over keys of one length, as models have them."""
@@ -131,6 +142,14 @@ def _backward(plan: Planner, tiny: bool) -> Iterator[Launch]:
         for backward in ("constant", "through"):
             yield from plan.prefill(shape, sar=True, backward=backward)
         yield from plan.prefill(shape, sar=False, backward="constant")
+
+
+def _libraries(plan: Planner, tiny: bool) -> Iterator[Launch]:
+    for shape in (*library_gate_shapes(tiny), *library_shapes(tiny)):
+        yield from plan.beside(shape)
+    for shape in library_shapes(tiny):
+        yield from plan.prefill(shape, sar=True, backward="constant")
+        yield from plan.prefill(shape, sar=False)
 
 
 def _short(plan: Planner, tiny: bool) -> Iterator[Launch]:
@@ -201,6 +220,7 @@ _OF = {
     "forward": _forward,
     "visibility": _visibility,
     "backward": _backward,
+    "libraries": _libraries,
     "short": _short,
     "decode": _decode,
     "tiles": _tiles,

@@ -41,6 +41,11 @@ def about(rehearse: bool) -> dict[str, Any]:
 
 def facts(bench: Any) -> None:
     """GPU, driver, clocks and versions."""
+    import torch
+
+    from sar_fast.backends.protocol import device_arch
+
     smi = {} if bench.tiny else nvidia_smi()
-    bench.records.note("machine", "nvidia-smi", "facts", {}, **smi)
+    arch = device_arch(torch.device(bench.device.name))
+    bench.records.note("machine", "nvidia-smi", "facts", {}, arch=arch, **smi)
     print(json.dumps(bench.records.about, indent=1), flush=True)

@@ -33,6 +33,7 @@ SLICES = (
     ),
     Slice("forward", 40, "gpu_suite.attention:forward", "prefill, whole calls and every launch"),
     Slice("backward", 50, "gpu_suite.attention:backward", "forward and backward, whole calls and every launch"),
+    Slice("libraries", 45, "gpu_suite.libraries:libraries", "composed on every library here, beside the fused kernels"),
     Slice("short", 20, "gpu_suite.attention:short", "prefill too short to hide a launch"),
     Slice("decode", 40, "gpu_suite.decode:decode", "one token over a cache, three modes"),
     Slice("tiles", 30, "gpu_suite.commands:tiles", "the shortlist of tiles", gated=False),

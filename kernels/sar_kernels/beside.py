@@ -227,8 +227,9 @@ def plan_beside(call: Call, dout: torch.Tensor, visual_mask, text_mask, prior, w
     lse, out = call.per_row(), torch.empty_like(dout)
     (av, sa, c, count), launches = plan_attention_statistics(call, lse, visual_mask, text_mask, prior, weights)
     (_, _, sums), unscale = plan_unscale(call, dout, out, c, True)
-    launches += [plan_scale(call, out, c, count), unscale]
+    launches += [plan_scale(call, out, c, count), plan_unscale(call, dout, out, c, False)[1], unscale]
     if call.masks.packed is not None:
         return launches
-    through = Through(visual_mask, text_mask, prior, weights, av, sa, count, sums=sums)
+    incoming = (av, sa, c)  # stand for gradients, which autograd always hands along
+    through = Through(visual_mask, text_mask, prior, weights, av, sa, count, *incoming, sums)
     return launches + plan_statistics_backward(call, lse, c, through)[1]
