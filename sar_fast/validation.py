@@ -31,6 +31,13 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}")
 
 
+def check_rank(name: str, x: object, layout: str) -> None:
+    """Raise unless ``x`` is a tensor with as many dimensions as ``layout``, a tuple of names, says."""
+    check_tensor(name, x)
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must be {layout}; got shape {_shape(x)}")
+
+
 def check_qkv(
     q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False, cache: bool = False, paged: bool = False
 ) -> None:
@@ -41,8 +48,7 @@ def check_qkv(
     layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
     pages = "(blocks, page, heads, head_dim)" if paged else layout
     for name, x, expected in (("q", q, layout), (key, k, pages), (value, v, pages)):
-        if x.dim() != (3 if packed else 4):
-            raise ValueError(f"{name} must be {expected}; got shape {_shape(x)}")
+        check_rank(name, x, expected)
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
         if x.device != q.device:
