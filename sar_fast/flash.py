@@ -298,6 +298,6 @@ def flash_attn_with_kvcache(
             step = flash_cache.rotated(step, rotary_cos, rotary_sin, rotary_interleaved)
         if cache_leftpad is not None:
             step = flash_cache.left_padded(step, cache_leftpad)
-        chosen = choose_backend(backend, Request(q.device, q.dtype, step.scores, bounded=step.bounds.given))
+        chosen = choose_backend(backend, Request(q.device, q.dtype, scores, padded=cache_leftpad is not None))
         result = decode(chosen, step, need_lse=return_softmax_lse)
     return (result.out, result.lse.to(torch.float32)) if return_softmax_lse else result.out

@@ -13,7 +13,7 @@ from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
 from sar_fast.decode_op import decode
 from sar_fast.kvcache import Cache, Step, check_block_table
-from sar_fast.values import Bounds, Scores
+from sar_fast.values import Scores
 from sar_fast.visibility import packed_positions
 
 
@@ -60,14 +60,10 @@ def _is_read(x: Tensor) -> bool:
 
 def left_padded(step: Step, cache_leftpad: Tensor) -> Step:
     """A step whose samples' first ``cache_leftpad`` (B,) int32 keys are padding."""
-    q, cache, scores = step.q, step.cache, step.scores
-    _check_numbers("cache_leftpad", cache_leftpad, q, cache.capacity)
-    left, right = scores.window
-    first = cache_leftpad[:, None].expand(-1, q.shape[1])  # [B, Sq]
-    if left >= 0:
-        first = torch.maximum(first, cache.positions(q.shape[1], q.device) - left)
-    bounds = Bounds(first=first.to(torch.int32).contiguous())
-    return dataclasses.replace(step, scores=dataclasses.replace(scores, window=(-1, right)), bounds=bounds)
+    capacity = step.cache.capacity
+    _check_numbers("cache_leftpad", cache_leftpad, step.q, capacity)
+    real = torch.arange(capacity, device=step.q.device) >= cache_leftpad[:, None]  # [B, Smax]
+    return dataclasses.replace(step, key_padding_mask=real)
 
 
 def rotated(step: Step, rotary_cos: Tensor | None, rotary_sin: Tensor | None, interleaved: bool) -> Step:

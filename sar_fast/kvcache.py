@@ -133,6 +133,7 @@ class Step:
         sums: fp32 that the means go on from; updated in place. None: of these queries alone.
         c: (B, H) fp32, weights that are known; without roles.
         bounds: (B or 1, Sq) int32, cache positions that each query sees.
+        key_padding_mask: (B, Smax) bool over cache positions, True = real token.
     """
 
     q: Tensor
@@ -143,6 +144,7 @@ class Step:
     rule: Lowered | None = None
     c: Tensor | None = None
     bounds: Bounds = UNBOUNDED
+    key_padding_mask: Tensor | None = None
 
 
 def check_cache(

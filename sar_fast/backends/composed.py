@@ -46,7 +46,7 @@ def unsupported(request: Request) -> str | None:
     if request.masked:
         return "attn_mask: a dense mask would be converted to a float tensor of the same shape"
     if request.padded and request.device.type == "cuda":
-        return "key_padding_mask: PyTorch's CUDA flash kernels take none (pack the batch and use sar_attn_varlen_func)"
+        return "key_padding_mask or cache_leftpad: PyTorch's CUDA flash kernels take none (packed sequences need none)"
     return None
 
 
