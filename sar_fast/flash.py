@@ -278,8 +278,8 @@ def flash_attn_with_kvcache(
         num_splits: accepted; the kernels choose.
 
     Returns:
-        out (B, Sq, H, Dv), or (out, lse (B, H, Sq) fp32). As FlashAttention's, it has no backward. On a GPU no value is
-        read on the host: lengths, rows, pages and positions beyond what there is are the caller's to avoid.
+        out (B, Sq, H, Dv), or (out, lse (B, H, Sq) fp32). As FlashAttention's, it has no backward. On a GPU the kernels
+        read no value on the host: there lengths, rows, pages and positions that do not exist are the caller's to avoid.
     """
     return_softmax_lse = validation.check_flag("return_softmax_lse", return_softmax_lse)
     rotary_interleaved = validation.check_flag("rotary_interleaved", rotary_interleaved)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sar_fast import (
+    flash,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -16,7 +17,10 @@ from sar_fast import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
+    flash_cache,
 )
+from sar_fast.kvcache import Step
+from sar_fast.values import Result
 from tests.helpers import max_error, sdpa, visible
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,8 +174,6 @@ def test_varlen_pages(backend, q_ends, causal):
 
 
 def test_a_step_over_pages_gathers_none(monkeypatch):
-    from sar_fast import flash_cache
-
     q, k = randn(4, 4, 16), pages(randn(30, 2, 16))
     run = lambda: flash_attn_varlen_func(q, k, k, torch.arange(5).int(), K_ENDS, 1, 11, block_table=TABLE)
     expected = run()
@@ -191,6 +193,18 @@ def test_gradients_reach_pages(backend, q_ends):
         q, pages(k), pages(v), q_ends, K_ENDS, longest, 11, causal=True, block_table=TABLE, backend=backend
     )
     assert_same(gradients(paged, *inputs), gradients(lambda *qkv: in_sequences(*qkv, q_ends, K_ENDS, True), *inputs))
+
+
+@pytest.mark.parametrize("q_ends", [Q_ENDS, torch.arange(5, dtype=torch.int32)], ids=["ragged", "step"])
+def test_autocast_reaches_pages(q_ends):
+    """As without pages."""
+    q, k = randn(int(q_ends[-1]), 4, 16).float(), randn(30, 2, 16).float()
+    packing = q_ends, K_ENDS, int(q_ends.diff().max()), 11
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_attn_varlen_func(q, pages(k), pages(k), *packing, block_table=TABLE)
+        expected = flash_attn_varlen_func(q, k, k, *packing)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(
@@ -368,6 +382,26 @@ def test_a_cache_call_compiles(backend):
     assert max_error(compiled(**call.arguments(), backend=backend), out) < 1e-12
     assert max_error(call.k_cache.nan_to_num(99.0), k_cache.nan_to_num(99.0)) < 1e-12
     torch._dynamo.reset()
+
+
+def test_no_value_is_read_on_the_host(monkeypatch):
+    """Meta tensors have none: to read one would raise."""
+    steps = []
+
+    def decode(backend: object, step: Step, *, need_lse: bool) -> Result:
+        steps.append(step)
+        return Result(step.q, step.q, None, None)
+
+    for module in (flash, flash_cache):
+        monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no meta device
+    on_meta = lambda x: x.to("meta") if isinstance(x, Tensor) else x
+    arguments = CacheCall(**CACHE_CALLS["all"]).arguments()
+    flash_attn_with_kvcache(**{name: on_meta(x) for name, x in arguments.items()})
+    q, k, ends, k_ends, table = map(on_meta, (randn(4, 4, 16), pages(randn(30, 2, 16)), Q_ENDS, K_ENDS, TABLE))
+    flash_attn_varlen_func(q, k, k, ends, k_ends, 1, 11, block_table=table)
+    assert [step.q.shape for step in steps] == [(3, 2, 4, 16), (4, 1, 4, 16)]
+    assert steps[0].key_padding_mask.shape == (3, 21)
 
 
 INT = torch.zeros(3, dtype=torch.int32)
