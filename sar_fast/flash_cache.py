@@ -34,8 +34,9 @@ def sample_rows(
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         validation.check_rank(name, x, "(batch, seqlen, heads, head_dim)")
     if cache_batch_idx is None:
-        batch = q.shape[0]
-        return (*(x[:batch] if x.shape[0] > batch else x for x in (k_cache, v_cache)), None)
+        if k_cache.shape[0] == v_cache.shape[0] > q.shape[0]:
+            k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
+        return k_cache, v_cache, None
     _check_numbers("cache_batch_idx", cache_batch_idx, q, k_cache.shape[0] - 1)
     return k_cache, v_cache, cache_batch_idx[:, None]
 

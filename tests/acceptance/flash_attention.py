@@ -6,9 +6,9 @@
     python tests/acceptance/flash_attention.py --checkout flash-attention --cases ::97                # every 97th
 
 The test file is taken as it is, but for its device string and its grids: their sizes (``--head-dims``,
-``--max-seqlen``), values that ask for what these kernels refuse by name (dropout, ALiBi), which leave them, and those
-that the file has but does not run (``ADDED``). Left out are ``test_flash_attn_varlen_paged_kv_num_splits``, which
-calls a private function of theirs, and on a CPU the search for races. pytest's own summary says what passed.
+``--max-seqlen``), values that ask for what is refused by name (``OFF``), which leave them, and values that a test takes
+but its grid leaves out (``ADDED``). Left out are ``test_flash_attn_varlen_paged_kv_num_splits``, which calls a private
+function of theirs, and on a CPU the search for races. pytest's own summary says what passed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ TESTS = (
 )
 
 OFF = {"dropout_p": [0.0], "alibi": [False]}  # argument -> the values that stay
+OFF_COMPOSED = {"softcap": [0.0]}  # PyTorch's fused kernels have no soft-capping
 ADDED = {"has_batch_idx": [False, True]}  # argument -> all values that the test takes
 
 
@@ -85,8 +86,8 @@ def stub_flash_attn(backend: str) -> None:
 class SmallGrids:
     """pytest plugin: keep only the parameter values that this run covers."""
 
-    def __init__(self, head_dims: list[int], max_seqlen: int, dtypes: list, cases: slice) -> None:
-        self.keep = {**OFF, "d": head_dims}
+    def __init__(self, backend: str, head_dims: list[int], max_seqlen: int, dtypes: list, cases: slice) -> None:
+        self.keep = {**OFF, **(OFF_COMPOSED if backend == "composed" else {}), "d": head_dims}
         self.max_seqlen, self.dtypes, self.cases = max_seqlen, dtypes, cases
 
     def pytest_generate_tests(self, metafunc) -> None:
@@ -160,7 +161,7 @@ def main() -> int:
         copy.write_text(source.read_text().replace('"cuda"', repr(device)))
         tests = args.tests or [name for name in TESTS if device == "cuda" or name != RACES]
         selected = [f"{copy}::{name}" for name in tests]
-        plugin = SmallGrids(args.head_dims, args.max_seqlen, dtypes, args.cases)
+        plugin = SmallGrids(args.backend, args.head_dims, args.max_seqlen, dtypes, args.cases)
         return pytest.main(
             [*selected, "-q", "-p", "no:cacheprovider", "--rootdir", folder, "-c", os.devnull, *pytest_args], [plugin]
         )
