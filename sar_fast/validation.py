@@ -57,6 +57,8 @@ def check_qkv(
         raise TypeError(f"q must be a floating point tensor; got {q.dtype}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"q must be float16, bfloat16, float32 or float64; got {q.dtype}")
+    if paged and k.shape[1] == 0:
+        raise ValueError(f"{key} must have pages of one key or more; got shape {_shape(k)}")
     if not packed and not paged and k.shape[0] != q.shape[0]:
         raise ValueError(f"{key} must have q's batch size {q.shape[0]}; got shape {_shape(k)}")
     if k.shape[-1] != q.shape[-1]:

@@ -220,6 +220,11 @@ def test_autocast_reaches_pages(q_ends):
         ),
         ({"block_table": TABLE.flip(1)}, ValueError, r"block_table\[1\] must hold pages between 0 and 8; got \[-1\]"),
         ({"k": randn(30, 2, 8)}, ValueError, r"k must be \(blocks, page, heads, head_dim\); got shape \(30, 2, 8\)"),
+        (
+            {"k": randn(9, 0, 2, 8), "v": randn(9, 0, 2, 8)},
+            ValueError,
+            r"k must have pages of one key or more; got shape \(9, 0, 2, 8\)",
+        ),
         ({"q": randn(1, 13, 4, 8)}, ValueError, r"q must be \(total, heads, head_dim\); got shape \(1, 13, 4, 8\)"),
         ({"max_seqlen_q": 6}, ValueError, r"max_seqlen_q must be at least the longest sequence, 7; got 6"),
         ({"max_seqlen_k": 6}, ValueError, r"max_seqlen_k must be at least the longest sequence, 11; got 6"),
