@@ -43,8 +43,6 @@ def check_qkv(
 ) -> None:
     """Check layout, dtype, device and head counts of q, k, v; of a cache, whose pages are no batch, if ``paged``."""
     key, value = ("k_cache", "v_cache") if cache else ("k", "v")
-    for name, x in (("q", q), (key, k), (value, v)):
-        check_tensor(name, x)
     layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
     pages = "(blocks, page, heads, head_dim)" if paged else layout
     for name, x, expected in (("q", q, layout), (key, k, pages), (value, v, pages)):
