@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sar_fast.config import SARConfig
-    from sar_fast.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from sar_fast.flash import (
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+        flash_attn_with_kvcache,
+    )
     from sar_fast.functional import sar_attn_func, sar_attn_varlen_func, sar_attn_with_kvcache
     from sar_fast.integrations.hf import SARHandle, apply_sar, patch_model_for_sar, remove_sar
     from sar_fast.modules import SARAttention
@@ -32,7 +40,11 @@ _MODULE_OF = {
     "Visibility": "sar_fast.visibility",
     "apply_sar": "sar_fast.integrations.hf",
     "flash_attn_func": "sar_fast.flash",
+    "flash_attn_kvpacked_func": "sar_fast.flash",
+    "flash_attn_qkvpacked_func": "sar_fast.flash",
     "flash_attn_varlen_func": "sar_fast.flash",
+    "flash_attn_varlen_kvpacked_func": "sar_fast.flash",
+    "flash_attn_varlen_qkvpacked_func": "sar_fast.flash",
     "flash_attn_with_kvcache": "sar_fast.flash",
     "patch_model_for_sar": "sar_fast.integrations.hf",
     "remove_sar": "sar_fast.integrations.hf",
@@ -53,7 +65,11 @@ __all__ = [
     "Visibility",
     "apply_sar",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "patch_model_for_sar",
     "remove_sar",

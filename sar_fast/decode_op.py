@@ -18,8 +18,8 @@ _library.define(
     "decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor? seqlens, SymInt length, "
     "Tensor? block_table, Tensor? visual_mask, Tensor? text_mask, Tensor? prior, Tensor(c!)? av_sum, "
     "Tensor(d!)? sa_sum, Tensor(e!)? count, Tensor? head_weights, Tensor? key_first, Tensor? key_end, "
-    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, float beta, "
-    "bool protect, str normalize, str backend, bool need_lse)"
+    "Tensor? key_padding_mask, float softmax_scale, bool causal, SymInt window_left, SymInt window_right, "
+    "float softcap, float beta, bool protect, str normalize, str backend, bool need_lse)"
     " -> (Tensor out, Tensor lse, Tensor av, Tensor sa, Tensor c, Tensor count_out)"
 )
 
@@ -27,8 +27,8 @@ _library.define(
 @torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
 def _impl(
     q, k_cache, v_cache, k, v, seqlens, length, block_table, visual_mask, text_mask, prior, av_sum, sa_sum, count,
-    head_weights, key_first, key_end, softmax_scale, causal, window_left, window_right, softcap, beta, protect,
-    normalize, backend, need_lse,
+    head_weights, key_first, key_end, key_padding_mask, softmax_scale, causal, window_left, window_right, softcap,
+    beta, protect, normalize, backend, need_lse,
 ):  # fmt: skip
     chosen = BY_NAME[backend]
     if prior is not None:
@@ -38,7 +38,7 @@ def _impl(
     sums = None if av_sum is None else Sums(av_sum, sa_sum, count)
     scores = Scores(softmax_scale, causal, (window_left, window_right), softcap)
     rule, bounds = unflatten(beta, protect, normalize), Bounds(key_first, key_end)
-    step = Step(q, cache, scores, roles, sums, rule, head_weights, bounds)
+    step = Step(q, cache, scores, roles, sums, rule, head_weights, bounds, key_padding_mask)
     out, lse, statistics, c, _ = chosen.decode(step, need_lse=need_lse)
     return out, lse if need_lse else lse.new_empty(0), statistics.av, statistics.sa, c, statistics.count
 
@@ -46,8 +46,8 @@ def _impl(
 @torch.library.register_fake("sar_fast::decode", lib=_library)
 def _fake(
     q, k_cache, v_cache, k, v, seqlens, length, block_table, visual_mask, text_mask, prior, av_sum, sa_sum, count,
-    head_weights, key_first, key_end, softmax_scale, causal, window_left, window_right, softcap, beta, protect,
-    normalize, backend, need_lse,
+    head_weights, key_first, key_end, key_padding_mask, softmax_scale, causal, window_left, window_right, softcap,
+    beta, protect, normalize, backend, need_lse,
 ):  # fmt: skip
     call = Call(q, k_cache, v_cache, Scores(softmax_scale))
     acc, batch, sar = call.accumulate_dtype, q.shape[0], visual_mask is not None
@@ -67,7 +67,8 @@ def decode(backend: Backend, step: Step, *, need_lse: bool) -> Result:
         *(step.q, cache.k, cache.v, cache.new_k, cache.new_v, seqlens, length, cache.block_table),
         *(step.roles or (None, None, None)),
         *(step.sums or (None, None, None))[:3],
-        *(step.c, *step.bounds, scores.scale, scores.causal, *scores.window, scores.softcap),
+        *(step.c, *step.bounds, step.key_padding_mask),
+        *(scores.scale, scores.causal, *scores.window, scores.softcap),
         *(*flatten(step.rule or Equal()), backend.name, need_lse),
     )
     return Result(out, lse, Statistics(av, sa, count), used)

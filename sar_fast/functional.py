@@ -241,11 +241,14 @@ def _check_visibility(visibility: object) -> Visibility:
     return visibility
 
 
-def plain_attention(call: Call, *, backend: str = "auto", need_lse: bool = False) -> tuple[Tensor, Tensor]:
+def plain_attention(
+    call: Call, *, backend: str = "auto", need_lse: bool = False, deterministic: bool = False
+) -> tuple[Tensor, Tensor]:
     """A validated call with SAR off: (out, lse)."""
     q, k, v = autocast_inputs(call.q, call.k, call.v)
     call = dataclasses.replace(call, q=q, k=k, v=v)
-    result = ops.attention(call, None, choose_backend(backend, Request.of(call)), need_lse=need_lse)
+    chosen = choose_backend(backend, Request.of(call, deterministic=deterministic))
+    result = ops.attention(call, None, chosen, need_lse=need_lse)
     return result.out, result.lse
 
 

@@ -67,7 +67,7 @@ class Cache:
             return (self.seqlens + self.new).to(torch.int32)
         lengths = self.host_lengths()
         if on_cpu:
-            self._check_pages(lengths)
+            self.check_pages(lengths)
             return torch.tensor(lengths, dtype=torch.int32) + self.new
         length = lengths[0] + self.new if lengths else 0  # one number for all; a list would be copied, and that waits
         return torch.full((len(lengths),), length, dtype=torch.int32, device=q.device)
@@ -85,7 +85,7 @@ class Cache:
         last = torch.arange(num_queries, device=device) - num_queries + self.new
         return (length.to(device, torch.int64)[:, None] if isinstance(length, Tensor) else length) + last.expand(1, -1)
 
-    def _check_pages(self, lengths: list[int]) -> None:
+    def check_pages(self, lengths: list[int]) -> None:
         """Raise if a page that the call reads or writes is not in the cache; entries beyond are free."""
         if self.block_table is None:
             return
@@ -98,7 +98,7 @@ class Cache:
     def write(self) -> list[int]:
         """Write the new keys and values after each sample's, in place; returns the lengths after that."""
         lengths = self.host_lengths()
-        self._check_pages(lengths)
+        self.check_pages(lengths)
         if self.new_k is None:
             return lengths
         page = self.k.shape[1]
@@ -112,12 +112,14 @@ class Cache:
         return [length + self.new for length in lengths]
 
     def sequences(self, lengths: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(k, v) of every sample, each (length, Hkv, ...): views, or gathered pages."""
+        """(k, v) of every sample, each (length, Hkv, ...): views, or gathered pages where a sample has several."""
         for b, length in enumerate(lengths):
-            if self.block_table is None:
-                yield self.k[b, :length], self.v[b, :length]
+            used = 1 if self.block_table is None else -(-length // self.k.shape[1])
+            if used == 1:
+                row = b if self.block_table is None else int(self.block_table[b, 0])
+                yield self.k[row, :length], self.v[row, :length]
             else:
-                pages = self.block_table[b, : -(-length // self.k.shape[1])].long()
+                pages = self.block_table[b, :used].long()
                 yield self.k[pages].flatten(0, 1)[:length], self.v[pages].flatten(0, 1)[:length]
 
 
@@ -131,6 +133,7 @@ class Step:
         sums: fp32 that the means go on from; updated in place. None: of these queries alone.
         c: (B, H) fp32, weights that are known; without roles.
         bounds: (B or 1, Sq) int32, cache positions that each query sees.
+        key_padding_mask: (B, Smax) bool over cache positions, True = real token.
     """
 
     q: Tensor
@@ -141,6 +144,7 @@ class Step:
     rule: Lowered | None = None
     c: Tensor | None = None
     bounds: Bounds = UNBOUNDED
+    key_padding_mask: Tensor | None = None
 
 
 def check_cache(
@@ -160,11 +164,7 @@ def check_cache(
     validation.check_qkv(q, k_cache, v_cache, cache=True, paged=paged)
     batch = q.shape[0]
     if paged:
-        validation.check_tensor("block_table", block_table)
-        if block_table.dtype != torch.int32:
-            raise TypeError(f"block_table must be int32; got {block_table.dtype}")
-        if block_table.dim() != 2 or block_table.shape[0] != batch:
-            raise ValueError(f"block_table must have shape ({batch}, pages); got {tuple(block_table.shape)}")
+        check_block_table(block_table, batch, q.device)
     cache_seqlens = _check_lengths(cache_seqlens, batch)
     if (k is None) != (v is None):
         raise ValueError(f"k and v must be given together; got only {'v' if k is None else 'k'}")
@@ -178,10 +178,21 @@ def check_cache(
             raise ValueError(f"{name} must have shape {expected}; got {tuple(x.shape)}")
         if x is not None and x.dtype != cache.dtype:
             raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype}; got {x.dtype}")
-    for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens), ("block_table", block_table)):
+    for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens)):
         if isinstance(x, Tensor) and x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
     return Cache(k_cache, v_cache, k, v, cache_seqlens, block_table, batch)
+
+
+def check_block_table(block_table: object, batch: int, device: torch.device) -> None:
+    """Raise unless ``block_table`` is (batch, pages) int32 on ``device``."""
+    validation.check_tensor("block_table", block_table)
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"block_table must be int32; got {block_table.dtype}")
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise ValueError(f"block_table must have shape ({batch}, pages); got {tuple(block_table.shape)}")
+    if block_table.device != device:
+        raise ValueError(f"block_table must be on q's device {device}; got {block_table.device}")
 
 
 def _check_lengths(cache_seqlens: object, batch: int) -> int | Tensor | None:

@@ -31,18 +31,22 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}")
 
 
+def check_rank(name: str, x: object, layout: str) -> None:
+    """Raise unless ``x`` is a tensor with as many dimensions as ``layout``, a tuple of names, says."""
+    check_tensor(name, x)
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must be {layout}; got shape {_shape(x)}")
+
+
 def check_qkv(
     q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False, cache: bool = False, paged: bool = False
 ) -> None:
     """Check layout, dtype, device and head counts of q, k, v; of a cache, whose pages are no batch, if ``paged``."""
     key, value = ("k_cache", "v_cache") if cache else ("k", "v")
-    for name, x in (("q", q), (key, k), (value, v)):
-        check_tensor(name, x)
     layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
     pages = "(blocks, page, heads, head_dim)" if paged else layout
     for name, x, expected in (("q", q, layout), (key, k, pages), (value, v, pages)):
-        if x.dim() != (3 if packed else 4):
-            raise ValueError(f"{name} must be {expected}; got shape {_shape(x)}")
+        check_rank(name, x, expected)
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
         if x.device != q.device:
@@ -51,6 +55,8 @@ def check_qkv(
         raise TypeError(f"q must be a floating point tensor; got {q.dtype}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"q must be float16, bfloat16, float32 or float64; got {q.dtype}")
+    if paged and k.shape[1] == 0:
+        raise ValueError(f"{key} must have pages of one key or more; got shape {_shape(k)}")
     if not packed and not paged and k.shape[0] != q.shape[0]:
         raise ValueError(f"{key} must have q's batch size {q.shape[0]}; got shape {_shape(k)}")
     if k.shape[-1] != q.shape[-1]:

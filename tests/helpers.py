@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast import SARStats, sar_attn_func
@@ -126,6 +127,27 @@ def make_case(
         {"beta": 2.0 / max(1, Sk), **options},
     )
     return case.to(dtype)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """SDPA of (B, S, H, D) tensors in fp64; rows that see nothing give 0."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=sees, scale=scale)
+    return out.nan_to_num().transpose(1, 2)
+
+
+def visible(Sq: int, Sk: int, causal: bool = False, window: tuple[int, int] = (-1, -1)) -> Tensor:
+    """(Sq, Sk) bool, which keys a query sees; aligned bottom-right."""
+    position, key = torch.arange(Sq)[:, None] + Sk - Sq, torch.arange(Sk)
+    sees = torch.ones(Sq, Sk, dtype=torch.bool)
+    if causal:
+        sees &= key <= position
+    if window[0] >= 0:
+        sees &= key >= position - window[0]
+    if window[1] >= 0:
+        sees &= key <= position + window[1]
+    return sees
 
 
 def max_error(got: Tensor, expected: Tensor) -> float:

@@ -6,10 +6,17 @@ import inspect
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from sar_fast import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from tests.helpers import BACKENDS, dtype_id, max_error
+from sar_fast import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from tests.helpers import BACKENDS, dtype_id, max_error, sdpa, visible
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +43,23 @@ SIGNATURES = {
         ("max_seqlen_k", REQUIRED),
         *COMMON,
         ("block_table", None),
+    ],
+    flash_attn_qkvpacked_func: [("qkv", REQUIRED), *COMMON],
+    flash_attn_kvpacked_func: [("q", REQUIRED), ("kv", REQUIRED), *COMMON],
+    flash_attn_varlen_qkvpacked_func: [
+        ("qkv", REQUIRED),
+        ("cu_seqlens", REQUIRED),
+        ("max_seqlen", REQUIRED),
+        *COMMON,
+    ],
+    flash_attn_varlen_kvpacked_func: [
+        ("q", REQUIRED),
+        ("kv", REQUIRED),
+        ("cu_seqlens_q", REQUIRED),
+        ("cu_seqlens_k", REQUIRED),
+        ("max_seqlen_q", REQUIRED),
+        ("max_seqlen_k", REQUIRED),
+        *COMMON,
     ],
     flash_attn_with_kvcache: [
         ("q", REQUIRED),
@@ -74,26 +98,6 @@ def random_qkv(Sq=19, Sk=27, H=6, Hkv=2, D=32, dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
     randn = lambda S, heads: torch.randn(2, S, heads, D, generator=g, dtype=torch.float64).to(dtype)
     return randn(Sq, H), randn(Sk, Hkv), randn(Sk, Hkv)
-
-
-def sdpa(q, k, v, sees=None, scale=None):
-    """SDPA of (B, S, H, D) tensors in fp64; rows that see nothing give 0."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=sees, scale=scale)
-    return out.nan_to_num().transpose(1, 2)
-
-
-def visible(Sq, Sk, causal=False, window=(-1, -1)):
-    position, key = torch.arange(Sq)[:, None] + Sk - Sq, torch.arange(Sk)
-    sees = torch.ones(Sq, Sk, dtype=torch.bool)
-    if causal:
-        sees &= key <= position
-    if window[0] >= 0:
-        sees &= key >= position - window[0]
-    if window[1] >= 0:
-        sees &= key <= position + window[1]
-    return sees
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,13 +166,6 @@ def test_deterministic_and_num_splits_are_accepted():
     assert torch.equal(flash_attn_with_kvcache(q, k, v, num_splits=4), flash_attn_with_kvcache(q, k, v))
 
 
-@pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad", "alibi_slopes"])
-def test_kvcache_arguments_that_are_not_supported(name):
-    q, k, v = random_qkv()
-    with pytest.raises(ValueError, match=rf"{name} is not supported by these kernels: leave it None; got Tensor"):
-        flash_attn_with_kvcache(q, k, v, **{name: torch.zeros(2, dtype=torch.int32)})
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -177,16 +174,22 @@ def test_kvcache_arguments_that_are_not_supported(name):
     ],
 )
 def test_arguments_that_are_not_supported(name, value, message):
-    q, k, v = random_qkv()
-    with pytest.raises(ValueError, match=message):
-        flash_attn_func(q, k, v, **{name: value})
+    q, k, v = random_qkv(19, 19, H=2)
     ends = torch.tensor([0, 19], dtype=torch.int32)
-    with pytest.raises(ValueError, match=message):
-        flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, 19, 19, **{name: value})
+    qkv, kv = torch.stack([q, k, v], dim=2), torch.stack([k, v], dim=2)
+    calls = {
+        flash_attn_func: (q, k, v),
+        flash_attn_qkvpacked_func: (qkv,),
+        flash_attn_kvpacked_func: (q, kv),
+        flash_attn_varlen_func: (q[0], k[0], v[0], ends, ends, 19, 19),
+        flash_attn_varlen_qkvpacked_func: (qkv[0], ends, 19),
+        flash_attn_varlen_kvpacked_func: (q[0], kv[0], ends, ends, 19, 19),
+    }
+    for function, arguments in calls.items():
+        with pytest.raises(ValueError, match=message):
+            function(*arguments, **{name: value})
 
 
-def test_varlen_has_no_pages():
-    q, k, v = random_qkv(19, 19)
-    ends = torch.tensor([0, 19], dtype=torch.int32)
-    with pytest.raises(ValueError, match="block_table is not supported"):
-        flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, 19, 19, block_table=torch.zeros(1, 1, dtype=torch.int32))
+def test_a_cache_knows_no_alibi():
+    with pytest.raises(ValueError, match="alibi_slopes is not supported by these kernels: leave it None; got Tensor"):
+        flash_attn_with_kvcache(*random_qkv(), alibi_slopes=torch.zeros(6))

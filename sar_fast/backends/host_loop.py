@@ -132,7 +132,8 @@ class HostLoop:
             if roles is not None:
                 own = [roles.visual[b, : lengths[b]], roles.text[b], roles.prior[b, : lengths[b]]]
             first, end = (None if x is None else x[b if x.shape[0] > 1 else 0] for x in step.bounds)
-            sequences.append(Sequence(q[b], k, v, step.scores, *own, first=first, end=end))
+            real = None if step.key_padding_mask is None else step.key_padding_mask[b, : lengths[b]]
+            sequences.append(Sequence(q[b], k, v, step.scores, *own, key_valid=real, first=first, end=end))
         call = Call(q, cache.k, cache.v, step.scores, roles, carried=step.sums)
         self._log(call)
         result = self._attend(call, sequences, step.rule, need_lse=need_lse)

@@ -42,7 +42,7 @@ class Request:
     decode: bool = False
 
     @classmethod
-    def of(cls, call: Call) -> Request:
+    def of(cls, call: Call, *, deterministic: bool = False) -> Request:
         q, k, v = call.q, call.k, call.v
         padded, masked = call.key_padding_mask is not None, call.attn_mask is not None
         known = (q.device, q.dtype, call.scores, padded, masked, call.bounds.given, call.head_dim, call.packed)
@@ -53,7 +53,7 @@ class Request:
             call.cu_seqlens_q is call.cu_seqlens_k if call.packed else q.shape[1] == k.shape[1],
             call.max_seqlens[1] if call.packed else k.shape[1],
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            torch.are_deterministic_algorithms_enabled(),
+            deterministic or torch.are_deterministic_algorithms_enabled(),
         )
 
     @property

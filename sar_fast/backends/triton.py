@@ -139,8 +139,8 @@ def _decode_call(call: Call, rule: Lowered) -> Result:
         sums = Sums(*(t.to(torch.float32) for t in call.carried[:3]))
         sums_out = Sums(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in sums[:3]))
     cache = Cache(k, v, None, None, None, None, call.batch_size)
-    step = Step(q, cache, call.scores, call.roles, sums, rule, bounds=call.bounds)
-    return _decode(step, None, call.key_padding_mask, call.attn_mask, sums_out)
+    step = Step(q, cache, call.scores, call.roles, sums, rule, None, call.bounds, call.key_padding_mask)
+    return _decode(step, None, call.attn_mask, sums_out)
 
 
 def _append(q: Tensor, cache: Cache) -> Tensor:
@@ -157,7 +157,6 @@ def _append(q: Tensor, cache: Cache) -> Tensor:
 def _decode(
     step: Step,
     lengths: Tensor | None,
-    key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     sums_out: Sums | None = None,
 ) -> Result:
@@ -169,7 +168,7 @@ def _decode(
 
     q, cache, roles, sums, c = dense_last(step.q), step.cache, step.roles, step.sums, step.c
     table = None if cache.block_table is None else dense_last(cache.block_table)
-    masks = masks_of(key_padding_mask, attn_mask, step.bounds)
+    masks = masks_of(step.key_padding_mask, attn_mask, step.bounds)
     given = {"options": attention_options(step.scores), "block_table": table, "masks": masks}
     if roles is None and c is None:
         out, lse = decode_forward(q, cache.k, cache.v, lengths, **given)
