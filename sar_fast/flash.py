@@ -55,8 +55,8 @@ def flash_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention of q (B, Sq, H, D) over k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv); causal is aligned bottom-right.
 
-    ``deterministic`` leaves other libraries' backwards out; these kernels always are. ``return_attn_probs`` returns (out, lse, None) with lse
-    (B, H, Sq) fp32; the probabilities themselves never exist.
+    ``deterministic`` leaves the backwards of other libraries out; these kernels always are. ``return_attn_probs``
+    returns (out, lse, None) with lse (B, H, Sq) fp32; the probabilities themselves never exist.
     """
     return_attn_probs = _check_options(dropout_p, alibi_slopes, return_attn_probs)
     validation.check_qkv(q, k, v)
