@@ -223,7 +223,7 @@ def assert_gradients(case: Case, backend: str, *, sav_grad: bool, seed: int = 1)
     """
     shape = (*case.q.shape[:-1], case.v.shape[-1])
     grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / (shape[1] * shape[3]) ** 0.5
-    grad_out = grad_out.to(case.q.dtype)
+    grad_out = grad_out.to(case.q)
     oracle = gradients(case.to(torch.float64), grad_out, lambda c: c.reference(sav_grad=sav_grad))
     in_dtype = gradients(case, grad_out, lambda c: c.reference(sav_grad=sav_grad))
     got = gradients(case, grad_out, lambda c: c.run(backend, sav_grad=sav_grad))
