@@ -347,9 +347,10 @@ def _plan_weights_backward(call: Call, through: Through, sums: torch.Tensor, blo
 
 
 def _plan_statistics(call: Call, sav: Sav, lse: torch.Tensor, **outputs: torch.Tensor) -> Launch:
-    """The text-by-visual block: partial sums if `outputs` is partials_ptr, else what the backward kernels need."""
+    """The text-by-visual block: partial sums if `outputs` has partials_ptr, else what the backward kernels need."""
     config = call.config("statistics", sav=True)
-    names = ("partials_ptr", "variance_gain_ptr", "alignment_gain_ptr", "delta_ptr")
+    names = ("columns_ptr", "num_visual_ptr", "closed_ptr")
+    names += ("partials_ptr", "variance_gain_ptr", "alignment_gain_ptr", "delta_ptr")
     names += ("row_mean_ptr", "row_slope_ptr", "row_gain_ptr")
     arguments = {
         **call.common(),
@@ -359,19 +360,28 @@ def _plan_statistics(call: Call, sav: Sav, lse: torch.Tensor, **outputs: torch.T
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "GRADIENT": "partials_ptr" not in outputs,
+        "CLOSED_FORM": "closed_ptr" in outputs,
     }
     return Launch(statistics_kernel, call.grid(config.block_m), arguments, config)
 
 
 def plan_attention_statistics(call: Call, lse, visual_mask, text_mask, prior, weights: WeightOptions):
-    """(av, sa, c, count) from an lse that is already there, and the three launches that fill them."""
+    """(av, sa, c, count) from an lse that is already there, and the launches that fill them: three, with the closed
+    form five."""
     lse = call.row_array("lse", lse)
-    sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
     block_m = call.config("statistics", sav=True).block_m
     partials = _partials(call, call.grid(block_m)[0])
-    statistics = _plan_statistics(call, sav, lse, partials_ptr=partials)
-    outputs, head_weights = _plan_weights(call, sav, weights, partials, block_m)
-    return outputs, [ranges, statistics, head_weights]
+    closed, given, moments = None, {}, []
+    if call.closed_form:
+        sav = _sav(call, visual_mask, text_mask, prior)
+        prepared, ranges = _plan_prepare(call, sav)
+        closed, moments = _plan_moments(call, sav, prepared, block_m)
+        given = {"closed_ptr": closed, **{name: prepared[name] for name in ("columns_ptr", "num_visual_ptr")}}
+    else:
+        sav, ranges = _plan_ranges(call, visual_mask, text_mask, prior)
+    statistics = _plan_statistics(call, sav, lse, partials_ptr=partials, **given)
+    outputs, head_weights = _plan_weights(call, sav, weights, partials, block_m, closed)
+    return outputs, [ranges, *moments, statistics, head_weights]
 
 
 def _plan_row_ranges(call: Call, block_n: int) -> tuple[torch.Tensor | None, list[Launch]]:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     LOG2_E,
+    column_offset,
     edge_offset,
     key_block_range,
     load_bits,
@@ -18,6 +19,7 @@ from sar_kernels.primitives import (
     sequence_pointer,
     soft_cap,
     store_partials,
+    text_meets_visual,
     update_moments,
     visible_mask,
     visual_key_range,
@@ -98,6 +100,34 @@ def visual_statistics(
     return count, mean, m2, alignment
 
 
+@triton.jit
+def visual_alignment(
+    q,
+    lse,
+    k_ptr,
+    columns_ptr,
+    start,
+    end,
+    num_keys,
+    stride_ks,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The alignment of rows that see all visual keys, which lie in [start, end); no soft cap.  # [BM]"""
+    alignment = tl.zeros_like(lse)
+    for first_key in range(start, end, BLOCK_N):
+        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        visual, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
+        weights = tl.exp2(scores * scale_log2 - lse[:, None])
+        # others' weights, of keys that a row does not see among them, may be infinite
+        alignment += tl.sum(tl.where((visual > 0.0)[None, :], weights, 0.0) * prior[None, :], 1)
+    return alignment
+
+
 @triton.jit(
     do_not_specialize=[
         *("stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left", "stride_edges_b"),
@@ -118,6 +148,9 @@ def statistics_kernel(
     text_ptr,
     prior_ptr,
     ranges_ptr,
+    columns_ptr,  # visual keys and prior as the forward has them; this and the next two CLOSED_FORM only
+    num_visual_ptr,  # (B,)
+    closed_ptr,  # (B, H) negative where the closed form is not trusted
     partials_ptr,  # (B, H, row blocks, 3), not GRADIENT
     variance_gain_ptr,  # (B, H) gradient of each counting query's variance; this and the rest GRADIENT only
     alignment_gain_ptr,  # (B, H) gradient of each counting query's semantic alignment, over c
@@ -154,13 +187,14 @@ def statistics_kernel(
     HAS_BITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
+    CLOSED_FORM: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Recomputes the text-by-visual scores of one row block of one head. Grid (row blocks, H, B).
 
-    Without GRADIENT it writes the partial sums of AV and SA that the forward kernel would have written. With it, it
-    writes per row what dK/dV and dQ need to carry the gradient through the statistics.
+    Without GRADIENT it writes the partial sums of AV and SA that the forward kernel would have written; CLOSED_FORM as
+    there. With it, it writes per row what dK/dV and dQ need to carry the gradient through the statistics.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -219,40 +253,83 @@ def statistics_kernel(
 
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
     lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
-    count, mean, m2, alignment = visual_statistics(
-        q,
-        lse,
-        k_ptr,
-        padding_ptr,
-        bits_ptr,
-        visual_ptr,
-        prior_ptr,
-        None,
-        start,
-        end,
-        first_ptr,
-        end_ptr,
-        first_row,
-        num_rows,
-        num_keys,
-        stride_ks,
-        stride_bits_s,
-        window_left,
-        window_right,
-        scale,
-        scale_log2,
-        cap,
-        HEAD_DIM,
-        BLOCK_D,
-        BLOCK_M,
-        BLOCK_N,
-        HAS_PADDING,
-        HAS_LEFT,
-        HAS_RIGHT,
-        HAS_BITS,
-        HAS_SOFTCAP,
-        PRECISION,
-    )
+    sees_all = False
+    if CLOSED_FORM:
+        num_visual = tl.load(num_visual_ptr + batch)
+        sees_all, _ = text_meets_visual(
+            text,
+            rows,
+            first_ptr,
+            end_ptr,
+            ranges_ptr,
+            num_visual,
+            batch,
+            num_rows,
+            num_keys,
+            window_left,
+            window_right,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_BITS,
+        )
+        sees_all = sees_all & (tl.load(closed_ptr + batch * tl.num_programs(1) + head) >= 0.0)
+    count = tl.zeros([BLOCK_M], ACC)
+    mean = tl.zeros([BLOCK_M], ACC)
+    m2 = tl.zeros([BLOCK_M], ACC)
+    alignment = tl.zeros([BLOCK_M], ACC)
+    if CLOSED_FORM and sees_all:  # `moments.py` has their variance
+        columns_ptr += column_offset(start_k, batch)
+        count += num_visual
+        alignment = visual_alignment(
+            q,
+            lse,
+            k_ptr,
+            columns_ptr,
+            start,
+            end,
+            num_keys,
+            stride_ks,
+            scale_log2,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            PRECISION,
+        )
+    else:
+        count, mean, m2, alignment = visual_statistics(
+            q,
+            lse,
+            k_ptr,
+            padding_ptr,
+            bits_ptr,
+            visual_ptr,
+            prior_ptr,
+            None,
+            start,
+            end,
+            first_ptr,
+            end_ptr,
+            first_row,
+            num_rows,
+            num_keys,
+            stride_ks,
+            stride_bits_s,
+            window_left,
+            window_right,
+            scale,
+            scale_log2,
+            cap,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_M,
+            BLOCK_N,
+            HAS_PADDING,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_BITS,
+            HAS_SOFTCAP,
+            PRECISION,
+        )
     counts = text & (count >= 2.0)
     alignment = tl.where(counts, alignment, 0.0)
     freedom = tl.maximum(count - 1.0, 1.0)

@@ -7,6 +7,7 @@ import torch
 from kernel_cases import FP64, STATISTICS, Case, make
 
 from sar_fast import Visibility
+from sar_kernels import call, plan
 from sar_kernels.attention import (
     attention_backward,
     attention_forward,
@@ -17,6 +18,7 @@ from sar_kernels.attention import (
     statistics_backward,
     unscale_heads,
 )
+from sar_kernels.launch import Launch
 
 DTYPE = torch.float64 if FP64 else torch.float32
 CLOSE = {"rtol": 1e-9, "atol": 1e-11} if FP64 else {"rtol": 2e-4, "atol": 2e-5}
@@ -50,6 +52,31 @@ def test_forward_from_parts(name):
     fused, parts = forwards(make(CASES[name]))
     for what, got, want in zip(("out", "lse", *STATISTICS, "count"), parts, fused):
         torch.testing.assert_close(got, want, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "soft cap"])
+def test_statistics_in_closed_form(name, monkeypatch):
+    inputs = make(CASES[name])
+    monkeypatch.setattr(plan, "MOMENT_ROWS", 64)
+    _, lse, *expected = forwards(inputs)[0]
+    launched = []
+    monkeypatch.setattr(call, "has_closed_form", lambda *given: True)
+    monkeypatch.setattr(Launch, "run", lambda x, run=Launch.run: (launched.append(x.kernel.__name__), run(x)))
+    found = attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())
+    assert launched[1:3] == ["second_moments_kernel", "closed_variance_kernel"]
+    for what, got, want in zip((*STATISTICS, "count"), found, expected):
+        torch.testing.assert_close(got, want, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
+
+
+def test_a_closed_form_that_is_not_trusted_is_not_taken(monkeypatch):
+    inputs = make(BASE)
+    inputs.k[..., 0] += 1e5 * torch.randn(inputs.k.shape[:-1], dtype=DTYPE)  # a direction in which queries do not look
+    inputs.q[..., 0] = 0
+    _, lse, *expected = forwards(inputs)[0]
+    monkeypatch.setattr(call, "has_closed_form", lambda *given: True)
+    found = attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())
+    for got, want in zip(found, expected):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
