@@ -35,7 +35,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(".", include=["sar_fast", "sar_fast.*"]) + find_packages("kernels"),
     package_dir={"sar_kernels": "kernels/sar_kernels"},
-    package_data={"sar_fast": ["assets/miniature/*", "cli/templates/*"], "sar_kernels": ["*.json"]},
+    package_data={
+        "sar_fast": ["assets/miniature/*", "cli/templates/*", "backends/providers/*.json"],
+        "sar_kernels": ["*.json"],
+    },
     install_requires=CORE,
     extras_require={
         "reports": REPORTS,

@@ -7,9 +7,11 @@ import importlib.metadata
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,3 +232,19 @@ def test_analyses_that_need_more_say_so_before_anything_runs(tmp_path, monkeypat
     with pytest.raises(ImportError, match=message):
         evaluate(arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wheel_holds_every_file_that_is_read(tmp_path):
+    root, source = REPOSITORY, tmp_path / "source"
+    for folder in ("sar_fast", "kernels"):
+        shutil.copytree(root / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("setup.py", "README.md"):
+        shutil.copy(root / name, source)
+    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    packages = {"sar_fast": source, "kernels/sar_kernels": source / "kernels"}
+    for folder, base in packages.items():
+        files = {p.relative_to(base).as_posix() for p in (source / folder).rglob("*") if p.is_file()}
+        assert {p for p in files if not p.endswith((".md", ".pyc"))} <= held

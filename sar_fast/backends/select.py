@@ -21,9 +21,8 @@ from sar_fast.values import Scores
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Triton(), HostLoop("composed", composed), HostLoop("torch", torch_backend))
 }
+BY_NAME: dict[str, Backend] = dict(BACKENDS)  # and "composed:<provider>"
 HEAD_DIMS = (64, 96, 128, 192, 256)  # between these, no choice changes
-# these, and "composed:<provider>"
-BY_NAME: dict[str, Backend] = dict(BACKENDS)
 
 
 def register_provider(provider: Provider) -> None:

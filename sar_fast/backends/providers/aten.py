@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.backends.protocol import Request
-from sar_fast.backends.providers.protocol import Limits, checked_lse, narrowed, widened, widened_like
+from sar_fast.backends.providers.protocol import Limits, checked_lse, has_gpu, narrowed, widened, widened_like
 from sar_fast.values import Call
 
 _aten = torch.ops.aten
@@ -32,7 +32,7 @@ class TorchFlash:
     limits: Limits
 
     def missing(self) -> str | None:
-        if not torch.cuda.is_available() or not torch.backends.cuda.is_flash_attention_available():
+        if not has_gpu() or not torch.backends.cuda.is_flash_attention_available():
             return "this PyTorch has no flash attention for a GPU here"
         active = active_flash_implementation()
         if active == self.implementation:
@@ -86,7 +86,7 @@ class CuDNN:
     )
 
     def missing(self) -> str | None:
-        if not torch.cuda.is_available() or torch.version.hip or not torch.backends.cudnn.is_available():
+        if not has_gpu() or torch.version.hip or not torch.backends.cudnn.is_available():
             return "this PyTorch has no cuDNN for a GPU here"
         return None
 

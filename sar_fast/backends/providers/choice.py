@@ -25,7 +25,6 @@ UNMEASURED = {
     "sm_10": ("fa4", "torch-fa4", "cudnn", "fa2", "torch-fa2"),
 }
 
-
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
@@ -38,7 +37,6 @@ PROVIDERS: dict[str, Provider] = {
         TorchFlash("torch-fa2", "FA2", Limits((*_AMPERE_ON, "gfx9"), window=True)),
     )
 }
-
 
 # rows with "arch", "direction" ("forward" or "training"), "head_dim", "length" and "order"; read here, as traced code
 # may not read files

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.backends.protocol import Request
-from sar_fast.backends.providers.protocol import Limits, checked_lse, narrowed, widened, widened_like
+from sar_fast.backends.providers.protocol import Limits, checked_lse, has_gpu, narrowed, widened, widened_like
 from sar_fast.values import Call
 
 
@@ -40,7 +40,7 @@ class Package:
         found = _imported(self.module)
         if isinstance(found, str):
             return found
-        return None if torch.cuda.is_available() else "no GPU that torch can use"
+        return None if has_gpu() else "no GPU that torch can use"
 
     def unsupported(self, request: Request) -> str | None:
         return self.limits.refuse(request)

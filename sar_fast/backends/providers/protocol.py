@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import torch
@@ -79,6 +80,12 @@ class Limits:
         if request.backward and request.deterministic:
             return "deterministic gradients: its backward adds in any order"
         return None
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether torch can use one; asked once, as choosing a backend is a part of every call."""
+    return torch.cuda.is_available()
 
 
 def widened(call: Call, *, equal: bool) -> Call:
