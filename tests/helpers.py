@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -126,6 +129,12 @@ def make_case(
         {"beta": 2.0 / max(1, Sk), **options},
     )
     return case.to(dtype)
+
+
+def combinations(*axes: Iterable, daily: Callable[..., bool]) -> list:
+    """Every combination of the axes' values, as pytest's parameters; ``slow`` are those that are not ``daily``."""
+    marks = lambda values: [] if daily(*values) else [pytest.mark.slow]
+    return [pytest.param(*values, marks=marks(values)) for values in itertools.product(*axes)]
 
 
 def max_error(got: Tensor, expected: Tensor) -> float:
