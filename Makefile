@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(BIN)/sar-fast demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" tests
 	$(BIN)/python -m pytest --benchmark-disable benchmarks
 
 test-all: $(STAMP)

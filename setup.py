@@ -22,7 +22,7 @@ CORE = [
 ]
 REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24"]
 TRAIN = ["accelerate>=1.10", "datasets>=4", "pyarrow>=21", "peft>=0.17", "wandb>=0.18", "tensorboard>=2.15"]
-DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]
+DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.2", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]  # tests run examples/
 
 setup(

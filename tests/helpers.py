@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,6 +151,12 @@ def visible(Sq: int, Sk: int, causal: bool = False, window: tuple[int, int] = (-
     if window[1] >= 0:
         sees &= key <= position + window[1]
     return sees
+
+
+def combinations(*axes: Iterable, daily: Callable[..., bool]) -> list:
+    """Every combination of the axes' values, as pytest's parameters; ``slow`` are those that are not ``daily``."""
+    marks = lambda values: [] if daily(*values) else [pytest.mark.slow]
+    return [pytest.param(*values, marks=marks(values)) for values in itertools.product(*axes)]
 
 
 def max_error(got: Tensor, expected: Tensor) -> float:

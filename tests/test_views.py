@@ -14,7 +14,7 @@ from sar_fast import (
     sar_attn_varlen_func,
     sar_attn_with_kvcache,
 )
-from tests.helpers import make_case
+from tests.helpers import combinations, make_case
 
 BACKENDS = ("torch", "composed", "triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,11 +33,8 @@ VIEWS = {
     "a slice": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
 }
 # of the views, the interpreter takes one every day: a last dimension that is not dense
-slow = lambda name, backend: [pytest.mark.slow] if backend == "triton" and name != "every other" else []
-views = pytest.mark.parametrize(
-    ("view", "backend"),
-    [pytest.param(VIEWS[n], b, id=f"{n}-{b}", marks=slow(n, b)) for n in VIEWS for b in BACKENDS],
-)
+VIEWED = combinations(VIEWS, BACKENDS, daily=lambda view, backend: backend != "triton" or view == "every other")
+views = pytest.mark.parametrize(("view", "backend"), VIEWED)
 
 
 def close(got, expected) -> None:
@@ -56,7 +53,7 @@ def dense_results(case, backend, sav_grad=True) -> list[torch.Tensor]:
 @pytest.mark.parametrize("queries", [20, 3])
 def test_dense(view, queries, backend):
     case = make_case(queries, 20, D=16, Dv=8).tensors
-    got = dense_results([view(t.detach()) for t in case], backend)
+    got = dense_results([VIEWS[view](t.detach()) for t in case], backend)
     close(got, dense_results([t.detach() for t in case], backend))
 
 
@@ -71,13 +68,16 @@ def test_masks_of_keys(name, view, queries, backend):
             pytest.skip("a dense mask is for the torch backend")
         mask = mask[:, None, None, :] & torch.rand(1, 1, queries, 20).gt(0.2)
     run = lambda mask: sar_attn_func(*case.tensors, beta=0.1, backend=backend, **{name: mask})
-    close([run(view(mask))], [run(mask)])
+    close([run(VIEWS[view](mask))], [run(mask)])
 
 
-@backends
-@pytest.mark.parametrize("queries", [20, 3])
-@pytest.mark.parametrize("padded", [False, True])
-def test_one_row_for_all_samples(queries, padded, backend):
+PADDED = combinations(
+    (False, True), (20, 3), BACKENDS, daily=lambda padded, n, name: name != "triton" or padded == (n == 3)
+)
+
+
+@pytest.mark.parametrize(("padded", "queries", "backend"), PADDED)
+def test_one_row_for_all_samples(padded, queries, backend):
     """And one entry for all tokens."""
     q, k, v, visual, _, prior = make_case(queries, 20, D=16, layouts=("image",) * 3).tensors
     roles = visual[:1].expand(3, -1), torch.ones(1, 1, dtype=torch.bool).expand(3, queries), prior[:1].expand(3, -1)
@@ -102,15 +102,22 @@ def test_packed(view, backend):
         plain = flash_attn_varlen_func(*leaves, *packing, causal=True, backend=backend)
         return [out, plain, *torch.autograd.grad((out + plain).square().sum(), leaves)]
 
-    close(run(*(view(t) for t in (*tensors, ends, ends))), run(*tensors, ends, ends))
+    close(run(*(VIEWS[view](t) for t in (*tensors, ends, ends))), run(*tensors, ends, ends))
     with pytest.raises(TypeError, match=r"cu_seqlens_k must be int32; got torch\.int64"):
         run(*tensors, ends, ends.long())
 
 
-@views
-@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-@pytest.mark.parametrize("what", ["roles", "new", "lengths", "state"])
-def test_cache(view, paged, what, backend):
+WHAT = {"roles": "contiguous", "new": "paged", "lengths": "paged", "state": "contiguous"}  # every day on the kernels
+IN_CACHE = combinations(
+    WHAT, ("contiguous", "paged"), VIEWS, BACKENDS,
+    daily=lambda what, layout, view, name: name != "triton" or (view == "every other" and layout == WHAT[what]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "layout", "view", "backend"), IN_CACHE)
+def test_cache(what, layout, view, backend):
+    paged = layout == "paged"
+
     def run(view):
         part = lambda name: view if what == name else (lambda t: t)
         q, k, v, visual, _, prior = (t.clone() for t in make_case(2, CAPACITY, D=16, layouts=("image",) * 3).tensors)
@@ -132,7 +139,7 @@ def test_cache(view, paged, what, backend):
         plain = flash_attn_with_kvcache(q, k, v, new_k, new_v, **cache, causal=True)
         return [out, plain, stats.head_weights, *state.tensors(), k, v]
 
-    close(run(view), run(lambda t: t))
+    close(run(VIEWS[view]), run(lambda t: t))
 
 
 @backends

@@ -1,10 +1,17 @@
-"""From data to a score by commands alone, as a user types them: each takes what the one before left behind."""
+"""From data to a score by commands alone, as a user types them: each takes what the one before left behind.
+
+The first and the last are processes of their own; those between run the same main programs here, which imports once.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +20,8 @@ from PIL import ExifTags, Image
 from tests.training.runs import environment
 from tests.training.samples import DATA, REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAIN = [
     "--model_name_or_path", "miniature", "--do_train", "--dataset", "mine", "--finetuning_type", "lora",
     "--lora_rank", "4", "--use_sar", "--sar_activation_layer_k", "2", "--sar_beta", "0.05", "--learning_rate", "1e-3",
@@ -20,20 +29,39 @@ TRAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def command(tmp_path):
-    """(program, words) -> stdout, or stderr of a failure; ``sar-fast`` or a script of ``experiments/``."""
+def process(start: list[str], words: list[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a process of its own, which imports everything anew."""
+    command = [sys.executable, *start, *words]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
-    def run(program: str, *words: str | Path, code: int = 0) -> str:
-        script = REPOSITORY / "experiments" / program
-        start = [str(script)] if program.endswith(".py") else ["-m", "sar_fast", program]
-        done = subprocess.run(
-            [sys.executable, *start, *map(str, words)],
-            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stderr if code else done.stdout
+
+def here(start: list[str], words: list[str]) -> tuple[int, str, str]:
+    """The same of the same main program, run in this process."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    program = runpy.run_module if start[0] == "-m" else runpy.run_path
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [start[-1], *words])
+        try:
+            program(start[-1], run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """(program, words) -> stdout, or stderr of a failure; ``sar-fast`` or a script of ``experiments/``."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+    def run(program: str, *words: str | Path, code: int = 0, by: Callable[..., tuple[int, str, str]] = here) -> str:
+        is_script = program.endswith(".py")
+        start = [str(REPOSITORY / "experiments" / program)] if is_script else ["-m", "sar_fast"]
+        ended, out, err = by(start, [str(word) for word in (words if is_script else (program, *words))])
+        assert ended == code, err
+        assert "Traceback" not in err
+        return err if code else out
 
     return run
 
@@ -64,7 +92,7 @@ def own_data(folder: Path) -> Path:
 
 def test_from_data_to_a_score(command, tmp_path):
     data = own_data(tmp_path / "data")
-    assert "8 records, 8 images" in command("data", "check", data / "mine.json", "--model", "miniature")
+    assert "8 records, 8 images" in command("data", "check", data / "mine.json", "--model", "miniature", by=process)
 
     words = [*TRAIN, "--dataset_dir", data, "--output_dir", "lora", "--max_steps", "4"]
     command("train.py", *words)
@@ -101,5 +129,5 @@ def test_from_data_to_a_score(command, tmp_path):
     answers = [command("generate", "--model", model, *asked) for model in ("lora", "merged")]
     assert answers[0] == answers[1] != ""
 
-    command("plot", "lora", "--output_dir", "figures")
+    command("plot", "lora", "--output_dir", "figures", by=process)
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from sar_kernels.aot import OPTIONS
+from sar_kernels.aot import OPTIONS, PASSES, main
 from sar_kernels.aot_measure import MAX_THREADS, count_instructions
 from sar_kernels.configs import LIKE_HOPPER, SHARED_MEMORY_LIMIT
 
@@ -20,6 +20,7 @@ BUDGETED = ("sm_80", "sm_90")  # the others must compile and fit their shared me
 
 
 VERSIONS = ("3.6.0", "3.7.1")  # of Triton: a common one of GPU machines, and the environment's
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
 def environment_of(version: str) -> dict[str, str]:
@@ -94,19 +95,37 @@ def check_residency(rows: list[dict], kernel: str, plain: str) -> None:
         assert row["blocks_per_sm"] >= off["blocks_per_sm"] > 0, (row, off)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_budget(version):
+@pytest.mark.parametrize(
+    ("version", "modes"),
+    [*((v, ("plain", "running")) for v in VERSIONS), *(slow(v, ("plain", "step", "prompt")) for v in VERSIONS)],
+)
+def test_budget(version, modes):
     """Every kernel that takes time, on each Triton: a tile that is clean on one can spill or serialize on another."""
     kernels = ("forward", "dq", "dkdv", "statistics", "decode_split", "decode_combine")
-    rows = compiled("--arch", "sm_90", "--head-dim", "64", "128", "--kernel", *kernels, version=version)
+    rows = compiled(
+        *("--arch", "sm_90", "--head-dim", "64", "128", "--kernel", *kernels, "--purpose", *PASSES, *modes),
+        version=version,
+    )
     assert {r["kernel"] for r in rows} == set(kernels)
     check_budget(rows, version)
     check_residency(rows, "forward", "attention")
     check_residency(rows, "decode_split", "plain")
+    row = next(row for row in rows if (row["kernel"], row["purpose"]) == ("decode_split", "plain"))
+    assert len(row["loops"]) == 1
+    assert 100 < row["loops"][0] < row["instructions"]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("option", ["ends", "runs", "bits"])
+@pytest.mark.parametrize(
+    ("option", "version"),
+    [
+        ("ends", "3.6.0"),
+        ("runs", "3.7.1"),
+        ("bits", "3.7.1"),
+        slow("ends", "3.7.1"),
+        slow("runs", "3.6.0"),
+        slow("bits", "3.6.0"),
+    ],
+)
 def test_budget_of_masks(option, version):
     """Runs of keys per query, and packed masks."""
     kernels = ("forward", "dq", "dkdv", "decode_split")
@@ -125,23 +144,34 @@ def test_forward_budget_on_ampere():
     check_residency(rows, "forward", "attention")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_closed_form_budget(version):
+@pytest.mark.parametrize(
+    ("arch", "version"),
+    [("sm_80", "3.7.1"), ("sm_90", "3.6.0"), slow("sm_80", "3.6.0"), slow("sm_90", "3.7.1")],
+)
+def test_closed_form_budget(arch, version):
     kernels = ("second_moments", "closed_variance")
-    rows = compiled("--arch", "sm_80", "sm_90", "--purpose", "sar", "--kernel", *kernels, version=version)
+    rows = compiled("--arch", arch, "--purpose", "sar", "--kernel", *kernels, version=version)
     assert {r["head_dim"] for r in rows} == {64, 128, 256}
     check_budget(rows, version)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_any_number_of_heads_compiles(version):
+PURPOSES = ("sar", "sar_sav_grad", "running")  # decode's other modes combine less
+
+
+@pytest.mark.parametrize(
+    ("version", "purposes"), [("3.6.0", PURPOSES), *(slow(v, (*PURPOSES, "plain", "step", "prompt")) for v in VERSIONS)]
+)
+def test_any_number_of_heads_compiles(version, purposes):
     """What works on all heads at once has a tile as high as they are many, and compilers have failed on small ones.
 
     Triton 3.6 asserts, and the process is gone, where a loop adds reductions over blocks of four heads.
     """
     kernels = ("head_weights", "head_weights_backward", "decode_combine", "closed_variance")
     heads = ("1:1", "2:1", "3:3", "4:2", "8:8", "16:4", "28:4", "40:40", "64:8", "128:8")
-    rows = compiled("--arch", "sm_90", "--head-dim", "64", "--kernel", *kernels, "--heads", *heads, version=version)
+    rows = compiled(
+        *("--arch", "sm_90", "--head-dim", "64", "--kernel", *kernels, "--heads", *heads, "--purpose", *purposes),
+        version=version,
+    )
     assert {r["kernel"] for r in rows} == set(kernels)
 
 
@@ -228,28 +258,33 @@ def test_fp32_inputs_fit_shared_memory():
     assert all(r["shared_bytes"] <= SHARED_MEMORY_LIMIT[r["arch"]] for r in rows)
 
 
-def test_interpreter_is_refused():
-    command = [sys.executable, "-m", "sar_kernels.aot"]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "TRITON_INTERPRET" in result.stderr
+def test_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "forwrad", "dq"], "--kernel: got forwrad, need some of append, closed_variance, decode_combine,"),
-        (["--purpose", "plain", "--kernel", "dq"], "--kernel: got dq, need some of"),  # decode has no backward
         (["--heads", "6:4"], "--heads: got '6:4', need query heads:kv heads, the first a multiple of the second"),
         (["--head-dim", "300"], "--head-dim: got [300], need 1 to 256"),
     ],
 )
-def test_what_there_is_not_is_refused_by_name(arguments, message):
+def test_what_there_is_not_is_refused_by_name(arguments, message, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--arch", "sm_90", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_kernels_that_a_purpose_does_not_launch_are_refused_by_name():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "sar_kernels.aot", "--arch", "sm_90", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "sar_kernels.aot", "--arch", "sm_90", "--purpose", "plain", "--kernel"]
+    result = subprocess.run([*command, "forwrad", "dq"], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert message in result.stderr
+    assert "--kernel: got dq, forwrad, need some of append, decode_combine, decode_split" in result.stderr
 
 
 SASS = """
@@ -270,9 +305,3 @@ SASS = """
 def test_instructions_are_counted_by_innermost_loop():
     """The outer loop is not one; a branch forwards is none; what is spilled outside of loops does not count in them."""
     assert count_instructions(SASS) == (11, (4,), 2)
-
-
-def test_a_kernels_loops_are_found():
-    (row,) = compiled("--arch", "sm_90", "--head-dim", "64", "--kernel", "decode_split", "--purpose", "plain")[:1]
-    assert len(row["loops"]) == 1
-    assert 100 < row["loops"][0] < row["instructions"]

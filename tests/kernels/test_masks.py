@@ -15,7 +15,7 @@ from sar_kernels.configs import KernelConfig
 from sar_kernels.decode_call import decode_forward, sar_decode_forward
 from sar_kernels.masks import Masks
 
-BASE = Case(head_dim=16)
+BASE = Case(heads=2, kv_heads=1, head_dim=16)
 
 
 def blocks_of(*samples: tuple[tuple[int, int], ...], length: int = 97) -> torch.Tensor:
@@ -46,10 +46,10 @@ CASES = [
         padding=((11, 97), (0, 97)),
     ),
     BASE.but(name="chunks-both-ways", visibility=Visibility(chunk=50), causal=False),
-    BASE.but(name="prefix", visibility=Visibility(prefix=torch.tensor([60, 33]))),
+    BASE.but(name="prefix", visibility=Visibility(prefix=torch.tensor([60, 33])), kv_heads=2),
     BASE.but(name="pictures", visibility=PICTURES),
     BASE.but(name="pictures-window", visibility=PICTURES, window=(20, -1)),
-    BASE.but(name="pictures-padded", visibility=PICTURES, window=(30, -1), padding=((4, 97), (0, 90))),
+    BASE.but(name="pictures-padded", visibility=PICTURES, window=(30, -1), padding=((4, 97), (0, 90)), kv_heads=2),
     BASE.but(name="pictures-mqa-d80-fp16", visibility=PICTURES, heads=3, kv_heads=1, head_dim=80, dtype=torch.float16),
     BASE.but(name="pictures-bf16", visibility=PICTURES, window=(20, -1), dtype=torch.bfloat16),
     BASE.but(name="pictures-softcap", visibility=PICTURES, softcap=2.0),
@@ -57,8 +57,12 @@ CASES = [
     BASE.but(name="short-queries", visibility=PICTURES, window=(25, -1), seqlen_q=19),
     BASE.but(name="mask", mask=random_mask(2, 97, 97), causal=False),
     BASE.but(name="mask-causal-padded", mask=random_mask(1, 97, 97), padding=((4, 97), (0, 90)), head_dim=64),
-    BASE.but(name="mask-of-chunks", mask=random_mask(2, 70, 97), seqlen_q=70, visibility=Visibility(chunk=48)),
-    BASE.but(name="mask-fp16", mask=random_mask(2, 97, 130), seqlen_k=130, window=(60, -1), dtype=torch.float16),
+    BASE.but(
+        name="mask-of-chunks", mask=random_mask(2, 70, 97), seqlen_q=70, visibility=Visibility(chunk=48), kv_heads=2
+    ),
+    BASE.but(
+        name="mask-fp16", mask=random_mask(2, 70, 130), seqlen_q=70, seqlen_k=130, window=(60, -1), dtype=torch.float16
+    ),
 ]
 
 
@@ -68,7 +72,12 @@ def test_forward_matches_reference(case):
     check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Other cases have their parts: with padding, in a window, without a gradient through the weights.
+COVERED = ("chunks", "pictures", "pictures-window", "mask")
+MARKED = [pytest.param(case, marks=[pytest.mark.slow] if case.name in COVERED else []) for case in CASES]
+
+
+@pytest.mark.parametrize("case", MARKED, ids=str)
 def test_backward_matches_autograd_of_the_reference(case):
     check_gradients(*both_gradients(case, sav_grad=True, statistics_too=True))
 
@@ -78,8 +87,13 @@ def test_backward_with_constant_weights(case):
     check_gradients(*both_gradients(case, sav_grad=False))
 
 
-STEPS = [case.but(seqlen_q=q) for case in CASES for q in (1, 3)]
-STEPS.append(BASE.but(name="padded", seqlen_q=2, padding=((9, 97), (0, 97))))
+# Every day each case with one query and with three, with one split and with three.
+STEPS = [
+    pytest.param(case.but(seqlen_q=q), splits, marks=[pytest.mark.slow] * ((q == splits) == i % 2))
+    for i, case in enumerate([*CASES, BASE.but(name="padded", padding=((9, 97), (0, 97)))])
+    for q in (1, 3)
+    for splits in (1, 3)
+]
 
 
 def step_of(case: Case) -> Case:
@@ -87,8 +101,7 @@ def step_of(case: Case) -> Case:
     return case if case.mask is None else case.but(mask=case.mask[:, :, -case.seqlen_q :])
 
 
-@pytest.mark.parametrize("case", STEPS, ids=str)
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(("case", "num_splits"), STEPS, ids=str)
 def test_decode_matches_reference(case, num_splits):
     case = step_of(case)
     inputs = make(case)
