@@ -44,7 +44,7 @@ setup(
         "reports": REPORTS,
         "train": TRAIN,
         "deepspeed": ["deepspeed>=0.17", "ninja"],
-        "flash": ["flash-attn>=2.6"],
+        "flash": ["flash-attn>=2.7.3"],
         "lmms-eval": ["lmms-eval>=0.7", *TRAIN],
         # Grounding DINO runs through transformers: groundingdino-py does not build a model beside transformers 5
         "grounding": ["segment-anything>=1.0", "torchvision"],
