@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sar_fast.backends import small, torch_backend
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
-from sar_fast.backends.sequence import Sequence, dense_last, sequences_of
+from sar_fast.backends.sequence import Sequence, dense_last, part_of, sequences_of
 from sar_fast.backends.statistics import gather_rows, statistics_backward, statistics_forward, text_visual_block
 from sar_fast.backends.torch_backend import log_sum_exp
+from sar_fast.backends.weight_gradients import statistics_gradients
 from sar_fast.head_scaling import scale_heads_
 from sar_fast.kvcache import Step
 from sar_fast.values import Call, Result, Statistics, Sums
@@ -84,9 +85,9 @@ class HostLoop:
             if out is None:
                 out = o.contiguous().view(out_shape)
             else:
-                _part(call, out, b).copy_(o)
+                part_of(call, out, b).copy_(o)
             if weighs:
-                scale_heads_(_part(call, out, b), c[b])
+                scale_heads_(part_of(call, out, b), c[b])
         if not sar:
             return Result(out, lse, Statistics(*total[:3]), c)
         return Result(out, lse, total.means(), c, None if call.carried is None else total)
@@ -100,16 +101,16 @@ class HostLoop:
         dprior = q.new_empty(0, dtype=acc)
         if through is not None:
             dprior = torch.zeros(call.roles.prior.shape, dtype=acc, device=q.device)
-            grad_av, grad_sa = _statistics_gradients(call, rule, grad_out, result, through)
+            grad_av, grad_sa = statistics_gradients(call, rule, grad_out, result, through)
 
         for b, seq in enumerate(sequences_of(call)):
             row_lse = _lse_part(call, result.lse, b)
             weight = result.c[b] if sar else q.new_ones(q.shape[-2], dtype=acc)
-            given = (_part(call, grad_out, b), _part(call, result.out, b), weight, row_lse)
-            grads = [_part(call, dq, b), *(_part(call, x, b, keys=True) for x in (dk, dv))]
+            given = (part_of(call, grad_out, b), part_of(call, result.out, b), weight, row_lse)
+            grads = [part_of(call, dq, b), *(part_of(call, x, b, keys=True) for x in (dk, dv))]
             statistics = None
             if through is not None:
-                statistics = (grad_av[b], grad_sa[b], _part(call, dprior, b, keys=True))
+                statistics = (grad_av[b], grad_sa[b], part_of(call, dprior, b, keys=True))
             if not _is_looked_at(seq) and seq.key_valid is not None:
                 seq = seq.without_padding(row_lse)
             _attend_backward(self.kernel, seq, given, grads, statistics)
@@ -158,14 +159,6 @@ def _start(call: Call) -> tuple[Sums, Tensor]:
     else:
         total = Sums(*(x.to(acc, copy=True) for x in call.carried[:3]))
     return total, q.new_ones((B, H), dtype=acc)
-
-
-def _part(call: Call, x: Tensor, b: int, *, keys: bool = False) -> Tensor:
-    """Sequence ``b`` of a tensor laid out as q (or as k), (S, ...)."""
-    if not call.packed:
-        return x[b]
-    ends = call.cu_seqlens_k if keys else call.cu_seqlens_q
-    return x[int(ends[b]) : int(ends[b + 1])]
 
 
 def _lse_part(call: Call, lse: Tensor, b: int) -> Tensor:
@@ -227,25 +220,3 @@ def _attend_backward(
         grad_av, grad_sa, dprior = statistics
         extra_delta = statistics_backward(seq, block, given[3][:, block.rows], grad_av, grad_sa, *grads[:2], dprior)
     kernel.attention_backward(seq, *given, extra_delta, *grads)
-
-
-def _statistics_gradients(
-    call: Call, rule: Lowered, grad_out: Tensor, result: Result, through: Gradients
-) -> tuple[Tensor, Tensor]:
-    """Gradients (B, H) of each counted query's variance and alignment.
-
-    ``dL/dc_h = sum_i delta_i / c_h``; where c_h underflowed to 0 it only ever meets a factor c_h, so 0 is exact.
-    """
-    grad_av, grad_sa, grad_c = through
-    statistics, c = result.statistics, result.c
-    acc = c.dtype
-    per_query = 1 / statistics.count.clamp_min(1)[:, None]
-    if isinstance(rule, Equal):
-        return grad_av * per_query, grad_sa * per_query
-    # reduced by sum, not by a product: the softmax over heads then cancels most of it, so its rounding counts
-    from_out = torch.zeros_like(grad_c)
-    for b in range(call.batch_size):
-        from_out[b] = (_part(call, grad_out, b).to(acc) * _part(call, result.out, b).to(acc)).sum(-1).sum(0)
-    grad_c = grad_c + torch.where(c == 0, 0, from_out / torch.where(c == 0, 1, c))
-    through_av, through_sa = rule.vjp(grad_c, statistics)
-    return (grad_av + through_av) * per_query, (grad_sa + through_sa) * per_query

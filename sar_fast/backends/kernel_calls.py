@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sar_fast.backends.protocol import Gradients
 from sar_fast.backends.sequence import dense_last
 from sar_fast.values import Bounds, Call, Result, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
@@ -103,3 +104,32 @@ def reweighted(call: Call, rule: Lowered, out: Tensor, lse: Tensor) -> Result:
         return Result(out, lse, statistics, rule(statistics, None))
     kernels.scale_heads(out, c, count, cu_seqlens=call.cu_seqlens_q, max_seqlen=call.max_seqlens[0])
     return Result(out, lse, statistics, c)
+
+
+def unscaled(
+    call: Call, grad: Tensor, out: Tensor, c: Tensor, *, through: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a plain attention's backward takes in place of the scaled call's gradient and output, and what
+    :func:`statistics_backward` is to be given if the gradient flows ``through`` the weights."""
+    from sar_kernels import attention as kernels
+
+    packing = {"cu_seqlens": call.cu_seqlens_q, "max_seqlen": call.max_seqlens[0]}
+    return kernels.unscale_heads(grad, out, c, with_sums=through, **packing)
+
+
+def statistics_backward(
+    call: Call, rule: Lowered, grad_out: Tensor, result: Result, through: Gradients, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dprior) through the statistics alone, on the text queries and the keys that they see."""
+    from sar_kernels import attention as kernels
+
+    statistics, (dav, dsa, dc) = result.statistics, through
+    return kernels.statistics_backward(
+        *dense_qkv(call),
+        *(result.lse, *call.roles, statistics.av, statistics.sa, result.c, statistics.count, kept),
+        weights=weight_options(rule),
+        dav=dav,
+        dsa=dsa,
+        dc=dc,
+        **described(call),
+    )

@@ -129,3 +129,11 @@ def _packed_sequences(call: Call) -> Iterator[Sequence]:
             roles = call.roles.visual[k0:k1], call.roles.text[q0:q1], call.roles.prior[k0:k1]
         first, end = (None if x is None else x[q0:q1] for x in call.bounds)
         yield Sequence(q[q0:q1], k[k0:k1], v[k0:k1], call.scores, *roles, first=first, end=end)
+
+
+def part_of(call: Call, x: Tensor, b: int, *, keys: bool = False) -> Tensor:
+    """Sequence ``b`` of a tensor laid out as q (or as k), (S, ...)."""
+    if not call.packed:
+        return x[b]
+    ends = call.cu_seqlens_k if keys else call.cu_seqlens_q
+    return x[int(ends[b]) : int(ends[b + 1])]

@@ -3,18 +3,20 @@
 Whole batches, and nothing waits. SAR needs of the library its log-sum-exp alone (docs/method.md, section 7). A padded
 batch becomes a packed one by sorting, since lengths stay on the device; a causal one's padding queries, which the
 packed batch has no room for, are left to the Triton kernels, which pass by all other rows. So are decode steps: their
-combine kernel has what statistics need, which after a library's step would take another pass over the cache.
+combine kernel has what statistics need, which after a library's step would take another pass over the cache. Where
+Triton is not installed, dense batches get their statistics from PyTorch, which waits for the number of text queries.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sar_fast.backends import kernel_calls
+from sar_fast.backends import batched, kernel_calls
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.providers.choice import refusal
 from sar_fast.backends.providers.protocol import Provider
@@ -36,9 +38,11 @@ class WholeBatch:
         self.name = f"composed:{provider.name}"
 
     def unsupported(self, request: Request) -> str | None:
-        reason = self.kernels.unsupported(request)
-        if reason is not None or request.decode:
-            return reason
+        absent = kernel_calls.missing()
+        if absent is None or request.decode or request.packed or request.padded:
+            reason = self.kernels.unsupported(request)
+            if reason is not None or request.decode:
+                return reason
         if request.masked or request.bounded:
             return "attn_mask and visibility: no library takes them without a pass over the scores"
         if request.padded and request.scores.windowed:
@@ -47,7 +51,7 @@ class WholeBatch:
         return refusal(self.provider, packed)
 
     def forward(self, call: Call, rule: Lowered, *, need_lse: bool) -> Result:
-        if is_step(call):
+        if is_step(call) and kernel_calls.missing() is None:
             return self.kernels.forward(call, rule, need_lse=need_lse)
         plain = call.plain()
         if call.key_padding_mask is None:
@@ -57,36 +61,25 @@ class WholeBatch:
         if call.roles is None:
             result = Result(out, lse, *nothing_computed(out, lse.dtype))
         else:
-            result = kernel_calls.reweighted(call, rule, out, lse)
+            result = _beside().reweighted(call, rule, out, lse)
         return result if need_lse else result._replace(lse=lse.new_empty(0))
 
     def backward(
         self, call: Call, rule: Lowered, grad_out: Tensor, result: Result, through: Gradients | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from sar_kernels import attention as kernels
-
-        plain, (out, lse, statistics, c, _) = call.plain(), result
-        grad, sums = grad_out, None
+        plain, (out, lse, _, c, _) = call.plain(), result
+        grad, kept, beside = grad_out, None, _beside()
         if call.roles is not None:
-            packing = {"cu_seqlens": call.cu_seqlens_q, "max_seqlen": call.max_seqlens[0]}
-            grad, out, sums = kernels.unscale_heads(grad, out, c, with_sums=through is not None, **packing)
+            grad, out, kept = beside.unscaled(call, grad, out, c, through=through is not None)
         if call.key_padding_mask is None:
             dq, dk, dv = self._attend_backward(plain, grad, out, lse)
         else:
             dq, dk, dv = _Packed(plain).backward(self._attend_backward, self.kernels, grad, out, lse)
-        if sums is None:
-            return dq.contiguous(), dk.contiguous(), dv.contiguous(), out.new_empty(0, dtype=lse.dtype)
-        dav, dsa, dc = through
-        more_dq, more_dk, dprior = kernels.statistics_backward(
-            *kernel_calls.dense_qkv(call),
-            *(lse, *call.roles, statistics.av, statistics.sa, c, statistics.count, sums),
-            weights=kernel_calls.weight_options(rule),
-            dav=dav,
-            dsa=dsa,
-            dc=dc,
-            **kernel_calls.described(call),
-        )
-        return dq + more_dq, dk + more_dk, dv.contiguous(), dprior
+        dprior = out.new_empty(0, dtype=lse.dtype)
+        if call.roles is not None and through is not None:
+            more_dq, more_dk, dprior = beside.statistics_backward(call, rule, grad_out, result, through, kept)
+            dq, dk = (dq + more_dq).to(dq.dtype), (dk + more_dk).to(dk.dtype)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous(), dprior
 
     def mass(self, call: Call, lse: Tensor, chosen: Tensor) -> Tensor | None:
         return self.kernels.mass(call, lse, chosen)
@@ -109,6 +102,11 @@ class WholeBatch:
         if _hides_rows(call):
             lse = torch.where(lse.isinf(), torch.inf, lse)
         return self.provider.backward(_dense(call), grad, out, lse)
+
+
+def _beside() -> ModuleType:
+    """What computes statistics and weights, and their gradients: the kernels, or PyTorch where Triton is missing."""
+    return kernel_calls if kernel_calls.missing() is None else batched
 
 
 def _dense(call: Call) -> Call:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sar_fast import flash_attn_func, sar_attn_func, sar_attn_varlen_func
-from sar_fast.backends import select
+from sar_fast.backends import batched, kernel_calls, select, triton
 from sar_fast.backends.select import BACKENDS, BY_NAME
 from sar_fast.reference import sar_attention_reference
 from sar_fast.values import Call, Roles, Scores, Sums
@@ -160,6 +160,20 @@ def test_means_go_on_from_earlier_queries():
     assert max_error(got.out, want.out) < 1e-6
     for ours, theirs in zip(got.sums[:3], want.sums[:3]):
         assert max_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["base", "values narrower", "more keys", "more queries", "window"])
+def test_statistics_from_pytorch_where_triton_is_missing(name, monkeypatch):
+    for module in (kernel_calls, triton):
+        monkeypatch.setattr(module, "missing", lambda: "the Triton kernels")
+    monkeypatch.setattr(batched, "_BLOCK_BYTES", 4 * 3 * 4 * 33 * 16)  # several blocks of rows
+    monkeypatch.setattr(Launch, "run", None)  # no kernel runs
+    assert_forward(made(name), name_of("fa2"))
+    for sav_grad in (False, True):
+        assert_gradients(made(name), name_of("fa2"), sav_grad=sav_grad)
+    test_means_go_on_from_earlier_queries()
+    with pytest.raises(ValueError, match="does not support the Triton kernels"):
+        small(padding="left").run(name_of("fa2"))
 
 
 def test_compiled_whole():
