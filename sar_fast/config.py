@@ -21,6 +21,7 @@ PriorSource = Literal["vision_layer", "projected"]
 DecodeMode = Literal["running", "step", "prompt"]
 RecordRows = Literal["none", "last_text"]
 BackendName = Literal["auto", "triton", "composed", "torch"]
+_BACKENDS = get_args(BackendName)  # looked at in every call
 CHOICES = {
     "normalize": Normalize,
     "text_queries": TextQueries,
@@ -45,7 +46,7 @@ def check_backend_name(name: str, value: object) -> None:
 
         check_choice(name, value, tuple(n for n in BY_NAME if ":" in n))
     else:
-        check_choice(name, value, get_args(BackendName))
+        check_choice(name, value, _BACKENDS)
 
 
 def check_beta(beta: object) -> int | float:

@@ -41,12 +41,14 @@ def unsupported(request: Request) -> str | None:
         return f"PyTorch's fused kernels with a log-sum-exp are for cpu and cuda, not {device}"
     if request.masked:
         return "attn_mask: a dense mask would be converted to a float tensor of the same shape"
-    if device == "cuda" and kernel_calls.missing() is None:
+    if device == "cpu":
+        return CPU_FLASH.unsupported(request)
+    if kernel_calls.missing() is None:
         return "a GPU by one sequence after the other, where the Triton kernels are installed"
-    if device == "cuda" and (request.scores.windowed or request.bounded or request.padded):
+    if request.scores.windowed or request.bounded or request.padded:
         return "windows, visibility and padding on cuda: only the CPU kernel takes the mask that they need here"
     # pieces of a call are square, or see all of their keys
-    return refusal(_provider(request.device), dataclasses.replace(request, square=True, packed=False))
+    return refusal(PROVIDERS["torch-fa2"], dataclasses.replace(request, square=True, packed=False))
 
 
 def attention(seq: Sequence, *, need_lse: bool) -> tuple[Tensor, Tensor]:

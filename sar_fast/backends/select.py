@@ -79,13 +79,13 @@ def _constant_choice(name: str, origin: str, device, dtype, causal: bool, window
 
 
 def _first_that_supports(name: str, origin: str, request: Request) -> Backend:
-    candidates = list(_candidates(name, request))
-    refused: dict[str, list[str]] = {}
-    for backend in candidates:
-        reason = backend.unsupported(request)
-        if reason is None:
+    """The first candidate that does not refuse the call; else an error with all their reasons."""
+    for backend in _candidates(name, request):
+        if backend.unsupported(request) is None:
             return backend
-        refused.setdefault(reason, []).append(backend.name)
+    candidates, refused = list(_candidates(name, request)), {}
+    for backend in candidates:
+        refused.setdefault(backend.unsupported(request), []).append(backend.name)
     several = len(refused) > 1
     reasons = "; ".join(f"{reason} ({', '.join(names)})" if several else reason for reason, names in refused.items())
     others = [b.name for b in BACKENDS.values() if b not in candidates and b.unsupported(request) is None]
