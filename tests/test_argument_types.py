@@ -185,8 +185,8 @@ def test_a_length_that_is_not_known_costs_no_memory(monkeypatch):
     from sar_fast.backends import triton
 
     seen = []
-    layout = triton._layout
-    monkeypatch.setattr(triton, "_layout", lambda call: seen.append(call.max_seqlens) or layout(call))
+    layout = triton.described
+    monkeypatch.setattr(triton, "described", lambda call: seen.append(call.max_seqlens) or layout(call))
     torch._dynamo.reset()
     f = lambda q, k, v, n: flash_attn_varlen_func(q, k, v, ENDS, ENDS, n, n, causal=True, backend="triton")
     torch.compile(f, fullgraph=True, backend="eager")(*packed()[:3], torch.tensor(8))
