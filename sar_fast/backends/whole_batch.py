@@ -44,7 +44,7 @@ class WholeBatch:
             if reason is not None or request.decode:
                 return reason
         if request.masked or request.bounded:
-            return "attn_mask and visibility: no library takes them without a pass over the scores"
+            return "attn_mask and visibility: providers take neither"
         if request.padded and request.scores.windowed:
             return "a window together with padding: packing changes distances where padding has holes"
         packed = dataclasses.replace(request, packed=True) if request.padded else request

@@ -431,7 +431,7 @@ def test_decoding_by_hand_with_a_padded_mask(case):
         cache = model(**batch, use_cache=True).past_key_values
         with pytest.raises(RuntimeError, match=r"[Ss]izes? of tensor"):
             logits(model, step | {"past_key_values": cache})
-        pytest.xfail("transformers without SAR gives these models' positions the mask's length")
+        lacking_without_sar("positions get the mask's length")
     with apply_sar(model, config_of(case, record=True)) as handle, torch.no_grad():
         cache = model(**batch, use_cache=True).past_key_values
         before = {i: s.query_count for i, s in handle.stats.items()}

@@ -18,7 +18,7 @@ from sar_fast.backends.providers.protocol import Limits, Provider
 TABLE = Path(__file__).with_name("speed.json")
 _AMPERE_ON = ("sm_8", "sm_9", "sm_10", "sm_12")
 
-# By the speeds that the libraries publish: FlashAttention-3 and -4 are written for one generation each.
+# An expectation, not a measurement: FlashAttention-3 and -4 are written for one generation each.
 UNMEASURED = {
     "sm_8": ("fa2", "torch-fa2", "cudnn"),
     "sm_9": ("fa3", "torch-fa3", "cudnn", "fa4", "torch-fa4", "fa2", "torch-fa2"),

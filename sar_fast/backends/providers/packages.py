@@ -5,6 +5,7 @@ They are imported when they are asked about; what they lack here is a reason, ne
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import importlib
@@ -29,7 +30,7 @@ def _imported(module: str) -> ModuleType | str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Package:
+class Package(abc.ABC):
     """What the three have in common."""
 
     name: str
@@ -71,8 +72,9 @@ class Package:
             "softcap": scores.softcap,
         }
 
+    @abc.abstractmethod
     def _run_backward(self, call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """Gradients of a widened call, as the package's own autograd calls its backward."""
 
 
 def _lengths(call: Call) -> dict[str, Any]:
