@@ -36,11 +36,15 @@ def reweighted(call: Call, rule: Lowered, out: Tensor, lse: Tensor) -> Result:
     return Result(out, lse, statistics, c, None if call.carried is None else sums)
 
 
+def unscale(grad: Tensor, out: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight * grad`` and ``out / weight``; where a weight underflowed to 0 the gradient is 0."""
+    plain = torch.where(weight == 0, 0, out / torch.where(weight == 0, 1, weight))
+    return (grad * weight).to(grad.dtype), plain.to(out.dtype)
+
+
 def unscaled(call: Call, grad: Tensor, out: Tensor, c: Tensor, *, through: bool) -> tuple[Tensor, Tensor, None]:
     """As :func:`.kernel_calls.unscaled`."""
-    weight = c[:, None, :, None]
-    plain = torch.where(weight == 0, 0, out / torch.where(weight == 0, 1, weight))
-    return (grad * weight).to(grad.dtype), plain.to(out.dtype), None
+    return *unscale(grad, out, c[:, None, :, None]), None
 
 
 def statistics_backward(

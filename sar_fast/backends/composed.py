@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.backends import kernel_calls
+from sar_fast.backends.batched import unscale
 from sar_fast.backends.blocks import row_blocks, scores, sees
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.providers.choice import PROVIDERS, refusal
@@ -86,14 +87,11 @@ def attention_backward(
 ) -> None:
     """Add the gradients of scaled attention to dq, dk, dv; arguments as in the torch backend.
 
-    The kernel's backward forms ``delta`` from its own inputs, so it gets ``c * grad_out`` and the unscaled output; a
-    head whose weight underflowed to 0 contributes 0 whatever its output was.
+    The kernel's backward forms ``delta`` from its own inputs, so it gets ``c * grad_out`` and the unscaled output.
     """
     if seq.q.shape[0] == 0 or seq.k.shape[0] == 0:
         return
-    weight = c[:, None]
-    grad = (grad_out * weight).to(grad_out.dtype)
-    plain = torch.where(weight == 0, 0, out / torch.where(weight == 0, 1, weight)).to(out.dtype)
+    grad, plain = unscale(grad_out, out, c[:, None])
     for piece in _row_pieces(seq) if _limited(seq) else _pieces(seq):
         gq, gk, gv = _piece_backward(seq, piece, grad, plain, lse)
         dq[piece.rows] += gq
