@@ -10,7 +10,7 @@ CORE = [
     "torch>=2.8",
     'triton>=3.4; platform_system == "Linux"',
     "numpy>=1.26",
-    "transformers>=5.17,<6",
+    "transformers>=5.4,<6",
     "safetensors>=0.4",
     "pillow>=10.3",  # opens 16-bit grey as such
     "huggingface_hub>=1.0",

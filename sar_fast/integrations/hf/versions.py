@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import transformers
 
-OLDEST = (5, 17)
+OLDEST = (5, 4)
 
 
 def check_transformers(version: str) -> None:
