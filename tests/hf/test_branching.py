@@ -15,7 +15,7 @@ from sar_fast.integrations.hf.families import Family
 from sar_fast.integrations.hf.features import HANDLE_MARK
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
 from sar_fast.integrations.hf.structure import find_decoder_layers
-from tests.hf.tiny import CASES, MODELS
+from tests.hf.tiny import CASES, MODELS, TAKES_ENCODED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,6 +155,9 @@ OWN_TOKENS = {  # models whose prompts share what they begin with, and why the o
 }
 
 
+takes_encoded = pytest.mark.skipif(not TAKES_ENCODED, reason="before 5.18 no model takes pictures that are encoded")
+
+
 def asked(case, images=(1, 1, 1), tails=TAILS, dtype=torch.float32):
     """Prompts about lists of pictures, as the processor and the tokenizer would give them."""
     inputs, ids = case.batch(list(images)), []
@@ -189,6 +192,7 @@ SHARING = [name for name in CASES if name not in OWN_TOKENS]
 IN_FP64 = [name for name in SHARING if name not in ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")]  # grouped_mm has no fp64
 
 
+@takes_encoded
 @pytest.mark.parametrize("name", SHARING)
 def test_a_shared_prefix_gives_the_logits_of_whole_prompts(name):
     """Ragged prompts, a picture with one prompt, and every K.
@@ -207,6 +211,7 @@ def test_a_shared_prefix_gives_the_logits_of_whole_prompts(name):
     assert all((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in itertools.pairwise(whole))  # settings differ
 
 
+@takes_encoded
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llava_next", "gemma3"])
 def test_a_shared_prefix_with_several_pictures_and_with_none(name):
     handle, prefix, call, configs, whole = shared_and_whole(name, images=(2, 0, 1), dtype=torch.float64)
@@ -216,6 +221,7 @@ def test_a_shared_prefix_with_several_pictures_and_with_none(name):
     assert torch.equal(whole[0][3], whole[-1][3])  # the row without a picture: SAR leaves it alone
 
 
+@takes_encoded
 @pytest.mark.parametrize(
     ("name", "decode"),
     [("llava", "running"), ("llava", "step"), ("qwen2_5_vl", "prompt"), ("qwen3_vl", "running"), ("gemma3", "running")],
@@ -234,6 +240,7 @@ def test_generation_continues_from_a_shared_prefix(name, decode):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item(), msg=f"{config}")
 
 
+@takes_encoded
 def test_a_shared_prefix_costs_what_it_should(name):
     """Tokens per layer: below SAR the prefixes and the remainders, above whole prompts, in the last T's columns."""
     handle, prefix, call, _, _ = shared_and_whole(name)
@@ -256,6 +263,7 @@ def test_a_shared_prefix_costs_what_it_should(name):
     assert "forward" not in layers[-1].__dict__
 
 
+@takes_encoded
 def test_without_sar_the_last_layer_runs_prefixes_for_their_keys_alone(name):
     handle, prefix, call, _, whole = shared_and_whole(name, dtype=torch.float64 if name in IN_FP64 else torch.float32)
     layers, seen = find_decoder_layers(handle.model), []
@@ -266,6 +274,7 @@ def test_without_sar_the_last_layer_runs_prefixes_for_their_keys_alone(name):
     assert "forward" not in layers[-1].__dict__
 
 
+@takes_encoded
 @pytest.mark.parametrize("name", [n for n in OWN_TOKENS if n != "llama4"])
 def test_families_that_need_whole_prompts_say_why_and_run_them(name):
     handle, prefix, call, configs, whole = shared_and_whole(name)
@@ -275,6 +284,18 @@ def test_families_that_need_whole_prompts_say_why_and_run_them(name):
     if name != "gemma4-shared-kv":  # its settings cannot branch either, which is an error of its own
         for (_, a), b in zip(run_branches(handle, configs, call, prefix), whole):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(TAKES_ENCODED, reason="this transformers' models take pictures that are encoded")
+@pytest.mark.parametrize("name", CASES)
+def test_before_5_18_every_prompt_is_run_whole_and_it_is_said(name):
+    model = CASES[name].make()
+    sharing = sharing_of(model)
+    assert "does not take pictures that are encoded already" in sharing.pictures
+    assert sharing.prefix == sharing.pictures
+    assert "once per prompt" in sharing.describe()["vision encoder"]
+    with pytest.raises(UnsupportedModelError, match="so several prompts cannot share one"):
+        SharedPrefix(apply_sar(model, SARConfig(activation_layer_k=0)), asked(CASES["llava"]))
 
 
 def test_sharing_is_refused_where_it_is_not_known_to_be_right():
@@ -288,6 +309,7 @@ def test_sharing_is_refused_where_it_is_not_known_to_be_right():
     assert "'unheard_of' has no family entry" in sharing_of(llava).prefix
 
 
+@takes_encoded
 def test_prompts_that_differ_before_their_picture_run_whole():
     """A chat template that puts the question first."""
     case = CASES["llava"]
@@ -304,6 +326,7 @@ def test_prompts_that_differ_before_their_picture_run_whole():
         assert torch.equal(found, call())
 
 
+@takes_encoded
 def test_a_call_on_other_prompts_than_the_prefixes_is_an_error():
     case = CASES["llava"]
     handle = apply_sar(case.make(), SARConfig(activation_layer_k=1))
@@ -316,6 +339,7 @@ def test_a_call_on_other_prompts_than_the_prefixes_is_an_error():
         list(run_branches(handle, [handle.config], call, prefix))
 
 
+@takes_encoded
 def test_what_nobody_may_read_is_nan():
     """The last layer computes T's columns alone; a call that reads another position must not get a number."""
     handle, prefix, _, _, _ = shared_and_whole("llava")

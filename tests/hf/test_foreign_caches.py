@@ -11,10 +11,12 @@ from transformers import DynamicCache, StaticCache
 
 from sar_fast import SARConfig, apply_sar, remove_sar
 from sar_fast.cache_state import state_of
+from tests.hf.oracle import lacking_without_sar
 from tests.hf.test_caches import MODES, assert_same, config_of, generate, row_of
 from tests.hf.test_wrappers import tuned
 from tests.hf.tiny import IMAGE, llava, llava_batch
 
+KEEPS_LENGTH = "a dynamic cache that was reset keeps its length"
 UNSEEN = r"past_key_values: holds \d+ positions?.*reset"
 
 
@@ -90,6 +92,10 @@ def test_a_turn_without_sar_in_between_is_an_error(model, mode, static):
         with pytest.raises(ValueError, match=UNSEEN):
             step(model, cache)
         cache.reset()
+        if cache.get_seq_length():
+            with pytest.raises(ValueError, match=UNSEEN), torch.no_grad():
+                model(**row_of(llava_batch, [1], 0), past_key_values=cache)
+            lacking_without_sar(KEEPS_LENGTH)
         with torch.no_grad():
             model(**row_of(llava_batch, [1], 0), past_key_values=cache)
         step(model, cache)
@@ -144,6 +150,10 @@ def test_resetting_makes_an_unseen_cache_good(model, static):
     with apply_sar(model, config_of("running")), torch.no_grad():
         want = step(model, filled(model, row, static))
         cache.reset()
+        if cache.get_seq_length():
+            with pytest.raises(ValueError, match=UNSEEN):
+                model(**row, past_key_values=cache)
+            lacking_without_sar(KEEPS_LENGTH)
         model(**row, past_key_values=cache)
         assert torch.equal(step(model, cache), want)
 

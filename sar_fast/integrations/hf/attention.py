@@ -58,11 +58,6 @@ def sar_attention_forward(
             f"{type(module).__name__} {layer} re-weights heads but got no SAR context: call the multimodal model that "
             "apply_sar was given (or a wrapper of it), not its language model alone"
         )
-    if sar_context is not None and kwargs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions must be False with SAR: no attention matrix exists. SARConfig(record=True) keeps each "
-            "layer's statistics, record_rows='last_text' the rows over visual tokens"
-        )
     if sar_context is not None and sar_context.shards is not None and sar_context.shards.queries is not None:
         key, value, sar_context = keys_of_all_ranks(query, key, value, attention_mask, sar_context)
     reweighted = layer is not None and sar_context.reweights

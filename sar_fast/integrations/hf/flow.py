@@ -25,6 +25,7 @@ from sar_fast.integrations.hf.refusals import (
     refuse_ignored_features,
     refuse_merged_embeddings,
     refuse_other_attention,
+    refuse_output_attentions,
     refuse_unfilled,
     refuse_unreached,
     refuse_unseen_cache,
@@ -47,6 +48,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     refuse_unnamed_splits(handle.shards)
     if handle.config.record or handle.config.record_rows != "none":
         handle.stats, handle.rows = {}, {}  # of this pass alone, also if it re-weights nothing
+    refuse_output_attentions(kwargs.get("output_attentions"), module.config)
     running = _begin(module, handle, {**dict(zip(layout.forward_parameters, args)), **kwargs})
     if running.brings_pictures:
         handle.roles, handle.prior = running.roles, running.prior

@@ -29,6 +29,15 @@ def refuse_other_attention(came: str | None, needed: str) -> None:
         )
 
 
+def refuse_output_attentions(asked: Any, config: Any) -> None:
+    """``ValueError`` if attention matrices are asked for, in the call or by the model's configuration."""
+    if getattr(config, "output_attentions", False) if asked is None else asked:
+        raise ValueError(
+            "output_attentions must be False with SAR: no attention matrix exists. SARConfig(record=True) keeps each "
+            "layer's statistics, record_rows='last_text' the rows over visual tokens"
+        )
+
+
 def refuse_unseen_cache(
     cache: Any, past: CacheState | None, past_length: int | Tensor, new: int, peft_configs: Mapping[str, Any]
 ) -> None:
@@ -51,10 +60,10 @@ def refuse_unseen_cache(
     filled = 0 if past is None else "not all" if cache.is_compileable else past.length
     raise ValueError(
         f"past_key_values: holds {'some' if tracing else int(past_length)} positions, but passes under SAR filled "
-        f"{filled} of them, so SAR does not know its pictures and their prior: it was "
-        "filled without SAR, or rebuilt without the state that rides on the cache object. Needed: a new cache (or "
-        f"cache.reset()) and the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, "
-        "apply SAR to the PEFT model"
+        f"{filled} of them, so SAR does not know its pictures and their prior: it was filled without SAR, or rebuilt "
+        "without the state that rides on the cache object. Needed: a new cache (or one that cache.reset() empties) and "
+        f"the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, apply SAR to the "
+        "PEFT model"
     )
 
 
@@ -89,8 +98,8 @@ def refuse_unfilled(name: str, modality: str, count: int) -> None:
     if count:
         raise ValueError(
             f"{name}: holds {count} placeholders of {modality}s, but neither {PIXELS[modality]} nor "
-            f"mm_encoder_outputs[{modality!r}] came to fill them. Needed: the {modality}s, or a prompt without their "
-            f"placeholders; {PLAIN}"
+            f"mm_encoder_outputs[{modality!r}] came to fill them (prefill_chunk_size drops them). Needed: the "
+            f"{modality}s, or a prompt without their placeholders; {PLAIN}"
         )
 
 

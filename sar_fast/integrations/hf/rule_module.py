@@ -12,6 +12,11 @@ from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.weighting.split import Split, module_of
 
 NAME = "sar_weighting"  # of the submodule of base models
+IGNORED = "_keys_to_ignore_on_save"  # transformers' name: an attribute of models, in older versions of their classes
+
+
+class _Names(set):
+    """Names on a model that had no such attribute of its own."""
 
 
 def rule_of(model: nn.Module) -> nn.Module | None:
@@ -48,7 +53,8 @@ def put_on(model: nn.Module, rule: nn.Module, like: nn.Module) -> None:
     rule.train(base_model.training)
     base_model.add_module(NAME, rule)
     for owner, names in _saved_names(model, rule):
-        owner._keys_to_ignore_on_save = {*(owner._keys_to_ignore_on_save or ()), *names}
+        own = IGNORED in vars(owner)
+        setattr(owner, IGNORED, (set if own else _Names)((*(getattr(owner, IGNORED) or ()), *names)))
 
 
 def take_off(model: nn.Module, rule: nn.Module) -> None:
@@ -57,7 +63,10 @@ def take_off(model: nn.Module, rule: nn.Module) -> None:
         return
     delattr(model.base_model, NAME)
     for owner, names in _saved_names(model, rule):
-        owner._keys_to_ignore_on_save = set(owner._keys_to_ignore_on_save or ()) - names
+        if isinstance(getattr(owner, IGNORED), _Names):
+            delattr(owner, IGNORED)
+        else:
+            setattr(owner, IGNORED, set(getattr(owner, IGNORED) or ()) - names)
 
 
 def _saved_names(model: nn.Module, rule: nn.Module) -> list[tuple[Any, set[str]]]:

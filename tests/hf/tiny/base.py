@@ -31,7 +31,6 @@ class Case:
         attending: indices of the text layers that attend, in depth order.
         generated: token types that generated tokens have, by the name of the entry.
         beta: small enough that SAR moves the logits of this model.
-        static_error: what transformers itself raises when it generates with a static cache here; None = it works.
         video: () -> keyword arguments of one row with a clip, for families with video tokens.
         since: the first transformers that has the model.
     """
@@ -44,7 +43,6 @@ class Case:
     attending: tuple[int, ...] = tuple(range(LAYERS))
     generated: dict[str, int] = dataclasses.field(default_factory=dict)
     beta: float = 0.02
-    static_error: type[Exception] | None = None
     video: Callable[[], dict[str, torch.Tensor]] | None = None
     since: tuple[int, int] = (5, 4)
 

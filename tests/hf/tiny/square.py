@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tests.hf.tiny.base import IMAGE, VERSION, Case, build, noise, randomize, rows_with_pictures, stacked, text, vision
+from tests.hf.tiny.base import IMAGE, Case, build, noise, randomize, rows_with_pictures, stacked, text, vision
 from tests.hf.tiny.per_patch import TOWER, with_types
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -155,7 +155,6 @@ CASES = [
         "vision_model.model.layers",
         output="last_hidden_state",
         beta=FEW,
-        static_error=TypeError if VERSION < (5, 18) else None,
     ),
     Case("cohere2_vision", _cohere("cohere2_vision", alignment_intermediate_size=64), stacked(4), TOWER, beta=FEW),
     Case("aya_vision", _cohere("aya_vision"), stacked(4), TOWER, beta=FEW),
