@@ -93,6 +93,12 @@ def test_key_tiles_without_visual_keys_are_not_read(closed_form, monkeypatch):
     assert sorted(first for rows, first in read if rows == 32) == sorted(4 * tiles)  # two heads, there and back
 
 
+def test_as_many_keys_as_a_block_of_the_list_of_tiles():
+    one = BASE.but(seqlen_q=4, seqlen_k=4096, heads=1, kv_heads=1, head_dim=16, images=(((4000, 4090),),))
+    for got, want in zip(*forwards(make(one))):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
 def test_a_closed_form_that_is_not_trusted_is_not_taken(monkeypatch):
     inputs = make(BASE)
     inputs.k[..., 0] += 1e5 * torch.randn(inputs.k.shape[:-1], dtype=DTYPE)  # a direction in which queries do not look
