@@ -218,7 +218,7 @@ def plan_statistics_backward(call: Call, lse: torch.Tensor, c: torch.Tensor, thr
     texts, edges = _plan_text_edges(call, through.text_mask)
     zeros = torch.zeros(call.head_dim_v, dtype=call.q.dtype, device=call.q.device)
     nothing = zeros.expand(*call.q.shape[:-1], -1)
-    (dq, dk, _, dprior), launches = plan_backward(texts, nothing, nothing, lse, c, through)
+    (dq, dk, _, dprior), launches = plan_backward(texts, nothing, nothing, lse, c, through, with_dv=False)
     return (dq, dk, dprior), [edges, *launches]
 
 

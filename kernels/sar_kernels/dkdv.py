@@ -76,6 +76,7 @@ def _dkdv_segment(
     MASKED: tl.constexpr,
     COLLECT: tl.constexpr,
     SELECT: tl.constexpr,
+    WITH_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the queries [start, end) of all the group's heads to dk, dv and dprior; start is a multiple of BLOCK_M.
@@ -116,7 +117,8 @@ def _dkdv_segment(
                     visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, True)
                 scores = tl.where(visible, scores, -float("inf"))
             weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
-            dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
+            if WITH_DV:
+                dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
             if COLLECT:
                 row_gain = tl.load(row_gain_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
@@ -157,7 +159,7 @@ def dkdv_kernel(
     lse_ptr,
     delta_ptr,
     dk_ptr,
-    dv_ptr,
+    dv_ptr,  # or None: not wanted
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     padding_ptr,
@@ -236,7 +238,8 @@ def dkdv_kernel(
     k_ptr = sequence_pointer(k_ptr, batch, kv_head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
     v_ptr = sequence_pointer(v_ptr, batch, kv_head, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
     dk_ptr = sequence_pointer(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
-    dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
+    if dv_ptr is not None:
+        dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
 
     edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
     if first_ptr is not None:
@@ -384,11 +387,13 @@ def dkdv_kernel(
                 ANYWHERE or segment == 0 or segment == 2,  # MASKED
                 segment == 2,  # COLLECT
                 SELECT,
+                dv_ptr is not None,  # WITH_DV
                 PRECISION,
             )
 
     store_tile(dk_ptr, dk * scale, first_key, num_keys, stride_dks, BLOCK_N, BLOCK_D, HEAD_DIM)
-    store_tile(dv_ptr, dv, first_key, num_keys, stride_dvs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
+    if dv_ptr is not None:
+        store_tile(dv_ptr, dv, first_key, num_keys, stride_dvs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
     if STATISTICS:
         dprior_ptr += tl.cast(kv_head, tl.int64) * stride_dprior_h + start_k
         tl.store(dprior_ptr + keys, dprior, mask=keys < num_keys)

@@ -470,6 +470,7 @@ def forward_kernel(
                 None,
                 None,
                 columns_ptr,
+                None,
                 start,
                 end,
                 first_ptr,

@@ -37,6 +37,7 @@ class Sav:
     text: torch.Tensor
     prior: torch.Tensor
     ranges: torch.Tensor  # (B, 4) int32
+    visual_tiles: torch.Tensor | None = None  # (B, 2, 1 + key tiles) int32 of `store_visual_tiles`
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -45,6 +46,11 @@ class Sav:
             "prior_ptr": self.prior,
             "ranges_ptr": self.ranges,
         }
+
+    def visual_tile_arguments(self) -> dict[str, Any]:
+        """As the kernels take it that make or read them."""
+        stride = 0 if self.visual_tiles is None else self.visual_tiles.stride(0)
+        return {"visual_tiles_ptr": self.visual_tiles, "stride_visual_tiles_b": stride}
 
 
 @dataclass
@@ -78,12 +84,15 @@ DELTA_ROWS = 64  # rows per program of delta's kernel, and of what stands for it
 CHUNK = 256  # keys that are summed in one program before the forward; never chosen by length, which would change bits
 
 
-def _sav(call: Call, visual_mask, text_mask, prior) -> Sav:
+def _sav(call: Call, visual_mask, text_mask, prior, *, with_visual_tiles: bool) -> Sav:
+    empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=call.q.device)
+    tiles = triton.cdiv(call.max_k, call.config("statistics", sav=True).block_n)
     return Sav(
         visual=call.token_mask("visual_mask", visual_mask, keys=True),
         text=call.token_mask("text_mask", text_mask, keys=False),
         prior=call.token_prior(prior),
-        ranges=torch.empty((call.batch, 4), dtype=torch.int32, device=call.q.device),
+        ranges=empty(call.batch, 4),
+        visual_tiles=empty(call.batch, 2, 1 + tiles) if with_visual_tiles else None,
     )
 
 
@@ -103,6 +112,7 @@ def _plan_prepare(call: Call, sav: Sav) -> tuple[dict[str, Any], Launch]:
     arguments = {
         **{name: value for name, value in prepared.items() if name != "stride_sums_h"},
         **sav.arguments(),
+        **sav.visual_tile_arguments(),
         **call.strides("k", call.k),
         "k_ptr": call.k,
         "padding_ptr": call.padding,
@@ -115,23 +125,26 @@ def _plan_prepare(call: Call, sav: Sav) -> tuple[dict[str, Any], Launch]:
         "BLOCK_D": sums.shape[3],
         "VARLEN": call.varlen,
         "BLOCK": 4096,
+        "TILE": call.config("statistics", sav=True).block_n,
         "ACC": call.triton_acc,
     }
     return prepared, Launch(prepare_kernel, (num_chunks, call.kv_heads + 1, call.batch), arguments, SMALL)
 
 
 def _plan_ranges(call: Call, visual_mask, text_mask, prior) -> tuple[Sav, Launch]:
-    sav = _sav(call, visual_mask, text_mask, prior)
+    sav = _sav(call, visual_mask, text_mask, prior, with_visual_tiles=True)
     arguments = {
         "visual_ptr": sav.visual,
         "text_ptr": sav.text,
         "cu_seqlens_q_ptr": call.cu_q,
         "cu_seqlens_k_ptr": call.cu_k,
         "ranges_ptr": sav.ranges,
+        **sav.visual_tile_arguments(),
         "max_seqlen_q": call.max_q,
         "max_seqlen_k": call.max_k,
         "VARLEN": call.varlen,
         "BLOCK": 4096,
+        "TILE": call.config("statistics", sav=True).block_n,
     }
     return sav, Launch(token_ranges_kernel, (call.batch,), arguments, SMALL)
 
@@ -284,7 +297,7 @@ def plan_attention_forward(call: Call) -> tuple[tuple[torch.Tensor, ...], list[L
 
 def plan_sar_forward(call: Call, visual_mask, text_mask, prior, weights: WeightOptions):
     """(out_scaled, lse, av, sa, c, count) and the launches that fill them: four, with the closed form six."""
-    sav = _sav(call, visual_mask, text_mask, prior)
+    sav = _sav(call, visual_mask, text_mask, prior, with_visual_tiles=False)
     prepared, prepare = _plan_prepare(call, sav)
     block_m = call.config("forward", sav=True).block_m
     closed, moments = _plan_moments(call, sav, prepared, block_m) if call.closed_form else (None, [])
@@ -355,6 +368,7 @@ def _plan_statistics(call: Call, sav: Sav, lse: torch.Tensor, **outputs: torch.T
     arguments = {
         **call.common(),
         **sav.arguments(),
+        **sav.visual_tile_arguments(),
         "lse_ptr": lse,
         **{name: outputs.get(name) for name in names},
         "BLOCK_M": config.block_m,
@@ -373,7 +387,7 @@ def plan_attention_statistics(call: Call, lse, visual_mask, text_mask, prior, we
     partials = _partials(call, call.grid(block_m)[0])
     closed, given, moments = None, {}, []
     if call.closed_form:
-        sav = _sav(call, visual_mask, text_mask, prior)
+        sav = _sav(call, visual_mask, text_mask, prior, with_visual_tiles=True)
         prepared, ranges = _plan_prepare(call, sav)
         closed, moments = _plan_moments(call, sav, prepared, block_m)
         given = {"closed_ptr": closed, **{name: prepared[name] for name in ("columns_ptr", "num_visual_ptr")}}
@@ -411,8 +425,13 @@ def plan_backward(
     lse: torch.Tensor,
     c: torch.Tensor | None = None,
     through: Through | None = None,
+    *,
+    with_dv: bool = True,
 ):
-    """(dq, dk, dv, dprior or None) and their launches; `through` carries the gradient through the statistics."""
+    """(dq, dk, dv, dprior or None) and their launches; `through` carries the gradient through the statistics.
+
+    Without dv, which is None then, its product is not computed either.
+    """
     dout, lse = call.output_array("dout", dout), call.row_array("lse", lse)
     out = call.output_array("out" if c is None else "out_scaled", out)
     c = None if c is None else call.head_array("c", c)
@@ -430,7 +449,8 @@ def plan_backward(
         )
         launches += [ranges, weights_backward, statistics]
         dprior = torch.empty((call.kv_heads, *sav.prior.shape), dtype=call.acc, device=dout.device)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
+    like = lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    dq, dk, dv = like(call.q), like(call.k), like(call.v) if with_dv else None
     shared = {
         **call.common(),
         **call.values(),
@@ -453,7 +473,7 @@ def plan_backward(
         "dv_ptr": dv,
         "dprior_ptr": dprior,
         **call.strides("dk", dk),
-        **call.strides("dv", dv),
+        **(call.strides("dv", dv) if with_dv else dict.fromkeys(("stride_dvb", "stride_dvs", "stride_dvh"), 0)),
         "stride_dprior_h": 0 if dprior is None else dprior[0].numel(),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

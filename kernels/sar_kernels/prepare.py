@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sar_kernels.primitives import column_offset, sequence_bounds, sequence_pointer
-from sar_kernels.weights import first_and_end
+from sar_kernels.weights import first_and_end, store_visual_tiles
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def _visible_visual(visual_ptr, padding_ptr, keys, num_keys):
     return visual
 
 
-@triton.jit(do_not_specialize=["num_chunks", "max_seqlen_q", "max_seqlen_k"])
+@triton.jit(do_not_specialize=["num_chunks", "max_seqlen_q", "max_seqlen_k", "stride_visual_tiles_b"])
 def prepare_kernel(
     k_ptr,  # (B, Sk, Hkv, D)
     padding_ptr,  # (B, Sk) True = real token, or None
@@ -25,12 +25,14 @@ def prepare_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     ranges_ptr,  # (B, 4) int32 out
+    visual_tiles_ptr,  # (B, 2, 1 + tiles) int32 out, or None
     num_visual_ptr,  # (B,) int32 out
     columns_ptr,  # (L, 2, 128) out
     sums_ptr,  # (B, Hkv, chunks, BLOCK_D) out
     stride_kb,
     stride_ks,
     stride_kh,
+    stride_visual_tiles_b,
     num_chunks,
     max_seqlen_q,
     max_seqlen_k,
@@ -38,11 +40,12 @@ def prepare_kernel(
     BLOCK_D: tl.constexpr,
     VARLEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Grid (chunks, Hkv + 1, B): sums of the visual keys of one chunk and kv head, and with the last of the second
-    axis the two columns of one chunk; its first program finds the sample's ranges and counts its visual keys.
+    axis the two columns of one chunk; its first program finds the sample's ranges and tiles and counts its visual keys.
 
     A visual key that padding hides is none.
     """
@@ -64,6 +67,8 @@ def prepare_kernel(
             tl.store(ranges_ptr + 4 * batch + 2, text_lo)
             tl.store(ranges_ptr + 4 * batch + 3, text_hi)
             tl.store(num_visual_ptr + batch, num_visual)
+            if visual_tiles_ptr is not None:
+                store_visual_tiles(visual_tiles_ptr + batch * stride_visual_tiles_b, visual_ptr, num_keys, BLOCK, TILE)
         keys = first_key + tl.arange(0, CHUNK)
         visual = _visible_visual(visual_ptr, padding_ptr, keys, num_keys)  # [CHUNK]
         prior = tl.load(prior_ptr + start_k + keys, mask=visual, other=0.0)

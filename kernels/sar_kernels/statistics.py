@@ -22,7 +22,6 @@ from sar_kernels.primitives import (
     text_meets_visual,
     update_moments,
     visible_mask,
-    visual_key_range,
 )
 
 
@@ -36,6 +35,7 @@ def visual_statistics(
     visual_ptr,
     prior_ptr,
     columns_ptr,
+    tiles_ptr,
     start,
     end,
     first_ptr,
@@ -61,11 +61,13 @@ def visual_statistics(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(count, mean, M2, alignment) per row over the visual keys in [start, end) that it sees.  # [BM] each
+    """(count, mean, M2, alignment) per row over the visual keys that it sees in [start, end).  # [BM] each
 
-    What is visual, not padding, and its prior come from the columns if there are some, else from the three masks.
-    lse is in base-2 units, +inf for rows whose weights are to be 0. mean and M2 are in units of `scores`.
+    With tiles_ptr, in the key tiles tiles_ptr[start:end] instead. What is visual, not padding, and its prior come from
+    the columns if there are some, else from the three masks. lse is in base-2 units, +inf for rows whose weights are to
+    be 0. mean and M2 are in units of `scores`.
     """
+    STEP: tl.constexpr = BLOCK_N if tiles_ptr is None else 1
     rows = first_row + tl.arange(0, BLOCK_M)
     row_first, row_last = row_edges(
         first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -75,7 +77,10 @@ def visual_statistics(
     count = tl.zeros_like(lse)
     mean = tl.zeros_like(lse)
     m2 = tl.zeros_like(lse)
-    for first_key in range(start, end, BLOCK_N):
+    for step in range(start, end, STEP):
+        first_key = step
+        if tiles_ptr is not None:
+            first_key = tl.load(tiles_ptr + step) * BLOCK_N
         k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if HAS_SOFTCAP:
@@ -106,6 +111,7 @@ def visual_alignment(
     lse,
     k_ptr,
     columns_ptr,
+    tiles_ptr,
     start,
     end,
     num_keys,
@@ -116,9 +122,10 @@ def visual_alignment(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The alignment of rows that see all visual keys, which lie in [start, end); no soft cap.  # [BM]"""
+    """The alignment of rows that see all visual keys, in the key tiles tiles_ptr[start:end]; no soft cap.  # [BM]"""
     alignment = tl.zeros_like(lse)
-    for first_key in range(start, end, BLOCK_N):
+    for index in range(start, end):
+        first_key = tl.load(tiles_ptr + index) * BLOCK_N
         k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         visual, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
@@ -131,7 +138,7 @@ def visual_alignment(
 @triton.jit(
     do_not_specialize=[
         *("stride_lse_b", "stride_lse_h", "max_seqlen_q", "max_seqlen_k", "group", "window_left", "stride_edges_b"),
-        *("stride_bits_b", "stride_bits_s"),
+        *("stride_bits_b", "stride_bits_s", "stride_visual_tiles_b"),
     ]
 )
 def statistics_kernel(
@@ -148,6 +155,7 @@ def statistics_kernel(
     text_ptr,
     prior_ptr,
     ranges_ptr,
+    visual_tiles_ptr,  # (B, 2, 1 + key tiles) int32 of `store_visual_tiles`
     columns_ptr,  # visual keys and prior as the forward has them; this and the next two CLOSED_FORM only
     num_visual_ptr,  # (B,)
     closed_ptr,  # (B, H) negative where the closed form is not trusted
@@ -174,6 +182,7 @@ def statistics_kernel(
     stride_edges_b,
     stride_bits_b,
     stride_bits_s,
+    stride_visual_tiles_b,
     softmax_scale,
     softcap,
     HEAD_DIM: tl.constexpr,
@@ -193,6 +202,7 @@ def statistics_kernel(
 ):
     """Recomputes the text-by-visual scores of one row block of one head. Grid (row blocks, H, B).
 
+    Its loop runs over a list of the key tiles that hold visual keys: a branch in it would end the pipeline.
     Without GRADIENT it writes the partial sums of AV and SA that the forward kernel would have written; CLOSED_FORM as
     there. With it, it writes per row what dK/dV and dQ need to carry the gradient through the statistics.
     """
@@ -236,7 +246,7 @@ def statistics_kernel(
     in_range = rows < num_rows
     text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0  # [BM]
     has_text = tl.max(text.to(tl.int32), 0) != 0
-    lo, full, hi = key_block_range(
+    lo, _, hi = key_block_range(
         first_ptr,
         end_ptr,
         first_row,
@@ -249,7 +259,10 @@ def statistics_kernel(
         HAS_LEFT,
         HAS_RIGHT,
     )
-    start, end = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, True, True)
+    visual_tiles_ptr += batch * stride_visual_tiles_b
+    start = tl.load(visual_tiles_ptr + tl.minimum(lo, num_keys) // BLOCK_N)
+    end = tl.where(has_text, tl.load(visual_tiles_ptr + tl.cdiv(hi, BLOCK_N)), start)
+    tiles_ptr = visual_tiles_ptr + 1 + tl.cdiv(num_keys, BLOCK_N)
 
     q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
     lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
@@ -285,6 +298,7 @@ def statistics_kernel(
             lse,
             k_ptr,
             columns_ptr,
+            tiles_ptr,
             start,
             end,
             num_keys,
@@ -305,6 +319,7 @@ def statistics_kernel(
             visual_ptr,
             prior_ptr,
             None,
+            tiles_ptr,
             start,
             end,
             first_ptr,

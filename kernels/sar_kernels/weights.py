@@ -30,19 +30,42 @@ def first_and_end(mask_ptr, and_ptr, length, BLOCK: tl.constexpr):
     return tl.minimum(first, end), end, count
 
 
-@triton.jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k"])
+@triton.jit
+def store_visual_tiles(tiles_ptr, visual_ptr, num_keys, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Numbers of the key tiles that hold visual keys, after how many of them come before each tile and before the end.
+
+    tiles_ptr: room for 2 (1 + tiles).
+    """
+    num_tiles = tl.cdiv(num_keys, TILE)
+    found = 0
+    for offset in range(0, num_keys + 1, BLOCK):  # the end may begin a block
+        tiles = offset // TILE + tl.arange(0, BLOCK // TILE)
+        keys = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        visual = tl.load(visual_ptr + keys, mask=keys < num_keys, other=0) != 0  # [tiles, TILE]
+        holds = tl.max(visual.to(tl.int32), 1)  # [tiles]
+        before = found + tl.cumsum(holds, 0) - holds
+        tl.store(tiles_ptr + tiles, before, mask=tiles <= num_tiles)
+        tl.store(tiles_ptr + 1 + num_tiles + before, tiles, mask=holds != 0)
+        found += tl.sum(holds, 0)
+
+
+@triton.jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k", "stride_visual_tiles_b"])
 def token_ranges_kernel(
     visual_ptr,  # (B, Sk) bool or (Tk,)
     text_ptr,  # (B, Sq) bool or (T,)
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
-    ranges_ptr,  # (B, 4) int32
+    ranges_ptr,  # (B, 4) int32 out
+    visual_tiles_ptr,  # (B, 2, 1 + tiles) int32 out, of `store_visual_tiles`
+    stride_visual_tiles_b,
     max_seqlen_q,
     max_seqlen_k,
     VARLEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Per sample: first and past-last visual key, first and past-last text query. Grid (B,)."""
+    """Per sample: first and past-last visual key, first and past-last text query; and which key tiles hold visual
+    keys. Grid (B,)."""
     batch = tl.program_id(0)
     start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
     start_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
@@ -52,6 +75,7 @@ def token_ranges_kernel(
     tl.store(ranges_ptr + 4 * batch + 1, visual_hi)
     tl.store(ranges_ptr + 4 * batch + 2, text_lo)
     tl.store(ranges_ptr + 4 * batch + 3, text_hi)
+    store_visual_tiles(visual_tiles_ptr + batch * stride_visual_tiles_b, visual_ptr + start_k, num_keys, BLOCK, TILE)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_heads"])

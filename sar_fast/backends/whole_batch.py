@@ -115,8 +115,8 @@ def _dense(call: Call) -> Call:
 
 
 def _hides_rows(call: Call) -> bool:
-    """Whether some query may see no key."""
-    return call.packed or call.scores.windowed or call.q.shape[1] > call.k.shape[1]
+    """Whether some query may see no key: windows too have each query's own, if there are keys enough."""
+    return call.packed or call.q.shape[1] > call.k.shape[1]
 
 
 def _sees_nothing(call: Call) -> tuple[Tensor, Tensor]:

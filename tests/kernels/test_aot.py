@@ -59,8 +59,6 @@ BUDGETED_KERNELS = (*NEVER_SPILL, "dq", "dkdv")
 ALLOWANCES = {
     # what selects the moments' entries in the masked stretch, without a NaN that no text query sees
     ("3.7.1", "sm_80", "forward", 64): 8,
-    # beside a library's backward, where each row's run is read so that text queries alone see keys
-    ("3.7.1", "sm_80", "statistics", 64): 8,
 }
 ASIDE = 32  # bytes that decode may put aside before its loop and take back after it: once a program, not once a tile
 

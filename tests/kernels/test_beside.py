@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import FP64, STATISTICS, Case, make
+from kernel_cases import FP64, INTERPRETED, STATISTICS, Case, make
 
 from sar_fast import Visibility
-from sar_kernels import call, plan
+from sar_kernels import call, plan, statistics
+from sar_kernels.aot import plan_attention
 from sar_kernels.attention import (
     attention_backward,
     attention_forward,
@@ -34,6 +35,7 @@ CASES = {
     "soft cap": BASE.but(softcap=3.0),
     "padding": BASE.but(padding=((0, 75), (7, 75))),
     "runs": BASE.but(visibility=Visibility(chunk=40)),
+    "pictures far apart": BASE.but(seqlen_q=70, seqlen_k=200, images=(((3, 20), (170, 180)), ((150, 199),))),
     "no picture": BASE.but(images=(((5, 30),), ())),
     "odd head dims": BASE.but(head_dim=24, head_dim_v=40),
 }
@@ -68,6 +70,35 @@ def test_statistics_in_closed_form(name, monkeypatch):
         torch.testing.assert_close(got, want, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="counts tiles as the interpreter loads them")
+@pytest.mark.parametrize("closed_form", [False, True])
+def test_key_tiles_without_visual_keys_are_not_read(closed_form, monkeypatch):
+    images = (((5, 30), (250, 270)), ((33, 65), (298, 300)), ())
+    case = BASE.but(seqlen_q=40, seqlen_k=300, heads=2, kv_heads=1, head_dim=16, images=images, text_only_rows=False)
+    inputs = make(case)
+    ones = lambda *shape: torch.ones(shape, dtype=DTYPE)
+    read, load, run = [], statistics.load_tile, Launch.run
+
+    def recorded(ptr, first, rows, stride, ROWS, *args):
+        read.append((ROWS, int(first.handle.data[0])))
+        return load(ptr, first, rows, stride, ROWS, *args)
+
+    monkeypatch.setattr(call, "has_closed_form", lambda *given: closed_form)
+    monkeypatch.setattr(statistics, "load_tile", recorded)
+    monkeypatch.setattr(Launch, "run", lambda x: None if x.kernel.__name__ in ("dq_kernel", "dkdv_kernel") else run(x))
+    attention_statistics(inputs.q, inputs.k, ones(3, 2, 40), *inputs.sav, **inputs.kwargs())
+    kept = (ones(3, 2), ones(3, 2), ones(3, 2), ones(3), ones(3, 2, 1))
+    statistics_backward(inputs.q, inputs.k, inputs.v, ones(3, 2, 40), *inputs.sav, *kept, **inputs.kwargs())
+    tiles = [0, 224, 256, 32, 64, 288]
+    assert sorted(first for rows, first in read if rows == 32) == sorted(4 * tiles)  # two heads, there and back
+
+
+def test_as_many_keys_as_a_block_of_the_list_of_tiles():
+    one = BASE.but(seqlen_q=4, seqlen_k=4096, heads=1, kv_heads=1, head_dim=16, images=(((4000, 4090),),))
+    for got, want in zip(*forwards(make(one))):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
 def test_a_closed_form_that_is_not_trusted_is_not_taken(monkeypatch):
     inputs = make(BASE)
     inputs.k[..., 0] += 1e5 * torch.randn(inputs.k.shape[:-1], dtype=DTYPE)  # a direction in which queries do not look
@@ -96,6 +127,12 @@ def test_backward_from_parts(name):
         torch.testing.assert_close(ours, theirs, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
     assert dprior.abs().max() > 0
     assert dq.abs().max() > 0
+
+
+def test_what_the_statistics_do_not_depend_on_gets_no_gradient():
+    launches = plan_attention("sm_90", "beside", 64, torch.bfloat16, True, 600)
+    [dkdv] = [launch for launch in launches if launch.kernel.__name__ == "dkdv_kernel"]
+    assert dkdv.arguments["dv_ptr"] is None
 
 
 def test_packed_sequences_from_parts():

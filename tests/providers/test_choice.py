@@ -106,6 +106,8 @@ def test_a_named_provider_is_taken_or_an_error():
         chosen("composed:cudnn", packed=True)
     with pytest.raises(ValueError, match="backend='composed:fa3' does not support being called here: not there"):
         chosen("composed:fa3")
+    with pytest.raises(ValueError, match="needs float16 or bfloat16"):  # installing it would not help
+        chosen("composed:fa3", dtype=torch.float32)
     with pytest.raises(ValueError, match=r"backend must be one of 'composed:fa3', .*got 'composed:fa9'"):
         chosen("composed:fa9")
 
@@ -126,6 +128,7 @@ def test_auto_takes_what_was_measured(measured):
     measured(
         ("sm_90", "forward", 128, 2048, ["triton", "composed:cudnn"]),
         ("sm_90", "forward", 128, 8192, ["composed:fa3", "composed:cudnn", "triton"]),
+        ("sm_90", "forward", 64, 2048, ["composed:cudnn", "triton"]),
         ("sm_90", "training", 128, 2048, ["composed:torch-fa2"]),
         ("sm_80", "forward", 128, 1, ["composed:fa2"]),
     )
@@ -135,6 +138,7 @@ def test_auto_takes_what_was_measured(measured):
     assert chosen(length=100) == "triton"  # shorter than what was measured
     assert chosen(head_dim=80) == "composed:cudnn"  # rounded up
     assert chosen(head_dim=192) == "triton"  # nothing so wide was measured
+    assert chosen(head_dim=48, length=2048) == "composed:cudnn"  # to the next, not to the widest
     assert chosen(backward=True) == "composed:torch-fa2"
     assert chosen(packed=True) == "triton"  # what is measured to be fast there, cuDNN, takes none
 

@@ -179,6 +179,24 @@ def test_means_go_on_from_earlier_queries():
         assert max_error(ours, theirs) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [k for k in ALL if k != "cudnn"])
+def test_packed_queries_that_see_no_key(kind):
+    randn = lambda n, heads: torch.randn(n, heads, 16, dtype=torch.float64)
+    q, k, v, grad = (randn(n, 4) for n in (16, 10, 10, 16))
+    cu_q, cu_k = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 9, 12, 16], [0, 5, 5, 10]))
+    visual, text = torch.arange(10) < 8, torch.ones(16, dtype=torch.bool)
+    prior = torch.rand(10, dtype=torch.float64) * visual
+    found = []
+    for backend in (name_of(kind), "torch"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        given = (*leaves, cu_q, cu_k, 9, 5, visual, text, prior)
+        out, stats = sar_attn_varlen_func(*given, beta=0.1, sav_grad=True, backend=backend, return_stats=True)
+        out.backward(grad)
+        found.append((out, stats.lse, *(x.grad for x in leaves)))
+    for ours, theirs in zip(*found):
+        assert max_error(ours, theirs) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["base", "values narrower", "more keys", "more queries", "window"])
 def test_statistics_from_pytorch_where_triton_is_missing(name, monkeypatch):
     for module in (kernel_calls, triton):
@@ -189,6 +207,7 @@ def test_statistics_from_pytorch_where_triton_is_missing(name, monkeypatch):
     for sav_grad in (False, True):
         assert_gradients(made(name), name_of("fa2"), sav_grad=sav_grad)
     test_means_go_on_from_earlier_queries()
+    assert_forward(small(44), name_of("fa2"))  # 17 text queries: one is alone in the last block
     with pytest.raises(ValueError, match="does not support the Triton kernels"):
         small(padding="left").run(name_of("fa2"))
 
