@@ -27,6 +27,11 @@ def no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: what runs now runs again later, on other values."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def longest(known: int, cu_seqlens: Tensor | None, tokens: int) -> int:
     """The longest sequence, where a traced graph could not read what the caller gave for it.
 
@@ -35,7 +40,7 @@ def longest(known: int, cu_seqlens: Tensor | None, tokens: int) -> int:
     """
     if known != UNKNOWN_LENGTH:
         return known
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing():
         return tokens
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 

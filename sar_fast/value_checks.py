@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sar_fast.tracing import capturing
+
 
 class Range(Protocol):
     """Least and largest value of a tensor, perhaps still on their way."""
@@ -128,4 +130,4 @@ def raise_arrived() -> None:
 
 def _cannot_look() -> bool:
     """While a graph is traced or captured; even to ask whether something has arrived would spoil a capture."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or capturing()

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sar_fast.backends.protocol import Gradients
 from sar_fast.backends.sequence import dense_last
+from sar_fast.tracing import capturing
 from sar_fast.values import Bounds, Call, Result, Scores, Statistics, Sums
 from sar_fast.weighting.constant import Equal
 from sar_fast.weighting.softmax import Lowered, flatten
@@ -55,9 +56,11 @@ _packed_masks = WeakTensorKeyDictionary()  # dense mask -> (its version then, it
 
 
 def _packed(mask: Tensor) -> Any:
-    """A dense mask, read once however many layers get it."""
+    """A dense mask, read once however many layers get it; in a CUDA graph by each, as a replay may see another."""
     from sar_kernels.masks import pack_mask
 
+    if capturing():
+        return pack_mask(mask)
     version = None if mask.is_inference() else mask._version
     known = _packed_masks.get(mask)
     if known is None or version is None or known[0] != version:

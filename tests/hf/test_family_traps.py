@@ -34,9 +34,9 @@ from tests.hf.test_families import (
     model_of,
     token_weights,
 )
-from tests.hf.tiny import CASES, IMAGE, VERSION, VIDEO
+from tests.hf.tiny import CASES, EVERY_CASE, IMAGE, VERSION, VIDEO
 from tests.hf.tiny.grids import kimi_video
-from tests.hf.tiny.lacks import SECOND_TURN, lack_of
+from tests.hf.tiny.lacks import ANY_PASS, SECOND_TURN, lack_of
 from tests.hf.tiny.tiles import onevision
 
 
@@ -236,7 +236,14 @@ def test_generating_with_attentions_is_refused_too():
 
 def test_every_registered_model_type_has_a_tiny_model():
     known = {model_type for model_type in supported_model_types() if model_type in CONFIG_MAPPING}
-    assert {case.make().config.model_type for case in CASES.values()} == known
+    assert {case.make().config.model_type for case in EVERY_CASE if case.since <= VERSION} == known
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY_CASE if lack_of(ANY_PASS, case.name)], ids=lambda c: c.name)
+def test_models_left_out_do_not_run_without_sar(case):
+    with pytest.raises(lack_of(ANY_PASS, case.name).errors):
+        logits(case.make(), case.batch(ROWS))
+    lacking_without_sar("any pass with pictures")
 
 
 def test_the_page_of_families_is_that_of_the_registry():

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Sta
 
 from sar_fast import SARAttention, SARConfig
 from sar_fast.reference import sar_attention_reference
+from tests.hf.tiny import VERSION
 
 PLAIN = SARConfig(activation_layer_k=0)
 SMALL = {
@@ -70,8 +71,13 @@ def test_a_model_with_its_attention_swapped_gives_the_same_logits(model_type, mo
     ids = torch.randint(3, 99, (2, 24), generator=torch.Generator().manual_seed(0))
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)}
     greedy = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    generates = not (model_type == "jamba" and VERSION < (5, 9))
+    if not generates:
+        with pytest.raises(ValueError, match="has_previous_state"):  # of plain transformers
+            model.generate(**call, **greedy)
     with torch.no_grad():
-        want, tokens = model(**call, use_cache=False).logits, model.generate(**call, **greedy)
+        want = model(**call, use_cache=False).logits
+        tokens = model.generate(**call, **greedy) if generates else None
         for layer in model.model.layers:
             names = layer.self_attn.state_dict().keys()
             layer.self_attn = SARAttention.from_module(layer.self_attn, PLAIN)
@@ -79,7 +85,7 @@ def test_a_model_with_its_attention_swapped_gives_the_same_logits(model_type, mo
         got = model(**call, use_cache=False).logits
     got, want = got[:, 2:], want[:, 2:]  # eager attention gives padding a mean of all values
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
-    assert torch.equal(model.generate(**call, **greedy), tokens)
+    assert not generates or torch.equal(model.generate(**call, **greedy), tokens)
 
 
 @pytest.mark.parametrize("mode", ["running", "step", "prompt"])

@@ -14,7 +14,7 @@ import torch
 from sar_fast import SARConfig, apply_sar
 from tests.hf.operators import HostReads
 from tests.hf.pretend_devices import FIRST, Devices
-from tests.hf.tiny import CASES, llava, llava_batch
+from tests.hf.tiny import CASES, VERSION, llava, llava_batch
 
 SAR = SARConfig(activation_layer_k=3, beta=0.02, backend="torch")
 FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "mistral3", "lfm2_vl"]
@@ -43,6 +43,8 @@ def reads_of_passes(model, run):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_generation_reads_once_a_prompt(name, cache, pictures):
+    if cache == "static" and VERSION < (5, 9):
+        pytest.skip("its counter and positions leave the devices that exist in name only")
     model, batch = CASES[name].make(), CASES[name].batch(pictures)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
     with apply_sar(model, SAR):
@@ -56,7 +58,7 @@ def test_a_generation_reads_once_a_prompt(name, cache, pictures):
 
 
 @pytest.mark.parametrize("pictures", [[1, 2, 0], [1]], ids=["padded", "whole"])
-@pytest.mark.parametrize("name", PATTERNED)
+@pytest.mark.parametrize("name", [name for name in PATTERNED if name in CASES])
 def test_windows_chunks_and_blocks_ask_no_more(name, pictures):
     model, batch = CASES[name].make(), CASES[name].batch(pictures)
     config = SAR.replace(activation_layer_k=1)

@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
-from transformers import DistributedConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from sar_fast import SARConfig, apply_sar
 from sar_fast.distributed import Shards
@@ -17,6 +18,11 @@ from tests.distributed_workers import run_ranks
 from tests.hf.tiny import llava, llava_batch
 
 CONFIG = SARConfig(activation_layer_k=2, beta=0.01, record=True)
+SPLIT = (
+    {"distributed_config": transformers.DistributedConfig(tp_plan="auto")}
+    if hasattr(transformers, "DistributedConfig")
+    else {"tp_plan": "auto"}  # older ones
+)
 NO_GRAD = torch.no_grad()  # DeepSpeed's inference layers allow no gradients
 
 
@@ -53,7 +59,7 @@ class Mixture(nn.Module):
 def rules_worker(rank, world, path):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     alone = LlavaForConditionalGeneration.from_pretrained(path)
-    split = LlavaForConditionalGeneration.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto"))
+    split = LlavaForConditionalGeneration.from_pretrained(path, **SPLIT)
     table = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) + 0.2
     for rule, options in (
         (Mixture(), {"sav_grad": True}),
@@ -91,7 +97,7 @@ def test_rules_under_tensor_parallelism_equal_one_process(tmp_path):
 def tensor_parallel_worker(rank, world, path, uneven):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     alone = LlavaForConditionalGeneration.from_pretrained(path)
-    split = LlavaForConditionalGeneration.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto"))
+    split = LlavaForConditionalGeneration.from_pretrained(path, **SPLIT)
     assert split.tp_size == world
     for config in (CONFIG, CONFIG.replace(decode="step"), CONFIG.replace(sav_grad=True, normalize="standardize")):
         alone.zero_grad()
@@ -113,7 +119,7 @@ def tensor_parallel_worker(rank, world, path, uneven):
     handle.shards = Shards(queries=dist.group.WORLD)
     with pytest.raises(RuntimeError, match=r"attends with 27 of 27 positions.* split_sequence\(model, group\)"):
         split(**llava_batch([1]))
-    split = LlavaForConditionalGeneration.from_pretrained(uneven, distributed_config=DistributedConfig(tp_plan="auto"))
+    split = LlavaForConditionalGeneration.from_pretrained(uneven, **SPLIT)
     with pytest.raises(ValueError, match=r"shards\.heads has 2 ranks, which do not share 3 heads evenly"):
         apply_sar(split, CONFIG)
 

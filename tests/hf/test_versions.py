@@ -9,14 +9,14 @@ import pytest
 from sar_fast.integrations.hf.versions import OLDEST, check_transformers
 
 
-@pytest.mark.parametrize("version", ["5.17.0", "5.23.0", "5.30.1.dev0", "6.0.0rc1"])
+@pytest.mark.parametrize("version", ["5.4.0", "5.17.0", "5.24.0", "5.30.1.dev0", "6.0.0rc1"])
 def test_taken(version):
     check_transformers(version)
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "5.16.1"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.3.0"])
 def test_refused_by_name(version):
-    with pytest.raises(ImportError, match=rf"transformers>=5\.17; found {version}.*sar_attn_func"):
+    with pytest.raises(ImportError, match=rf"transformers>=5\.4; found {version}.*sar_attn_func"):
         check_transformers(version)
 
 

@@ -327,6 +327,20 @@ def test_a_dense_mask_is_packed_once_for_all_layers(monkeypatch):
     assert len(packed) == 2
 
 
+def test_a_captured_graph_reads_its_mask_itself(monkeypatch):
+    """A replay reads what the mask then holds, so that nothing packed before may stand for it."""
+    from sar_kernels import masks
+
+    case, mask = inputs(dtype=torch.float32), MASK.clone()
+    sar_attn_func(*case, attn_mask=mask, **TRITON)
+    packed, pack = [], masks.pack_mask
+    monkeypatch.setattr(masks, "pack_mask", lambda mask: packed.append(mask) or pack(mask))
+    monkeypatch.setattr("sar_fast.backends.kernel_calls.capturing", lambda: True)
+    for calls in (1, 2):
+        sar_attn_func(*case, attn_mask=mask, **TRITON)
+        assert len(packed) == calls
+
+
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"cpu tensors.*use backend='composed' or 'torch'"):

@@ -148,4 +148,5 @@ def tensor_parallel_shards(model: nn.Module) -> Shards | None:
     """The ranks that share every layer's heads, where transformers' tp_plan split the model."""
     if getattr(model, "tp_size", None) in (None, 1):
         return None
-    return Shards(heads=model._device_mesh["tp"].get_group())
+    mesh = model._device_mesh
+    return Shards(heads=(mesh["tp"] if mesh.mesh_dim_names else mesh).get_group())  # older ones: one mesh, unnamed

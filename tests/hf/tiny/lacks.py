@@ -24,6 +24,7 @@ class Lack:
     before: tuple[int, int] = (6, 0)
 
 
+ANY_PASS = (Lack(("llama4",), (AttributeError,), since=(5, 24), before=(5, 25)),)
 HYBRID = ("qwen3_5", "qwen3_5_moe", "lfm2_vl")
 STATIC_CACHE = (
     Lack(HYBRID, (KeyError, AttributeError), since=(5, 5), before=(5, 13)),
