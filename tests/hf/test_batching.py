@@ -8,7 +8,7 @@ import torch
 from sar_fast import SARConfig, apply_sar
 from sar_fast.integrations.hf import mask_function
 from tests.hf.generation_oracle import decode_oracle, prior_of
-from tests.hf.oracle import eager_oracle
+from tests.hf.oracle import eager_oracle, refuse_one_graph
 from tests.hf.test_caches import sliding_llava
 from tests.hf.tiny import CASES, IMAGE, MODELS, llava, llava_batch, qwen2_5_vl, qwen_batch
 
@@ -277,6 +277,7 @@ def test_position_ids_that_one_graph_cannot_read_are_an_error():
     row["position_ids"] = torch.arange(row["input_ids"].shape[1])[None]
     row["use_cache"] = False  # a cache of its own cannot be traced
     masked = row | {"attention_mask": torch.ones_like(row["input_ids"])}
+    refuse_one_graph(model, masked)
     with apply_sar(model, SARConfig(activation_layer_k=2)):
         want = logits(model, masked)  # transformers cannot trace a model's very first call
         compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -7,7 +7,7 @@ import torch
 from transformers import StaticCache
 
 from sar_fast import SARConfig, apply_sar
-from tests.hf.oracle import eager_oracle, llava_prior
+from tests.hf.oracle import eager_oracle, llava_prior, refuse_one_graph
 from tests.hf.tiny import MODELS, llava, llava_batch
 
 BETA = 0.02
@@ -93,6 +93,7 @@ def test_whole_model_compiles_in_one_graph(padded):
     model, batch = llava(), llava_batch([1, 2] if padded else [1])
     if not padded:
         batch.pop("attention_mask")
+    refuse_one_graph(model, batch | {"use_cache": False})
     with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA)), torch.no_grad():
         want = model(**batch, use_cache=False).logits
         torch._dynamo.reset()
