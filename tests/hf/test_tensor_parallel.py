@@ -18,12 +18,14 @@ from tests.distributed_workers import run_ranks
 from tests.hf.tiny import VERSION, llava, llava_batch
 
 CONFIG = SARConfig(activation_layer_k=2, beta=0.01, record=True)
-SPLIT = (
-    {"distributed_config": transformers.DistributedConfig(tp_plan="auto")}
-    if VERSION >= (5, 18)
-    else {"tp_plan": "auto"}
-)
 NO_GRAD = torch.no_grad()  # DeepSpeed's inference layers allow no gradients
+
+
+def split_over_ranks():
+    """Keyword arguments of ``from_pretrained``; the environment says how many ranks there are."""
+    if VERSION < (5, 18):
+        return {"tp_plan": "auto"}
+    return {"distributed_config": transformers.DistributedConfig(tp_plan="auto")}
 
 
 def results(model, config=CONFIG):
@@ -69,7 +71,7 @@ def assert_gradient(got, expected, rank, world):
 def rules_worker(rank, world, path):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     alone = LlavaForConditionalGeneration.from_pretrained(path)
-    split = LlavaForConditionalGeneration.from_pretrained(path, **SPLIT)
+    split = LlavaForConditionalGeneration.from_pretrained(path, **split_over_ranks())
     table = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) + 0.2
     for rule, options in (
         (Mixture(), {"sav_grad": True}),
@@ -107,7 +109,7 @@ def test_rules_under_tensor_parallelism_equal_one_process(tmp_path):
 def tensor_parallel_worker(rank, world, path, uneven):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     alone = LlavaForConditionalGeneration.from_pretrained(path)
-    split = LlavaForConditionalGeneration.from_pretrained(path, **SPLIT)
+    split = LlavaForConditionalGeneration.from_pretrained(path, **split_over_ranks())
     assert split.tp_size == world
     for config in (CONFIG, CONFIG.replace(decode="step"), CONFIG.replace(sav_grad=True, normalize="standardize")):
         alone.zero_grad()
@@ -129,7 +131,7 @@ def tensor_parallel_worker(rank, world, path, uneven):
     handle.shards = Shards(queries=dist.group.WORLD)
     with pytest.raises(RuntimeError, match=r"attends with 27 of 27 positions.* split_sequence\(model, group\)"):
         split(**llava_batch([1]))
-    split = LlavaForConditionalGeneration.from_pretrained(uneven, **SPLIT)
+    split = LlavaForConditionalGeneration.from_pretrained(uneven, **split_over_ranks())
     with pytest.raises(ValueError, match=r"shards\.heads has 2 ranks, which do not share 3 heads evenly"):
         apply_sar(split, CONFIG)
 
