@@ -30,6 +30,7 @@ from tests.training.samples import REPOSITORY
 HOMES = {  # the only places where a module of an extra may be imported at once; elsewhere inside functions
     "train": ("evaluation/", "training/"),
     "lmms-eval": ("integrations/lmms_eval/",),
+    "llamafactory": ("integrations/llamafactory/",),
 }
 
 

@@ -13,9 +13,10 @@ from sar_fast.integrations.hf.features import handle_of
 from sar_fast.integrations.trainer_callback import SARCallback
 from sar_fast.miniature.checkpoint import load_miniature
 from sar_fast.training.arguments import parse
-from sar_fast.training.gradients import GradientSparsityCallback, trainer_of
+from sar_fast.training.gradients import GradientSparsityCallback
 from sar_fast.training.lora import add_lora
 from sar_fast.training.run import build
+from sar_fast.training.trainer_of import trainer_of
 from sar_fast.weighting import HeadScales
 from tests.training.runs import flags, lines, train
 
@@ -117,5 +118,5 @@ def test_a_rule_that_learns_is_refused_in_training_alone(make):
 
 
 def test_a_trainer_that_is_not_there():
-    with pytest.raises(ValueError, match="give it to GradientSparsityCallback"):
+    with pytest.raises(ValueError, match="give it to the callback"):
         trainer_of(TrainerState())
