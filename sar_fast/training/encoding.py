@@ -71,7 +71,7 @@ class Encoder:
         if not replacements and max(end for _, end in offsets) > len(text):
             raise RecordError(
                 f"{type(self.processor).__name__} does not say where it put pictures' tokens, so answers behind them "
-                "cannot be found; transformers' own processors do in newer versions"
+                "cannot be found; transformers' own processors do from 5.17 on"
             )
         shifted = _shift(spans, replacements)
         ids = list(inputs["input_ids"][0])
