@@ -55,11 +55,11 @@ def check_names(theirs: Given, groups: Sequence[type]) -> None:
     """
     known = NAMES | {field.name for group in groups for field in dataclasses.fields(group)}
     if isinstance(theirs, dict):
-        _refuse_unknown(map(str, theirs), known)
+        _refuse_unknown("key ", map(str, theirs), known)
         return
     words = list(_flags(theirs))
     negations = {f"no_{name}" for name in known}  # of switches
-    _refuse_unknown((_name(flag[0]) for flag in words), known | negations)
+    _refuse_unknown("flag --", (_name(flag[0]) for flag in words), known | negations)
     OneLineParser(groups, allow_abbrev=False).parse_args([word for flag in words for word in flag])
 
 
@@ -88,9 +88,8 @@ def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def _refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+def _refuse_unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{name} is no key of LLaMA-Factory's or SAR's{hint}")
+            raise ValueError(f"unknown {kind}{name}" + (f"; did you mean {near[0]}?" if near else ""))
