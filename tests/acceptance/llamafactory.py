@@ -129,8 +129,9 @@ def gradients(run: Path) -> list[dict[str, float]]:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
+    """By names without ``model.`` before them, which transformers 5.5 writes for some of LLaVA's, and reads either way."""
     (file,) = run.glob("*.safetensors")
-    return load_file(file)
+    return {name.removeprefix("model."): value for name, value in load_file(file).items()}
 
 
 def assert_near(one: Any, other: Any, what: str, **tolerance: float) -> float:

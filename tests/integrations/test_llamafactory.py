@@ -132,6 +132,24 @@ def test_the_control_group(file):
     assert workflow.CustomSeq2SeqTrainer is plain
 
 
+def test_a_resumed_run_goes_on_as_it_began(file, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "gradient_analysis": False}
+    invoke("train", file(**saving | SAR))
+    checkpoint = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
+    for changes, message in (
+        (SAR | {"sar_beta": 0.5}, "--sar_beta is 0.5, and"),
+        ({}, "--use_sar is False, and"),
+        (SAR | {"custom_trainer": "control_sft"}, "--custom_trainer is control_sft, and"),
+    ):
+        result = invoke("train", file(**saving | checkpoint | changes))
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert invoke("train", file(**saving | checkpoint | SAR | {"max_steps": 2})).exit_code == 0
+    assert trained().state.global_step == 2
+    (tmp_path / "out" / "checkpoint-1" / "sar_options.json").unlink()  # llamafactory-cli's
+    assert "--use_sar is True, and" in invoke("train", file(**saving | checkpoint | SAR)).stderr
+
+
 def test_a_rule_is_used_as_it_is(file):
     assert invoke("train", file(use_sar=True, sar_activation_layer_k=2, sar_weighting="equal")).exit_code == 0
     expected = losses(trained())

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from sar_fast.integrations.llamafactory.checks import check
 from sar_fast.integrations.llamafactory.options import NAMES, Given, check_names, split, value_of
+from sar_fast.integrations.llamafactory.resuming import KeptOptions, check_resume
 from sar_fast.integrations.llamafactory.trainer import chosen_trainer
 from sar_fast.integrations.trainer_callback import SARCallback
 from sar_fast.model_errors import first_line
@@ -49,8 +50,13 @@ class Run:
         if value_of(self.theirs, "deepspeed"):
             prepare_deepspeed()
         model, data, training, finetuning, _ = get_train_args(self.theirs)
+        if training.do_train:
+            check_resume(self.options, training.resume_from_checkpoint)
         config = check(self.options, model, data, training, finetuning)
-        self.callbacks: list[TrainerCallback] = [RunConfigCallback(None, self.options.to_dict())]
+        self.callbacks: list[TrainerCallback] = [
+            RunConfigCallback(None, self.options.to_dict()),
+            KeptOptions(self.options),
+        ]
         if config is not None:
             self.callbacks.append(SARCallback(config))
         if training.do_train and self.options.analysis.gradient_analysis:

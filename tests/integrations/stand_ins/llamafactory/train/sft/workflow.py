@@ -28,6 +28,6 @@ def run_sft(
     )
     TRAINERS.append(trainer)
     if training_args.do_train:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.do_eval:
         trainer.evaluate()
