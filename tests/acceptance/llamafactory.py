@@ -129,7 +129,7 @@ def gradients(run: Path) -> list[dict[str, float]]:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    """By names without ``model.`` before them, which transformers 5.5 writes for some of LLaVA's, and reads either way."""
+    """By name, without the ``model.`` that transformers 5.5 writes before some of LLaVA's, and reads either way."""
     (file,) = run.glob("*.safetensors")
     return {name.removeprefix("model."): value for name, value in load_file(file).items()}
 
