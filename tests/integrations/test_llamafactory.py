@@ -192,6 +192,11 @@ def test_errors_come_before_anything_else(file, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_gradients_under_fsdp(file, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "--gradient_analysis does not know how FSDP keeps gradients" in invoke("train", file()).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -221,7 +226,7 @@ def test_a_model_without_pictures(file, tmp_path):
 
 
 def test_export_is_theirs(file):
-    assert invoke("export", "--model_name_or_path", "miniature", "--export_dir", "out").exit_code == 0
+    assert invoke("export", "--model_name_or_path=miniature", "--export_dir", "out").exit_code == 0
     exported = importlib.import_module("llamafactory.train.tuner").EXPORTED
     assert exported[-1] == ["--model_name_or_path", str(MINIATURE_PATH), "--export_dir", "out"]
     result = invoke("export", "--model_name_or_path", "miniature", "--use_sar")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llamafactory.extras.misc import is_env_enabled
 from llamafactory.model import load_config
 
 from sar_fast.config import SARConfig
@@ -46,8 +47,10 @@ def check(options: Options, model: Any, data: Any, training: Any, finetuning: An
         _check_control(options, training, finetuning)
     if sar or control:
         _refuse_packing(data, "--use_sar" if sar else "--custom_trainer control_sft")
-    config = load_config(model)
     measures = training.do_train and options.analysis.gradient_analysis
+    if measures and (training.fsdp or is_env_enabled("ACCELERATE_USE_FSDP")):
+        raise ValueError("--gradient_analysis does not know how FSDP keeps gradients: --gradient_analysis false")
+    config = load_config(model)
     if (measures or control) and not any(getattr(config, name, None) is not None for name in VISUAL_IDS):
         flag = f"--custom_trainer {control}" if control else "--gradient_analysis"
         off = "leave it out" if control else "--gradient_analysis false"

@@ -30,6 +30,9 @@ class Options:
         return dataclasses.asdict(self)
 
 
+PLAIN = Options(SARArguments(), ControlArguments(), AnalysisArguments())  # what llamafactory-cli trains, and measured
+
+
 def split(given: Given) -> tuple[Options, Given]:
     """(ours, LLaMA-Factory's own) of a YAML file's keys or of flags; ``ValueError`` names one of ours that is bad.
 

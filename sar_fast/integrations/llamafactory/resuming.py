@@ -9,11 +9,9 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sar_fast.integrations.llamafactory.options import Options
-from sar_fast.training.arguments import AnalysisArguments, ControlArguments, SARArguments
+from sar_fast.integrations.llamafactory.options import PLAIN, Options
 
 FILE = "sar_options.json"
-PLAIN = Options(SARArguments(), ControlArguments(), AnalysisArguments())
 
 
 class KeptOptions(TrainerCallback):

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import TrainerCallback
 
 from sar_fast.integrations.llamafactory.checks import check
-from sar_fast.integrations.llamafactory.options import NAMES, Given, check_names, split, value_of
+from sar_fast.integrations.llamafactory.options import NAMES, PLAIN, Given, check_names, split, value_of
 from sar_fast.integrations.llamafactory.resuming import KeptOptions, check_resume
 from sar_fast.integrations.llamafactory.trainer import chosen_trainer
 from sar_fast.integrations.trainer_callback import SARCallback
@@ -71,10 +71,9 @@ class Run:
 
 def export(words: Sequence[str]) -> None:
     """What ``llamafactory-cli export`` does: a plain model, as no saved one holds anything of SAR."""
-    given = read(words)
-    _, theirs = split(given)
-    if len(theirs) != len(given):
-        raise ValueError(f"export writes a plain model: none of {', '.join(sorted(NAMES))} has an effect; leave it out")
+    options, theirs = split(read(words))
+    if options != PLAIN:
+        raise ValueError(f"export writes a plain model: {', '.join(sorted(NAMES))} have no effect; leave them out")
     check_names(theirs, EXPORT)
     export_model(theirs)
 
