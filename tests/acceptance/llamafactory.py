@@ -286,6 +286,11 @@ def source_commands(work: Work, model: str) -> str:
         assert len(history(run)) == 1
         assert len(history(run, "loss_contrastive")) == bool(own)
         assert (run / "training_loss.png").is_file()
+    logs = [file.read_bytes() for file in sorted(work.folder.glob("wandb/offline-run-*/*.wandb"))]  # in that order
+    assert [(GRADIENTS[-1].encode() in log, b"loss_contrastive" in log) for log in logs] == [
+        (True, False),
+        (True, True),
+    ]
     return f"both run; added: {' '.join(added)}"
 
 
