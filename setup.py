@@ -46,6 +46,7 @@ setup(
         "deepspeed": ["deepspeed>=0.17", "ninja"],
         "flash": ["flash-attn>=2.7.3"],
         "lmms-eval": ["lmms-eval>=0.7", *TRAIN],
+        "llamafactory": ['llamafactory>=0.9.5; python_version >= "3.11"', "omegaconf>=2.3"],
         # Grounding DINO runs through transformers: groundingdino-py does not build a model beside transformers 5
         "grounding": ["segment-anything>=1.0", "torchvision"],
         "dev": DEV + NOTEBOOKS + REPORTS + TRAIN,

@@ -21,6 +21,7 @@ from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.training.gini import LIMIT, gini
 from sar_fast.training.metrics_log import MetricsLog
 from sar_fast.training.projections import Share, query_and_key_shares
+from sar_fast.training.trainer_of import trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ AGGREGATE = "attention_grad_sparsity_agg/avg_{}_{}_gini"
 class GradientSparsityCallback(TrainerCallback):
     """Logs how sparse the gradients of queries and keys are, and how strong those of visual and text tokens.
 
-    ``trainer.add_callback(GradientSparsityCallback(trainer))``. Keys:
+    ``Trainer(..., callbacks=[GradientSparsityCallback(every=10)])``, of whatever library the Trainer is. Keys:
 
     - ``attention_grad_sparsity_per_layer/layer_{i}_{q,k}_gini``: Gini coefficient of |g| over the projection's weight
       (its LoRA matrices, its rows of a fused projection: :mod:`~sar_fast.training.projections`).
@@ -49,16 +50,15 @@ class GradientSparsityCallback(TrainerCallback):
     precision, DDP and DeepSpeed ZeRO-0 to 3: all ranks measure together, every Gini coefficient on one of them.
 
     Args:
-        trainer: any Hugging Face Trainer of a multimodal model.
+        trainer: any Hugging Face Trainer of a multimodal model; by default the one that the callback runs in.
         every: optimizer steps between measurements; the first step is always measured.
         path: of the JSONL file, if not in the output folder.
     """
 
-    def __init__(self, trainer: Trainer, every: int = 10, path: Path | None = None) -> None:
+    def __init__(self, trainer: Trainer | None = None, every: int = 10, path: Path | None = None) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an int of at least 1; got {every!r}")
-        self.trainer, self.every = trainer, every
-        self.log = MetricsLog(trainer, path or Path(trainer.args.output_dir) / FILE_NAME)
+        self.trainer, self.every, self.path = trainer, every, path
         self._undo: list[Any] = []
         self._measuring = False
         self._values: dict[str, float] | None = None
@@ -67,6 +67,9 @@ class GradientSparsityCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove()
+        if self.trainer is None:
+            self.trainer = trainer_of(state)
+        self.log = MetricsLog(self.trainer, self.path or Path(args.output_dir) / FILE_NAME)
         model = unwrap(self.trainer.model)
         self.layers = query_and_key_shares(model)
         self.visual_ids = [
