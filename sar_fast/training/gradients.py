@@ -7,6 +7,7 @@ micro-batches, averaged over ranks, without the loss scale of fp16.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.training.gini import LIMIT, gini
@@ -34,7 +35,7 @@ AGGREGATE = "attention_grad_sparsity_agg/avg_{}_{}_gini"
 class GradientSparsityCallback(TrainerCallback):
     """Logs how sparse the gradients of queries and keys are, and how strong those of visual and text tokens.
 
-    ``trainer.add_callback(GradientSparsityCallback(trainer))``. Keys:
+    ``Trainer(..., callbacks=[GradientSparsityCallback(every=10)])``, of whatever library the Trainer is. Keys:
 
     - ``attention_grad_sparsity_per_layer/layer_{i}_{q,k}_gini``: Gini coefficient of |g| over the projection's weight
       (its LoRA matrices, its rows of a fused projection: :mod:`~sar_fast.training.projections`).
@@ -49,16 +50,15 @@ class GradientSparsityCallback(TrainerCallback):
     precision, DDP and DeepSpeed ZeRO-0 to 3: all ranks measure together, every Gini coefficient on one of them.
 
     Args:
-        trainer: any Hugging Face Trainer of a multimodal model.
+        trainer: any Hugging Face Trainer of a multimodal model; by default the one that the callback runs in.
         every: optimizer steps between measurements; the first step is always measured.
         path: of the JSONL file, if not in the output folder.
     """
 
-    def __init__(self, trainer: Trainer, every: int = 10, path: Path | None = None) -> None:
+    def __init__(self, trainer: Trainer | None = None, every: int = 10, path: Path | None = None) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an int of at least 1; got {every!r}")
-        self.trainer, self.every = trainer, every
-        self.log = MetricsLog(trainer, path or Path(trainer.args.output_dir) / FILE_NAME)
+        self.trainer, self.every, self.path = trainer, every, path
         self._undo: list[Any] = []
         self._measuring = False
         self._values: dict[str, float] | None = None
@@ -67,6 +67,9 @@ class GradientSparsityCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove()
+        if self.trainer is None:
+            self.trainer = trainer_of(state)
+        self.log = MetricsLog(self.trainer, self.path or Path(args.output_dir) / FILE_NAME)
         model = unwrap(self.trainer.model)
         self.layers = query_and_key_shares(model)
         self.visual_ids = [
@@ -211,6 +214,14 @@ class GradientSparsityCallback(TrainerCallback):
                 if known:
                     values[AGGREGATE.format(depth, kind)] = sum(known) / len(known)
         return values
+
+
+def trainer_of(state: TrainerState) -> Trainer:
+    """The Trainer whose state this is, which no event of a callback says; ``ValueError`` if it is not found."""
+    for found in gc.get_objects():
+        if issubclass(type(found), Trainer) and found.state is state:  # isinstance would wake lazy stand-ins
+            return found
+    raise ValueError("trainer: the one that this callback runs in is not found; give it to GradientSparsityCallback")
 
 
 def full_gradient(share: Share) -> Tensor | None:
