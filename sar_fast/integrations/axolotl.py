@@ -43,8 +43,8 @@ class SARArgs(BaseModel):
         ranks = given.get("context_parallel_size") or 1
         if ranks > 1 and given.get("use_sar", True):
             raise ValueError(
-                f"context_parallel_size must be 1 with SAR; got {ranks}: every rank would get a slice of the prompt, and "
-                "statistics would be of a slice. DDP, FSDP and DeepSpeed's ZeRO split no prompt"
+                f"context_parallel_size must be 1 with SAR; got {ranks}: every rank would get a slice of the prompt, "
+                "so statistics would be a slice's. DDP, FSDP and DeepSpeed's ZeRO split no prompt"
             )
         return given
 

@@ -71,9 +71,9 @@ def refuse_sequence_parallel(size: int) -> None:
     """``ValueError`` if ms-swift splits sequences over ranks."""
     if size > 1:
         raise ValueError(
-            f"sequence_parallel_size must be 1 with SAR; got {size}: a hook of ms-swift gives every rank a slice of the "
-            "prompt, and only its own sdpa and flash_attention_2 put the slices together, so statistics would be of a "
-            "slice. DDP and DeepSpeed's ZeRO split no prompt"
+            f"sequence_parallel_size must be 1 with SAR; got {size}: a hook of ms-swift gives every rank a slice of "
+            "the prompt, which only its own sdpa and flash_attention_2 put together, so statistics would be a slice's. "
+            "DDP and DeepSpeed's ZeRO split no prompt"
         )
 
 

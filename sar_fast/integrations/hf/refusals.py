@@ -107,8 +107,8 @@ def refuse_unreached(marked: Sequence[int], reached: Set[int], attention_modules
     if missing:
         name = foreign_forward(attention_modules[missing[0]])
         why = (
-            "their forward was replaced (by a kernel library, a fine-tuning framework), they are hidden in a wrapper, or "
-            "they were skipped"
+            "their forward was replaced (by a kernel library, a fine-tuning framework), they are hidden in a wrapper, "
+            "or they were skipped"
             if name is None
             else f"their forward is {name}, which another library put in place of their own"
         )
@@ -119,9 +119,9 @@ def refuse_unreached(marked: Sequence[int], reached: Set[int], attention_modules
 
 
 def explain_foreign_forward(error: BaseException, attention_modules: Sequence[nn.Module]) -> None:
-    """Tell an error out of an attention module whose forward was replaced that this is so; masks of SAR's are no others'.
+    """A note on an error out of an attention module whose forward was replaced: what reads SAR's masks is SAR's alone.
 
-    A note on the error, or a warning in Python 3.10, which has no notes.
+    In Python 3.10, which has no notes, a warning.
     """
     raisers = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
     inside = next((m for m in attention_modules if any(id(part) in raisers for part in m.modules())), None)
