@@ -78,20 +78,15 @@ def refuse_sequence_parallel(size: int) -> None:
 
 
 def leave_pictures_to_model(template: Any) -> None:
-    """Let the model put pictures into the prompt, as at ms-swift's inference: SAR reads from its inputs where they are.
+    """Let the model put pictures into the prompt itself, as transformers' models do: SAR reads its inputs.
 
-    In training some templates do it themselves, in a hook before the model.
+    In training, ms-swift's templates may do it in a hook before the model.
     """
-    merge = template._post_encode
+    template._post_encode = _as_they_are
 
-    def as_at_inference(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        mode, template.mode = template.mode, "transformers"
-        try:
-            return merge(model, inputs)
-        finally:
-            template.mode = mode
 
-    template._post_encode = as_at_inference
+def _as_they_are(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    return inputs
 
 
 callbacks_map[NAME] = SwiftSARCallback
