@@ -43,7 +43,7 @@ class SwiftSARCallback(SARCallback):
         refuse_sequence_parallel(trainer.template.sequence_parallel_size)
         self.options, self.template = read_options(environ), trainer.template
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         self.config = config_of(self.options, VARIABLES, model.config)
         super().on_init_end(args, state, control, model=model, **kwargs)
         leave_pictures_to_model(self.template)

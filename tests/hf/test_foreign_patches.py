@@ -203,6 +203,19 @@ def test_a_forward_of_its_own_is_an_error_that_names_it(monkeypatch, pictures, m
         logits(model, batch)
 
 
+def test_an_error_in_an_attention_of_its_own_forward_gets_no_note():
+    model = llava()
+    apply_sar(model, SAR)
+
+    def fail(module, args):
+        raise MemoryError("too large")
+
+    model.get_decoder().layers[0].self_attn.o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError) as caught:
+        logits(model, llava_batch([1]))
+    assert not hasattr(caught.value, "__notes__")
+
+
 def rewritten_forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
     qkv = project(self, hidden_states, position_embeddings, modeling_llama.apply_rotary_pos_emb)
     interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
