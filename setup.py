@@ -47,6 +47,7 @@ setup(
         "flash": ["flash-attn>=2.7.3"],
         "lmms-eval": ["lmms-eval>=0.7", *TRAIN],
         # Training stacks (docs/integrations.md)
+        "llamafactory": ['llamafactory>=0.9.5; python_version >= "3.11"', "omegaconf>=2.3"],
         "trl": ["trl>=1.16", *TRAIN],
         "ms-swift": ["ms-swift>=4.6"],
         "axolotl": ["axolotl>=0.19", "pydantic>=2"],

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from sar_fast.foreign_flags import hint
 Parsed = TypeVar("Parsed")
 
 
-class _Parser(HfArgumentParser):
+class OneLineParser(HfArgumentParser):
     """A parser whose errors are one line, without the list of all flags."""
 
     def error(self, message: str) -> None:
@@ -32,7 +32,7 @@ def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]
     ``config.yaml --learning_rate 1e-5`` and ``config.yaml learning_rate=1e-5`` are the same. ``ValueError`` for an
     unknown flag says what to do instead of another trainer's, or names a known one that is spelt nearly so.
     """
-    parser = _Parser(groups, allow_abbrev=False)
+    parser = OneLineParser(groups, allow_abbrev=False)
     known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
     words = expand(argv)
     for word in words:
@@ -72,6 +72,11 @@ def _file_flags(path: Path) -> list[str]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, needed names and values")
+    return as_flags(values)
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Names and values of a YAML file as flags; None leaves one out."""
     text = lambda value: json.dumps(value) if isinstance(value, dict) else str(value)
     words: list[str] = []
     for name, value in values.items():

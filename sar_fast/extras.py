@@ -16,6 +16,7 @@ EXTRA_OF = {
     "skimage": "reports",
     "deepspeed": "deepspeed",
     "lmms_eval": "lmms-eval",
+    "llamafactory": "llamafactory",
 }
 TRAINING = ("accelerate", "datasets", "pyarrow")  # what the modules of trainings and evaluations import at once
 _DISTRIBUTION_OF = {"skimage": "scikit-image", "lmms_eval": "lmms-eval"}

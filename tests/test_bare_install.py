@@ -30,6 +30,7 @@ from tests.training.samples import REPOSITORY
 HOMES = {  # the only places where a module of an extra may be imported at once; elsewhere inside functions
     "train": ("evaluation/", "training/"),
     "lmms-eval": ("integrations/lmms_eval/",),
+    "llamafactory": ("integrations/llamafactory/",),
     "ms-swift": ("integrations/ms_swift.py",),
     "axolotl": ("integrations/axolotl.py",),
 }
@@ -152,6 +153,8 @@ COMMANDS = (  # (words, how the error of an installation without extras ends; ""
     (["sweep", "--task", "mme"], f"needs {ALL}, matplotlib: pip install 'sar_fast[train,reports]'"),
     (["merge", "adapter", "--output_dir", "merged"], "sar-fast merge needs peft: pip install 'sar_fast[train]'"),
     (["bench", "train"], f"sar-fast bench train needs {ALL}: pip install 'sar_fast[train]'"),
+    (["llamafactory", "train", "x.yaml"], "needs llamafactory: pip install 'sar_fast[llamafactory]'"),
+    (["llamafactory", "export", "x.yaml"], "needs llamafactory: pip install 'sar_fast[llamafactory]'"),
     (["data", "check", TABLE], "pip install 'sar_fast[train]'"),
     (["experiments/train.py", f"{YAMLS}/exp_sec3.2_grad_sparsity_sft_mini.yaml"], "pip install 'sar_fast[train]'"),
     (["experiments/evaluate.py", f"{YAMLS}/eval_sec6.2_main_llava_mini.yaml"], "pip install 'sar_fast[train]'"),

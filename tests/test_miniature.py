@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sar_fast.miniature.checkpoint import MINIATURE_PATH, answer, load_miniature
@@ -301,3 +302,11 @@ def test_the_training_record_is_that_of_the_checkpoint():
     model, _ = load_miniature()
     assert record["result"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert {"seed", "steps", "vision_steps", "torch", "transformers"} <= set(record["settings"])
+
+
+def test_weights_are_named_as_in_published_checkpoints():
+    """transformers before 5.17 knows no other names, and would start the vision encoder anew."""
+    with safe_open(MINIATURE_PATH / "model.safetensors", "pt") as weights:
+        parts = {name.split(".")[0]: name.split(".")[1] for name in weights.keys()}  # noqa: SIM118  it is no mapping
+    assert parts["vision_tower"] == "vision_model"
+    assert set(parts) == {"vision_tower", "language_model", "multi_modal_projector"}

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import shutil
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 import transformers
 from architecture import build_model, build_processor
 from batches import IGNORED, PatchTargets, pack_turns, patch_targets, pixel_values, training_scenes
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
@@ -210,11 +212,18 @@ def main() -> None:
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.eval().save_pretrained(partial)
+    name_as_published(partial / "model.safetensors")
     processor.save_pretrained(partial)
     (partial / "training.json").write_text(json.dumps({"settings": log[0], "result": log[-1]}, indent=2) + "\n")
     shutil.rmtree(args.output_dir, ignore_errors=True)
     partial.rename(args.output_dir)
     args.log.write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def name_as_published(weights: Path) -> None:
+    """Name a LLaVA's weights as published checkpoints do: every transformers reads those, older ones no others."""
+    published = lambda name: re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+    save_file({published(name): x for name, x in load_file(weights).items()}, weights, {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``sar-fast``: demo, generate, inspect, doctor, paper, plot, sweep, merge; data, bench."""
+"""``sar-fast``: demo, generate, inspect, doctor, paper, plot, sweep, merge; data, bench, llamafactory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sar_fast.cli.doctor import doctor
 from sar_fast.cli.errors import Commands, one_spelling
 from sar_fast.cli.generate import generate
 from sar_fast.cli.inspect import inspect
+from sar_fast.cli.llamafactory import llamafactory
 from sar_fast.cli.merge import merge
 from sar_fast.cli.paper import paper
 from sar_fast.cli.plot import plot
@@ -33,6 +34,7 @@ flags_of_its_own = {"ignore_unknown_options": True, "allow_extra_args": True, "h
 app.command(context_settings=flags_of_its_own)(sweep)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+app.add_typer(llamafactory, name="llamafactory")
 
 
 def _print_version(wanted: bool) -> None:

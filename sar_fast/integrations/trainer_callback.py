@@ -51,20 +51,16 @@ class SARCallback(TrainerCallback):
             raise ValueError(f"model: SAR is on it already, with another {', '.join(other)} than SARCallback's")
         self.handle = apply_sar(model, self.config) if there is None else there
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        self._check(model)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check(kwargs["model"])
         if is_trained(module_of(self.config.weighting)):
             raise ValueError(
-                "weighting: it has parameters that learn, which sar_fast.training.trainers.SFTTrainer trains and saves; "
-                "for any other Trainer freeze them, weighting.requires_grad_(False)"
+                "weighting: its parameters learn, and sar_fast.training.trainers.SFTTrainer alone trains and saves "
+                "those; for any other Trainer freeze them, weighting.requires_grad_(False)"
             )
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        self._check(model)
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check(kwargs["model"])
 
     def _check(self, model: nn.Module) -> None:
         """A run without SAR that was meant to have it ends."""

@@ -26,7 +26,28 @@ BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 @dataclasses.dataclass
-class ModelArguments:
+class SARArguments:
+    """SAR, in whatever trains."""
+
+    use_sar: bool = dataclasses.field(default=False, metadata={"help": "Re-weight attention heads while training."})
+    sar_activation_layer_k: int = dataclasses.field(default=10, metadata={"help": "Last K attention layers."})
+    sar_beta: float = dataclasses.field(default=0.5, metadata={"help": "Temperature of the softmax over heads."})
+    sar_normalize: Normalize = dataclasses.field(default="none")
+    sar_weighting: str | None = dataclasses.field(default=None, metadata={"help": RULE_HELP + " It is trained."})
+    sar_backend: BackendName = dataclasses.field(default="auto")
+    sav_grad: bool = dataclasses.field(default=False, metadata={"help": "Let gradients flow through SAR's weights."})
+
+    def __post_init__(self) -> None:
+        sar_fields = ("sar_activation_layer_k", "sar_beta", "sar_normalize", "sar_weighting", "sar_backend", "sav_grad")
+        need(self, "use_sar", True, sar_fields)
+
+    def sar_config(self, model_config: Any = None) -> SARConfig:
+        """The options of SAR, with a rule for the model of a configuration; ``ValueError`` names a bad flag."""
+        return sar_config(self, model_config)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelArguments(SARArguments):
     """The model, what of it is trained, and SAR."""
 
     model_name_or_path: str = dataclasses.field(
@@ -75,27 +96,15 @@ class ModelArguments:
             "help": "Module names with commas; all: every linear layer of the decoder. Default: all, or the adapter's."
         },
     )
-    use_sar: bool = dataclasses.field(default=False, metadata={"help": "Re-weight attention heads while training."})
-    sar_activation_layer_k: int = dataclasses.field(default=10, metadata={"help": "Last K attention layers."})
-    sar_beta: float = dataclasses.field(default=0.5, metadata={"help": "Temperature of the softmax over heads."})
-    sar_normalize: Normalize = dataclasses.field(default="none")
-    sar_weighting: str | None = dataclasses.field(default=None, metadata={"help": RULE_HELP + " It is trained."})
-    sar_backend: BackendName = dataclasses.field(default="auto")
-    sav_grad: bool = dataclasses.field(default=False, metadata={"help": "Let gradients flow through SAR's weights."})
 
     def __post_init__(self) -> None:
-        sar_fields = ("sar_activation_layer_k", "sar_beta", "sar_normalize", "sar_weighting", "sar_backend", "sav_grad")
-        need(self, "use_sar", True, sar_fields)
+        super().__post_init__()
         if self.finetuning_type == "rule" and self.sar_weighting is None:
             raise ValueError("--finetuning_type rule needs --use_sar and --sar_weighting, whose parameters it trains")
         need(self, "finetuning_type", "lora", ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"))
         need(self, "finetuning_type", "freeze", ("freeze_trainable_layers",))
         at_least(self, 1, "lora_rank", "lora_alpha", "freeze_trainable_layers")
         below_one(self, "lora_dropout")
-
-    def sar_config(self, model_config: Any = None) -> SARConfig:
-        """The options of SAR, with a rule for the model of a configuration; ``ValueError`` names a bad flag."""
-        return sar_config(self, model_config)
 
 
 @dataclasses.dataclass
@@ -194,7 +203,26 @@ class ControlArguments:
 
 
 @dataclasses.dataclass
-class SFTArguments(TrainingArguments):
+class AnalysisArguments:
+    """The gradient analysis of section 3.2."""
+
+    gradient_analysis: bool = dataclasses.field(
+        default=True, metadata={"help": "Log gradient sparsity (gradient_sparsity.jsonl)."}
+    )
+    gradient_analysis_steps: int | None = dataclasses.field(
+        default=None, metadata={"help": "Steps between measurements. Default: logging_steps."}
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "gradient_analysis_steps")
+
+    def steps_between(self, logging_steps: float) -> int:
+        """Optimizer steps between measurements, in a run that logs every ``logging_steps``."""
+        return self.gradient_analysis_steps or max(1, int(logging_steps))
+
+
+@dataclasses.dataclass
+class SFTArguments(AnalysisArguments, TrainingArguments):
     """The Trainer's arguments, with defaults for multimodal models, and those of the research code it no longer has."""
 
     remove_unused_columns: bool = dataclasses.field(default=False)
@@ -203,12 +231,6 @@ class SFTArguments(TrainingArguments):
         default=False, metadata={"help": "Delete the checkpoints and logs of an earlier run in output_dir."}
     )
     plot_loss: bool = dataclasses.field(default=False, metadata={"help": "Draw training_loss.png."})
-    gradient_analysis: bool = dataclasses.field(
-        default=True, metadata={"help": "Log gradient sparsity (gradient_sparsity.jsonl)."}
-    )
-    gradient_analysis_steps: int | None = dataclasses.field(
-        default=None, metadata={"help": "Steps between measurements. Default: logging_steps."}
-    )
     log_throughput: bool = dataclasses.field(default=False, metadata={"help": "Log tokens/s, MFU and memory."})
     peak_flops: float | None = dataclasses.field(
         default=None, metadata={"help": "Of one device, per second, for the MFU. Default: known GPUs' data sheets."}
@@ -238,7 +260,7 @@ class SFTArguments(TrainingArguments):
         metric = self.metric_for_best_model
         if self.save_strategy == "best" and metric is None:
             raise ValueError("--save_strategy best needs --metric_for_best_model eval_loss")
-        super().__post_init__()  # sets the metric itself for flags that need one
+        TrainingArguments.__post_init__(self)  # sets the metric itself for flags that need one
         if self.metric_for_best_model is not None and self.eval_strategy == "no":
             flag = "--metric_for_best_model" if metric else "--load_best_model_at_end"
             raise ValueError(f"{flag} needs evaluations while training: add --eval_strategy steps or epoch")
@@ -247,7 +269,7 @@ class SFTArguments(TrainingArguments):
         """``ValueError`` for a number that makes no sense, which the Trainer would find late, or take for another."""
         at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         at_least(self, 1, "save_total_limit", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout")
-        at_least(self, 1, "gradient_analysis_steps")
+        AnalysisArguments.__post_init__(self)
         at_least(self, 0, "seed", "data_seed", "dataloader_num_workers", "warmup_steps", "eval_delay")
         at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "neftune_noise_alpha")
         above(self, 0, "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "peak_flops")

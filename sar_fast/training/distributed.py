@@ -71,6 +71,6 @@ def refuse_split_models(deepspeed: Mapping[str, Any] | None, parallelism: Any) -
             found.append(f"parallelism_config: {name} is {size} ({what})")
     if found:
         raise ValueError(
-            f"{'; '.join(found)}: train.py trains every sample on one rank (DDP, ZeRO-1, 2, 3). In a training loop "
+            f"{'; '.join(found)}: every sample is trained on one rank (DDP, ZeRO-1, 2, 3). In a training loop "
             "of your own, apply_sar(model, config, shards=Shards(...)) takes the ranks that share heads or positions"
         )

@@ -67,7 +67,13 @@ class Encoder:
         images = [open_image(reference) for reference in record["images"]]
         inputs = self._process(text, images)
         offsets = inputs.pop("offset_mapping")[0]
-        shifted = _shift(spans, (inputs.pop("text_replacement_offsets", None) or [[]])[0])
+        replacements = (inputs.pop("text_replacement_offsets", None) or [[]])[0]
+        if not replacements and max(end for _, end in offsets) > len(text):
+            raise RecordError(
+                f"{type(self.processor).__name__} does not say where it put pictures' tokens, so answers behind them "
+                "cannot be found; transformers' own processors do from 5.17 on"
+            )
+        shifted = _shift(spans, replacements)
         ids = list(inputs["input_ids"][0])
         labels = [
             token if any(a < end and b > start for start, end in shifted) else IGNORED

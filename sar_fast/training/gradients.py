@@ -7,7 +7,6 @@ micro-batches, averaged over ranks, without the loss scale of fp16.
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import math
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 
 from sar_fast.integrations.hf.structure import unwrap
 from sar_fast.training.gini import LIMIT, gini
 from sar_fast.training.metrics_log import MetricsLog
 from sar_fast.training.projections import Share, query_and_key_shares
+from sar_fast.training.trainer_of import trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -214,14 +214,6 @@ class GradientSparsityCallback(TrainerCallback):
                 if known:
                     values[AGGREGATE.format(depth, kind)] = sum(known) / len(known)
         return values
-
-
-def trainer_of(state: TrainerState) -> Trainer:
-    """The Trainer whose state this is, which no event of a callback says; ``ValueError`` if it is not found."""
-    for found in gc.get_objects():
-        if issubclass(type(found), Trainer) and found.state is state:  # isinstance would wake lazy stand-ins
-            return found
-    raise ValueError("trainer: the one that this callback runs in is not found; give it to GradientSparsityCallback")
 
 
 def full_gradient(share: Share) -> Tensor | None:

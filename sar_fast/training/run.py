@@ -133,8 +133,7 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
         check_optimizer(trainer)
     trainer.add_callback(RunConfigCallback(trainer, arguments.to_dict()))
     if training.do_train and training.gradient_analysis:
-        every = training.gradient_analysis_steps or max(1, int(training.logging_steps))
-        trainer.add_callback(GradientSparsityCallback(trainer, every))
+        trainer.add_callback(GradientSparsityCallback(trainer, training.steps_between(training.logging_steps)))
     if training.log_throughput:
         trainer.add_callback(ThroughputCallback(trainer, training.peak_flops))
     return trainer, checkpoint

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from sar_fast.training.trainer_of import trainer_of
 
 
 class RunConfigCallback(TrainerCallback):
@@ -18,24 +20,25 @@ class RunConfigCallback(TrainerCallback):
     alone sends its own arguments and the model's.
 
     Args:
-        trainer: whose trackers; add this callback after it has been made.
+        trainer: whose trackers; add this callback after it has been made. None: the one that the callback runs in.
         configuration: plain values, in groups by name.
     """
 
-    def __init__(self, trainer: Trainer, configuration: Mapping[str, Any]) -> None:
+    def __init__(self, trainer: Trainer | None, configuration: Mapping[str, Any]) -> None:
         self.trainer, self.configuration, self._written = trainer, configuration, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write()
+        self._write(state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write()  # an evaluation without training has no other event
+        self._write(state)  # an evaluation without training has no other event
 
-    def _write(self) -> None:
-        if self._written or not self.trainer.is_world_process_zero():
+    def _write(self, state: TrainerState) -> None:
+        if self._written or not state.is_world_process_zero:
             return
         self._written = True
-        for callback in self.trainer.callback_handler.callbacks:
+        trainer = trainer_of(state) if self.trainer is None else self.trainer
+        for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, WandbCallback) and callback._wandb is not None:
                 callback._wandb.config.update(dict(self.configuration), allow_val_change=True)
             elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

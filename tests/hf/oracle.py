@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from tests.hf.tiny import IMAGE, OLDEST
+from tests.hf.tiny import IMAGE, VERSION, tower
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
@@ -39,7 +39,7 @@ def visual_features(model: nn.Module, row: Mapping[str, Tensor], output: str = "
     pixels = row["pixel_values_videos" if video else "pixel_values"]
     others = {name: x for name, x in row.items() if name not in TEXT_INPUTS and not name.startswith("pixel_values")}
     features = getattr(encode(pixels, **others, **required(model), return_dict=True), output)
-    if OLDEST and video and hasattr(base, "image_newline"):  # its forward pass adds what newer ones return here
+    if VERSION < (5, 18) and video and hasattr(base, "image_newline"):  # the forward pass adds it, not this call
         features = torch.cat([features, base.image_newline.expand(len(features), 1, -1)], 1)
     features = [features] if isinstance(features, Tensor) else features
     return torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
@@ -47,7 +47,7 @@ def visual_features(model: nn.Module, row: Mapping[str, Tensor], output: str = "
 
 def required(model: nn.Module) -> dict[str, str]:
     """What ``get_image_features`` wants to be told besides pixels."""
-    if not OLDEST or model.config.model_type != "llama4":
+    if VERSION >= (5, 18) or model.config.model_type != "llama4":
         return {}
     return {"vision_feature_select_strategy": model.config.vision_config.vision_feature_select_strategy}
 
@@ -111,7 +111,7 @@ def visual_prior(model: nn.Module, row: Mapping[str, Tensor], blocks: str, outpu
 
 def llava_prior(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """:func:`visual_prior` of LLaVA-1.5."""
-    return visual_prior(model, {"pixel_values": pixel_values}, "model.vision_tower.encoder.layers")
+    return visual_prior(model, {"pixel_values": pixel_values}, tower("model.vision_tower.encoder.layers"))
 
 
 def qwen_prior(model: nn.Module, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sar_fast import SARConfig, apply_sar
 from tests.hf.test_caches import MODES, assert_same, config_of, generate, row_of
 from tests.hf.test_foreign_caches import filled, step
 from tests.hf.test_wrappers import assert_close
-from tests.hf.tiny import IMAGE, OLDEST, llava, llava_batch, qwen2_5_vl, qwen_batch
+from tests.hf.tiny import IMAGE, TAKES_ENCODED, llava, llava_batch, qwen2_5_vl, qwen_batch
 
 OTHERS = {
     "activation_layer_k": 2,
@@ -79,7 +79,7 @@ def test_text_alone_may_be_continued_under_other_options(model):
     assert_close(*got)
 
 
-@pytest.mark.skipif(OLDEST, reason="transformers 5.17 takes no mm_encoder_outputs")
+@pytest.mark.skipif(not TAKES_ENCODED, reason="before transformers 5.18 no model takes mm_encoder_outputs")
 def test_features_encoded_for_another_prior_are_an_error():
     model, batch = llava(), llava_batch([1])
     config = SARConfig(activation_layer_k=3, beta=0.02)

@@ -8,12 +8,12 @@ import torch
 from sar_fast import SARConfig, apply_sar
 from sar_fast.integrations.hf.running import innermost
 from tests.hf.test_wrappers import answers, assert_close, logits
-from tests.hf.tiny import llava, llava_batch, qwen2_5_vl, qwen_batch
+from tests.hf.tiny import llava, llava_batch, qwen2_5_vl, qwen_batch, tower
 
 SAR = SARConfig(activation_layer_k=3, beta=0.02)
 ENDS = [KeyboardInterrupt, SystemExit, RuntimeError]
 PLACES = {
-    "vision": lambda model: model.model.vision_tower.encoder.layers[5],
+    "vision": lambda model: model.get_submodule(tower("model.vision_tower.encoder.layers"))[5],
     "projector": lambda model: model.model.multi_modal_projector,
     "first layer": lambda model: model.get_decoder().layers[0],
     "last layer": lambda model: model.get_decoder().layers[-1],

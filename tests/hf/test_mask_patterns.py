@@ -10,7 +10,6 @@ from transformers import DynamicCache, Gemma3TextConfig, StaticCache
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
-    blockwise_overlay,
     causal_mask_function,
     chunked_overlay,
     or_masks,
@@ -25,6 +24,17 @@ from sar_fast.integrations.hf.mask_function import sar_mask
 from sar_fast.integrations.hf.masks import read_mask
 from sar_fast.values import Bounds
 from sar_fast.visibility import as_mask
+from tests.hf.tiny import VERSION
+
+if VERSION >= (5, 9):
+    from transformers.masking_utils import blockwise_overlay
+else:  # of models' own files
+    from transformers.models.gemma3.modeling_gemma3 import token_type_ids_mask_function
+
+    def blockwise_overlay(blocks):
+        types = [(blocks >= 0).int()] if VERSION < (5, 5) else []
+        return token_type_ids_mask_function(*types, blocks)
+
 
 WINDOW = 6
 TURNS = {"prefill": (0, 14), "step": (14, 1), "second turn": (14, 5)}  # cached positions, new ones
@@ -109,7 +119,7 @@ def test_patterns_of_models(pattern, side, kind, turn):
     cache = cache_of(kind, pattern in LOCAL, past)
     offset, (kv_length, kv_offset) = 0, (new, 0)
     if cache is not None:
-        offset, (kv_length, kv_offset) = cache.get_query_offset(0), cache.get_mask_sizes(new, 0)
+        offset, (kv_length, kv_offset) = cache.get_seq_length(), cache.get_mask_sizes(new, 0)
     real = padding_of(side, 14)
     if real is not None and past:
         real = torch.cat([real, torch.ones(3, new, dtype=torch.bool)], 1)

@@ -11,7 +11,7 @@ import torch
 from sar_fast import SARConfig, apply_sar, value_checks
 from tests.hf.test_caches import config_of, generate, moved_copy, row_of
 from tests.hf.test_wrappers import tuned
-from tests.hf.tiny import CASES, IMAGE, MODELS, OLDEST, VIDEO, llava, llava_batch, qwen2_5_vl
+from tests.hf.tiny import CASES, IMAGE, MODELS, TAKES_ENCODED, VIDEO, llava, llava_batch, qwen2_5_vl
 
 SAR = config_of("running")
 TEXT = (5, 6, 7, 30, 31)
@@ -213,7 +213,7 @@ def test_features_that_come_picture_by_picture(model, images, times):
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-@pytest.mark.skipif(OLDEST, reason="transformers 5.17 takes no mm_encoder_outputs")
+@pytest.mark.skipif(not TAKES_ENCODED, reason="before transformers 5.18 no model takes mm_encoder_outputs")
 def test_encoded_features_put_together_are_an_error(model):
     """Norms ride on one call's output, and the first one's would pass for all."""
     batch = llava_batch([1, 1])
@@ -226,7 +226,7 @@ def test_encoded_features_put_together_are_an_error(model):
     assert torch.equal(got[0], want[0])
 
 
-@pytest.mark.skipif(OLDEST, reason="transformers 5.17 takes no mm_encoder_outputs")
+@pytest.mark.skipif(not TAKES_ENCODED, reason="before transformers 5.18 no model takes mm_encoder_outputs")
 def test_encoded_features_in_another_order_are_an_error(model):
     batch = llava_batch([1, 1])
     with apply_sar(model, SAR):

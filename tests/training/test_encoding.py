@@ -90,6 +90,23 @@ def test_labels_under_other_templates(byte_level, template, expected, images):
     assert ("pixel_values" in features) == (images > 0)
 
 
+def test_a_processor_that_hides_where_pictures_went_is_an_error(processor, monkeypatch):
+    """As those of older transformers and of remote code do: answers behind a picture would not be found again."""
+    encoder = Encoder(processor)
+    told = encoder._process
+    hidden = lambda *args: {n: v for n, v in told(*args).items() if n != "text_replacement_offsets"}
+    monkeypatch.setattr(encoder, "_process", hidden)
+    with pytest.raises(RecordError, match="LlavaProcessor does not say where it put pictures' tokens"):
+        encoder(conversation(*DIALOGUE))
+    assert labelled(encoder, encoder(conversation(*DIALOGUE, images=0))).split() == [
+        "red",
+        "</s>",
+        "top",
+        "left",
+        "</s>",
+    ]
+
+
 def test_answers_with_marks_of_the_template_in_them(byte_level):
     """An answer that repeats the question, the header or another answer is still labelled once, where it stands."""
     processor = copy.copy(byte_level)

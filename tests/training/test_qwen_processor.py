@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
 
 from sar_fast.training.data import Collator, load_records
 from sar_fast.training.encoding import IGNORED, Encoder
 from sar_fast.training.registry import find_datasets
-from tests.hf.tiny import qwen2_5_vl
+from tests.training.qwen_checkpoint import write_qwen
 from tests.training.runs import history, lines, train
-from tests.training.samples import CHATML, DATA
-
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-TEMPLATE = CHATML.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+from tests.training.samples import DATA
 
 
 def torchvision_imports() -> bool:
@@ -33,32 +29,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder with a tiny random Qwen2.5-VL and a processor of transformers' classes, as a user would download."""
-    from tokenizers import pre_tokenizers
-    from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-
-    letters = {c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Qwen2TokenizerFast(
-        vocab=letters, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None,
-        extra_special_tokens=[*SPECIALS, "<|video_pad|>"],
-    )  # fmt: skip
-    patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-    processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**patches, min_pixels=16 * 16, max_pixels=40 * 40),
-        tokenizer,
-        Qwen2VLVideoProcessor(**patches),
-        chat_template=TEMPLATE,
-    )
-    config = qwen2_5_vl().config
-    config.text_config.vocab_size = len(tokenizer)
-    for field, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start",) * 2, ("vision_end",) * 2):
-        setattr(config, f"{field}_token_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
     folder = tmp_path_factory.mktemp("qwen")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder, model, processor
+    return folder, *write_qwen(folder)
 
 
 def test_samples_are_what_the_processor_makes(checkpoint):

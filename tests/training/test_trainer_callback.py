@@ -13,9 +13,10 @@ from sar_fast.integrations.hf.features import handle_of
 from sar_fast.integrations.trainer_callback import SARCallback
 from sar_fast.miniature.checkpoint import load_miniature
 from sar_fast.training.arguments import parse
-from sar_fast.training.gradients import GradientSparsityCallback, trainer_of
+from sar_fast.training.gradients import GradientSparsityCallback
 from sar_fast.training.lora import add_lora
 from sar_fast.training.run import build
+from sar_fast.training.trainer_of import trainer_of
 from sar_fast.weighting import HeadScales
 from tests.training.runs import flags, lines, train
 
@@ -110,12 +111,12 @@ def test_a_rule_that_learns_is_refused_in_training_alone(make):
     scales = HeadScales(layers=4, heads=8)
     trainer = make(SARCallback(SARConfig(activation_layer_k=2, weighting=scales)))
     assert trainer.evaluate()["eval_loss"] > 0
-    with pytest.raises(ValueError, match="parameters that learn"):
+    with pytest.raises(ValueError, match="its parameters learn"):
         trainer.train()
     scales.requires_grad_(False)
     trainer.train()
 
 
 def test_a_trainer_that_is_not_there():
-    with pytest.raises(ValueError, match="give it to GradientSparsityCallback"):
+    with pytest.raises(ValueError, match="give it to the callback"):
         trainer_of(TrainerState())

@@ -99,7 +99,7 @@ def run_of(function: Any, queries: Queries) -> Bounds | None:
     A side that nothing limits is None. A block that is not in one piece has no run either; on a GPU, which is not
     waited for, it is an error of a later call.
     """
-    read = _readers().get(getattr(function, "__code__", None))
+    read = _readers().get(getattr(function, "__code__", None)) or _model_readers(function)
     if read is None:
         return None
     captured = zip(function.__code__.co_freevars, function.__closure__ or ())
@@ -146,6 +146,21 @@ def _blocks(queries: Queries, block_sequence_ids: Tensor) -> Bounds | None:
     return Bounds(*(x.gather(1, queries.position.expand(len(x), -1)) - queries.origin for x in runs))
 
 
+def _vision_groups(
+    queries: Queries,
+    group_ids: Tensor | None = None,
+    image_group_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+) -> Bounds | None:
+    """Blocks as models themselves wrote them; they end with the prompt, behind which a static cache has free slots.
+
+    ``token_type_ids`` say again which tokens are of no group.
+    """
+    groups = group_ids if image_group_ids is None else image_group_ids
+    missing = 0 if queries.packed else max(0, queries.num_positions - groups.shape[1])
+    return _blocks(queries, torch.nn.functional.pad(groups, (0, missing), value=-1))
+
+
 def _same_sequence(queries: Queries, packed_sequence_mask: Tensor) -> Bounds | None:
     return Bounds() if queries.packed else None
 
@@ -176,6 +191,14 @@ def _reduced(function: Callable[[Tensor, Tensor], Tensor], sides: list[Tensor]) 
     return functools.reduce(function, sides) if sides else None
 
 
+def _model_readers(function: Any) -> Callable[..., Bounds | None] | None:
+    """What reads a mask function of a model's own file, of which each has a copy."""
+    name = getattr(function, "__qualname__", "")
+    if not getattr(function, "__module__", "").startswith("transformers.models."):
+        return None
+    return _vision_groups if name == "token_type_ids_mask_function.<locals>.inner_mask" else None  # before 5.9
+
+
 @functools.cache
 def _readers() -> dict[Any, Callable[..., Bounds | None]]:
     """Code of a mask function -> what reads it; all closures of one factory share their code.
@@ -191,12 +214,13 @@ def _readers() -> dict[Any, Callable[..., Bounds | None]]:
         masking_utils.sliding_window_overlay(1): _sliding,
         masking_utils.sliding_window_bidirectional_overlay(1): _sliding_both_ways,
         masking_utils.chunked_overlay(1, ids[0]): _chunked,
-        masking_utils.blockwise_overlay(ids): _blocks,
         masking_utils.packed_sequence_mask_function(ids): _same_sequence,
     }
-    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # not in transformers 5.17
-    if remap is not None:
-        known[remap(masking_utils.causal_mask_function, ids)] = _remapped
+    if hasattr(masking_utils, "blockwise_overlay"):  # from 5.9 on
+        known[masking_utils.blockwise_overlay(ids)] = _blocks
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # in later ones
+        remapped = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, ids)
+        known[remapped] = _remapped
     return {function.__code__: read for function, read in known.items() if _holds_what_is_read(function, read)}
 
 

@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-OLDEST = transformers.__version__.startswith("5.17.")  # the oldest that works; it has bugs of its own
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])  # older ones have bugs of their own
+TAKES_ENCODED = VERSION >= (5, 18)  # pictures that are encoded already, mm_encoder_outputs
 IMAGE = 99
 VIDEO = 98
 VOCAB = 120
@@ -32,6 +33,7 @@ class Case:
         beta: small enough that SAR moves the logits of this model.
         static_error: what transformers itself raises when it generates with a static cache here; None = it works.
         video: () -> keyword arguments of one row with a clip, for families with video tokens.
+        since: the first transformers that has the model.
     """
 
     name: str
@@ -44,6 +46,12 @@ class Case:
     beta: float = 0.02
     static_error: type[Exception] | None = None
     video: Callable[[], dict[str, torch.Tensor]] | None = None
+    since: tuple[int, int] = (5, 4)
+
+
+def tower(path: str) -> str:
+    """Where the blocks of a CLIP or SigLIP encoder are: before 5.6 they lie one module deeper."""
+    return path if VERSION >= (5, 6) else path.replace(".encoder", ".vision_model.encoder")
 
 
 def text(model_type: str, **changes: Any) -> dict[str, Any]:

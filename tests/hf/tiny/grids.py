@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.hf.tiny.base import IMAGE, LAYERS, OLDEST, VIDEO, Case, build, noise, randomize, rows_with_pictures, text
+from tests.hf.tiny.base import (
+    IMAGE,
+    LAYERS,
+    VERSION,
+    VIDEO,
+    Case,
+    build,
+    noise,
+    randomize,
+    rows_with_pictures,
+    text,
+    tower,
+)
 
 QWEN_GRIDS = ((1, 8, 12), (1, 12, 8), (1, 6, 10))  # patches (t, h, w) of the pictures
 CLIP = (3, 4, 6)  # of the video: t counts pairs of frames
@@ -381,7 +393,7 @@ def _gemma4_video() -> dict[str, Tensor]:
     pixels, positions = _gemma4_patches([(4, 6)] * 3, 50)
     ids = torch.tensor([row])
     inputs = {"input_ids": ids, "mm_token_type_ids": 2 * (ids == VIDEO).int()}
-    if OLDEST:  # clips of one length, in a dimension of their own
+    if VERSION < (5, 18):  # clips of one length, in a dimension of their own
         return inputs | {"pixel_values_videos": pixels[None], "video_position_ids": positions[None]}
     frames = {"num_frames_per_video": torch.tensor([3])}
     return inputs | {"pixel_values_videos": pixels, "video_position_ids": positions} | frames
@@ -401,6 +413,7 @@ CASES = [
         _untyped(qwen_batch),
         "model.visual.blocks",
         video=_untyped(partial(_video_row, False)),
+        since=(5, 8),
     ),
     Case("qwen3_vl", _qwen3_vl, **_QWEN, video=partial(_video_row, True)),
     Case("qwen3_vl_moe", _qwen3_vl_moe, **_QWEN, video=partial(_video_row, True)),
@@ -430,12 +443,13 @@ CASES = [
         _kimi_batch,
         "model.vision_tower.layers",
         video=kimi_video,
+        since=(5, 13),
     ),
     Case(
         "lfm2_vl",
         _lfm2_vl,
         _lfm2_batch,
-        "model.vision_tower.encoder.layers",
+        tower("model.vision_tower.encoder.layers"),
         attending=(1, 2, 3),
     ),
     *(
@@ -446,6 +460,7 @@ CASES = [
             "model.vision_tower.encoder.layers",
             generated={"mm_token_type_ids": 0},
             video=_gemma4_video,
+            since=(5, 5),
         )
         for name, shared in (("gemma4", 0), ("gemma4-shared-kv", 2))
     ),

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.hf.tiny.base import IMAGE, LAYERS, Case, build, stacked, text, vision
+from tests.hf.tiny.base import IMAGE, LAYERS, Case, build, stacked, text, tower, vision
 
-TOWER = "model.vision_tower.encoder.layers"
+TOWER = tower("model.vision_tower.encoder.layers")
 llava_batch = stacked(16)
 
 
@@ -81,5 +81,5 @@ CASES = [
         **_PREFIX,
         static_error=AttributeError,
     ),
-    Case("deepseek_vl", _deepseek_vl, llava_batch, "model.vision_model.encoder.layers"),
+    Case("deepseek_vl", _deepseek_vl, llava_batch, tower("model.vision_model.encoder.layers")),
 ]

@@ -1,0 +1,2 @@
+class OmegaConfBaseException(Exception):
+    pass
