@@ -46,7 +46,11 @@ setup(
         "deepspeed": ["deepspeed>=0.17", "ninja"],
         "flash": ["flash-attn>=2.7.3"],
         "lmms-eval": ["lmms-eval>=0.7", *TRAIN],
+        # Training stacks (docs/integrations.md)
         "llamafactory": ['llamafactory>=0.9.5; python_version >= "3.11"', "omegaconf>=2.3"],
+        "trl": ["trl>=1.16", *TRAIN],
+        "ms-swift": ["ms-swift>=4.6"],
+        "axolotl": ["axolotl>=0.19", "pydantic>=2"],
         # Grounding DINO runs through transformers: groundingdino-py does not build a model beside transformers 5
         "grounding": ["segment-anything>=1.0", "torchvision"],
         "dev": DEV + NOTEBOOKS + REPORTS + TRAIN,

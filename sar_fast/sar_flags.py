@@ -102,7 +102,7 @@ def _find(spec: str | Mapping[str, Any], sizes: Mapping[str, int]) -> Weighting:
 
 
 @contextlib.contextmanager
-def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
+def naming_flags(flags: Mapping[str, str], dashes: str = "--") -> Iterator[None]:
     """An error that begins with the name of an argument begins with the flag that sets it instead."""
     try:
         yield
@@ -111,7 +111,7 @@ def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
         if name not in flags:
             raise
         kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"--{flags[name]}{str(error)[len(name) :]}") from error
+        raise kind(f"{dashes}{flags[name]}{str(error)[len(name) :]}") from error
 
 
 def check_backend(group: Any, device: torch.device, dtype: torch.dtype) -> None:

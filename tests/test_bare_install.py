@@ -31,6 +31,8 @@ HOMES = {  # the only places where a module of an extra may be imported at once;
     "train": ("evaluation/", "training/"),
     "lmms-eval": ("integrations/lmms_eval/",),
     "llamafactory": ("integrations/llamafactory/",),
+    "ms-swift": ("integrations/ms_swift.py",),
+    "axolotl": ("integrations/axolotl.py",),
 }
 
 
@@ -65,7 +67,14 @@ def imports(root: Path) -> Iterator[tuple[str, bool, Path]]:
 
 def distribution(module: str) -> str:
     """What is installed for a module to be there, in the spelling of setup.py's lists."""
-    return {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image", "lmms_eval": "lmms-eval"}.get(module, module)
+    named = {
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "skimage": "scikit-image",
+        "lmms_eval": "lmms-eval",
+        "swift": "ms-swift",
+    }
+    return named.get(module, module)
 
 
 def test_every_import_is_declared(declared):

@@ -6,6 +6,7 @@ replica its original's, and a copy of a part has none.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sar_fast.integrations.hf.norms import IncomingNorms, placeholders_of
 from sar_fast.integrations.hf.packing import Packing, ask_packing, find_packing
 from sar_fast.integrations.hf.refusals import (
     PIXELS,
+    explain_foreign_forward,
     refuse_ignored_features,
     refuse_merged_embeddings,
     refuse_other_attention,
@@ -204,8 +206,10 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     leave(running)
     if running.brings_pictures:
         handle.prior = running.prior
-    if output is not None and running.reweights:
-        refuse_unreached(handle.sar_layers, running.reached)
+    if output is None:
+        explain_foreign_forward(sys.exc_info()[1], handle.layout.attention_modules)
+    elif running.reweights:
+        refuse_unreached(handle.sar_layers, running.reached, handle.layout.attention_modules)
 
 
 def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -200,7 +201,11 @@ def _model_readers(function: Any) -> Callable[..., Bounds | None] | None:
 
 @functools.cache
 def _readers() -> dict[Any, Callable[..., Bounds | None]]:
-    """Code of a mask function -> what reads it; all closures of one factory share their code."""
+    """Code of a mask function -> what reads it; all closures of one factory share their code.
+
+    A factory that another library replaced makes closures that hold other things: they are not known.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long)  # replaced ones may look at what they are given
     known = {
         masking_utils.causal_mask_function: _causal,
         masking_utils.bidirectional_mask_function: _bidirectional,
@@ -208,11 +213,16 @@ def _readers() -> dict[Any, Callable[..., Bounds | None]]:
         masking_utils.or_masks(): _union,
         masking_utils.sliding_window_overlay(1): _sliding,
         masking_utils.sliding_window_bidirectional_overlay(1): _sliding_both_ways,
-        masking_utils.chunked_overlay(1, None): _chunked,
-        masking_utils.packed_sequence_mask_function(None): _same_sequence,
+        masking_utils.chunked_overlay(1, ids[0]): _chunked,
+        masking_utils.packed_sequence_mask_function(ids): _same_sequence,
     }
     if hasattr(masking_utils, "blockwise_overlay"):  # from 5.9 on
-        known[masking_utils.blockwise_overlay(None)] = _blocks
+        known[masking_utils.blockwise_overlay(ids)] = _blocks
     if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # in later ones
-        known[masking_utils.remap_positions_for_packed_sequence(None, None)] = _remapped
-    return {function.__code__: read for function, read in known.items()}
+        remapped = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, ids)
+        known[remapped] = _remapped
+    return {function.__code__: read for function, read in known.items() if _holds_what_is_read(function, read)}
+
+
+def _holds_what_is_read(function: Callable, read: Callable) -> bool:
+    return {"queries", *function.__code__.co_freevars} == set(inspect.signature(read).parameters)

@@ -70,7 +70,8 @@ def read_mask(
     if mask.dim() == 4:
         return _read_dense(mask, shape, past_length, everywhere)
     raise ValueError(
-        f"attention_mask must be (batch, positions) or (batch, 1, queries, keys); got shape {tuple(mask.shape)}"
+        f"attention_mask must be (batch, positions) or (batch, 1, queries, keys); got shape {tuple(mask.shape)}. Where "
+        "packed sequences begin and end is said by cu_seq_lens_q and cu_seq_lens_k"
     )
 
 

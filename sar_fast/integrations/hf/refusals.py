@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -9,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.cache_state import CacheState
+from sar_fast.integrations.hf.structure import foreign_forward
 from sar_fast.value_checks import check_holds
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # modality -> the argument that brings it
 CURE = (
     "split in front of the text model instead: apply_sar(model, config, shards=Shards(queries=group)) and "
     "sar_fast.integrations.hf.sequence_parallel.split_sequence(model, group)"
+)
+OWN_FORWARD = (
+    "Needed: attention modules that call transformers' attention interface and pass their keyword arguments on; leave "
+    "the other library's packing or fused attention off"
 )
 PLAIN = "plain attention is remove_sar(model) or activation_layer_k=0"
 
@@ -103,16 +110,41 @@ def refuse_unfilled(name: str, modality: str, count: int) -> None:
         )
 
 
-def refuse_unreached(marked: Sequence[int], reached: Set[int]) -> None:
+def refuse_unreached(marked: Sequence[int], reached: Set[int], attention_modules: Sequence[nn.Module]) -> None:
     """``RuntimeError`` if re-weighted layers of a pass that sees pictures never came to SAR's attention function."""
     missing = [layer for layer in marked if layer not in reached]
     if missing:
+        name = foreign_forward(attention_modules[missing[0]])
+        why = (
+            "their forward was replaced (by a kernel library, a fine-tuning framework), they are hidden in a wrapper, "
+            "or they were skipped"
+            if name is None
+            else f"their forward is {name}, which another library put in place of their own"
+        )
         raise RuntimeError(
             f"SAR: attention layers {missing} of the re-weighted {list(marked)} did not attend through SAR in this "
-            "pass, so their heads were not re-weighted: their forward was replaced (by a kernel library, a fine-tuning "
-            "framework), they are hidden in a wrapper, or they were skipped. Needed: attention modules that call "
-            "transformers' attention interface and pass their keyword arguments on"
+            f"pass, so their heads were not re-weighted: {why}. {OWN_FORWARD}"
         )
+
+
+def explain_foreign_forward(error: BaseException, attention_modules: Sequence[nn.Module]) -> None:
+    """A note on an error out of an attention module whose forward was replaced: what reads SAR's masks is SAR's alone.
+
+    In Python 3.10, which has no notes, a warning.
+    """
+    raisers = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    inside = next((m for m in attention_modules if any(id(part) in raisers for part in m.modules())), None)
+    name = None if inside is None else foreign_forward(inside)
+    if name is None:
+        return
+    note = (
+        f"SAR: this attention's forward is {name}, which another library put in place of its own; under SAR it gets "
+        f"masks that only SAR's attention function reads. {OWN_FORWARD}"
+    )
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
 
 
 def refuse_slices(module: nn.Module, layer: int, came: tuple[int, int], needed: tuple[int, int]) -> None:

@@ -144,6 +144,15 @@ def has_config(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("config"), "_attn_implementation")
 
 
+def foreign_forward(attention: nn.Module) -> str | None:
+    """Full name of the forward that another library gave a self-attention module or its class; None = its own."""
+    module = inner_attention(attention)
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    forward = vars(module).get("forward", vars(owner)["forward"])
+    where = getattr(forward, "__module__", type(forward).__module__)
+    return None if where == owner.__module__ else f"{where}.{getattr(forward, '__qualname__', type(forward).__name__)}"
+
+
 def tensor_parallel_shards(model: nn.Module) -> Shards | None:
     """The ranks that share every layer's heads, where transformers' tp_plan split the model."""
     if getattr(model, "tp_size", None) in (None, 1):
