@@ -68,11 +68,8 @@ class Encoder:
         inputs = self._process(text, images)
         offsets = inputs.pop("offset_mapping")[0]
         replacements = (inputs.pop("text_replacement_offsets", None) or [[]])[0]
-        if not replacements and max(end for _, end in offsets) > len(text):
-            raise RecordError(
-                f"{type(self.processor).__name__} does not say where it put pictures' tokens, so answers behind them "
-                "cannot be found; transformers' own processors do from 5.17 on"
-            )
+        if images and not replacements:
+            replacements = self._replacements(text, images, _length_of_text(offsets) - len(text))
         shifted = _shift(spans, replacements)
         ids = list(inputs["input_ids"][0])
         labels = [
@@ -86,6 +83,26 @@ class Encoder:
             per_token = isinstance(value, list) and len(value) == 1 and _length(value[0]) == len(ids)
             features[name] = list(value[0]) if per_token else value
         return self._fit(features)
+
+    def _replacements(self, text: str, images: list[Image.Image], grown: int) -> list[dict[str, tuple[int, int]]]:
+        """Where a processor put pictures' tokens that does not say so, as before transformers 5.10.
+
+        By the length of each picture's tokens in a text of its own; together they must make up the ``grown`` characters
+        that the whole text has more than ``text``.
+        """
+        places = [found.span() for found in re.finditer(re.escape(self.image_token), text)]
+        alone = [self._process(self.image_token, [image])["offset_mapping"][0] for image in images]
+        gains = [_length_of_text(offsets) - len(self.image_token) for offsets in alone]
+        if len(places) != len(images) or sum(gains) != grown:
+            raise RecordError(
+                f"{type(self.processor).__name__} does not say where it put pictures' tokens, and their lengths do not "
+                "tell, so answers behind them cannot be found; transformers' own processors say it from 5.10 on"
+            )
+        found, before = [], 0
+        for (start, end), gain in zip(places, gains):
+            found.append({"span": (start, end), "new_span": (start + before, end + before + gain)})
+            before += gain
+        return found
 
     def blank_image(self) -> dict[str, Any]:
         """Tokens and vision inputs of one blank image, without words around it."""
@@ -196,6 +213,11 @@ def visual_token_ids(processor: Any) -> frozenset[int]:
     """Ids of the placeholders that image or video features replace."""
     named = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
     return frozenset(int(token) for token in named if token is not None)
+
+
+def _length_of_text(offsets: Sequence[tuple[int, int]]) -> int:
+    """Characters up to the last token; special tokens that stand for none have (0, 0)."""
+    return max(end for _, end in offsets)
 
 
 def _shift(spans: list[tuple[int, int]], replacements: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:

@@ -90,11 +90,27 @@ def test_labels_under_other_templates(byte_level, template, expected, images):
     assert ("pixel_values" in features) == (images > 0)
 
 
-def test_a_processor_that_hides_where_pictures_went_is_an_error(processor, monkeypatch):
-    """As those of older transformers and of remote code do: answers behind a picture would not be found again."""
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_a_processor_that_hides_where_pictures_went(processor, monkeypatch, images):
+    """As those before transformers 5.10 and of remote code do: answers behind a picture are found by its length."""
+    want = Encoder(processor)(conversation(*DIALOGUE, images=images))
     encoder = Encoder(processor)
     told = encoder._process
     hidden = lambda *args: {n: v for n, v in told(*args).items() if n != "text_replacement_offsets"}
+    monkeypatch.setattr(encoder, "_process", hidden)
+    assert encoder(conversation(*DIALOGUE, images=images))["labels"] == want["labels"]
+
+
+def test_pictures_that_are_not_found_by_their_lengths_are_an_error(processor, monkeypatch):
+    encoder = Encoder(processor)
+    told = encoder._process
+
+    def hidden(text, images):
+        inputs = {n: v for n, v in told(text, images).items() if n != "text_replacement_offsets"}
+        if text == encoder.image_token:  # its tokens depend on what is around it
+            inputs["offset_mapping"] = [[(0, 1)]]
+        return inputs
+
     monkeypatch.setattr(encoder, "_process", hidden)
     with pytest.raises(RecordError, match="LlavaProcessor does not say where it put pictures' tokens"):
         encoder(conversation(*DIALOGUE))
