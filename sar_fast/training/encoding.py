@@ -69,7 +69,7 @@ class Encoder:
         offsets = inputs.pop("offset_mapping")[0]
         replacements = (inputs.pop("text_replacement_offsets", None) or [[]])[0]
         if images and not replacements:
-            replacements = self._replacements(text, images, _length_of_text(offsets) - len(text))
+            replacements = self._replacements(text, images, _length_of_text(offsets))
         shifted = _shift(spans, replacements)
         ids = list(inputs["input_ids"][0])
         labels = [
@@ -84,24 +84,25 @@ class Encoder:
             features[name] = list(value[0]) if per_token else value
         return self._fit(features)
 
-    def _replacements(self, text: str, images: list[Image.Image], grown: int) -> list[dict[str, tuple[int, int]]]:
+    def _replacements(self, text: str, images: list[Image.Image], length: int) -> list[dict[str, tuple[int, int]]]:
         """Where a processor put pictures' tokens that does not say so, as before transformers 5.10.
 
-        By the length of each picture's tokens in a text of its own; together they must make up the ``grown`` characters
-        that the whole text has more than ``text``.
+        By the length of each picture's tokens in a text of its own; together they must make ``text`` ``length``
+        characters long.
         """
+        before = _length_of_text(self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
         places = [found.span() for found in re.finditer(re.escape(self.image_token), text)]
         alone = [self._process(self.image_token, [image])["offset_mapping"][0] for image in images]
         gains = [_length_of_text(offsets) - len(self.image_token) for offsets in alone]
-        if len(places) != len(images) or sum(gains) != grown:
+        if len(places) != len(images) or before + sum(gains) != length:
             raise RecordError(
                 f"{type(self.processor).__name__} does not say where it put pictures' tokens, and their lengths do not "
                 "tell, so answers behind them cannot be found; transformers' own processors say it from 5.10 on"
             )
-        found, before = [], 0
+        found, gained = [], 0
         for (start, end), gain in zip(places, gains):
-            found.append({"span": (start, end), "new_span": (start + before, end + before + gain)})
-            before += gain
+            found.append({"span": (start, end), "new_span": (start + gained, end + gained + gain)})
+            gained += gain
         return found
 
     def blank_image(self) -> dict[str, Any]:
