@@ -144,6 +144,7 @@ class SARAttention(nn.Module):
         text_mask: Tensor | None = None,
         prior: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
         """Attention of (B, S, hidden_size); causal, but for modules taken from one with ``is_causal=False``.
@@ -154,7 +155,8 @@ class SARAttention(nn.Module):
                 cached ones; with the rotary embedding of its model where the module was taken from one.
             attention_mask: (B, past + S) non-zero = real token, or (B or 1, 1, S, past + S) bool or additive with 0 =
                 visible; on a static cache also over all its columns.
-            past_key_values: a transformers cache; it also carries this layer's decode state.
+            past_key_values: a transformers cache; it also carries this layer's decode state. ``cache`` is its name
+                in transformers 5.24 and newer.
             visual_mask: (B, past + S) bool; text_mask: (B, S) bool; prior: (B, past + S). All three are needed for a
                 prompt, unless the config's weighting needs no statistics. At decode steps the cache remembers V and the
                 prior, and every new query that no 2D attention_mask hides is text unless text_mask says so. For a
@@ -176,6 +178,7 @@ class SARAttention(nn.Module):
         """
         inputs.check_keywords(keywords, causal=self.is_causal)
         inputs.check_not_packed(position_ids, attention_mask)
+        past_key_values = inputs.one_cache(past_key_values, cache)
         if self.training and self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0 in training: no dropout; got {self.attention_dropout}")
         B, S = inputs.check_hidden(hidden_states)

@@ -199,9 +199,9 @@ def _run(module: nn.Module, x: Tensor, embeddings: Any, ids: Tensor) -> Tensor:
         "position_embeddings": embeddings,
         "attention_mask": mask.expand(BATCH, 1, -1, -1),
         "position_ids": ids.expand(BATCH, -1),
-        "past_key_values": None,
     }
     takes = inspect.signature(type(module).forward).parameters
+    named["cache" if "cache" in takes else "past_key_values"] = None
     if all(p.kind != p.VAR_KEYWORD for p in takes.values()):
         named = {n: value for n, value in named.items() if n in takes}
     out = type(module).forward(module, x, **named)

@@ -16,6 +16,7 @@ NAMES = (
     "position_embeddings",
     "attention_mask",
     "past_key_values",
+    "cache",
     "visual_mask",
     "text_mask",
     "prior",
@@ -40,6 +41,13 @@ REFUSED = {
     "softcap": "it is given at construction",
     "dropout": "no kernel has dropout",
 }
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache under either of its names."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; both came, needed one")
+    return cache if past_key_values is None else past_key_values
 
 
 def check_keywords(keywords: dict[str, Any], *, causal: bool) -> None:

@@ -7,12 +7,14 @@ import threading
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from sar_fast import SARConfig, apply_sar, patch_model_for_sar, remove_sar
+from sar_fast.cache_state import state_of
 from sar_fast.integrations.hf import UnsupportedModelError, families
 from sar_fast.weighting import TopHeads
 from tests.hf.oracle import eager_oracle, llava_prior, qwen_prior
-from tests.hf.tiny import MODELS, llava, llava_batch
+from tests.hf.tiny import MODELS, VERSION, llava, llava_batch
 
 FAMILIES = list(MODELS)
 BETA = 0.02  # small enough that the weights are far from uniform on these models
@@ -297,3 +299,26 @@ def test_wrong_vision_layout_is_an_error():
         families.register_family(original, replace=True)
     with pytest.raises(ValueError, match="registered already"):
         families.register_family(broken)
+
+
+def test_a_model_whose_cache_has_another_name_is_refused(monkeypatch):
+    """A newer transformers may rename it once more; decode steps would be plain without a word."""
+    model = llava()
+
+    def forward(self, input_ids=None, key_values=None, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    with pytest.raises(ValueError, match="LlavaModel takes no cache or past_key_values"):
+        apply_sar(model, SARConfig(activation_layer_k=1))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", *(["cache"] if VERSION >= (5, 24) else [])])
+def test_a_cache_is_seen_under_the_name_that_it_came_by(name):
+    model, batch = llava(), llava_batch([1])
+    with apply_sar(model, SARConfig(activation_layer_k=2, beta=0.01, record=True)) as handle, torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        model.model(**batch, **{name: cache}, use_cache=True)
+        assert state_of(cache).length == batch["input_ids"].shape[1]
+        model.model(input_ids=torch.tensor([[20]]), **{name: cache}, use_cache=True)
+        assert handle.stats[3].query_count.item() > 1

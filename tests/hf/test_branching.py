@@ -15,7 +15,7 @@ from sar_fast.integrations.hf.families import Family
 from sar_fast.integrations.hf.features import HANDLE_MARK
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
 from sar_fast.integrations.hf.structure import find_decoder_layers
-from tests.hf.tiny import CASES, MODELS, TAKES_ENCODED
+from tests.hf.tiny import CASES, EVERY_CASE, MODELS, TAKES_ENCODED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -299,7 +299,7 @@ def test_before_5_18_every_prompt_is_run_whole_and_it_is_said(name):
 
 
 def test_sharing_is_refused_where_it_is_not_known_to_be_right():
-    model = CASES["llama4"].make()
+    model = next(case for case in EVERY_CASE if case.name == "llama4").make()
     assert OWN_TOKENS["llama4"] in sharing_of(model).pictures
     with pytest.raises(UnsupportedModelError, match="so several prompts cannot share one"):
         SharedPrefix(apply_sar(model, SARConfig(activation_layer_k=0)), asked(CASES["llava"]))

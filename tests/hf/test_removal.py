@@ -152,7 +152,7 @@ def test_removal_leaves_the_class_of_every_family(case):
     assert not any(hasattr(getattr(cls, name, None), "_sar_watches") for name in FEATURES)
 
 
-@pytest.fixture(params=["llava", "qwen2_5_vl", "llama4", "gemma4"])
+@pytest.fixture(params=[name for name in ("llava", "qwen2_5_vl", "llama4", "gemma4") if name in CASES])
 def case(request):
     return CASES[request.param]
 

@@ -20,6 +20,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sar_fast.config import SARConfig
+from sar_fast.integrations.hf.cache_argument import cache_in, with_cache
 from sar_fast.integrations.hf.features import give_features, norms_on
 from sar_fast.integrations.hf.handle import SARHandle
 from sar_fast.integrations.hf.shared_prefix import SharedPrefix
@@ -133,7 +134,7 @@ def _run_trunk(handle: SARHandle, call: Callable[[], Any], starts: set[int], *, 
     trunk, end = _Trunk(), max(starts)
 
     def keep_embeddings(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         trunk.embeddings, trunk.layers = _hidden_states(args, kwargs), lambda: cache.layers
         if cache is not None and cache.get_seq_length() > 0 and not continues:
             raise ValueError("call must start on an empty cache: settings share a prompt, not a conversation")
@@ -203,7 +204,7 @@ def _branch(handle: SARHandle, trunk: _Trunk, start: int) -> Iterator[None]:
         hidden = _hidden_states(args, kwargs)
         if index == 0:
             _check_same_batch(hidden, trunk)
-            state["cache"] = kwargs.get("past_key_values")
+            state["cache"] = cache_in(kwargs)
         if index == start - 1:
             return trunk.outputs[index]
         return (hidden,) if isinstance(trunk.outputs[start - 1], tuple) else hidden
@@ -288,7 +289,7 @@ def _keys_alone(layer: nn.Module) -> Iterator[None]:
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         with contextlib.suppress(_Enough):
-            original(*args, **{**kwargs, "past_key_values": _KeptKeys(kwargs["past_key_values"])})
+            original(*args, **with_cache(kwargs, _KeptKeys(cache_in(kwargs))))
         return torch.full_like(_hidden_states(args, kwargs), torch.nan)
 
     layer.__dict__["forward"] = forward
@@ -315,7 +316,7 @@ def _last_layer_answers(handle: SARHandle) -> Iterator[None]:
         wrapped = patched is not None  # an offloading wrapper brings the weights and takes them away: one whole call
         if wrapped or not running.brings_pictures or needed == hidden.shape[1]:
             return original(*args, **kwargs)
-        kwargs = {**kwargs, "past_key_values": _KeptKeys(kwargs.get("past_key_values"))}
+        kwargs = with_cache(kwargs, _KeptKeys(cache_in(kwargs)))
         kwargs.pop("hidden_states", None)
         with contextlib.suppress(_Enough):
             original(hidden, *args[1:], **kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sar_fast.cache_state import CacheState, state_of
 from sar_fast.config import SARConfig
 from sar_fast.integrations.hf.attention import ATTENTION_NAME
+from sar_fast.integrations.hf.cache_argument import cache_in, check_cache
 from sar_fast.integrations.hf.features import encoded_norms, handle_of
 from sar_fast.integrations.hf.forward_pass import Pass
 from sar_fast.integrations.hf.host_facts import HostFacts
@@ -62,7 +63,8 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 def _begin(module: nn.Module, handle: Any, given: dict[str, Any]) -> Pass:
     """The pass of ``module``, whose forward was given these arguments by name."""
-    config, cache = config_for(handle.config, handle.layout.base_model, module), given.get("past_key_values")
+    config, cache = config_for(handle.config, handle.layout.base_model, module), cache_in(given)
+    check_cache(cache)
     past_length, past = 0 if cache is None else cache.get_seq_length(), state_of(cache)
     encoded = given.get("mm_encoder_outputs") or {}
     refuse_ignored_features(module, encoded, handle.layout.forward_parameters)
@@ -214,6 +216,6 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
 
 def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Pre-hook of decoder layers: they see the cache that the text model made itself."""
-    running, cache = kwargs.get("sar_context"), kwargs.get("past_key_values")
+    running, cache = kwargs.get("sar_context"), cache_in(kwargs)
     if running is not None and cache is not None and running.cache is None:
         running.meet(cache)

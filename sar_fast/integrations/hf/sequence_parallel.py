@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sar_fast.integrations.hf.cache_argument import cache_in
 from sar_fast.integrations.hf.features import handle_of
 from sar_fast.integrations.hf.structure import find_decoder_layers, unwrap
 
@@ -82,7 +83,7 @@ class SequenceSplit:
             )
 
     def _slice_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        if cache_in(kwargs) is not None or kwargs.get("use_cache"):
             raise ValueError("use_cache must be False under sequence parallelism: it is for training and scoring")
         masks = kwargs.get("attention_mask")
         for mask in masks.values() if isinstance(masks, dict) else [masks]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from sar_fast.integrations.hf.cache_argument import cache_name
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
 from sar_fast.integrations.hf.features import select_norms
 from sar_fast.integrations.hf.handle import SARHandle
@@ -197,9 +198,7 @@ class SharedPrefix:
         if not self._spatial:
             extras["position_ids"] = (self._mask.cumsum(-1) - 1).clamp_min(0)
         self._cache = Cache(layer_class_to_replicate=_PrefixLayer)
-        self._base_model(
-            input_ids=ids, attention_mask=self._mask, **extras, past_key_values=self._cache, use_cache=True
-        )
+        self._base_model(input_ids=ids, attention_mask=self._mask, **extras, **self._on_cache())
 
     def second(self) -> None:
         """Run what follows the prefixes, (R, longest) padded on the right, on the cache of :meth:`first`."""
@@ -213,9 +212,11 @@ class SharedPrefix:
             input_ids=tails,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
+            **self._on_cache(),
         )
+
+    def _on_cache(self) -> dict[str, Any]:
+        return {cache_name(self._base_model): self._cache, "use_cache": True}
 
     def whole(self, first: Tensor, second: Tensor) -> Tensor:
         """(R, S, ...) in the layout of :meth:`inputs`, zeros in its padding, from values (B, prefix, ...) and

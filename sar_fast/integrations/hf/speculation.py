@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.integrations.hf.cache_argument import cache_in
 from sar_fast.integrations.hf.running import enter, innermost, leave
 
 _METHOD = "_get_candidate_generator"
@@ -69,7 +70,7 @@ class CandidateGenerators:
 
     def __call__(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         generator = getattr(type(self.model), _METHOD)(self.model, *args, model_kwargs=model_kwargs, **kwargs)
-        original, cache = generator.get_candidates, model_kwargs["past_key_values"]
+        original, cache = generator.get_candidates, cache_in(model_kwargs)
 
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             enter(self)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from sar_fast.distributed import Shards
+from sar_fast.integrations.hf.cache_argument import NEW, OLD
 from sar_fast.integrations.hf.families import Family, UnsupportedModelError, find_family
 
 
@@ -38,6 +39,11 @@ class Layout:
         self.prior_block = min(2 * L // 3, L - 1)
         self.placeholder_ids = self._find_placeholder_ids()
         self.forward_parameters = parameters_of(type(self.base_model).forward)
+        if not {NEW, OLD} & set(self.forward_parameters):
+            raise UnsupportedModelError(
+                f"model: {type(self.base_model).__name__} takes no {NEW} or {OLD}, so SAR would not see its cache; a "
+                "newer transformers may have given it another name"
+            )
 
     @functools.cached_property
     def family(self) -> Family:
