@@ -15,7 +15,7 @@ from sar_fast.integrations.hf.families import Family
 from sar_fast.integrations.hf.features import HANDLE_MARK
 from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
 from sar_fast.integrations.hf.structure import find_decoder_layers
-from tests.hf.tiny import CASES, EVERY_CASE, MODELS, TAKES_ENCODED
+from tests.hf.tiny import CASES, EVERY_CASE, MODELS, TAKES_ENCODED, VERSION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,10 +106,13 @@ def test_a_fan_of_betas_stops_its_trunk_at_the_branch(name):
 def test_calls_that_cannot_branch_are_errors(name):
     model, inputs, handle = setup(name)
     config, runs = SARConfig(activation_layer_k=2), iter((inputs, MODELS[name][1]([1, 2, 0], first_image=3)))
+    static = lambda: model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
     changed = iter(({}, {"input_ids": torch.where(inputs["input_ids"] == 5, 15, inputs["input_ids"])}))
     for call, message in (
         (lambda: model(**next(runs)), "must run the model on the same inputs every time"),
-        (lambda: model.generate(**inputs, cache_implementation="static", max_new_tokens=2), "must use a dynamic cache"),
+        *(
+            [] if VERSION < (5, 9) else [(static, "must use a dynamic cache")]
+        ),  # which fail on what a stopped run leaves
         (lambda: model(**{**inputs, **next(changed)}), "must run the model on the same inputs every time"),
         (lambda: None, "must run the model that the handle belongs to"),
     ):
