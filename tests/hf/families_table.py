@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from sar_fast.integrations.hf.families import find_family, refused_model_types, registered_families
-from tests.hf.tiny import CASES
+from tests.hf.tiny import CASES, EVERY_CASE
+from tests.hf.tiny.lacks import ANY_PASS, SECOND_TURN, STATIC_CACHE
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = {  # heading -> the tests that must pass for a yes
@@ -59,6 +60,15 @@ Refused:
 
 | `model_type` | why |
 |---|---|
+"""
+BY_VERSION = """
+## By version of transformers
+
+From 5.4 on, all of them but those that came later. Failures of a version itself, without SAR, are listed in
+`tests/hf/tiny/lacks.py`, and the tests show them; `tests/acceptance/transformers_versions.py` runs several versions.
+
+| model | transformers | what |
+|---|---|---|
 """
 TESTED = """
 ## What was tested
@@ -137,7 +147,31 @@ def registry_part() -> str:
         lines.append(f"| {family.name} | {types} | {', '.join(family.placeholder_ids)} | {norms} | {family.note} |\n")
     lines.append(REFUSED)
     lines += [f"| `{model_type}` | {reason} |\n" for model_type, reason in refused_model_types().items()]
+    return "".join(lines) + version_part()
+
+
+def version_part() -> str:
+    """What each version of transformers lacks."""
+    later = sorted({(case.since, case.name) for case in EVERY_CASE if case.since > (5, 4)})
+    lines = [BY_VERSION, *(f"| `{name}` | before {_version(since)} | not there |\n" for since, name in later)]
+    for what, lacks in (
+        ("any pass", ANY_PASS),
+        ("static cache", STATIC_CACHE),
+        ("another turn on a cache", SECOND_TURN),
+    ):
+        for lack in lacks:
+            models = ", ".join(f"`{model}`" for model in lack.models)
+            from_, before = (_version(v) if v not in ((5, 4), (6, 0)) else "" for v in (lack.since, lack.before))
+            span = (
+                " ".join(part for part in (from_ and f"from {from_}", before and f"before {before}") if part) or "all"
+            )
+            how = " or ".join(f"`{error.__name__}`" for error in lack.errors) or "wrong answers"
+            lines.append(f"| {models} | {span} | {what}: {how} |\n")
     return "".join(lines)
+
+
+def _version(parts: tuple[int, int]) -> str:
+    return ".".join(map(str, parts))
 
 
 def tested_part(outcomes: Outcomes) -> str:

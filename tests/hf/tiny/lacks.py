@@ -1,6 +1,6 @@
 """What plain transformers cannot do with these models, by version: tests show each failure.
 
-Seen with 5.4.0, 5.5.4, 5.6.2, 5.8.1, 5.9.0, 5.10.4, 5.13.1, 5.15.1, 5.17.0, 5.18.0, 5.23.0 and 5.24.0.
+Seen with 5.4.0, 5.5.4, 5.6.2, 5.8.1, 5.9.0, 5.10.4, 5.13.1, 5.15.1, 5.17.0 to 5.24.0.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ HYBRID = ("qwen3_5", "qwen3_5_moe", "lfm2_vl")
 STATIC_CACHE = (
     Lack(HYBRID, (KeyError, AttributeError), since=(5, 5), before=(5, 13)),
     Lack(("gemma4",), (IndexError,), before=(5, 10)),
-    Lack(("gemma4",), since=(5, 10), before=(5, 18)),
-    Lack(("gemma4-shared-kv",), before=(5, 18)),
+    Lack(("gemma4",), since=(5, 10), before=(5, 23)),
+    Lack(("gemma4-shared-kv",), before=(5, 23)),
     Lack(("gemma3",), (IndexError,), since=(5, 13), before=(5, 17)),
-    Lack(("llama4",), (TypeError, AttributeError), since=(5, 9), before=(5, 18)),
+    Lack(("llama4",), (TypeError, AttributeError), since=(5, 9), before=(5, 20)),
     Lack(("paligemma2",), (AttributeError,), since=(5, 9)),
 )
 SECOND_TURN = (
