@@ -20,6 +20,8 @@ install: $(STAMP)
 
 # Beside the environment, for the register budget of a common older compiler (tests/kernels/test_aot.py).
 OLD_TRITON := 3.6.0
+# And for a part of the integration's tests on the transformers that LLaMA-Factory takes (tests/hf/test_oldest_version.py).
+OLD_TRANSFORMERS := 5.5.4
 
 $(STAMP): setup.py requirements.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +29,9 @@ $(STAMP): setup.py requirements.txt Makefile
 	@test -e $(VENV)/triton-$(OLD_TRITON)/triton/__init__.py || $(BIN)/python -m pip install \
 	  --disable-pip-version-check --quiet --no-deps --target $(VENV)/triton-$(OLD_TRITON) \
 	  "triton==$(OLD_TRITON); platform_system == 'Linux'"
+	@test -e $(VENV)/transformers-$(OLD_TRANSFORMERS)/transformers/__init__.py || $(BIN)/python -m pip install \
+	  --disable-pip-version-check --quiet --no-deps --target $(VENV)/transformers-$(OLD_TRANSFORMERS) \
+	  "transformers==$(OLD_TRANSFORMERS)" "tokenizers==0.22.2" "huggingface_hub<2"
 	@touch $(STAMP)
 
 demo: $(STAMP)

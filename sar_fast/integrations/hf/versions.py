@@ -1,6 +1,7 @@
 """Which transformers the integration works with; importing this module checks it.
 
-Before 5.17 the mask interface passes other arguments: SAR would fail in the middle of a forward pass, or go wrong.
+Older ones were not run: SAR would fail in the middle of a forward pass, or go wrong. docs/transformers.md says what
+differs between those that are taken.
 """
 
 from __future__ import annotations
