@@ -212,6 +212,7 @@ def test_fine_tuning_logs_gradient_sparsity(place, fine_tuned):
     assert (folder / "model.safetensors").is_file()
 
 
+@pytest.mark.slow  # every day tests/training: the control trainer, its keys at W&B, the figures of a run
 def test_the_control_group_logs_its_loss_and_the_figures_compare_both(place, fine_tuned, control):
     assert keys(control) >= GRADIENTS | GINI
     assert {"train/loss_contrastive", "train/loss_text_gen"} <= keys(control)

@@ -167,7 +167,7 @@ def plan_unscale(call: Call, dout: torch.Tensor, out: torch.Tensor, c: torch.Ten
         "HEAD_DIM_V": call.head_dim_v,
         "BLOCK_DV": padded_head_dim(call.head_dim_v),
         "BLOCK_M": DELTA_ROWS,
-        "ROWS": max(1, 2048 // padded_head_dim(call.head_dim_v)),
+        "ROWS": min(DELTA_ROWS, 2048 // padded_head_dim(call.head_dim_v)),  # the next block's are not this one's
         "VARLEN": call.varlen,
         "ACC": call.triton_acc,
     }

@@ -7,6 +7,7 @@ import torch
 from transformers import StaticCache
 
 from sar_fast import SARConfig, apply_sar
+from tests.helpers import combinations
 from tests.hf.oracle import eager_oracle, llava_prior, refuse_one_graph
 from tests.hf.tiny import MODELS, llava, llava_batch
 
@@ -21,18 +22,17 @@ def loss_and_gradients(model, batch):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(params=list(MODELS))
-def family(request):
-    make, batch = MODELS[request.param]
-    return make(), batch
+# every day each two of these together
+CHECKPOINTED = combinations(
+    *(MODELS, (False, True), (False, True)),
+    daily=lambda family, reentrant, sav_grad: (family == "llava") == (reentrant == sav_grad),
+)
 
 
-@pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "through-weights"])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
-def test_checkpointed_gradients_equal_plain_ones(family, sav_grad, reentrant):
-    model, batch_of = family
-    batch = batch_of([1, 2, 0])
-    model.train()
+@pytest.mark.parametrize(("family", "reentrant", "sav_grad"), CHECKPOINTED)
+def test_checkpointed_gradients_equal_plain_ones(family, reentrant, sav_grad):
+    make, batch_of = MODELS[family]
+    model, batch = make().train(), batch_of([1, 2, 0])
     with apply_sar(model, SARConfig(activation_layer_k=3, beta=BETA, sav_grad=sav_grad)):
         loss, want = loss_and_gradients(model, batch)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -77,9 +77,10 @@ def test_loss_decreases(sav_grad):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("family", MODELS)
 def test_autocast_bf16_runs_in_bf16(family):
-    model, batch_of = family
-    batch = batch_of([1, 2])
+    make, batch_of = MODELS[family]
+    model, batch = make(), batch_of([1, 2])
     with apply_sar(model, SARConfig(activation_layer_k=4, beta=0.5)), torch.no_grad():
         want = model(**batch).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -124,7 +125,7 @@ def test_models_compiled_with_graph_breaks(what, first):
         handle.remove()
 
 
-@pytest.mark.parametrize("mode", ["running", "step", "prompt"])
+@pytest.mark.parametrize("mode", ["running", pytest.param("step", marks=pytest.mark.slow), "prompt"])
 def test_compiled_decode_on_a_static_cache(mode):
     from torch._dynamo.testing import CompileCounter
 

@@ -23,7 +23,8 @@ from sar_kernels.launch import Launch
 
 DTYPE = torch.float64 if FP64 else torch.float32
 CLOSE = {"rtol": 1e-9, "atol": 1e-11} if FP64 else {"rtol": 2e-4, "atol": 2e-5}
-BASE = Case(seqlen_q=75, seqlen_k=75, head_dim=32, images=(((5, 30),), ((3, 20), (33, 41))), dtype=DTYPE)
+IMAGES = (((5, 30),), ((3, 20), (33, 41)))
+BASE = Case(seqlen_q=75, seqlen_k=75, heads=2, kv_heads=1, head_dim=16, images=IMAGES, dtype=DTYPE)
 CASES = {
     "base": BASE,
     "text after the first picture": BASE.but(text_only_rows=False),
@@ -37,30 +38,36 @@ CASES = {
     "runs": BASE.but(visibility=Visibility(chunk=40)),
     "pictures far apart": BASE.but(seqlen_q=70, seqlen_k=200, images=(((3, 20), (170, 180)), ((150, 199),))),
     "no picture": BASE.but(images=(((5, 30),), ())),
-    "odd head dims": BASE.but(head_dim=24, head_dim_v=40),
+    "odd head dims": BASE.but(heads=4, kv_heads=2, head_dim=24, head_dim_v=40),
 }
+CONTAINED = ("base", "full", "window")  # in cases that have more
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] * (name in CONTAINED)) for name in CASES]
 
 
-def forwards(inputs):
-    """(re-weighted in one pass, and from parts), each (out, lse, av, sa, c, count)."""
-    fused = sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+def in_one_pass(inputs):
+    """(out, lse, av, sa, c, count)."""
+    return sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs())
+
+
+def from_parts(inputs):
+    """(out, lse, av, sa, c, count)."""
     out, lse = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.kwargs(weights=False))
     statistics = attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())
-    return fused, (scale_heads(out, *statistics[2:]), lse, *statistics)
+    return scale_heads(out, *statistics[2:]), lse, *statistics
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_from_parts(name):
-    fused, parts = forwards(make(CASES[name]))
-    for what, got, want in zip(("out", "lse", *STATISTICS, "count"), parts, fused):
+    inputs = make(CASES[name])
+    for what, got, want in zip(("out", "lse", *STATISTICS, "count"), from_parts(inputs), in_one_pass(inputs)):
         torch.testing.assert_close(got, want, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "soft cap"])
+@pytest.mark.parametrize("name", [case for case in MARKED if case.values != ("soft cap",)])
 def test_statistics_in_closed_form(name, monkeypatch):
     inputs = make(CASES[name])
     monkeypatch.setattr(plan, "MOMENT_ROWS", 64)
-    _, lse, *expected = forwards(inputs)[0]
+    _, lse, *expected = in_one_pass(inputs)
     launched = []
     monkeypatch.setattr(call, "has_closed_form", lambda *given: True)
     monkeypatch.setattr(Launch, "run", lambda x, run=Launch.run: (launched.append(x.kernel.__name__), run(x)))
@@ -94,8 +101,9 @@ def test_key_tiles_without_visual_keys_are_not_read(closed_form, monkeypatch):
 
 
 def test_as_many_keys_as_a_block_of_the_list_of_tiles():
-    one = BASE.but(seqlen_q=4, seqlen_k=4096, heads=1, kv_heads=1, head_dim=16, images=(((4000, 4090),),))
-    for got, want in zip(*forwards(make(one))):
+    case = BASE.but(seqlen_q=4, seqlen_k=4096, heads=1, kv_heads=1, head_dim=16, images=(((4000, 4090),),))
+    inputs = make(case)
+    for got, want in zip(from_parts(inputs), in_one_pass(inputs)):
         torch.testing.assert_close(got, want, **CLOSE)
 
 
@@ -103,17 +111,17 @@ def test_a_closed_form_that_is_not_trusted_is_not_taken(monkeypatch):
     inputs = make(BASE)
     inputs.k[..., 0] += 1e5 * torch.randn(inputs.k.shape[:-1], dtype=DTYPE)  # a direction in which queries do not look
     inputs.q[..., 0] = 0
-    _, lse, *expected = forwards(inputs)[0]
+    _, lse, *expected = in_one_pass(inputs)
     monkeypatch.setattr(call, "has_closed_form", lambda *given: True)
     found = attention_statistics(inputs.q, inputs.k, lse, *inputs.sav, **inputs.kwargs())
     for got, want in zip(found, expected):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MARKED)
 def test_backward_from_parts(name):
     inputs = make(CASES[name])
-    qkv, (out, lse, av, sa, c, count) = (inputs.q, inputs.k, inputs.v), forwards(inputs)[0]
+    qkv, (out, lse, av, sa, c, count) = (inputs.q, inputs.k, inputs.v), in_one_pass(inputs)
     incoming = {"dav": torch.randn_like(av), "dsa": torch.randn_like(sa), "dc": torch.randn_like(c)}
     dout = torch.randn_like(out).transpose(1, 2).contiguous().transpose(1, 2)  # any strides
     kept = (*inputs.sav, av, sa, c, count)
@@ -162,6 +170,15 @@ def test_packed_sequences_from_parts():
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_sums_are_of_the_rows_of_a_block(head_dim):
+    """A narrow head's rows are taken more at a time, and never the next block's."""
+    dout, out = torch.randn(2, 1, 75, 2, head_dim, dtype=DTYPE)
+    sums = unscale_heads(dout, out, torch.ones(1, 2, dtype=DTYPE), with_sums=True)[2]
+    want = [(dout * out)[:, rows].sum((1, 3)) for rows in (slice(64), slice(64, 75))]
+    torch.testing.assert_close(sums, torch.stack(want, -1), **CLOSE)
+
+
 def test_a_head_whose_weight_underflowed_gives_no_gradient():
     out, dout = torch.zeros(1, 5, 2, 16), torch.randn(1, 5, 2, 16)
     dplain, plain, _ = unscale_heads(dout, out, torch.tensor([[0.0, 2.0]]))
@@ -180,8 +197,8 @@ def test_what_parts_refuse():
     with pytest.raises(ValueError, match="dout: got"):
         unscale_heads(out[:, :4], out, ones)
     inputs = make(BASE.but(mask=torch.ones(1, 1, 75, 75, dtype=torch.bool), causal=False))
-    lse, heads = torch.zeros(2, 4, 75, dtype=DTYPE), torch.ones(2, 4, dtype=DTYPE)
+    lse, heads = torch.zeros(2, 2, 75, dtype=DTYPE), torch.ones(2, 2, dtype=DTYPE)
     kept = (*inputs.sav, heads, heads, heads, heads[:, 0])
-    sums = torch.zeros(2, 4, 2, dtype=DTYPE)
+    sums = torch.zeros(2, 2, 2, dtype=DTYPE)
     with pytest.raises(ValueError, match=r"masks\.packed"):
         statistics_backward(inputs.q, inputs.k, inputs.v, lse, *kept, sums, **inputs.kwargs())

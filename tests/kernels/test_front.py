@@ -299,7 +299,8 @@ def test_a_cache_with_chunks(backend, lengths):
 
 # every day those with all arguments that there are; the others compile no other code
 COMPILED = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("chunks", "mask", "padding") else []) for name in PATTERNS
+    pytest.param(name, marks=[] if name in ("blocks in a window", "mask and padding") else [pytest.mark.slow])
+    for name in PATTERNS
 ]
 
 

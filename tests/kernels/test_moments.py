@@ -76,7 +76,7 @@ def test_takes_what_it_can_and_leaves_the_rest():
     assert (closed[3] < 0.9 * counts[3] * av[3]).all()  # text between the images looks for itself
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_equals_the_in_pass_form(dtype):
     inputs = make(BASE.but(dtype=dtype))
     closed, in_pass = forward(inputs)[0], forward(inputs, closed_form=False)[0]
@@ -124,7 +124,7 @@ def test_products_that_cancel_are_not_trusted():
     assert_relative("av", av, reference(inputs)[1].alignment_variance)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_keys_that_no_text_query_sees_need_not_be_finite(value):
     """Text between two images; in the second of them a key that is not finite: its covariance says nothing."""
     inputs = make(BASE.but(images=(((3, 20), (50, 80)), ((0, 33),)), text_only_rows=False))

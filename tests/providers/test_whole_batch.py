@@ -107,8 +107,7 @@ slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 def test_padding(padding, causal, poisoned):
     case = small(padding=padding, causal=causal)
     assert_forward(case, name_of("torch"))
-    for sav_grad in (False, True):
-        assert_gradients(case, name_of("torch"), sav_grad=sav_grad)
+    assert_gradients(case, name_of("torch"), sav_grad=True)
 
 
 @pytest.mark.parametrize(("Sq", "Sk"), [(13, 21), (21, 13)])

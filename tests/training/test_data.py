@@ -319,7 +319,7 @@ def test_a_changed_record_is_noticed_whatever_the_files_times(tmp_path, encoder,
     assert pictures(processor, training_dataset(found, encoder)) == ["a0", "b0"]
 
 
-@pytest.mark.parametrize(("workers", "streaming"), [(2, False), (0, True)])
+@pytest.mark.parametrize(("workers", "streaming"), [(2, False), pytest.param(0, True, marks=pytest.mark.slow)])
 def test_a_picture_that_disappears_during_training_ends_the_run_in_one_line(
     tmp_path, workers, streaming, monkeypatch, capfd
 ):

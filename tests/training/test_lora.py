@@ -19,6 +19,7 @@ from sar_fast.training.arguments import parse
 from sar_fast.training.run import build
 from tests.adapters import base_model, logits, picture, usual_mode, write_adapter
 from tests.evaluation.benchmarks import arguments as evaluation_arguments
+from tests.helpers import combinations
 from tests.test_cli import QUESTION, fails, run
 from tests.training.runs import flags, launch, parameters, train
 from tests.training.samples import DATA
@@ -96,7 +97,13 @@ def evaluate(out, model, **more):
     return benchmark.run(evaluation_arguments(out, model_name_or_path=str(model), max_samples=8, **more))
 
 
-@pytest.mark.parametrize("sar", [{}, {"use_sar": True, "sar_activation_layer_k": 2}], ids=["plain", "sar"])
+SETTINGS = [
+    pytest.param({}, id="plain", marks=pytest.mark.slow),
+    pytest.param({"use_sar": True, "sar_activation_layer_k": 2}, id="sar"),
+]
+
+
+@pytest.mark.parametrize("sar", SETTINGS)
 def test_an_adapter_is_evaluated_and_so_is_its_merged_model(run_folder, merged, tmp_path, sar):
     scores = [evaluate(tmp_path / name, model, **sar) for name, model in (("a", run_folder), ("m", merged))]
     assert scores[0] == scores[1]
@@ -181,7 +188,7 @@ def test_an_adapter_of_another_kind_is_not_gone_on_with(tmp_path):
         build(parse(flags(tmp_path / "out", model_name_or_path=folder, finetuning_type="lora")))
 
 
-@pytest.mark.parametrize("finetuning_type", ["full", "freeze"])
+@pytest.mark.parametrize("finetuning_type", ["full", pytest.param("freeze", marks=pytest.mark.slow)])
 def test_other_types_train_the_merged_model(run_folder, merged, tmp_path, finetuning_type, caplog):
     caplog.set_level("INFO")
     changes = {"finetuning_type": finetuning_type, "max_steps": 2}
@@ -211,28 +218,32 @@ def test_a_folder_holds_one_kind(run_folder, tmp_path):
     assert find_model(str(out)).adapter == str(out)
 
 
-@pytest.mark.parametrize("finetuning_type", ["full", "lora"])
-def test_configurations_are_saved_as_they_were(tmp_path, finetuning_type):
+SAVED = combinations(
+    ("full", "lora"), (True, False, None), daily=lambda kind, given: (kind == "full") == (given is False)
+)
+
+
+@pytest.mark.parametrize(("finetuning_type", "given"), SAVED)
+def test_configurations_are_saved_as_they_were(tmp_path, finetuning_type, given):
     """Without a cache while training; files with the mode of any other file."""
     base = shutil.copytree(MINIATURE_PATH, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    for given in (True, False, None):
-        config["text_config"].pop("use_cache", None)
-        config["text_config"] |= {} if given is None else {"use_cache": given}
-        (base / "config.json").write_text(json.dumps(config))
-        out = tmp_path / str(given)
-        more = LORA if finetuning_type == "lora" else {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-        trainer = train(out, model_name_or_path=base, **more)
-        assert trainer.model.config.get_text_config().use_cache is False
-        saved = [out, out / "checkpoint-2"]
-        for folder in saved:
-            assert {file.stat().st_mode & 0o777 for file in folder.glob("*.safetensors")} == {usual_mode(tmp_path)}
-        if finetuning_type == "lora":
-            saved = [merge_into(find_model(str(f)), tmp_path / f"{given}{n}") for n, f in enumerate(saved)]
-        for folder in saved:
-            written = json.loads((folder / "config.json").read_text())
-            assert written["text_config"]["use_cache"] is (True if given is None else given)
-            assert "use_cache" not in written
+    config["text_config"].pop("use_cache", None)
+    config["text_config"] |= {} if given is None else {"use_cache": given}
+    (base / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    more = LORA if finetuning_type == "lora" else {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = train(out, model_name_or_path=base, **more)
+    assert trainer.model.config.get_text_config().use_cache is False
+    saved = [out, out / "checkpoint-2"]
+    for folder in saved:
+        assert {file.stat().st_mode & 0o777 for file in folder.glob("*.safetensors")} == {usual_mode(tmp_path)}
+    if finetuning_type == "lora":
+        saved = [merge_into(find_model(str(f)), tmp_path / f"merged{n}") for n, f in enumerate(saved)]
+    for folder in saved:
+        written = json.loads((folder / "config.json").read_text())
+        assert written["text_config"]["use_cache"] is (True if given is None else given)
+        assert "use_cache" not in written
 
 
 def test_the_commands_end_in_one_line(run_folder, tmp_path):

@@ -167,7 +167,7 @@ def test_half_precision_learns_nearly_the_same(tmp_path, packing):
     assert history(tmp_path / "True")[0] == pytest.approx(history(tmp_path / "False")[0], rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_batch_without_pictures_changes_nothing_that_learns_from_them(tmp_path, checkpointing):
     words = {"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "red"}
     data = write_jsonl(tmp_path / "words.jsonl", [{"messages": words}] * 4)
@@ -182,7 +182,7 @@ def test_a_batch_without_pictures_changes_nothing_that_learns_from_them(tmp_path
 # runs that go on
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "rule"])
+@pytest.mark.parametrize("kind", ["full", "lora", pytest.param("rule", marks=pytest.mark.slow)])  # which full contains
 def test_a_resumed_run_is_the_run_left_alone(tmp_path, kind):
     """Bit for bit: the rule, the model, and the optimizer's state."""
     changes = {**SCALES, **STEPS, "finetuning_type": kind}
