@@ -322,3 +322,16 @@ def test_a_cache_is_seen_under_the_name_that_it_came_by(name):
         assert state_of(cache).length == batch["input_ids"].shape[1]
         model.model(input_ids=torch.tensor([[20]]), **{name: cache}, use_cache=True)
         assert handle.stats[3].query_count.item() > 1
+
+
+@pytest.mark.skipif(VERSION < (5, 24), reason="older transformers hand out no features with a pass's output")
+def test_features_that_a_pass_hands_out_are_the_models_own():
+    """Who makes the output anew from its fields, as DDP does, finds a field for each."""
+    model, batch = llava(), llava_batch([1])
+    with apply_sar(model, SARConfig(activation_layer_k=2)), torch.no_grad():
+        found = model(**batch).image_outputs
+        encoded = model.model.get_image_features(batch["pixel_values"])
+        again = model.model(input_ids=batch["input_ids"], mm_encoder_outputs={"image": encoded}).image_outputs
+    for features in (found, again):
+        assert torch.equal(type(features)(**features).pooler_output[0], features.pooler_output[0])
+    assert any(key.startswith("sar_") for key in encoded)  # which may come again

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from sar_fast.config import PriorSource
 from sar_fast.integrations.hf.forward_pass import running_pass
@@ -22,6 +23,7 @@ from sar_fast.integrations.hf.running import enter, innermost, leave
 from sar_fast.integrations.hf.structure import parameters_of
 from sar_fast.value_checks import check_holds
 
+PREFIX = "sar_"  # of the entries on vision features
 HANDLE_MARK = "_sar_handle"  # attribute of base models that SAR is applied to
 
 
@@ -153,12 +155,24 @@ def _token_norms(
     return family.norms_of_tokens(layout.base_model, patch_norms[0], arguments, modality, tokens)
 
 
+def take_off_norms(output: Any) -> None:
+    """Leave SAR's entries out of the features that a pass hands out, as it does from transformers 5.24 on.
+
+    Their class has no fields for them: who makes the output anew, as DDP does, would fail.
+    """
+    for name in ("image_outputs", "video_outputs"):
+        features = output.get(name) if isinstance(output, ModelOutput) else None
+        if isinstance(features, ModelOutput) and any(key.startswith(PREFIX) for key in features):
+            own = {key: value for key, value in features.items() if not key.startswith(PREFIX)}
+            output[name] = type(features)(**own)
+
+
 def _norms_key(modality: str, source: str) -> str:
-    return f"sar_{modality}_norms_{source}"
+    return f"{PREFIX}{modality}_norms_{source}"
 
 
 def _mark_key(modality: str) -> str:
-    return f"sar_{modality}_marks"
+    return f"{PREFIX}{modality}_marks"
 
 
 def _feature_norms(output: Any, name: str) -> Tensor:

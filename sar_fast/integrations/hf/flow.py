@@ -16,7 +16,7 @@ from sar_fast.cache_state import CacheState, state_of
 from sar_fast.config import SARConfig
 from sar_fast.integrations.hf.attention import ATTENTION_NAME
 from sar_fast.integrations.hf.cache_argument import cache_in, check_cache
-from sar_fast.integrations.hf.features import encoded_norms, handle_of
+from sar_fast.integrations.hf.features import encoded_norms, handle_of, take_off_norms
 from sar_fast.integrations.hf.forward_pass import Pass
 from sar_fast.integrations.hf.host_facts import HostFacts
 from sar_fast.integrations.hf.masks import ask_mask, padding_of, read_mask
@@ -206,6 +206,7 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     if handle is None or running is None:
         return
     leave(running)
+    take_off_norms(output)
     if running.brings_pictures:
         handle.prior = running.prior
     if output is None:
