@@ -185,7 +185,8 @@ register_family(
         placeholder_ids=_IMAGE_AND_VIDEO,
         projectors=("mm_projector",),
         whole_prompts="",
-        note="Latent attention: value heads are smaller than key heads. transformers before 5.24 fails on clips of several frames.",
+        note="Latent attention: value heads are smaller than key heads. transformers before 5.24 fails on clips of "
+        "several frames.",
     )
 )
 register_family(
