@@ -305,7 +305,7 @@ def test_the_training_record_is_that_of_the_checkpoint():
 
 
 def test_weights_are_named_as_in_published_checkpoints():
-    """transformers before 5.17 knows no other names, and would start the vision encoder anew."""
+    """transformers before 5.6 knows no other names, and would start the vision encoder anew."""
     with safe_open(MINIATURE_PATH / "model.safetensors", "pt") as weights:
         parts = {name.split(".")[0]: name.split(".")[1] for name in weights.keys()}  # noqa: SIM118  it is no mapping
     assert parts["vision_tower"] == "vision_model"

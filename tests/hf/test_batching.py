@@ -364,7 +364,7 @@ def test_trap2_generate_takes_no_keyword_and_encodes_pictures_first(family):
     with apply_sar(model, SARConfig(activation_layer_k=1, beta=BETA, record=True)) as handle:
         model.generate(**batch, max_new_tokens=1, do_sample=False)
         from_generate = handle.stats[3].head_weights
-        encodes_first = hasattr(model, "_supports_mm_encoder_outputs")  # transformers 5.17 does not
+        encodes_first = hasattr(model, "_supports_mm_encoder_outputs")  # not before 5.18
         assert order == (["vision", "model"] if encodes_first else ["model", "vision"])
         order.clear()
         logits(model, batch)

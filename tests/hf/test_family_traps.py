@@ -126,7 +126,7 @@ def test_pictures_encoded_beforehand(case):
         want = model(**batch).logits
         arguments = {name: x for name, x in batch.items() if name not in TEXT_INPUTS}
         encoded = base.get_image_features(**arguments, **required(model), return_dict=True)
-        if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:  # transformers 5.17
+        if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:  # before 5.18
             with pytest.raises(ValueError, match="of this transformers version would ignore it; pass pixels"):
                 model(**text, mm_encoder_outputs={"image": encoded})
             return
