@@ -5,6 +5,7 @@ Every patch is a right one: without SAR, the patched model's logits are the orig
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -66,8 +67,16 @@ def unpadded_text_model(self, inputs_embeds=None, attention_mask=None, position_
     return modeling_qwen2_5_vl.BaseModelOutputWithPast(last_hidden_state=padded)
 
 
+def rotary_of(attention):
+    """How this transformers rotates Qwen2.5-VL's queries and keys: older ones by the sections of three positions."""
+    if hasattr(modeling_qwen2_5_vl, "apply_rotary_pos_emb"):
+        return modeling_qwen2_5_vl.apply_rotary_pos_emb
+    sections = attention.config.rope_parameters["mrope_section"]
+    return functools.partial(modeling_qwen2_5_vl.apply_multimodal_rotary_pos_emb, mrope_section=sections)
+
+
 def unpadded_attention(self, hidden_states, rotary, ends):
-    qkv = project(self, hidden_states, rotary, modeling_qwen2_5_vl.apply_rotary_pos_emb)
+    qkv = project(self, hidden_states, rotary, rotary_of(self))
     return self.o_proj(attend_by_sequence(*qkv, ends))
 
 
@@ -88,7 +97,7 @@ def test_text_models_without_padding_are_an_error_that_names_the_library(monkeyp
 
 
 def packed_attention(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
-    qkv = project(self, hidden_states, position_embeddings, modeling_qwen2_5_vl.apply_rotary_pos_emb)
+    qkv = project(self, hidden_states, position_embeddings, rotary_of(self))
     return self.o_proj(attend_by_sequence(*qkv, attention_mask.tolist())), None
 
 
