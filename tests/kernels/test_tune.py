@@ -345,7 +345,7 @@ import torch
 from sar_kernels.configs import KernelConfig
 from sar_kernels.shortlist import Choice, compiled
 statistics = Choice("statistics", 128, torch.bfloat16, sav=True)
-print(compiled(statistics, "sm_90", KernelConfig(128, 128, 4, 1), True).problem)
+print(compiled(statistics, "sm_90", KernelConfig(128, 128, 2, 1), True).problem)
 print(compiled(statistics, "sm_90", KernelConfig(64, 96, 4, 1), True).problem)
 """
 

@@ -123,7 +123,7 @@ def test_wrong_values(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("deepspeed", "parallelism", "message"),
     [
-        ({"tensor_parallel": {"autotp_size": 2}}, None, "deepspeed: tensor_parallel.autotp_size is 2: train.py trains"),
+        ({"tensor_parallel": {"autotp_size": 2}}, None, "deepspeed: tensor_parallel.autotp_size is 2: every sample"),
         ({"tensor_parallel": {"tp": {"tp_size": 4}}}, None, "deepspeed: tensor_parallel.tp_size is 4"),
         ({"sequence_parallel_size": 2, "data_parallel_size": 1}, None, "deepspeed: sequence_parallel_size is 2"),
         (None, {"cp_size": 2}, r"parallelism_config: cp_size is 2 \(context parallel\)"),
