@@ -14,7 +14,7 @@ from sar_fast.cache_state import state_of
 from tests.hf.oracle import lacking_without_sar
 from tests.hf.test_caches import MODES, assert_same, config_of, generate, row_of
 from tests.hf.test_wrappers import tuned
-from tests.hf.tiny import IMAGE, llava, llava_batch
+from tests.hf.tiny import IMAGE, VERSION, llava, llava_batch
 
 KEEPS_LENGTH = "a dynamic cache that was reset keeps its length"
 UNSEEN = r"past_key_values: holds \d+ positions?.*reset"
@@ -92,7 +92,8 @@ def test_a_turn_without_sar_in_between_is_an_error(model, mode, static):
         with pytest.raises(ValueError, match=UNSEEN):
             step(model, cache)
         cache.reset()
-        if cache.get_seq_length():
+        if VERSION < (5, 18) and not static:
+            assert cache.get_seq_length() > 0
             with pytest.raises(ValueError, match=UNSEEN), torch.no_grad():
                 model(**row_of(llava_batch, [1], 0), past_key_values=cache)
             lacking_without_sar(KEEPS_LENGTH)
@@ -150,7 +151,8 @@ def test_resetting_makes_an_unseen_cache_good(model, static):
     with apply_sar(model, config_of("running")), torch.no_grad():
         want = step(model, filled(model, row, static))
         cache.reset()
-        if cache.get_seq_length():
+        if VERSION < (5, 18) and not static:
+            assert cache.get_seq_length() > 0
             with pytest.raises(ValueError, match=UNSEEN):
                 model(**row, past_key_values=cache)
             lacking_without_sar(KEEPS_LENGTH)

@@ -119,10 +119,7 @@ def _from_lengths(
         raise ValueError(f"{missing} must be given together with the other; got None")
     for name, lengths in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
         if not isinstance(lengths, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor; got {type(lengths).__name__}, as in continuous batching (generate_batch), "
-                "which SAR does not support: use generate, or remove_sar first"
-            )
+            raise TypeError(f"{name} must be a tensor; got {type(lengths).__name__}")
     if shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q describes one packed row; got a batch of {shape[0]}")
     if not torch.compiler.is_compiling():
