@@ -36,7 +36,7 @@ setup(
     packages=find_packages(".", include=["sar_fast", "sar_fast.*"]) + find_packages("kernels"),
     package_dir={"sar_kernels": "kernels/sar_kernels"},
     package_data={
-        "sar_fast": ["assets/miniature/*", "cli/templates/*", "backends/providers/*.json"],
+        "sar_fast": ["assets/miniature/*", "lab/show/templates/*", "backends/providers/*.json"],
         "sar_kernels": ["*.json"],
     },
     install_requires=CORE,

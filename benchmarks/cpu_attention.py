@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from resident_memory import Call, extra_resident_bytes
 
 from sar_fast import sar_attn_func
-from sar_fast.analysis.eager import eager_sar_attention
-from sar_fast.analysis.timing import attention_inputs, interleaved_times
+from sar_fast.lab.measure.eager import eager_sar_attention
+from sar_fast.lab.measure.timing import attention_inputs, interleaved_times
 
 HERE = Path(__file__).parent
 HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B's attention

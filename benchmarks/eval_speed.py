@@ -37,21 +37,21 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.analysis.eager import EagerSAR, eager_attention
-from sar_fast.cli.loading import build_prompt
-from sar_fast.evaluation.asking import Asker
-from sar_fast.evaluation.focus import DatasetMasks, FocusMetricsEvaluator, GroundingSample
-from sar_fast.evaluation.focus.prompts import DEFAULT_TEMPLATES
-from sar_fast.evaluation.probe import HeadTraining, LayerwiseProbe
-from sar_fast.evaluation.probe.heads import box_iou
-from sar_fast.evaluation.probe.probe import split_by_picture
-from sar_fast.evaluation.prompts import PromptFormat
-from sar_fast.evaluation.tasks import Sample
-from sar_fast.evaluation.tasks.mme import YES_NO
-from sar_fast.integrations.hf.branching import run_branches
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.drawing import COLOURS, SHAPES, draw_scene
-from sar_fast.run_metadata import commit, versions
+from sar_fast.hf.branching import run_branches
+from sar_fast.lab.benchmark.asking import Asker
+from sar_fast.lab.benchmark.tasks import Sample
+from sar_fast.lab.benchmark.tasks.mme import YES_NO
+from sar_fast.lab.focus import DatasetMasks, FocusMetricsEvaluator, GroundingSample
+from sar_fast.lab.focus.prompts import DEFAULT_TEMPLATES
+from sar_fast.lab.io.chat_template import build_prompt
+from sar_fast.lab.io.prompts import PromptFormat
+from sar_fast.lab.measure.eager import EagerSAR, eager_attention
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.drawing import COLOURS, SHAPES, draw_scene
+from sar_fast.lab.probe import HeadTraining, LayerwiseProbe
+from sar_fast.lab.probe.heads import box_iou
+from sar_fast.lab.probe.probe import split_by_picture
+from sar_fast.lab.run.run_metadata import commit, versions
 
 SIDE, PATCH = 336, 14
 LAYERS, WIDTH, HEADS = 16, 256, 8

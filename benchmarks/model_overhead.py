@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sar_fast import SARConfig, apply_sar, remove_sar
-from sar_fast.analysis.eager import EagerSAR, eager_attention
-from sar_fast.analysis.examples import drawn_prompts
-from sar_fast.analysis.timing import interleaved_times
-from sar_fast.integrations.hf import SARHandle
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.questions import build_prompt
+from sar_fast.hf import SARHandle
+from sar_fast.lab.demo.examples import drawn_prompts
+from sar_fast.lab.measure.eager import EagerSAR, eager_attention
+from sar_fast.lab.measure.timing import interleaved_times
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.questions import build_prompt
 
 LAYERS, WIDTH, HEADS, KV_HEADS = 4, 512, 8, 4
 VISUAL, IMAGE = 576, 999

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sar_fast import flash_attn_func, sar_attn_func
-from sar_fast.analysis.eager import eager_sar_attention
-from sar_fast.analysis.timing import SYSTEM_TOKENS, attention_inputs
 from sar_fast.backends.kernel_calls import interpreting
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.providers.choice import PROVIDERS as LIBRARIES
 from sar_fast.backends.select import BY_NAME
+from sar_fast.lab.measure.eager import eager_sar_attention
+from sar_fast.lab.measure.timing import SYSTEM_TOKENS, attention_inputs
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

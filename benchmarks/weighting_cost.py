@@ -25,7 +25,7 @@ from resident_memory import Call, extra_resident_bytes
 from torch import Tensor, nn
 
 from sar_fast import flash_attn_func, sar_attn_func
-from sar_fast.analysis.timing import interleaved_times
+from sar_fast.lab.measure.timing import interleaved_times
 from sar_fast.reference import sar_attention_reference
 from sar_fast.weighting import Fixed, HeadScales, SoftmaxOverHeads, Statistics, SuppressHeads, TopHeads, Weighting
 

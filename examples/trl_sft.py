@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 from sar_fast import SARConfig
 from sar_fast.integrations.trainer_callback import SARCallback
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.questions import draw_questions
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.questions import draw_questions
 
 
 def draw_dataset(per_kind: int) -> Dataset:

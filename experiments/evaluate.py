@@ -1,10 +1,10 @@
 """Evaluates a multimodal model (docs/evaluation.md): ``evaluate.py config.yaml [--flag value ...]``."""
 
-from sar_fast.extras import TRAINING, need_or_exit
+from sar_fast.base.extras import TRAINING, need_or_exit
 
 if __name__ == "__main__":
     need_or_exit("experiments/evaluate.py", *TRAINING)
 
-    from sar_fast.evaluation.run import main
+    from sar_fast.cli.evaluate import main
 
     main()

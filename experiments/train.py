@@ -1,10 +1,10 @@
 """Fine-tunes a multimodal model: ``python experiments/train.py config.yaml [--flag value ...]`` (docs/training.md)."""
 
-from sar_fast.extras import TRAINING, need_or_exit
+from sar_fast.base.extras import TRAINING, need_or_exit
 
 if __name__ == "__main__":
     need_or_exit("experiments/train.py", *TRAINING)
 
-    from sar_fast.training.run import main
+    from sar_fast.lab.training.run import main
 
     main()

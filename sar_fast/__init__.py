@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from sar_fast import moved as moved  # old names of modules
+
 if TYPE_CHECKING:
-    from sar_fast.config import SARConfig
-    from sar_fast.flash import (
+    from sar_fast.attention.flash import (
         flash_attn_func,
         flash_attn_kvpacked_func,
         flash_attn_qkvpacked_func,
@@ -20,39 +21,40 @@ if TYPE_CHECKING:
         flash_attn_varlen_qkvpacked_func,
         flash_attn_with_kvcache,
     )
-    from sar_fast.functional import sar_attn_func, sar_attn_varlen_func, sar_attn_with_kvcache
-    from sar_fast.integrations.hf import SARHandle, apply_sar, patch_model_for_sar, remove_sar
-    from sar_fast.modules import SARAttention
-    from sar_fast.prior import semantic_prior
-    from sar_fast.roles import TokenRoles, token_roles
-    from sar_fast.types import SARState, SARStats
-    from sar_fast.visibility import Visibility
+    from sar_fast.attention.functional import sar_attn_func, sar_attn_varlen_func, sar_attn_with_kvcache
+    from sar_fast.config import SARConfig
+    from sar_fast.hf import SARHandle, apply_sar, patch_model_for_sar, remove_sar
+    from sar_fast.hf.module import SARAttention
+    from sar_fast.method.prior import semantic_prior
+    from sar_fast.method.roles import TokenRoles, token_roles
+    from sar_fast.method.state import SARState, SARStats
+    from sar_fast.method.visibility import Visibility
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "SARAttention": "sar_fast.modules",
+    "SARAttention": "sar_fast.hf.module",
     "SARConfig": "sar_fast.config",
-    "SARHandle": "sar_fast.integrations.hf",
-    "SARState": "sar_fast.types",
-    "SARStats": "sar_fast.types",
-    "TokenRoles": "sar_fast.roles",
-    "Visibility": "sar_fast.visibility",
-    "apply_sar": "sar_fast.integrations.hf",
-    "flash_attn_func": "sar_fast.flash",
-    "flash_attn_kvpacked_func": "sar_fast.flash",
-    "flash_attn_qkvpacked_func": "sar_fast.flash",
-    "flash_attn_varlen_func": "sar_fast.flash",
-    "flash_attn_varlen_kvpacked_func": "sar_fast.flash",
-    "flash_attn_varlen_qkvpacked_func": "sar_fast.flash",
-    "flash_attn_with_kvcache": "sar_fast.flash",
-    "patch_model_for_sar": "sar_fast.integrations.hf",
-    "remove_sar": "sar_fast.integrations.hf",
-    "sar_attn_func": "sar_fast.functional",
-    "sar_attn_varlen_func": "sar_fast.functional",
-    "sar_attn_with_kvcache": "sar_fast.functional",
-    "semantic_prior": "sar_fast.prior",
-    "token_roles": "sar_fast.roles",
+    "SARHandle": "sar_fast.hf",
+    "SARState": "sar_fast.method.state",
+    "SARStats": "sar_fast.method.state",
+    "TokenRoles": "sar_fast.method.roles",
+    "Visibility": "sar_fast.method.visibility",
+    "apply_sar": "sar_fast.hf",
+    "flash_attn_func": "sar_fast.attention.flash",
+    "flash_attn_kvpacked_func": "sar_fast.attention.flash",
+    "flash_attn_qkvpacked_func": "sar_fast.attention.flash",
+    "flash_attn_varlen_func": "sar_fast.attention.flash",
+    "flash_attn_varlen_kvpacked_func": "sar_fast.attention.flash",
+    "flash_attn_varlen_qkvpacked_func": "sar_fast.attention.flash",
+    "flash_attn_with_kvcache": "sar_fast.attention.flash",
+    "patch_model_for_sar": "sar_fast.hf",
+    "remove_sar": "sar_fast.hf",
+    "sar_attn_func": "sar_fast.attention.functional",
+    "sar_attn_varlen_func": "sar_fast.attention.functional",
+    "sar_attn_with_kvcache": "sar_fast.attention.functional",
+    "semantic_prior": "sar_fast.method.prior",
+    "token_roles": "sar_fast.method.roles",
 }
 
 __all__ = [

@@ -8,20 +8,16 @@ import json
 import pickle
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from sar_fast import json_text
-from sar_fast.scalars import is_integer, kind, number, plain
+from sar_fast.base import json_text
+from sar_fast.base.errors import check_choice
+from sar_fast.base.scalars import is_integer, kind, plain
+from sar_fast.method.options import DecodeMode, Normalize, PriorSource, RecordRows, TextQueries, check_beta
 
 if TYPE_CHECKING:
-    from sar_fast.weighting import Weighting
-    from sar_fast.weighting.rows import RowStatistic
+    from sar_fast.method.weighting import Weighting
+    from sar_fast.method.weighting.rows import RowStatistic
 
-Normalize = Literal["none", "standardize"]
-TextQueries = Literal["after_last_image", "after_first_image"]
-PriorSource = Literal["vision_layer", "projected"]
-DecodeMode = Literal["running", "step", "prompt"]
-RecordRows = Literal["none", "last_text"]
 BackendName = Literal["auto", "triton", "composed", "torch"]
-_BACKENDS = get_args(BackendName)  # looked at in every call
 CHOICES = {
     "normalize": Normalize,
     "text_queries": TextQueries,
@@ -31,30 +27,6 @@ CHOICES = {
     "record_rows": RecordRows,
 }
 PAPER_OPTIONS = {"beta": 0.5, "protect_first_head": True, "normalize": "none"}  # of its rule, which another replaces
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` naming the argument unless ``value`` is one of ``choices``."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def check_backend_name(name: str, value: object) -> None:
-    """Raise ``ValueError`` unless ``value`` is a backend's name, or ``"composed:<provider>"``."""
-    if isinstance(value, str) and value.startswith("composed:"):
-        from sar_fast.backends.select import BY_NAME
-
-        check_choice(name, value, tuple(n for n in BY_NAME if ":" in n))
-    else:
-        check_choice(name, value, _BACKENDS)
-
-
-def check_beta(beta: object) -> int | float:
-    """beta as a Python number in (0, inf], else an error; ``inf`` gives every head the same weight."""
-    beta = number("beta", beta)
-    if not beta > 0 or (isinstance(beta, int) and beta.bit_length() > 1023):
-        raise ValueError(f"beta must be > 0 (a softmax temperature) and within a float's range; got {beta!r:.50}")
-    return beta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +82,18 @@ class SARConfig:
         for name, choices in CHOICES.items():
             if name == "normalize" and self.weighting is not None:
                 continue
-            if name == "backend":
-                check_backend_name(name, self.backend)
-            else:
+            if name != "backend":
                 check_choice(name, getattr(self, name), get_args(choices))
+            elif self.backend not in get_args(choices):  # registered ones are known where they are chosen
+                from sar_fast.backends.select import check_backend_name
+
+                check_backend_name(name, self.backend)
             object.__setattr__(self, name, str(getattr(self, name)))
 
     def _check_rule(self) -> None:
         """A weighting comes alone; without one the paper's options get their defaults."""
         if self.weighting is not None:
-            from sar_fast.weighting.softmax import choose_weighting
+            from sar_fast.method.weighting.softmax import choose_weighting
 
             choose_weighting(self.weighting, *(getattr(self, name) for name in PAPER_OPTIONS))
             return
@@ -134,7 +108,7 @@ class SARConfig:
         if isinstance(self.row_statistics, (tuple, list)) and not self.row_statistics:
             object.__setattr__(self, "row_statistics", ())
             return
-        from sar_fast.weighting.rows import named
+        from sar_fast.method.weighting.rows import named
 
         object.__setattr__(self, "row_statistics", named(self.row_statistics))
         if not self.record:
@@ -145,7 +119,7 @@ class SARConfig:
         """How statistics become weights: ``weighting``, or the paper's rule with its options."""
         if self.weighting is not None:
             return self.weighting
-        from sar_fast.weighting.softmax import SoftmaxOverHeads
+        from sar_fast.method.weighting.softmax import SoftmaxOverHeads
 
         return SoftmaxOverHeads(*(getattr(self, name) for name in PAPER_OPTIONS))
 
@@ -175,14 +149,14 @@ class SARConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         rule, rows = values.pop("weighting"), values.pop("row_statistics")
         if rule is not None:
-            from sar_fast.weighting.registry import weighting_to_dict
+            from sar_fast.method.weighting.registry import weighting_to_dict
 
             values = {
                 **{n: v for n, v in values.items() if n not in PAPER_OPTIONS},
                 "weighting": weighting_to_dict(rule),
             }
         if rows:
-            from sar_fast.weighting.rows import names_of
+            from sar_fast.method.weighting.rows import names_of
 
             values["row_statistics"] = names_of(rows)
         return values
@@ -211,7 +185,7 @@ class SARConfig:
         if unknown:
             raise ValueError(f"unknown SARConfig field(s) {unknown}; known: {sorted(known)}")
         if isinstance(values.get("weighting"), (str, dict)):
-            from sar_fast.weighting.registry import find_weighting
+            from sar_fast.method.weighting.find import find_weighting
 
             values = {**values, "weighting": find_weighting(values["weighting"])}
         return cls(**values)

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sar_fast.cli.loading import build_inputs
-from sar_fast.integrations.hf import apply_sar
-from sar_fast.miniature.drawing import draw_scene
-from sar_fast.models import MINIATURE_PATH
+from sar_fast.hf import apply_sar
+from sar_fast.lab.io.answering import build_inputs
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.miniature.drawing import draw_scene
 
 TARGETS = r".*language_model.*\.(q_proj|v_proj|o_proj)"
 QUESTION = "What colour is the circle?"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sar_fast.process_group import leave_process_group
+from sar_fast.lab.run.process_group import leave_process_group
 
 
 def run_ranks(worker: Callable, *arguments: Any, world_size: int = 2) -> None:

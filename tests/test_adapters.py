@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from sar_fast import SARConfig
-from sar_fast.adapters import CONFIG
-from sar_fast.model_errors import FLAGS, ModelError
-from sar_fast.models import MINIATURE_PATH, ModelSource, find_model, load_model, load_processor, load_whole
+from sar_fast.lab.io.adapters import CONFIG
+from sar_fast.lab.io.model_errors import FLAGS, ModelError
+from sar_fast.lab.io.model_source import MINIATURE_PATH, ModelSource
+from sar_fast.lab.io.models import find_model, load_model, load_processor, load_whole
 from tests.adapters import TARGETS, base_model, logits, lora, write_adapter
 
 peft = pytest.importorskip("peft")
@@ -277,7 +278,7 @@ def test_whole_models_with_braces_in_their_names(tmp_path):
 
 def test_a_hub_id_is_asked_once_and_without_waiting(monkeypatch, own):
     """Offline a whole model's name costs nothing here; an adapter of the hub is found by its configuration."""
-    from sar_fast import adapters
+    from sar_fast.lab.io import adapters
 
     asked = []
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sar_fast import flash_attn_func, sar_attn_func
-from sar_fast.functional import plain_attention
-from sar_fast.values import Call, Scores
+from sar_fast.attention.functional import plain_attention
+from sar_fast.method.values import Call, Scores
 from tests.helpers import (
     BACKENDS,
     DTYPES,

@@ -19,11 +19,11 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 
-from sar_fast import extras
-from sar_fast.evaluation import arguments as evaluation_arguments
-from sar_fast.evaluation.run import evaluate
-from sar_fast.training import arguments as training_arguments
-from sar_fast.training.run import build
+from sar_fast.base import extras
+from sar_fast.cli.evaluate import evaluate
+from sar_fast.lab.run import arguments as evaluation_arguments
+from sar_fast.lab.training import arguments as training_arguments
+from sar_fast.lab.training.run import build
 from tests.training.runs import flags
 from tests.training.samples import REPOSITORY
 

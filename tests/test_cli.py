@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from sar_fast import __version__
 from sar_fast.cli import app, loading
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
-from sar_fast.miniature.drawing import draw_scene
+from sar_fast.lab.io.chat_template import build_prompt
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.miniature.drawing import draw_scene
 
 QUESTION = "What colour is the circle?"
 
@@ -83,12 +84,12 @@ def test_prompt_without_chat_template():
     class Bare:
         chat_template = None
 
-    assert loading.build_prompt(Bare(), QUESTION) == f"USER: <image>\n{QUESTION} ASSISTANT:"
+    assert build_prompt(Bare(), QUESTION) == f"USER: <image>\n{QUESTION} ASSISTANT:"
 
 
 def test_miniature_chat_template_is_its_training_prompt():
     _, processor = loading.load_model("miniature")
-    assert loading.build_prompt(processor, QUESTION) == f"USER: <image>\n{QUESTION} ASSISTANT:"
+    assert build_prompt(processor, QUESTION) == f"USER: <image>\n{QUESTION} ASSISTANT:"
 
 
 def test_inspect_describes_a_model():
@@ -243,7 +244,7 @@ def test_doctor_compares_backends():
 
 
 def test_doctor_finds_a_wrong_backend(monkeypatch):
-    monkeypatch.setattr("sar_fast.functional.sar_attn_func", lambda q, *rest, **options: q)
+    monkeypatch.setattr("sar_fast.attention.functional.sar_attn_func", lambda q, *rest, **options: q)
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     assert any(t["status"] == "wrong" for t in json.loads(result.stdout)["backends"])

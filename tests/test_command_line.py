@@ -13,13 +13,13 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from sar_fast import json_text
+from sar_fast.base import json_text
 from sar_fast.cli import app, loading
-from sar_fast.evaluation.arguments import parse as parse_evaluation
-from sar_fast.evaluation.sweep import parse as parse_sweep
-from sar_fast.training import run as training
-from sar_fast.training.arguments import parse as parse_training
-from sar_fast.training.run import run_metadata
+from sar_fast.lab.benchmark.sweep import parse as parse_sweep
+from sar_fast.lab.run.arguments import parse as parse_evaluation
+from sar_fast.lab.training import run as training
+from sar_fast.lab.training.arguments import parse as parse_training
+from sar_fast.lab.training.run import run_metadata
 from tests.training.runs import flags
 from tests.training.samples import REPOSITORY
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from sar_fast import SARConfig, json_text
+from sar_fast import SARConfig
+from sar_fast.base import json_text
 from sar_fast.weighting import Entropy, Equal, Fixed, SoftmaxOverHeads
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sar_fast import ops
+from sar_fast.attention import ops
 from sar_fast.backends.select import BACKENDS
-from sar_fast.distributed import Shards
-from sar_fast.process_group import leave_process_group
-from sar_fast.values import Call, Roles, Scores
+from sar_fast.lab.run.process_group import leave_process_group
+from sar_fast.method.distributed import Shards
+from sar_fast.method.values import Call, Roles, Scores
+from sar_fast.method.weighting.split import split_over
 from sar_fast.weighting import SoftmaxOverHeads
-from sar_fast.weighting.split import split_over
 from tests.distributed_workers import run_ranks
 from tests.helpers import make_case, max_error, relative_error
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar, flash_attn_func, sar_attn_func
-from sar_fast.analysis.timing import attention_inputs
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.questions import build_prompt, draw_questions
-from sar_fast.weighting import Fixed, ReinforceHeads, TopHeads, registry
+from sar_fast.lab.measure.timing import attention_inputs
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.questions import build_prompt, draw_questions
+from sar_fast.method.weighting import registry
+from sar_fast.weighting import Fixed, ReinforceHeads, TopHeads
 from tests.helpers import max_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -448,9 +448,9 @@ def test_dropout(function):
 
 
 def test_running_state_has_no_backward():
-    from sar_fast import ops
+    from sar_fast.attention import ops
     from sar_fast.backends.select import BACKENDS
-    from sar_fast.values import Call, Roles, Scores, Sums
+    from sar_fast.method.values import Call, Roles, Scores, Sums
     from sar_fast.weighting import SoftmaxOverHeads
 
     x = dense()

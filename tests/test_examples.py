@@ -12,8 +12,8 @@ import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.questions import build_prompt, draw_questions
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.questions import build_prompt, draw_questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"

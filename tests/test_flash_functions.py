@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sar_fast import (
-    flash,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -17,10 +16,10 @@ from sar_fast import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
-    flash_cache,
 )
-from sar_fast.kvcache import Step
-from sar_fast.values import Result
+from sar_fast.attention import flash, flash_cache
+from sar_fast.method.kvcache import Step
+from sar_fast.method.values import Result
 from tests.helpers import max_error, sdpa, visible
 
 pytestmark = pytest.mark.usefixtures("one_thread")

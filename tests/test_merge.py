@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sar_fast.merging import merge_into
-from sar_fast.models import MINIATURE_PATH, find_model, load_model
+from sar_fast.lab.io.merging import merge_into
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.io.models import find_model, load_model
+from sar_fast.method.weighting.files import save_weighting
 from sar_fast.weighting import HeadScales, find_weighting
-from sar_fast.weighting.files import save_weighting
 from tests.adapters import TARGETS, base_model, logits, lora, usual_mode, write_adapter
 from tests.test_cli import fails, run
 

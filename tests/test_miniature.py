@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sar_fast.miniature.checkpoint import MINIATURE_PATH, answer, load_miniature
-from sar_fast.miniature.drawing import (
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.miniature.checkpoint import answer, load_miniature
+from sar_fast.lab.miniature.drawing import (
     BACKGROUNDS,
     COLOURS,
     HALF_EXTENT,
@@ -26,7 +27,7 @@ from sar_fast.miniature.drawing import (
     draw_scene,
     photograph,
 )
-from sar_fast.miniature.questions import (
+from sar_fast.lab.miniature.questions import (
     BOX_BINS,
     KINDS,
     Question,

@@ -13,8 +13,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from sar_fast import SARAttention, SARConfig
-from sar_fast.dense_masks import has_values
-from sar_fast.modules.positions import rotate
+from sar_fast.hf.dense_masks import has_values
+from sar_fast.hf.module.positions import rotate
 from sar_fast.reference import sar_attention_reference
 
 SIZES = {

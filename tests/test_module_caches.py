@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from sar_fast import SARAttention, SARConfig
-from sar_fast.cache_state import state_of
-from sar_fast.modules.positions import rotate
+from sar_fast.hf.cache_state import state_of
+from sar_fast.hf.module.positions import rotate
 from sar_fast.reference import sar_attention_reference
 
 B, PROMPT, TOTAL, CAPACITY = 3, 11, 15, 24

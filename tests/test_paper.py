@@ -13,12 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from sar_fast.cli import app
-from sar_fast.evaluation import benchmark, focus, probe, sweep
-from sar_fast.paper import Paper, run
-from sar_fast.paper import run as package_run
-from sar_fast.paper.report import findings
-from sar_fast.paper.stages import run_stage
-from sar_fast.threads import VARIABLES, one_thread_for
+from sar_fast.lab import focus, probe
+from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.benchmark import sweep
+from sar_fast.lab.paper import Paper, run
+from sar_fast.lab.paper import run as package_run
+from sar_fast.lab.paper.report import findings
+from sar_fast.lab.paper.stages import run_stage
+from sar_fast.lab.run.threads import VARIABLES, one_thread_for
 
 GROUPS = ("Base", "SFT", "SFT + SAR", "Control")
 
@@ -152,7 +154,7 @@ def test_the_miniature_takes_one_thread_unless_the_environment_says_otherwise(mo
 
 def stages(with_sar: float, sfs: float) -> dict:
     """Stages of made-up results: every benchmark scores 50, but with SAR."""
-    from sar_fast.paper.run import TASKS
+    from sar_fast.lab.paper.run import TASKS
 
     made = {}
     for group in GROUPS:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from sar_fast.pictures import PictureError, encode_png, find_picture, open_mask, open_picture, shown_size
+from sar_fast.lab.io.pictures import PictureError, encode_png, find_picture, open_mask, open_picture, shown_size
 
 REPOSITORY = Path(__file__).parents[1]
 ORIENTATION = 0x0112
@@ -420,4 +420,4 @@ def test_nothing_else_opens_or_converts_pictures():
     assert len(others) > 100
     for path in others:
         for word in ("Image.open", 'convert("RGB', "convert('RGB", "Pictures.open"):
-            assert word not in path.read_text(encoding="utf-8"), f"{path} has {word}: use sar_fast.pictures"
+            assert word not in path.read_text(encoding="utf-8"), f"{path} has {word}: use sar_fast.lab.io.pictures"

@@ -13,11 +13,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sar_fast import SARConfig, sar_attn_func
-from sar_fast.analysis import accuracy, heatmap, measurements, overlay
-from sar_fast.analysis.eager import eager_sar_attention
-from sar_fast.analysis.recording import record, recording_off
-from sar_fast.analysis.timing import attention_inputs
 from sar_fast.cli import app, loading
+from sar_fast.lab.demo import accuracy
+from sar_fast.lab.io.answering import build_inputs
+from sar_fast.lab.measure import measurements
+from sar_fast.lab.measure.eager import eager_sar_attention
+from sar_fast.lab.measure.recording import record, recording_off
+from sar_fast.lab.measure.timing import attention_inputs
+from sar_fast.lab.show import heatmap, overlay
 
 
 def demo(folder, *arguments: str) -> tuple[str, dict]:
@@ -115,7 +118,7 @@ def test_a_page_of_another_rule_names_it(drawn, tmp_path, own_rules):
 def test_recording_off_changes_nothing():
     model, processor = loading.load_model("miniature")
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    inputs = loading.build_inputs(model, processor, [picture], ["What colour is the circle?"])
+    inputs = build_inputs(model, processor, [picture], ["What colour is the circle?"])
     seen = record(model, inputs, recording_off(model, SARConfig(activation_layer_k=2)))
     assert sorted(seen.stats) == [0, 1, 2, 3]
     assert all((s.head_weights == 1).all() for s in seen.stats.values())

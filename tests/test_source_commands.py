@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from sar_fast.evaluation.focus.grounding import GroundedMasks
-from sar_fast.miniature.checkpoint import MINIATURE_PATH, load_miniature
+from sar_fast.lab.focus.grounding import GroundedMasks
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.miniature.checkpoint import load_miniature
 from tests.evaluation.test_focus_grounding import bert, detector, original_sam, segmenter, tiny_swin, write_config  # noqa: F401
 from tests.evaluation.test_focus_grounding import original as original_detector  # noqa: F401
 from tests.training.samples import DATA, REPOSITORY

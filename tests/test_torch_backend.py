@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sar_fast import Visibility, ops
+from sar_fast import Visibility
+from sar_fast.attention import ops
 from tests.helpers import BACKENDS, assert_forward, assert_gradients, dtype_id, make_case, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")

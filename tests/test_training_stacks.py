@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sar_fast import SARConfig
-from sar_fast.integrations.hf.features import handle_of
+from sar_fast.hf.features import handle_of
 from sar_fast.integrations.options import config_of
 from tests.hf.tiny import llava
 
@@ -162,7 +162,7 @@ def test_the_library_imports_no_training_stack():
     script = """
 import importlib, pkgutil, sys, sar_fast
 for module in pkgutil.walk_packages(sar_fast.__path__, "sar_fast."):
-    own = module.name.startswith("sar_fast.integrations.") and not module.name.startswith("sar_fast.integrations.hf")
+    own = module.name.startswith("sar_fast.integrations.") and not module.name.startswith("sar_fast.hf")
     if not own and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 print(sorted({name.split(".")[0] for name in sys.modules}))

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from sar_fast import sar_attn_func, sar_attn_varlen_func, value_checks
-from sar_fast.analysis.timing import attention_inputs
-from sar_fast.value_checks import LaterChecks, check_prior_values
+from sar_fast import sar_attn_func, sar_attn_varlen_func
+from sar_fast.lab.measure.timing import attention_inputs
+from sar_fast.method import value_checks
+from sar_fast.method.value_checks import LaterChecks, check_prior_values
 
 
 class Travelling:

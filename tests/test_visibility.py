@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sar_fast import Visibility, sar_attn_func, sar_attn_varlen_func
+from sar_fast.method.visibility import as_mask, query_positions
 from sar_fast.reference import sar_attention_reference
-from sar_fast.visibility import as_mask, query_positions
 from tests.helpers import BACKENDS, Case, assert_forward, assert_gradients, dtype_id, make_case
 
 

@@ -179,7 +179,7 @@ def _kernel_call(inputs: Inputs):
 def _forward_launches(inputs: Inputs) -> list:
     """What a SAR forward launches, in order."""
     from sar_kernels.call import WeightOptions
-    from sar_kernels.plan import plan_sar_forward
+    from sar_kernels.dense.plan import plan_sar_forward
 
     call, roles = _kernel_call(inputs)
     return plan_sar_forward(call, *roles, WeightOptions(0.5))[1]
@@ -188,8 +188,8 @@ def _forward_launches(inputs: Inputs) -> list:
 def _backward_launches(inputs: Inputs, through: bool) -> list:
     """What a SAR backward launches, in order; the forward that it needs has run."""
     from sar_kernels.call import WeightOptions
+    from sar_kernels.dense.plan import Through, plan_backward, plan_sar_forward
     from sar_kernels.launch import run_all
-    from sar_kernels.plan import Through, plan_backward, plan_sar_forward
 
     call, roles = _kernel_call(inputs)
     weights = WeightOptions(0.5)
@@ -203,9 +203,9 @@ def _backward_launches(inputs: Inputs, through: bool) -> list:
 def statistics_launches(inputs: Inputs) -> list:
     """What statistics from another library's log-sum-exp launch, and the scaling of its output."""
     from sar_kernels.attention import attention_forward
-    from sar_kernels.beside import plan_scale
     from sar_kernels.call import WeightOptions
-    from sar_kernels.plan import plan_attention_statistics
+    from sar_kernels.dense.beside import plan_scale
+    from sar_kernels.dense.plan import plan_attention_statistics
 
     call, roles = _kernel_call(inputs)
     out, lse = attention_forward(call.q, call.k, call.v, options=call.options)

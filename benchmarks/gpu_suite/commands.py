@@ -87,9 +87,11 @@ def tests(bench: Bench) -> None:
 def tiles(bench: Bench) -> None:
     """The tuner over the shortlist; what it found is ``tuned.json`` among the results, for a person to take over."""
     found = bench.out / "tuned.json"
-    command = ["-m", "sar_kernels.tune", "--shortlist", str(SHORTLIST), "--out", str(found)]
+    command = ["-m", "sar_kernels.tools.tune", "--shortlist", str(SHORTLIST), "--out", str(found)]
     if bench.tiny:
-        status, output = _run(bench, bench.device.command([], ["-m", "sar_kernels.tune", "--help"]), "commands.log")
+        status, output = _run(
+            bench, bench.device.command([], ["-m", "sar_kernels.tools.tune", "--help"]), "commands.log"
+        )
     else:
         seconds = ["--seconds", str(int(bench.left() - 3)), "--milliseconds", "20"]
         status, output = _run(bench, bench.device.command([], [*command, *seconds]), "commands.log")

@@ -29,14 +29,14 @@ from gpu_suite.inputs import (
     short_shapes,
 )
 from gpu_suite.slices import SHORTLIST
-from sar_kernels.beside import plan_beside
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
-from sar_kernels.decode_aot import masks_of
-from sar_kernels.decode_plan import DecodeCall
+from sar_kernels.decode.plan import DecodeCall
+from sar_kernels.dense.beside import plan_beside
+from sar_kernels.dense.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
 from sar_kernels.launch import Launch
 from sar_kernels.masks import plan_pack_mask
-from sar_kernels.plan import Through, plan_attention_forward, plan_backward, plan_sar_forward
-from sar_kernels.tune import from_shortlist, launches
+from sar_kernels.tools.decode_aot import masks_of
+from sar_kernels.tools.tune import from_shortlist, launches
 
 MULTIPROCESSORS = 132  # an H100's or H200's; they choose the number of splits, which compiles nothing anew
 DECODE_MODES = ("running", "step", "prompt", "plain")
@@ -62,7 +62,7 @@ class Planner:
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
     ) -> list[Launch]:
-        """A forward call and, "constant" or "through", its backward; masks as `sar_kernels.aot` names them."""
+        """A forward call and, "constant" or "through", its backward; masks as `sar_kernels.tools.aot` names them."""
         batch, length, heads, kv_heads, head_dim = (shape[n] for n in ("B", "N", "H", "Hkv", "D"))
         q, dout = (self.empty(batch, length, heads, head_dim) for _ in range(2))
         k, v = (self.empty(batch, length, kv_heads, head_dim) for _ in range(2))

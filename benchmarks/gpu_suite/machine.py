@@ -26,7 +26,7 @@ def about(rehearse: bool) -> dict[str, Any]:
     """What tells this run's records from others': the GPU and the measured code, with versions beside."""
     import torch
 
-    from sar_fast.run_metadata import commit, versions
+    from sar_fast.lab.run.run_metadata import commit, versions
 
     smi = {} if rehearse else nvidia_smi()
     return {

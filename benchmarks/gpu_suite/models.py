@@ -15,7 +15,7 @@ from torch import nn
 from gpu_suite.bench import Bench
 from gpu_suite.inputs import Shape
 from sar_fast import SARConfig, apply_sar
-from sar_fast.analysis.eager import EagerSAR, eager_attention
+from sar_fast.lab.measure.eager import EagerSAR, eager_attention
 
 QUESTION = 48  # text tokens after the picture
 NEW_TOKENS = 16

@@ -17,7 +17,7 @@ from gpu_suite.device import Call
 from gpu_suite.gate import check_prefill
 from gpu_suite.inputs import Shape, part_of, pattern_shapes, sizes
 from sar_fast import Visibility, flash_attn_func, sar_attn_func
-from sar_fast.visibility import as_mask, query_positions
+from sar_fast.method.visibility import as_mask, query_positions
 
 PATTERNS = ("window", "chunks", "pictures in a window", "prefix", "mask")
 

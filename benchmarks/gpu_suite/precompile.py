@@ -69,7 +69,7 @@ Place = tuple[str, int]  # a slice, and which of its launches
 def distinct(slices: Sequence[str], arch: str) -> tuple[dict[tuple, Place], dict[str, set[tuple]]]:
     """Every kernel that must be compiled, by what the compiler is told of it, and those of each slice."""
     from gpu_suite.kernels import launches_of
-    from sar_kernels.aot_measure import compile_key
+    from sar_kernels.tools.aot_measure import compile_key
 
     found: dict[tuple, Place] = {}
     of_slice: dict[str, set[tuple]] = {}

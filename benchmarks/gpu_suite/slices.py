@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-SHORTLIST = Path(__file__).parents[1] / "shortlist_sm_90.json"  # made by sar_kernels.shortlist
+SHORTLIST = Path(__file__).parents[1] / "shortlist_sm_90.json"  # made by sar_kernels.tools.shortlist
 
 
 @dataclass(frozen=True)

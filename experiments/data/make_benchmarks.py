@@ -2,8 +2,8 @@
 
     python experiments/data/make_benchmarks.py            # rewrites benchmarks/ beside this file
 
-Pictures are the miniature's (sar_fast/miniature), from seeds that its training never used, and so are the words: the
-miniature knows no others. The layouts are those of lmms-lab's parquet files, so the commands are those of full scale.
+Pictures are the miniature's (sar_fast/lab/miniature), from seeds that its training never used, and so are the words:
+the miniature knows no others. The layouts are those of lmms-lab's parquet files, so the commands are those of full scale.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image
 from PIL import Image as Pictures
 
-from sar_fast.miniature.drawing import COLOURS, SHAPES, Scene, draw_scene
-from sar_fast.miniature.questions import WORDINGS
+from sar_fast.lab.miniature.drawing import COLOURS, SHAPES, Scene, draw_scene
+from sar_fast.lab.miniature.questions import WORDINGS
 
 HERE = Path(__file__).parent
 BACKGROUNDS = ("plain", "gradient", "texture", "photograph")

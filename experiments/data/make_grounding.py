@@ -3,7 +3,7 @@
     python experiments/data/make_grounding.py
 
 One row per drawn object: ``image``, ``query``, ``object_prompt``, ``bbox`` (x1, y1, x2, y2 in pixels), ``mask`` (PNG),
-``label`` (its shape). Pictures are those of the miniature (sar_fast/miniature), from seeds that training never used.
+``label`` (its shape). Pictures are those of sar_fast/lab/miniature, from seeds that training never used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sar_fast.miniature.drawing import draw_scene
-from sar_fast.miniature.questions import WORDINGS
+from sar_fast.lab.miniature.drawing import draw_scene
+from sar_fast.lab.miniature.questions import WORDINGS
 
 HERE = Path(__file__).parent
 BACKGROUNDS = ("plain", "plain", "gradient", "photograph")

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sar_fast.evaluation.tables import Table, open_table
-from sar_fast.evaluation.tasks import Sample, TaskOptions, find_task
-from sar_fast.training.records import RecordError, open_image
+from sar_fast.lab.benchmark.tables import Table, open_table
+from sar_fast.lab.benchmark.tasks import Sample, TaskOptions, find_task
+from sar_fast.lab.io.records import RecordError, open_image
 
 HERE = Path(__file__).parent
 QUERY = "Where is {} in the image?"

@@ -2,7 +2,7 @@
 
     python experiments/data/make_shapes.py            # rewrites shapes*.parquet, shapes*.json and images/
 
-Pictures and questions are the miniature's (sar_fast/miniature), from seeds that its training never used.
+Pictures and questions are the miniature's (sar_fast/lab/miniature), from seeds that its training never used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sar_fast.miniature.drawing import Scene, draw_scene
-from sar_fast.miniature.questions import ask
+from sar_fast.lab.miniature.drawing import Scene, draw_scene
+from sar_fast.lab.miniature.questions import ask
 
 HERE = Path(__file__).parent
 BACKGROUNDS = ("plain", "plain", "gradient", "photograph")

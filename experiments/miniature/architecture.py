@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sar_fast.miniature.drawing import COLOURS, SHAPES
-from sar_fast.miniature.questions import BOX_BINS, POSITIONS, WORDINGS, build_prompt
+from sar_fast.lab.miniature.drawing import COLOURS, SHAPES
+from sar_fast.lab.miniature.questions import BOX_BINS, POSITIONS, WORDINGS, build_prompt
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 GRID = IMAGE_SIZE // PATCH_SIZE

@@ -9,8 +9,8 @@ import torch
 from architecture import GRID, IMAGE_SIZE, PATCH_SIZE
 from transformers import LlavaProcessor
 
-from sar_fast.miniature.drawing import BACKGROUNDS, COLOURS, SHAPES, TRAINING_PHOTOGRAPHS, Scene, draw_scene
-from sar_fast.miniature.questions import Question, ask, build_prompt
+from sar_fast.lab.miniature.drawing import BACKGROUNDS, COLOURS, SHAPES, TRAINING_PHOTOGRAPHS, Scene, draw_scene
+from sar_fast.lab.miniature.questions import Question, ask, build_prompt
 
 BACKGROUND_SHARES = (0.25, 0.15, 0.25, 0.35)  # of BACKGROUNDS, in its order
 FOREGROUND_COVERAGE = 0.25  # a patch shows an object from this share of its pixels on

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 import transformers
 
-from sar_fast.miniature.checkpoint import MINIATURE_PATH, answer, load_miniature
-from sar_fast.miniature.drawing import (
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.miniature.checkpoint import answer, load_miniature
+from sar_fast.lab.miniature.drawing import (
     COLOURS,
     HELD_OUT_PHOTOGRAPHS,
     SHAPES,
     TRAINING_PHOTOGRAPHS,
     Scene,
 )
-from sar_fast.miniature.questions import KINDS, POSITIONS, Question, draw_questions, is_correct
+from sar_fast.lab.miniature.questions import KINDS, POSITIONS, Question, draw_questions, is_correct
 
 HERE = Path(__file__).parent
 HELD_OUT_SEED = 20_001  # training draws from the children of SeedSequence(seed), never from default_rng of a list

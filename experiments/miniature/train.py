@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
-from sar_fast.miniature.drawing import COLOURS, SHAPES
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.miniature.drawing import COLOURS, SHAPES
 
 HERE = Path(__file__).parent
 MUON_RATE, ADAMW_RATE = 0.02, 2e-3

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import torch
 
-from sar_kernels.beside import attention_statistics, scale_heads, statistics_backward, unscale_heads
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
-from sar_kernels.launch import run_all
-from sar_kernels.masks import NO_MASKS, Masks, pack_mask
-from sar_kernels.plan import (
+from sar_kernels.dense.beside import attention_statistics, scale_heads, statistics_backward, unscale_heads
+from sar_kernels.dense.plan import (
     Through,
     plan_attention_forward,
     plan_backward,
     plan_sar_forward,
 )
+from sar_kernels.launch import run_all
+from sar_kernels.masks import NO_MASKS, Masks, pack_mask
 
 __all__ = [
     "AttentionOptions",

@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages: frozen values chosen by a pure function of what the compiler sees.
 
 Nothing is tuned at run time. The rows below were chosen by compiling ahead of time for registers, spills and shared
-memory (`python -m sar_kernels.aot`); `python -m sar_kernels.tune` measures on a GPU and writes better ones to
-`tuned.json` beside this file, which take precedence.
+memory (`python -m sar_kernels.tools.aot`); `python -m sar_kernels.tools.tune` measures on a GPU and writes better ones
+to `tuned.json` beside this file, which take precedence.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from torch import Tensor
 from sar_fast.backends.blocks import within
 from sar_fast.backends.protocol import Gradients
 from sar_fast.backends.weight_gradients import statistics_gradients
-from sar_fast.tracing import recording
-from sar_fast.values import Call, Result, Sums
-from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.softmax import Lowered
+from sar_fast.method.tracing import recording
+from sar_fast.method.values import Call, Result, Sums
+from sar_fast.method.weighting.constant import Equal
+from sar_fast.method.weighting.softmax import Lowered
 
 _BLOCK_BYTES = 256 << 20  # of scores that are held at once
 

@@ -26,7 +26,7 @@ from sar_fast.backends.providers.choice import PROVIDERS, refusal
 from sar_fast.backends.providers.cpu import CPU_FLASH
 from sar_fast.backends.providers.protocol import Provider
 from sar_fast.backends.sequence import Sequence
-from sar_fast.values import Call, Scores
+from sar_fast.method.values import Call, Scores
 
 _ROWS = 128  # of a call under a mask: more see keys in vain, fewer leave the kernel too little to do
 

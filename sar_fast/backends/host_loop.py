@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from sar_fast.backends import small, torch_backend
+from sar_fast.backends.blocks import scale_heads_
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.sequence import Sequence, dense_last, part_of, sequences_of
 from sar_fast.backends.statistics import gather_rows, statistics_backward, statistics_forward, text_visual_block
 from sar_fast.backends.torch_backend import log_sum_exp
 from sar_fast.backends.weight_gradients import statistics_gradients
-from sar_fast.head_scaling import scale_heads_
-from sar_fast.kvcache import Step
-from sar_fast.values import Call, Result, Statistics, Sums
-from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.softmax import Lowered
+from sar_fast.method.kvcache import Step
+from sar_fast.method.values import Call, Result, Statistics, Sums
+from sar_fast.method.weighting.constant import Equal
+from sar_fast.method.weighting.softmax import Lowered
 
 logger = logging.getLogger("sar_fast")
 

@@ -13,10 +13,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sar_fast.backends.protocol import Gradients
 from sar_fast.backends.sequence import dense_last
-from sar_fast.tracing import capturing
-from sar_fast.values import Bounds, Call, Result, Scores, Statistics, Sums
-from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.softmax import Lowered, flatten
+from sar_fast.method.tracing import capturing
+from sar_fast.method.values import Bounds, Call, Result, Scores, Statistics, Sums
+from sar_fast.method.weighting.constant import Equal
+from sar_fast.method.weighting.softmax import Lowered, flatten
 
 
 def interpreting() -> bool:

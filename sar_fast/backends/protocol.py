@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sar_fast.kvcache import Step
-from sar_fast.values import Call, Result, Scores, Statistics
-from sar_fast.weighting.softmax import Lowered
+from sar_fast.method.kvcache import Step
+from sar_fast.method.values import Call, Result, Scores, Statistics
+from sar_fast.method.weighting.softmax import Lowered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]  # of av, sa and c, each [B, H]
 
 
 class Backend(Protocol):
-    """One way to compute attention. ``sar_fast.ops`` calls it below ``torch.compile`` and autograd.
+    """One way to compute attention. ``sar_fast.attention.ops`` calls it below ``torch.compile`` and autograd.
 
     Attributes:
         name: what users call it.

@@ -14,8 +14,8 @@ from sar_fast.backends.providers.choice import PROVIDERS, measured_lengths, meas
 from sar_fast.backends.providers.protocol import Provider
 from sar_fast.backends.triton import Triton
 from sar_fast.backends.whole_batch import WholeBatch
-from sar_fast.config import check_backend_name
-from sar_fast.values import Scores
+from sar_fast.base.errors import check_choice
+from sar_fast.method.values import Scores
 
 # in the order in which "auto" tries them where nothing was measured
 BACKENDS: dict[str, Backend] = {
@@ -34,6 +34,12 @@ def register_provider(provider: Provider) -> None:
 
 for _provider in list(PROVIDERS.values()):
     register_provider(_provider)
+
+
+def check_backend_name(argument: str, name: object) -> None:
+    """Raise :class:`~sar_fast.base.errors.ArgumentError` unless ``name`` is ``"auto"`` or a backend's."""
+    of_provider = isinstance(name, str) and ":" in name
+    check_choice(argument, name, tuple(n for n in BY_NAME if ":" in n) if of_provider else ("auto", *BACKENDS))
 
 
 def choose_backend(name: str, request: Request) -> Backend:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sar_fast.validation import check_ends
-from sar_fast.values import Bounds, Call, Roles, Scores
+from sar_fast.method.validation import check_ends
+from sar_fast.method.values import Bounds, Call, Roles, Scores
 
 
 def dense_last(x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Sequence:
     """Views of one sample. ``key_valid`` (Sk,) and ``mask`` (Sq, Sk) are bool, True = may be seen.
 
     Of samples side by side, which have no roles, ``key_valid`` is (Sk, Hkv), each kv head's.
-    ``first`` and ``end`` bound the run of keys that each query sees (:class:`~sar_fast.values.Bounds`).
+    ``first`` and ``end`` bound the run of keys that each query sees (:class:`~sar_fast.method.values.Bounds`).
     """
 
     q: Tensor  # [Sq, H, D]

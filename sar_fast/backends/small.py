@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sar_fast.backends.batched import block_sums
 from sar_fast.backends.sequence import Sequence, dense_last
-from sar_fast.values import Call
+from sar_fast.method.values import Call
 
 _SAMPLE = 1 << 18  # entries of one sample, whoever is beside it; beyond them arithmetic is what costs
 _BLOCK_BYTES = 8 << 20

@@ -17,11 +17,11 @@ from sar_fast.backends.kernel_calls import (
 )
 from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.sequence import dense_last
-from sar_fast.kvcache import Cache, Step
-from sar_fast.validation import MAX_HEAD_DIM, check_ends
-from sar_fast.values import Call, Result, Statistics, Sums
-from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.softmax import Lowered
+from sar_fast.method.kvcache import Cache, Step
+from sar_fast.method.validation import MAX_HEAD_DIM, check_ends
+from sar_fast.method.values import Call, Result, Statistics, Sums
+from sar_fast.method.weighting.constant import Equal
+from sar_fast.method.weighting.softmax import Lowered
 
 DECODE_QUERIES = 16  # up to this many queries per sample run through the decode kernels
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -145,7 +145,7 @@ def _decode_call(call: Call, rule: Lowered) -> Result:
 
 def _append(q: Tensor, cache: Cache) -> Tensor:
     """Write a cache's new keys and values; (B,) int32 lengths after that."""
-    from sar_kernels.decode_call import append_kv
+    from sar_kernels.decode.call import append_kv
 
     lengths = cache.device_lengths(q)
     if cache.new_k is not None:
@@ -164,7 +164,7 @@ def _decode(
 
     New sums go to ``sums_out`` (contiguous), or into the step's.
     """
-    from sar_kernels.decode_call import decode_forward, sar_decode_forward
+    from sar_kernels.decode.call import decode_forward, sar_decode_forward
 
     q, cache, roles, sums, c = dense_last(step.q), step.cache, step.roles, step.sums, step.c
     table = None if cache.block_table is None else dense_last(cache.block_table)

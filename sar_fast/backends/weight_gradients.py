@@ -7,9 +7,9 @@ from torch import Tensor
 
 from sar_fast.backends.protocol import Gradients
 from sar_fast.backends.sequence import part_of
-from sar_fast.values import Call, Result
-from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.softmax import Lowered
+from sar_fast.method.values import Call, Result
+from sar_fast.method.weighting.constant import Equal
+from sar_fast.method.weighting.softmax import Lowered
 
 
 def statistics_gradients(

@@ -21,10 +21,10 @@ from sar_fast.backends.protocol import Gradients, Request, nothing_computed
 from sar_fast.backends.providers.choice import refusal
 from sar_fast.backends.providers.protocol import Provider
 from sar_fast.backends.triton import Triton, is_step
-from sar_fast.kvcache import Step
-from sar_fast.values import Bounds, Call, Result
-from sar_fast.weighting.constant import Equal
-from sar_fast.weighting.softmax import Lowered
+from sar_fast.method.kvcache import Step
+from sar_fast.method.values import Bounds, Call, Result
+from sar_fast.method.weighting.constant import Equal
+from sar_fast.method.weighting.softmax import Lowered
 
 
 class WholeBatch:

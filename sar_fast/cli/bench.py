@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sar_fast import json_text
+from sar_fast.base import json_text
+from sar_fast.base.extras import TRAINING, need
 from sar_fast.cli import options
 from sar_fast.cli.errors import Commands, UserError
-from sar_fast.extras import TRAINING, need
 
 bench = typer.Typer(cls=Commands, help="Measure on this machine.", no_args_is_help=True)
 
@@ -50,8 +50,8 @@ def train(
     """
     need("sar-fast bench train", *TRAINING)
     from sar_fast.cli import loading
-    from sar_fast.training.benchmark import remark, sample_inputs, training_steps
-    from sar_fast.training.throughput import known_peak
+    from sar_fast.lab.training.benchmark import remark, sample_inputs, training_steps
+    from sar_fast.lab.training.throughput import known_peak
 
     options.check_sar(k, beta=beta, backend=backend)
     if peak_flops is not None and not 0 < peak_flops < math.inf:

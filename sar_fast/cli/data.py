@@ -100,8 +100,8 @@ def summary(verdicts: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 def _check(file: Path, entry: dict[str, Any], media_dir: Path, encoder: Any) -> Iterator[dict[str, Any]]:
     """Verdicts on chat records, or on grounding samples: the first row says which."""
-    from sar_fast.evaluation.focus.check import grounding_verdicts, is_grounding
-    from sar_fast.training.records import Layout, read_rows
+    from sar_fast.lab.focus.check import grounding_verdicts, is_grounding
+    from sar_fast.lab.io.records import Layout, read_rows
 
     rows = read_rows(file)
     first = next(rows, None)
@@ -117,7 +117,7 @@ def _check(file: Path, entry: dict[str, Any], media_dir: Path, encoder: Any) -> 
 
 
 def _verdicts(rows: Iterable[tuple[int, Any]], layout: Any, media_dir: Path, encoder: Any) -> Iterator[dict[str, Any]]:
-    from sar_fast.training.records import RecordError, id_in_messages, open_image, to_record
+    from sar_fast.lab.io.records import RecordError, id_in_messages, open_image, to_record
 
     for index, row in rows:
         name = id_in_messages(row)
@@ -139,7 +139,7 @@ def _verdicts(rows: Iterable[tuple[int, Any]], layout: Any, media_dir: Path, enc
 
 def _entry(file: Path, dataset_info: Path | None) -> dict[str, Any]:
     """What the registry says about a file; nothing if it is not in one."""
-    from sar_fast.training.registry import REGISTRY_NAME, load_registry
+    from sar_fast.lab.io.datasets import REGISTRY_NAME, load_registry
 
     folder = file.parent
     if dataset_info is not None:
@@ -153,9 +153,9 @@ def _entry(file: Path, dataset_info: Path | None) -> dict[str, Any]:
 
 
 def _encoder(model: str, base_model: str | None, max_length: int | None) -> Any:
-    from sar_fast import models
     from sar_fast.cli import loading
-    from sar_fast.training.encoding import Encoder
+    from sar_fast.lab.io import models
+    from sar_fast.lab.training.encoding import Encoder
 
     with loading.options_named():
         processor = models.load_processor(models.find_model(model, base_model))

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sar_fast.base.extras import need
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
-from sar_fast.extras import need
-from sar_fast.threads import one_thread_for
+from sar_fast.lab.run.threads import one_thread_for
 
 if TYPE_CHECKING:
-    from sar_fast.cli.demo_results import Results
+    from sar_fast.lab.demo.results import Results
 
 
 def demo(
@@ -81,8 +81,8 @@ def demo(
         loaded, processor = loading.load_model(model, device, dtype, base_model)
         config = options.sar_config(loaded, k, **given)
 
-        from sar_fast.analysis.examples import Prompt, drawn_prompts
-        from sar_fast.cli import demo_results as work
+        from sar_fast.lab.demo import results as work
+        from sar_fast.lab.demo.examples import Prompt, drawn_prompts
 
         say("asking with and without SAR")
         prompts = drawn_prompts(seed, num_questions) if picture is None else [Prompt(picture, question)]

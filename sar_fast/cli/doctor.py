@@ -116,7 +116,7 @@ def choices() -> list[dict[str, Any]]:
 
     from sar_fast.backends.protocol import Request
     from sar_fast.backends.select import choose_backend
-    from sar_fast.values import Scores
+    from sar_fast.method.values import Scores
 
     calls = {
         "inference": {},
@@ -143,12 +143,12 @@ def choices() -> list[dict[str, Any]]:
 def _trial(backend: str, device: str, dtype_name: str) -> dict[str, Any]:
     import torch
 
-    from sar_fast.analysis.timing import attention_inputs
+    from sar_fast.attention.functional import sar_attn_func
     from sar_fast.backends.protocol import Request
     from sar_fast.backends.select import BY_NAME
-    from sar_fast.functional import sar_attn_func
-    from sar_fast.reference import sar_attention_reference
-    from sar_fast.values import Scores
+    from sar_fast.lab.measure.timing import attention_inputs
+    from sar_fast.method.reference import sar_attention_reference
+    from sar_fast.method.values import Scores
 
     dtype = getattr(torch, dtype_name)
     inputs = attention_inputs(128, 64, dtype, heads=4, kv_heads=2, head_dim=64, device=device)

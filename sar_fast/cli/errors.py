@@ -8,8 +8,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from sar_fast.extras import EXTRA_OF, MissingExtraError, need
-from sar_fast.foreign_flags import hint
+from sar_fast.base.errors import ArgumentError
+from sar_fast.base.extras import EXTRA_OF, MissingExtraError, need
+from sar_fast.lab.run.foreign_flags import hint
 
 OPTION_OF = {  # names that library errors begin with, as the option that sets them
     "activation_layer_k": "--k",
@@ -23,6 +24,7 @@ OPTION_OF = {  # names that library errors begin with, as the option that sets t
     "output_dir": "--output_dir",
     "max_samples": "--max_samples",
     "epochs": "--epochs",
+    "question": "--question",
 }
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which typer brings or, if older, imports
 INTERRUPTED = 130  # what a shell shows for a command that Ctrl-C ended
@@ -34,6 +36,8 @@ class UserError(Exception):
     @classmethod
     def of(cls, error: Exception) -> UserError:
         """A library's ``ValueError`` or ``TypeError``, with the argument's name turned into the option's."""
+        if isinstance(error, ArgumentError):
+            return cls(" ".join(error.worded(OPTION_OF).split()))
         message = " ".join(str(error).split())
         for argument, option in OPTION_OF.items():
             for separator in (":", " ", "="):
@@ -81,6 +85,10 @@ def _line(error: Exception) -> str | None:
         except MissingExtraError as missing:
             return str(missing)
         return None  # installed, and broken
+    elif isinstance(error, ArgumentError):
+        text = error.worded(OPTION_OF)
+    elif type(error).__name__ == "ProcessorRefusal":  # without importing torch
+        text = f"--image and --question: {error}"
     elif isinstance(error, UserError | MissingExtraError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         text = str(error)
     else:

@@ -50,16 +50,18 @@ def generate(
         raise UserError(f"--{name} has no effect without --use_sar; add it")
     options.check_sar(**chosen)
     from sar_fast.cli import loading
+    from sar_fast.lab.io.answering import build_inputs
+    from sar_fast.lab.io.chat_template import tokenizer_of
 
     picture = loading.open_image(image)
     loaded, processor = loading.load_model(model, device, dtype, base_model)
-    inputs = loading.build_inputs(loaded, processor, [picture], [question])
+    inputs = build_inputs(loaded, processor, [picture], [question])
 
     from transformers import TextStreamer
 
-    from sar_fast.integrations.hf import apply_sar
+    from sar_fast.hf import apply_sar
 
     sar = apply_sar(loaded, options.sar_config(loaded, **chosen)) if use_sar else contextlib.nullcontext()
-    streamer = TextStreamer(loading.tokenizer_of(processor), skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer_of(processor), skip_prompt=True, skip_special_tokens=True)
     with sar:
         loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sar_fast import json_text
+from sar_fast.base import json_text
+from sar_fast.base.extras import need
+from sar_fast.base.wording import cut
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
-from sar_fast.extras import need
-from sar_fast.wording import cut
 
 LABELS = {
     "model_type": "model type",
@@ -71,6 +71,7 @@ def inspect(
         if heatmap.suffix != ".png" or heatmap.is_dir() or not heatmap.parent.is_dir():
             raise UserError(f"--heatmap must be a .png file in a folder that exists; got {str(heatmap)!r}")
     from sar_fast.cli import loading
+    from sar_fast.lab.io.answering import build_inputs
 
     given = {"beta": beta, "normalize": normalize, "weighting": weighting, "backend": backend}
     options.check_sar(k, **given)
@@ -78,14 +79,14 @@ def inspect(
     loaded, processor = loading.load_model(model, device, dtype, base_model)
     config = options.sar_config(loaded, k, **given)
 
-    from sar_fast.integrations.hf import apply_sar
+    from sar_fast.hf import apply_sar
 
     with apply_sar(loaded, config) as handle:
         found: dict[str, Any] = {"model": model, **handle.describe(), "config": config.to_dict()}
     if picture is not None:
-        inputs = loading.build_inputs(loaded, processor, [picture], [question])
+        inputs = build_inputs(loaded, processor, [picture], [question])
         found |= _measure(loaded, inputs, config)
-        from sar_fast.pictures import picture_name
+        from sar_fast.lab.io.pictures import picture_name
 
         found["input"] |= {"image": picture_name(image), "question": question}
     if heatmap is not None:
@@ -98,7 +99,7 @@ def inspect(
 
 def _measure(model: Any, inputs: Any, config: Any) -> dict[str, Any]:
     """What one prompt gets: ``input`` and per layer the statistics, lists over heads."""
-    from sar_fast.analysis.recording import record
+    from sar_fast.lab.measure.recording import record
 
     try:
         seen = record(model, inputs, config)
@@ -126,7 +127,7 @@ def _measure(model: Any, inputs: Any, config: Any) -> dict[str, Any]:
 def _draw(found: dict[str, Any], path: Path) -> None:
     import numpy as np
 
-    from sar_fast.analysis.heatmap import save_heatmap
+    from sar_fast.lab.show.heatmap import save_heatmap
 
     rows = found["layers"]
     if not rows:

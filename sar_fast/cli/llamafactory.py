@@ -6,8 +6,8 @@ import dataclasses
 
 import typer
 
+from sar_fast.base.extras import need
 from sar_fast.cli.errors import Commands, UserError
-from sar_fast.extras import need
 
 llamafactory = typer.Typer(cls=Commands, help="LLaMA-Factory, with SAR.", no_args_is_help=True)
 NAME = "sar-fast llamafactory"

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sar_fast.base.extras import need
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
-from sar_fast.extras import need
 
 
 def merge(
@@ -35,8 +35,8 @@ def merge(
     """
     need("sar-fast merge", "peft")
     from sar_fast.cli import loading
-    from sar_fast.merging import merge_into
-    from sar_fast.models import find_model
+    from sar_fast.lab.io.merging import merge_into
+    from sar_fast.lab.io.models import find_model
 
     try:
         with loading.options_named(model="ADAPTER"):

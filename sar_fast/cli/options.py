@@ -10,7 +10,7 @@ import typer
 
 from sar_fast.cli.errors import UserError
 from sar_fast.config import SARConfig
-from sar_fast.output_dir import check_output_dir
+from sar_fast.lab.io.output_dir import check_output_dir
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +82,7 @@ def make_folder(output_dir: Path) -> None:
 
 def check_sar(k: int | None, **given: Any) -> None:
     """What can be wrong with the options of SAR whatever the model is, before one is loaded."""
-    from sar_fast.sar_flags import check_rule
+    from sar_fast.lab.run.sar_flags import check_rule
 
     try:
         SARConfig(**_fields({"activation_layer_k": k, **given}, check_rule)).to_dict()  # as results keep it
@@ -92,9 +92,9 @@ def check_sar(k: int | None, **given: Any) -> None:
 
 def sar_config(model: nn.Module, k: int | None, **given: Any) -> SARConfig:
     """The configuration that the options ask for, tried on the model; an option left at None takes its default."""
-    from sar_fast.analysis.recording import attention_layers
-    from sar_fast.integrations.hf import apply_sar
-    from sar_fast.sar_flags import find_rule
+    from sar_fast.hf import apply_sar
+    from sar_fast.lab.measure.recording import attention_layers
+    from sar_fast.lab.run.sar_flags import find_rule
 
     try:
         if k is None:
@@ -111,7 +111,7 @@ def _fields(given: dict[str, Any], find: Callable[[str], Any]) -> dict[str, Any]
     """The options that are given, as fields of ``SARConfig``; ``find`` the rule that a text names."""
     fields = {name: value for name, value in given.items() if value is not None}
     if "weighting" in fields:
-        from sar_fast.sar_flags import refuse_papers
+        from sar_fast.lab.run.sar_flags import refuse_papers
 
         refuse_papers("--weighting", [f"--{name}" for name in ("beta", "normalize") if name in fields])
         fields["weighting"] = find(fields["weighting"])

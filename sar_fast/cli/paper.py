@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sar_fast.base.extras import TRAINING, need
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
-from sar_fast.extras import TRAINING, need
 
 
 def paper(
@@ -30,7 +30,7 @@ def paper(
     depends on them is done again. About ten minutes on 2 cores.
     """
     need("sar-fast paper", *TRAINING, "matplotlib", "skimage")
-    from sar_fast.paper import Paper, run
+    from sar_fast.lab.paper import Paper, run
 
     try:
         wanted = Paper(output_dir, k, beta, max_samples=max_samples, epochs=epochs)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sar_fast.base.extras import need
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
-from sar_fast.extras import need
 
 
 def plot(
@@ -28,7 +28,7 @@ def plot(
     * `sar-fast plot results/mini_sft results/mini_control --output_dir results/mini_figures`
     """
     need("sar-fast plot", "matplotlib")
-    from sar_fast.training.plots import log_path, plot_figure_3, plot_figure_4, read_log
+    from sar_fast.lab.training.plots import log_path, plot_figure_3, plot_figure_4, read_log
 
     files = [log_path(run).resolve() for run in runs]
     for number, run in enumerate(runs):

@@ -6,8 +6,8 @@ import logging
 
 import typer
 
+from sar_fast.base.extras import TRAINING, need
 from sar_fast.cli.errors import UserError
-from sar_fast.extras import TRAINING, need
 
 
 def sweep(context: typer.Context) -> None:
@@ -24,7 +24,7 @@ def sweep(context: typer.Context) -> None:
       --beta 0.1 0.5 --output_dir results/sweep`
     """
     need("sar-fast sweep", *TRAINING, "matplotlib")
-    from sar_fast.evaluation import sweep as sweeping
+    from sar_fast.lab.benchmark import sweep as sweeping
 
     if not context.args or {"--help", "-h"} & set(context.args):
         typer.echo(context.get_help())

@@ -8,9 +8,10 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, model_validator
 from torch import nn
 
-from sar_fast.config import BackendName, Normalize, PriorSource, TextQueries
-from sar_fast.integrations.hf import apply_sar
+from sar_fast.config import BackendName
+from sar_fast.hf import apply_sar
 from sar_fast.integrations.options import config_of
+from sar_fast.method.options import Normalize, PriorSource, TextQueries
 
 KEYS = {  # field of SARConfig -> key of the YAML
     **{name: f"sar_{name}" for name in ("activation_layer_k", "beta", "protect_first_head", "normalize", "weighting")},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sar_fast.config import SARConfig
-from sar_fast.sar_flags import find_rule, naming_flags
+from sar_fast.lab.run.sar_flags import find_rule, naming_flags
 
 
 def config_of(options: Mapping[str, Any], names: Mapping[str, str], model_config: Any) -> SARConfig:

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sar_fast.config import SARConfig
-from sar_fast.integrations.hf import SARHandle, apply_sar
-from sar_fast.integrations.hf.features import handle_of
-from sar_fast.integrations.hf.structure import unwrap
-from sar_fast.training.rules import is_trained
-from sar_fast.weighting.split import module_of
+from sar_fast.hf import SARHandle, apply_sar
+from sar_fast.hf.features import handle_of
+from sar_fast.hf.structure import unwrap
+from sar_fast.lab.training.rules import is_trained
+from sar_fast.method.weighting.split import module_of
 
 
 class SARCallback(TrainerCallback):
@@ -55,7 +55,7 @@ class SARCallback(TrainerCallback):
         self._check(kwargs["model"])
         if is_trained(module_of(self.config.weighting)):
             raise ValueError(
-                "weighting: its parameters learn, and sar_fast.training.trainers.SFTTrainer alone trains and saves "
+                "weighting: its parameters learn, and sar_fast.lab.training.trainers.SFTTrainer alone trains and saves "
                 "those; for any other Trainer freeze them, weighting.requires_grad_(False)"
             )
 

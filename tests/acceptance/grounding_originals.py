@@ -4,7 +4,7 @@
     python tests/acceptance/grounding_originals.py --groundingdino GroundingDINO --segment-anything segment-anything
 
 Random models are built from the original modules (Grounding DINO with its own Swin-T and few, narrow layers), saved as
-their checkpoints are, converted by ``sar_fast.evaluation.focus.checkpoints`` and run on the same input. What the
+their checkpoints are, converted by ``sar_fast.lab.focus.checkpoints`` and run on the same input. What the
 originals import but do not need here (torchvision, timm, OpenCV ...) is stood in for, and their BERT wrapper, which
 transformers 5 breaks, calls BERT itself; so nothing needs to be compiled or installed.
 """
@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from sar_fast.evaluation.focus.checkpoints import load_detector, load_segmenter
-from sar_fast.evaluation.focus.grounding import cut_caption
+from sar_fast.lab.focus.checkpoints import load_detector, load_segmenter
+from sar_fast.lab.focus.grounding import cut_caption
 
 RELATIVE = 1e-4  # of the largest value: fp32, other orders of sums through tens of layers
 SMALLER = {  # of Grounding DINO's config, so that random models run in seconds

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from sar_fast.training.arguments import parse
-from sar_fast.training.gradients import GradientSparsityCallback
-from sar_fast.training.models import load_model
-from sar_fast.training.trainers import ControlSFTTrainer, SFTTrainer
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.gradients import GradientSparsityCallback
+from sar_fast.lab.training.models import load_model
+from sar_fast.lab.training.trainers import ControlSFTTrainer, SFTTrainer
 from tests.training.qwen_checkpoint import write_qwen
 
 

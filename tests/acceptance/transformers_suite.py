@@ -78,8 +78,8 @@ def pytest_configure(config) -> None:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from sar_fast.integrations.hf.attention import sar_attention_forward
-    from sar_fast.integrations.hf.mask_function import sar_mask
+    from sar_fast.hf.attention import sar_attention_forward
+    from sar_fast.hf.mask_function import sar_mask
 
     def counted(*args, **kwargs):
         if not torch.compiler.is_compiling():  # a counter in a graph would be one more reason to compile again

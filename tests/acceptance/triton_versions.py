@@ -63,7 +63,7 @@ def run(version: str, target: Path, args: argparse.Namespace) -> dict[str, bool]
             *("-m", "not slow and not gpu", "-k", args.select, *args.tests),
         ],
         "ahead-of-time": [
-            *(sys.executable, "-m", "sar_kernels.aot", "--dtype", "bfloat16", "--arch", *args.arch),
+            *(sys.executable, "-m", "sar_kernels.tools.aot", "--dtype", "bfloat16", "--arch", *args.arch),
             *("--head-dim", *map(str, args.head_dim), *(["--jobs", str(args.jobs)] if args.jobs else [])),
         ],
     }

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image
 from PIL import Image as Pictures
 
-from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.results import SAMPLES
+from sar_fast.lab.run.arguments import EvaluationArguments
+from sar_fast.lab.run.results import SAMPLES
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "experiments" / "data" / "benchmarks"

@@ -10,8 +10,8 @@ from string import ascii_uppercase
 
 import pytest
 
-from sar_fast.evaluation.tasks import TaskOptions, find_task
-from sar_fast.evaluation.tasks.textvqa import CONTRACTIONS, normalise
+from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks.textvqa import CONTRACTIONS, normalise
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
 ROUNDS = 50

@@ -12,15 +12,16 @@ from datasets import Dataset, Image
 from PIL import Image as Pictures
 
 from sar_fast.cli.loading import load_model
-from sar_fast.evaluation import asking, benchmark
-from sar_fast.evaluation.arguments import EvaluationArguments
-from sar_fast.evaluation.asking import cut_batches, pending
-from sar_fast.evaluation.models import prepare_processor
-from sar_fast.evaluation.prompts import PromptFormat
-from sar_fast.evaluation.results import METADATA, SAMPLES
-from sar_fast.evaluation.tasks import Sample
-from sar_fast.integrations.hf.shared_prefix import Sharing
-from sar_fast.miniature.drawing import draw_scene
+from sar_fast.hf.shared_prefix import Sharing
+from sar_fast.lab.benchmark import asking
+from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.benchmark.asking import cut_batches, pending
+from sar_fast.lab.benchmark.tasks import Sample
+from sar_fast.lab.io.prompts import PromptFormat
+from sar_fast.lab.miniature.drawing import draw_scene
+from sar_fast.lab.run.arguments import EvaluationArguments
+from sar_fast.lab.run.loading import prepare_processor
+from sar_fast.lab.run.results import METADATA, SAMPLES
 from tests.evaluation.test_benchmark import Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,7 +133,7 @@ def test_a_family_that_cannot_share_runs_plainly_and_says_so(tmp_path, data, wha
     benchmark.run(arguments(tmp_path / "shared", data, **SAR))
     for module in ("asking", "prompts"):
         monkeypatch.setattr(f"sar_fast.evaluation.{module}.sharing_of", lambda model: what, raising=False)
-    monkeypatch.setattr("sar_fast.integrations.hf.shared_prefix.sharing_of", lambda model: what)
+    monkeypatch.setattr("sar_fast.hf.shared_prefix.sharing_of", lambda model: what)
     with caplog.at_level(logging.INFO):
         benchmark.run(arguments(tmp_path / "plain", data, **SAR))
     assert sharing(tmp_path / "plain") == {"vision encoder": vision, "common prefix": prefix}

@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
-from sar_fast.evaluation import benchmark
-from sar_fast.evaluation.asking import Asker
-from sar_fast.evaluation.results import METADATA, PARTS, RESULTS, SAMPLES
-from sar_fast.evaluation.run import main
-from sar_fast.evaluation.tables import find_files
+from sar_fast.cli.evaluate import main
+from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.benchmark.asking import Asker
+from sar_fast.lab.benchmark.tables import find_files
+from sar_fast.lab.run.results import METADATA, PARTS, RESULTS, SAMPLES
 from tests.evaluation.benchmarks import DATA, ROOT, arguments, lines, mme_rows, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import LlavaProcessor
 
-from sar_fast.evaluation import benchmark, focus, probe
-from sar_fast.evaluation.prompts import PromptFormat
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.lab import focus, probe
+from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.io.prompts import PromptFormat
 from tests.evaluation.benchmarks import DATA, arguments, lines, mme_rows, picture_bytes, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")

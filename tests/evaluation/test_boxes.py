@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sar_fast.evaluation.boxes import FORMATS, choose_format
-from sar_fast.evaluation.tasks import TaskOptions, find_task
-from sar_fast.integrations.hf.families import registered_families
-from sar_fast.miniature.questions import BOX_BINS, encode_box
+from sar_fast.hf.families import registered_families
+from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.io.boxes import FORMATS, choose_format
+from sar_fast.lab.miniature.questions import BOX_BINS, encode_box
 
 SIZE = (400, 200)  # width, height
 BOX = (40.0, 20.0, 120.0, 80.0)

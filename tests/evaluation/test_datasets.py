@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sar_fast.evaluation.focus.dataset import load_grounding_samples
-from sar_fast.evaluation.tables import open_table
-from sar_fast.evaluation.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tables import open_table
+from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.focus.dataset import load_grounding_samples
 
 DATA = Path(__file__).parents[2] / "experiments" / "data"
 

@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.evaluation.focus import FocusMetricsEvaluator, GroundingSample, summarise
-from sar_fast.evaluation.focus import attention as under_test
-from sar_fast.evaluation.focus.attention import prompt_attention
-from sar_fast.evaluation.focus.prompts import check_templates
-from sar_fast.evaluation.focus.samples import box_mask
-from sar_fast.evaluation.prompts import PromptFormat
-from sar_fast.integrations.hf import shared_prefix
-from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, Sharing
-from sar_fast.integrations.hf.structure import find_decoder_layers
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.drawing import draw_scene
+from sar_fast.hf import shared_prefix
+from sar_fast.hf.shared_prefix import PER_TOKEN, PromptGroups, Sharing
+from sar_fast.hf.structure import find_decoder_layers
+from sar_fast.lab.focus import FocusMetricsEvaluator, GroundingSample, summarise
+from sar_fast.lab.focus import attention as under_test
+from sar_fast.lab.focus.attention import prompt_attention
+from sar_fast.lab.focus.prompts import check_templates
+from sar_fast.lab.focus.samples import box_mask
+from sar_fast.lab.io.prompts import PromptFormat
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.drawing import draw_scene
 from tests.hf.tiny import CASES
 from tests.hf.tiny.base import IMAGE
 
@@ -221,9 +221,7 @@ class TestEvaluator:
         # The model's attention replaced by a uniform one: SFS is then the mask's share of the picture and FI is 0.
         model, processor = miniature
         even = under_test.PromptAttention(torch.full((64,), 0.01), torch.full((64,), 0.01))
-        monkeypatch.setattr(
-            "sar_fast.evaluation.focus.evaluator.prompt_attention", lambda *_: [[even] * 6 for _ in range(3)]
-        )
+        monkeypatch.setattr("sar_fast.lab.focus.evaluator.prompt_attention", lambda *_: [[even] * 6 for _ in range(3)])
         for record, sample in zip(FocusMetricsEvaluator(model, processor).score(drawn(3)), drawn(3)):
             assert record["semantic_focus_score"] == pytest.approx(sample.mask.mean(), rel=1e-5)
             assert record["focus_instability"] == pytest.approx(0, abs=1e-9)

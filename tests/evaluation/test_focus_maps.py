@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sar_fast.evaluation.focus.bootstrap import interval_of_mean
-from sar_fast.evaluation.focus.grids import TokenGrid, token_grids
-from sar_fast.evaluation.focus.maps import attention_map, focus_instability, semantic_focus, structural_similarities
-from sar_fast.evaluation.focus.samples import SampleSkipped, box_mask, check_mask, decode_mask, picture_hash
-from sar_fast.integrations.hf.families import find_family
+from sar_fast.hf.families import find_family
+from sar_fast.lab.focus.bootstrap import interval_of_mean
+from sar_fast.lab.focus.grids import TokenGrid, token_grids
+from sar_fast.lab.focus.maps import attention_map, focus_instability, semantic_focus, structural_similarities
+from sar_fast.lab.focus.samples import box_mask, check_mask, decode_mask, picture_hash
+from sar_fast.lab.io.skips import SampleSkipped
 from tests.hf.tiny import CASES
 
 SIZE = (96, 40)  # width, height

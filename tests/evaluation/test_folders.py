@@ -12,16 +12,17 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 
-from sar_fast.evaluation import benchmark, focus, probe
-from sar_fast.evaluation.asking import Asker
-from sar_fast.evaluation.focus import FocusMetricsEvaluator
-from sar_fast.evaluation.probe.features import FeatureStore
-from sar_fast.evaluation.probe.probe import LayerwiseProbe
-from sar_fast.evaluation.results import METADATA
-from sar_fast.evaluation.stamps import BLOCK, sampled_stamp
-from sar_fast.evaluation.tables import open_table
-from sar_fast.evaluation.tasks import TaskOptions, find_task
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.lab import focus, probe
+from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.benchmark.asking import Asker
+from sar_fast.lab.benchmark.tables import open_table
+from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.focus import FocusMetricsEvaluator
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.io.stamps import BLOCK, sampled_stamp
+from sar_fast.lab.probe.features import FeatureStore
+from sar_fast.lab.probe.probe import LayerwiseProbe
+from sar_fast.lab.run.results import METADATA
 from tests.evaluation.benchmarks import DATA, arguments, mme_rows, picture_bytes, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")

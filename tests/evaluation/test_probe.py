@@ -6,15 +6,15 @@ import torch
 from PIL import Image
 
 from sar_fast import SARConfig
-from sar_fast.evaluation.focus import GroundingSample
-from sar_fast.evaluation.probe import HeadTraining, LayerwiseProbe
-from sar_fast.evaluation.probe.features import FeatureStore, last_token_states, layer_features
-from sar_fast.evaluation.probe.heads import Heads, box_iou, predict, scaled, train_heads
-from sar_fast.evaluation.probe.plot import draw_scores
-from sar_fast.evaluation.probe.probe import is_right, split_by_picture
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.drawing import draw_scene
-from sar_fast.miniature.questions import box_iou as box_iou_of_corners
+from sar_fast.lab.focus import GroundingSample
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.drawing import draw_scene
+from sar_fast.lab.miniature.questions import box_iou as box_iou_of_corners
+from sar_fast.lab.probe import HeadTraining, LayerwiseProbe
+from sar_fast.lab.probe.features import FeatureStore, last_token_states, layer_features
+from sar_fast.lab.probe.heads import Heads, box_iou, predict, scaled, train_heads
+from sar_fast.lab.probe.plot import draw_scores
+from sar_fast.lab.probe.probe import is_right, split_by_picture
 from tests.hf.tiny import CASES
 
 L, D = 6, 24

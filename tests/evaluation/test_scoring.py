@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from sar_fast.evaluation.tasks import TASKS, TaskOptions, find_task
-from sar_fast.evaluation.tasks.base import partial_totals
-from sar_fast.evaluation.tasks.choices import parse_choice
-from sar_fast.evaluation.tasks.mmbench import ABILITIES
-from sar_fast.evaluation.tasks.mme import COGNITION, PERCEPTION, parse_yes_no
-from sar_fast.evaluation.tasks.pope import binary_scores, is_clear, parse_pope
-from sar_fast.evaluation.tasks.scienceqa import parse_scienceqa
-from sar_fast.evaluation.tasks.textvqa import normalise, vqa_accuracy
+from sar_fast.lab.benchmark.tasks import TASKS, TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks.base import partial_totals
+from sar_fast.lab.benchmark.tasks.choices import parse_choice
+from sar_fast.lab.benchmark.tasks.mmbench import ABILITIES
+from sar_fast.lab.benchmark.tasks.mme import COGNITION, PERCEPTION, parse_yes_no
+from sar_fast.lab.benchmark.tasks.pope import binary_scores, is_clear, parse_pope
+from sar_fast.lab.benchmark.tasks.scienceqa import parse_scienceqa
+from sar_fast.lab.benchmark.tasks.textvqa import normalise, vqa_accuracy
 
 
 def make(name, **options):

@@ -10,19 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sar_fast.analysis.overlay import heat_overlay
-from sar_fast.analysis.report import data_uri
 from sar_fast.cli import loading
 from sar_fast.cli.errors import UserError
-from sar_fast.evaluation.focus.dataset import load_grounding_samples
-from sar_fast.evaluation.focus.grounding import GroundedMasks
-from sar_fast.evaluation.focus.samples import DatasetMasks, GroundingSample, SampleSkipped, picture_hash
-from sar_fast.evaluation.probe.probe import LayerwiseProbe
-from sar_fast.evaluation.tables import open_table
-from sar_fast.evaluation.tasks import TaskOptions, find_task
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.encoding import Encoder
-from sar_fast.training.records import Layout, to_record
+from sar_fast.lab.benchmark.tables import open_table
+from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.focus.dataset import load_grounding_samples
+from sar_fast.lab.focus.grounding import GroundedMasks
+from sar_fast.lab.focus.samples import DatasetMasks, GroundingSample, picture_hash
+from sar_fast.lab.io.records import Layout, to_record
+from sar_fast.lab.io.skips import SampleSkipped
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.probe.probe import LayerwiseProbe
+from sar_fast.lab.show.overlay import heat_overlay
+from sar_fast.lab.show.report import data_uri
+from sar_fast.lab.training.encoding import Encoder
 from tests.evaluation.benchmarks import write_table
 
 GREY = np.arange(0, 24 * 40, dtype=np.uint16).reshape(24, 40) % 250 + 2  # 40 x 24, no two rows alike

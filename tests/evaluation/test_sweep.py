@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sar_fast.evaluation import arguments as arguments_module
-from sar_fast.evaluation import benchmark, sweep
+from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.benchmark import sweep
+from sar_fast.lab.run import arguments as arguments_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

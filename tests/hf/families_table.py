@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sar_fast.integrations.hf.families import find_family, refused_model_types, registered_families
+from sar_fast.hf.families import find_family, refused_model_types, registered_families
 from tests.hf.tiny import CASES, EVERY_CASE
 from tests.hf.tiny.lacks import ANY_PASS, SECOND_TURN, STATIC_CACHE
 

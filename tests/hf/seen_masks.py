@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sar_fast import decoding
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
-from sar_fast.integrations.hf.attention import ATTENTION_NAME
+from sar_fast.hf import decoding
+from sar_fast.hf.attention import ATTENTION_NAME
 
 WORDS = {"sliding_window_overlay": "window", "chunked_overlay": "chunks", "blockwise_overlay": "blocks"}
 

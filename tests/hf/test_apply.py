@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from sar_fast import SARConfig, apply_sar, patch_model_for_sar, remove_sar
-from sar_fast.cache_state import state_of
-from sar_fast.integrations.hf import UnsupportedModelError, families
+from sar_fast.hf import UnsupportedModelError, families
+from sar_fast.hf.cache_state import state_of
 from sar_fast.weighting import TopHeads
 from tests.hf.oracle import eager_oracle, llava_prior, qwen_prior
 from tests.hf.tiny import MODELS, VERSION, llava, llava_batch
@@ -229,7 +229,7 @@ def test_patch_model_for_sar_takes_another_rule_in_place_of_beta():
 
 
 def test_from_pretrained_with_the_implementation_named(tmp_path):
-    from sar_fast.integrations.hf.attention import register
+    from sar_fast.hf.attention import register
 
     model, batch = llava(), llava_batch([1, 2])
     model.save_pretrained(tmp_path)

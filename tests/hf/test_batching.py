@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf import mask_function
+from sar_fast.hf import mask_function
 from tests.hf.generation_oracle import decode_oracle, prior_of
 from tests.hf.oracle import eager_oracle, refuse_one_graph
 from tests.hf.test_caches import sliding_llava

@@ -9,12 +9,12 @@ import torch
 from transformers import BatchFeature
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf import UnsupportedModelError
-from sar_fast.integrations.hf.branching import layer_passes, run_branches
-from sar_fast.integrations.hf.families import Family
-from sar_fast.integrations.hf.features import HANDLE_MARK
-from sar_fast.integrations.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
-from sar_fast.integrations.hf.structure import find_decoder_layers
+from sar_fast.hf import UnsupportedModelError
+from sar_fast.hf.branching import layer_passes, run_branches
+from sar_fast.hf.families import Family
+from sar_fast.hf.features import HANDLE_MARK
+from sar_fast.hf.shared_prefix import PER_TOKEN, PromptGroups, SharedPrefix, sharing_of
+from sar_fast.hf.structure import find_decoder_layers
 from tests.hf.tiny import CASES, EVERY_CASE, MODELS, TAKES_ENCODED, VERSION
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.cache_state import state_of
+from sar_fast.hf.cache_state import state_of
 from tests.hf.generation_oracle import decode_oracle
 from tests.hf.oracle import lacking_without_sar
 from tests.hf.tiny import IMAGE, MODELS, VERSION, VIDEO, VOCAB, llava, llava_batch

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf import attention
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.miniature.questions import build_prompt, draw_questions
+from sar_fast.hf import attention
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.questions import build_prompt, draw_questions
+from sar_fast.method.state import SARState
 from sar_fast.reference import sar_attention_reference
-from sar_fast.types import SARState
 from tests.hf.tiny import CASES
 
 MODELS = ["llava", "qwen2_5_vl", "internvl", "deepseek_vl"]

@@ -9,7 +9,7 @@ import torch
 from transformers import CompileConfig
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.families import find_family
+from sar_fast.hf.families import find_family
 from tests.hf.oracle import (
     TEXT_INPUTS,
     eager_oracle,

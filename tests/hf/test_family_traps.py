@@ -9,10 +9,10 @@ import torch
 from transformers import CONFIG_MAPPING, LogitsProcessor, LogitsProcessorList
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.cache_state import state_of
-from sar_fast.integrations.hf import Family, UnsupportedModelError, register_family
-from sar_fast.integrations.hf.attention import register
-from sar_fast.integrations.hf.families import find_family, supported_model_types
+from sar_fast.hf import Family, UnsupportedModelError, register_family
+from sar_fast.hf.attention import register
+from sar_fast.hf.cache_state import state_of
+from sar_fast.hf.families import find_family, supported_model_types
 from tests.hf.families_table import PAGE, registry_part
 from tests.hf.oracle import (
     TEXT_INPUTS,

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from sar_fast import SARConfig, apply_sar, remove_sar
-from sar_fast.cache_state import state_of
+from sar_fast.hf.cache_state import state_of
 from tests.hf.oracle import lacking_without_sar
 from tests.hf.test_caches import MODES, assert_same, config_of, generate, row_of
 from tests.hf.test_wrappers import tuned

@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.mask_patterns import _readers
+from sar_fast.hf.mask_patterns import _readers
 from tests.hf.test_wrappers import assert_close, logits
 from tests.hf.tiny import llava, llava_batch, qwen2_5_vl, qwen_batch
 

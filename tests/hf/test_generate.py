@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.cache_state import state_of
+from sar_fast.hf.cache_state import state_of
 from tests.hf.tiny import IMAGE, MODELS, VOCAB, llava, llava_batch
 
 BETA = 0.02

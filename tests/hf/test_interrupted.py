@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.running import innermost
+from sar_fast.hf.running import innermost
 from tests.hf.test_wrappers import answers, assert_close, logits
 from tests.hf.tiny import llava, llava_batch, qwen2_5_vl, qwen_batch, tower
 

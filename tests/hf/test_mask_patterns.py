@@ -18,12 +18,12 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from sar_fast.integrations.hf.compact_mask import bounds_of, compact, is_compact
-from sar_fast.integrations.hf.host_facts import HostFacts
-from sar_fast.integrations.hf.mask_function import sar_mask
-from sar_fast.integrations.hf.masks import read_mask
-from sar_fast.values import Bounds
-from sar_fast.visibility import as_mask
+from sar_fast.hf.compact_mask import bounds_of, compact, is_compact
+from sar_fast.hf.host_facts import HostFacts
+from sar_fast.hf.mask_function import sar_mask
+from sar_fast.hf.masks import read_mask
+from sar_fast.method.values import Bounds
+from sar_fast.method.visibility import as_mask
 from tests.hf.tiny import VERSION
 
 if VERSION >= (5, 9):

@@ -124,7 +124,7 @@ def test_packed_gradients_in_a_dense_mask():
 
 def test_a_plain_packed_dense_mask_runs_as_packed(monkeypatch):
     """No loop over the sequences: the mask says no more than packing does."""
-    from sar_fast.integrations.hf import attention
+    from sar_fast.hf import attention
 
     model, rows = llava(), rows_alone([1, 2])
     batch, _ = packed_inputs(rows, 0, "bool")

@@ -8,7 +8,8 @@ import functools
 import pytest
 import torch
 
-from sar_fast import SARConfig, apply_sar, value_checks
+from sar_fast import SARConfig, apply_sar
+from sar_fast.method import value_checks
 from tests.hf.test_caches import config_of, generate, moved_copy, row_of
 from tests.hf.test_wrappers import tuned
 from tests.hf.tiny import CASES, IMAGE, MODELS, TAKES_ENCODED, VIDEO, llava, llava_batch, qwen2_5_vl

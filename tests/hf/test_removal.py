@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar, patch_model_for_sar, remove_sar
-from sar_fast.integrations.hf.features import norms_on
+from sar_fast.hf.features import norms_on
 from tests.hf.tiny import CASES, MODELS, llava, llava_batch, qwen2_5_vl
 
 SAR = SARConfig(activation_layer_k=3, beta=0.02)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.distributed import Shards
-from sar_fast.integrations.hf.sequence_parallel import split_sequence
+from sar_fast.hf.sequence_parallel import split_sequence
+from sar_fast.method.distributed import Shards
 from tests.distributed_workers import run_ranks
 from tests.hf.tiny import CASES, MODELS, llava, llava_batch
 

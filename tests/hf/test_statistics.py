@@ -9,9 +9,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from sar_fast import SARConfig, SARStats, apply_sar, decoding
-from sar_fast.integrations.hf import attention
-from sar_fast.integrations.hf.forward_pass import Pass
+from sar_fast import SARConfig, SARStats, apply_sar
+from sar_fast.hf import attention, decoding
+from sar_fast.hf.forward_pass import Pass
 from tests.hf.test_batching import pack, row_of
 from tests.hf.test_caches import sliding_llava
 from tests.hf.tiny import MODELS, llava, llava_batch

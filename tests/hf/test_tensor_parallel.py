@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.distributed import Shards
+from sar_fast.method.distributed import Shards
 from sar_fast.weighting import Entropy, Fixed, HeadScales, ScoreSum, SuppressHeads
 from tests.distributed_workers import run_ranks
 from tests.hf.tiny import VERSION, llava, llava_batch

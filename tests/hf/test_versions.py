@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sar_fast.integrations.hf.versions import OLDEST, check_transformers
+from sar_fast.hf.versions import OLDEST, check_transformers
 
 
 @pytest.mark.parametrize("version", ["5.4.0", "5.17.0", "5.24.0", "5.30.1.dev0", "6.0.0rc1"])

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.features import handle_of
-from sar_fast.integrations.hf.rule_module import NAME, rule_of
+from sar_fast.hf.features import handle_of
+from sar_fast.hf.rule_module import NAME, rule_of
 from sar_fast.weighting import Fixed, HeadScales, Split
 from tests.hf.oracle import Oracle, eager_oracle, llava_prior, qwen_prior
 from tests.hf.tiny import MODELS, llava, llava_batch

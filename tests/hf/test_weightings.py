@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.structure import find_attention_modules, inner_attention
+from sar_fast.hf.structure import find_attention_modules, inner_attention
 from sar_fast.weighting import Equal, Fixed, SoftmaxOverHeads, TopHeads
 from tests.hf.tiny import CASES
 

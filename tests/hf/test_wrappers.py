@@ -11,7 +11,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from sar_fast import SARConfig, apply_sar, remove_sar
-from sar_fast.integrations.hf.attention import register
+from sar_fast.hf.attention import register
 from tests.hf.generation_oracle import decode_oracle
 from tests.hf.tiny import IMAGE, MODELS, llava, llava_batch, qwen2_5_vl, qwen_batch
 

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from sar_fast import SARConfig, extras
+from sar_fast import SARConfig
+from sar_fast.base import extras
 from sar_fast.cli import app
-from sar_fast.integrations.hf.features import handle_of
+from sar_fast.hf.features import handle_of
 from sar_fast.integrations.llamafactory.options import split, value_of
-from sar_fast.miniature.checkpoint import MINIATURE_PATH
+from sar_fast.lab.io.model_source import MINIATURE_PATH
 from tests.training.runs import lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,9 @@ import torch
 import triton
 
 from sar_fast import Visibility
+from sar_fast.method.values import UNBOUNDED, Bounds
+from sar_fast.method.visibility import as_mask, query_positions
 from sar_fast.reference import sar_attention_reference
-from sar_fast.values import UNBOUNDED, Bounds
-from sar_fast.visibility import as_mask, query_positions
 from sar_kernels.attention import AttentionOptions, Masks, WeightOptions, pack_mask, sar_backward, sar_forward
 
 STATISTICS = ("av", "sa", "c")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import triton
 
-from sar_kernels.aot import OPTIONS, PASSES, main
-from sar_kernels.aot_measure import MAX_THREADS, count_instructions
 from sar_kernels.configs import LIKE_HOPPER, SHARED_MEMORY_LIMIT
+from sar_kernels.tools.aot import OPTIONS, PASSES, main
+from sar_kernels.tools.aot_measure import MAX_THREADS, count_instructions
 
 BUDGETED = ("sm_80", "sm_90")  # the others must compile and fit their shared memory
 
@@ -42,7 +42,7 @@ def environment_of(version: str) -> dict[str, str]:
 
 def compiled(*arguments: str, version: str = triton.__version__) -> list[dict]:
     environment = environment_of(version)
-    command = [sys.executable, "-m", "sar_kernels.aot", "--json", *arguments]
+    command = [sys.executable, "-m", "sar_kernels.tools.aot", "--json", *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = json.loads(result.stdout)
@@ -206,8 +206,8 @@ def test_compiles_for_a_variant_of_blackwell():
 ONE_COMPILATION_FOR_ALL_LENGTHS = """
 import torch
 from sar_kernels import configs, decode_aot
-from sar_kernels.aot import PASSES, plan_attention
-from sar_kernels.aot_measure import compile_key
+from sar_kernels.tools.aot import PASSES, plan_attention
+from sar_kernels.tools.aot_measure import compile_key
 
 configs.TUNED = configs.TUNED.with_name("none.json")  # measured tiles may differ between lengths
 
@@ -292,7 +292,7 @@ def test_what_there_is_not_is_refused_by_name(arguments, message, monkeypatch, c
 
 def test_kernels_that_a_purpose_does_not_launch_are_refused_by_name():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "sar_kernels.aot", "--arch", "sm_90", "--purpose", "plain", "--kernel"]
+    command = [sys.executable, "-m", "sar_kernels.tools.aot", "--arch", "sm_90", "--purpose", "plain", "--kernel"]
     result = subprocess.run([*command, "forwrad", "dq"], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--kernel: got dq, forwrad, need some of append, decode_combine, decode_split" in result.stderr

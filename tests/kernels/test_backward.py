@@ -193,7 +193,7 @@ def test_gradcheck(normalize):
 def test_constant_c_runs_the_kernels_of_plain_attention():
     """No launch more, and dK/dV and dQ are told the same to the last constant; delta alone knows of c."""
     from sar_kernels.call import Call
-    from sar_kernels.plan import plan_backward
+    from sar_kernels.dense.plan import plan_backward
 
     kind = lambda x: (x.dtype, x.shape) if isinstance(x, torch.Tensor) else x
     empty = lambda *shape: torch.zeros(*shape, device="meta")

@@ -7,8 +7,7 @@ import torch
 from kernel_cases import FP64, INTERPRETED, STATISTICS, Case, make
 
 from sar_fast import Visibility
-from sar_kernels import call, plan, statistics
-from sar_kernels.aot import plan_attention
+from sar_kernels import call
 from sar_kernels.attention import (
     attention_backward,
     attention_forward,
@@ -19,7 +18,9 @@ from sar_kernels.attention import (
     statistics_backward,
     unscale_heads,
 )
+from sar_kernels.dense import plan, statistics
 from sar_kernels.launch import Launch
+from sar_kernels.tools.aot import plan_attention
 
 DTYPE = torch.float64 if FP64 else torch.float32
 CLOSE = {"rtol": 1e-9, "atol": 1e-11} if FP64 else {"rtol": 2e-4, "atol": 2e-5}

@@ -8,8 +8,8 @@ import torch
 
 from sar_kernels import configs
 from sar_kernels.configs import KernelConfig, choose, config_key
-from sar_kernels.decode_configs import LAYOUTS, cache_layout, choose_decode, decode_config_key
-from sar_kernels.shortlist import TUNABLE, candidates, choices, decode_candidates
+from sar_kernels.decode.configs import LAYOUTS, cache_layout, choose_decode, decode_config_key
+from sar_kernels.tools.shortlist import TUNABLE, candidates, choices, decode_candidates
 
 BF16 = torch.bfloat16
 
@@ -76,7 +76,7 @@ def test_the_rules_are_among_the_candidates():
 
 def test_registers_are_limited_on_nvidia_alone():
     """Triton's AMD back end has no such option and would refuse it."""
-    from sar_kernels.decode_configs import combine_config
+    from sar_kernels.decode.configs import combine_config
 
     for arch in ("gfx942", "gfx950"):
         for layout in LAYOUTS:

@@ -20,11 +20,11 @@ from kernel_cases import (
 
 from sar_fast import SARState, sar_attn_with_kvcache
 from sar_fast.reference import sar_attention_reference
-from sar_kernels.cache import plan_append
 from sar_kernels.call import AttentionOptions, WeightOptions
-from sar_kernels.decode_call import append_kv, decode_forward, decode_workspace, sar_decode_forward
-from sar_kernels.decode_configs import MAX_SPLITS, num_splits_for
-from sar_kernels.decode_plan import DecodeCall
+from sar_kernels.decode.cache import plan_append
+from sar_kernels.decode.call import append_kv, decode_forward, decode_workspace, sar_decode_forward
+from sar_kernels.decode.configs import MAX_SPLITS, num_splits_for
+from sar_kernels.decode.plan import DecodeCall
 
 NAN = float("nan")
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -15,8 +15,8 @@ from sar_kernels.attention import (
 )
 from sar_kernels.call import Call
 from sar_kernels.configs import KernelConfig
+from sar_kernels.dense.plan import plan_sar_forward
 from sar_kernels.launch import Launch, run_all
-from sar_kernels.plan import plan_sar_forward
 
 BASE = Case()
 TWO = BASE.but(heads=2, kv_heads=1)

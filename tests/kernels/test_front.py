@@ -18,8 +18,8 @@ from sar_fast import (
     sar_attn_varlen_func,
     sar_attn_with_kvcache,
 )
+from sar_fast.method.visibility import as_mask, query_positions
 from sar_fast.reference import sar_attention_reference
-from sar_fast.visibility import as_mask, query_positions
 
 TRITON = {"backend": "triton"}
 EXACT = torch.float64 if FP64 else torch.float32
@@ -85,10 +85,10 @@ def test_plain_attention_and_its_log_sum_exp():
 
 @pytest.mark.parametrize("carried", [False, True])
 def test_few_queries_run_the_decode_kernels(carried, monkeypatch):
-    from sar_fast import ops
+    from sar_fast.attention import ops
     from sar_fast.backends import triton
     from sar_fast.backends.select import BACKENDS
-    from sar_fast.values import Call, Roles, Scores, Sums
+    from sar_fast.method.values import Call, Roles, Scores, Sums
     from sar_fast.weighting import SoftmaxOverHeads
 
     q, k, v, visual, text, prior = inputs(S=40, dtype=torch.float32)
@@ -113,9 +113,9 @@ def test_few_queries_run_the_decode_kernels(carried, monkeypatch):
 
 @pytest.mark.parametrize("rule", ["softmax", "equal", "python"])
 def test_many_queries_go_on_from_carried_sums(rule):
-    from sar_fast import ops
+    from sar_fast.attention import ops
     from sar_fast.backends.select import BACKENDS
-    from sar_fast.values import Call, Roles, Scores, Sums
+    from sar_fast.method.values import Call, Roles, Scores, Sums
     from sar_fast.weighting import Equal, SoftmaxOverHeads
 
     q, k, v, visual, text, prior = inputs(S=40, dtype=torch.float32)
@@ -366,9 +366,9 @@ class KernelsOfOperators(TorchDispatchMode):
 def test_a_decode_step_is_two_launches(kind, monkeypatch, poisoned_allocations):
     """Re-weighted or plain, and no operator beside them: the kernels find lengths, old sums and new ones themselves."""
     from sar_fast.backends.select import BACKENDS
-    from sar_fast.values import Call, Roles, Scores, Sums
+    from sar_fast.method.values import Call, Roles, Scores, Sums
     from sar_fast.weighting import Equal, SoftmaxOverHeads
-    from sar_kernels import decode_call
+    from sar_kernels.decode import call as decode_call
 
     q, k, v, visual, text, prior = inputs(S=40, dtype=torch.float32)
     roles = None if kind == "plain" else Roles(visual, text[:, -1:], prior)

@@ -8,7 +8,7 @@ from kernel_cases import Case, both_gradients, check_forward, check_gradients, m
 
 from sar_kernels.attention import AttentionOptions, WeightOptions, attention_forward, sar_backward, sar_forward
 from sar_kernels.configs import CLOSED_FORM
-from sar_kernels.decode_call import append_kv, decode_workspace, sar_decode_forward
+from sar_kernels.decode.call import append_kv, decode_workspace, sar_decode_forward
 
 pytestmark = pytest.mark.gpu
 
@@ -188,7 +188,8 @@ def test_nothing_waits_for_the_gpu():
 @pytest.fixture
 def _untuned(monkeypatch, tmp_path):
     """The rules' tiles: measured ones may differ between short and long sequences."""
-    from sar_kernels import configs, decode_configs
+    from sar_kernels import configs
+    from sar_kernels.decode import configs as decode_configs
 
     monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.json")
     chosen = configs.choose, decode_configs.choose_decode
@@ -202,7 +203,9 @@ def _untuned(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("_untuned")
 def test_lengths_never_compile_another_kernel():
     """The launch cache of every kernel stays as it is when only lengths change."""
-    from sar_kernels import cache, decode, dkdv, dq, forward, moments, prepare, statistics, weights
+    from sar_kernels.decode import cache
+    from sar_kernels.decode import kernels as decode
+    from sar_kernels.dense import dkdv, dq, forward, moments, prepare, statistics, weights
 
     modules = (cache, decode, dkdv, dq, forward, moments, prepare, statistics, weights)
     kernels = {k for m in modules for k in vars(m).values() if hasattr(k, "device_caches")}

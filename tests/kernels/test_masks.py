@@ -12,7 +12,7 @@ from kernel_cases import INTERPRETED, Case, both_gradients, check_forward, check
 from sar_fast import Visibility
 from sar_kernels.attention import AttentionOptions, attention_backward, attention_forward, pack_mask, sar_forward
 from sar_kernels.configs import KernelConfig
-from sar_kernels.decode_call import decode_forward, sar_decode_forward
+from sar_kernels.decode.call import decode_forward, sar_decode_forward
 from sar_kernels.masks import Masks
 
 BASE = Case(heads=2, kv_heads=1, head_dim=16)
@@ -287,8 +287,8 @@ class Counted:
 def test_no_tile_is_visited_that_nobody_sees(case, monkeypatch):
     """Nor one that somebody sees left out, which the results show."""
     from sar_kernels.call import Call
+    from sar_kernels.dense.plan import plan_attention_forward, plan_backward
     from sar_kernels.launch import run_all
-    from sar_kernels.plan import plan_attention_forward, plan_backward
 
     inputs, seen = make(case), seen_of(case)
     call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.masks, configs=TILES)
@@ -304,8 +304,8 @@ def test_no_tile_is_visited_that_nobody_sees(case, monkeypatch):
 @pytest.mark.skipif(not INTERPRETED, reason="counts calls in the interpreter")
 def test_a_packed_mask_leaves_out_tiles_that_are_empty(monkeypatch):
     from sar_kernels.call import Call
+    from sar_kernels.dense.plan import plan_attention_forward, plan_backward
     from sar_kernels.launch import run_all
-    from sar_kernels.plan import plan_attention_forward, plan_backward
 
     mask = torch.zeros(1, 1, 192, 192, dtype=torch.bool)
     mask[..., :64, 64:70], mask[..., 150:, :3] = True, True

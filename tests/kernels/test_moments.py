@@ -6,13 +6,13 @@ import pytest
 import torch
 from kernel_cases import INTERPRETED, Case, assert_relative, assert_same, check_forward, make, reference
 
-from sar_kernels import plan
 from sar_kernels.attention import sar_forward
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
 from sar_kernels.configs import CLOSED_FORM, KernelConfig
+from sar_kernels.dense import plan
+from sar_kernels.dense.plan import plan_sar_forward
 from sar_kernels.launch import run_all
 from sar_kernels.masks import NO_MASKS
-from sar_kernels.plan import plan_sar_forward
 
 BASE = Case(head_dim=16)
 TWO = BASE.but(heads=2, kv_heads=1)

@@ -18,9 +18,9 @@ from sar_kernels.attention import (
     sar_forward,
 )
 from sar_kernels.call import MAX_TOKEN_STRIDE, AttentionOptions, Call, WeightOptions
-from sar_kernels.decode_call import append_kv, decode_forward, sar_decode_forward
+from sar_kernels.decode.call import append_kv, decode_forward, sar_decode_forward
+from sar_kernels.dense.plan import plan_sar_forward
 from sar_kernels.launch import run_all
-from sar_kernels.plan import plan_sar_forward
 
 FAR = 2**31
 MAP_NORESERVE = 0x4000  # Linux's, which not every Python names

@@ -10,11 +10,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from sar_kernels import shortlist as shortlists
-from sar_kernels import tune
 from sar_kernels.configs import KernelConfig
-from sar_kernels.shortlist import Choice, Outcome, Shortlist, choices, describe, rank, resident
-from sar_kernels.tune import Bench, decide, main, spread
+from sar_kernels.tools import shortlist as shortlists
+from sar_kernels.tools import tune
+from sar_kernels.tools.shortlist import Choice, Outcome, Shortlist, choices, describe, rank, resident
+from sar_kernels.tools.tune import Bench, decide, main, spread
 
 ARCH = "sm_90"
 DQ, FORWARD = (Choice(kernel, 128, torch.bfloat16) for kernel in ("dq", "forward"))
@@ -314,7 +314,7 @@ TINY = ("--arch", ARCH, "--kernel", "statistics", "--head-dim", "64", "--at-most
 
 def test_a_tiny_shortlist(tmp_path):
     out = tmp_path / "shortlist.json"
-    result = child(("-m", "sar_kernels.shortlist"), *TINY, "--out", out)
+    result = child(("-m", "sar_kernels.tools.shortlist"), *TINY, "--out", out)
     assert result.returncode == 0, result.stderr[-2000:]
     arch, keys = tune.read_shortlist(out)
     choice = Choice("statistics", 64, torch.bfloat16, sav=True)
@@ -327,7 +327,7 @@ def test_a_tiny_shortlist(tmp_path):
         assert 0 < row["registers"] <= 255
         assert row["blocks_per_sm"] > 0
     before = out.read_bytes()
-    result = child(("-m", "sar_kernels.shortlist"), *TINY, "--out", out)
+    result = child(("-m", "sar_kernels.tools.shortlist"), *TINY, "--out", out)
     assert result.stdout == f"{choice.key(ARCH)}: kept from before\n"
     assert out.read_bytes() == before
 
@@ -343,7 +343,7 @@ def test_a_file_for_another_architecture_is_not_continued(listed, monkeypatch, c
 SPILLS = """
 import torch
 from sar_kernels.configs import KernelConfig
-from sar_kernels.shortlist import Choice, compiled
+from sar_kernels.tools.shortlist import Choice, compiled
 statistics = Choice("statistics", 128, torch.bfloat16, sav=True)
 print(compiled(statistics, "sm_90", KernelConfig(128, 128, 2, 1), True).problem)
 print(compiled(statistics, "sm_90", KernelConfig(64, 96, 4, 1), True).problem)
@@ -357,9 +357,9 @@ def test_the_compiler_says_what_spills_and_what_it_cannot_do():
 
 SAME = """
 import torch
-from sar_kernels.aot_measure import compile_key
-from sar_kernels.shortlist import TUNABLE, choices, variants
-from sar_kernels.tune import launches
+from sar_kernels.tools.aot_measure import compile_key
+from sar_kernels.tools.shortlist import TUNABLE, choices, variants
+from sar_kernels.tools.tune import launches
 
 for choice in choices(TUNABLE, (128,), ("bfloat16",), (512, 4096)):
     measured = launches(choice, None, "meta", "sm_90")[-1]

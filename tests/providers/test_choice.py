@@ -12,7 +12,7 @@ from sar_fast.backends import protocol
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.providers import aten, choice, packages
 from sar_fast.backends.select import choose_backend
-from sar_fast.values import Scores
+from sar_fast.method.values import Scores
 
 GPU = torch.device("cuda")
 CALL = Request(GPU, torch.bfloat16, Scores(0.1), head_dim=128, length=8192)

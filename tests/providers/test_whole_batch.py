@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from sar_fast import flash_attn_func, sar_attn_func, sar_attn_varlen_func
 from sar_fast.backends import batched, kernel_calls, select, triton
 from sar_fast.backends.select import BACKENDS, BY_NAME
+from sar_fast.method.values import Call, Roles, Scores, Sums
 from sar_fast.reference import sar_attention_reference
-from sar_fast.values import Call, Roles, Scores, Sums
 from sar_fast.weighting import Equal, Fixed, SoftmaxOverHeads
 from sar_kernels.launch import Launch
 from tests.helpers import assert_forward, assert_gradients, make_case, max_error

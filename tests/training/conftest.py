@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sar_fast.miniature.checkpoint import load_miniature
+from sar_fast.lab.miniature.checkpoint import load_miniature
 from tests.training.samples import image_bytes
 
 

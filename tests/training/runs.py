@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sar_fast.training.arguments import parse
-from sar_fast.training.run import build, run
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.run import build, run
 from tests.training.samples import REPOSITORY
 
 SCRIPT = REPOSITORY / "experiments" / "train.py"

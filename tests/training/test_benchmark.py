@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from sar_fast import SARConfig
 from sar_fast.cli import app
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.benchmark import MODES, _mode, remark, sample_inputs, training_steps
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.training.benchmark import MODES, _mode, remark, sample_inputs, training_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,8 +22,8 @@ def test_modes_compute_what_they_are_named(processor):
     inputs = sample_inputs(model, processor, 100)
     assert inputs["input_ids"].shape == (1, 100)
     config = SARConfig(activation_layer_k=2, beta=1e-3)
-    from sar_fast.analysis.eager import EagerSAR
-    from sar_fast.integrations.hf import apply_sar
+    from sar_fast.hf import apply_sar
+    from sar_fast.lab.measure.eager import EagerSAR
 
     with apply_sar(model, config) as handle:
         model(**inputs)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.arguments import parse
-from sar_fast.training.contrastive import ContrastiveHead, ContrastiveSupervision, contrastive_loss, pool
-from sar_fast.training.data import Collator
-from sar_fast.training.encoding import Encoder
-from sar_fast.training.run import build
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.contrastive import ContrastiveHead, ContrastiveSupervision, contrastive_loss, pool
+from sar_fast.lab.training.data import Collator
+from sar_fast.lab.training.encoding import Encoder
+from sar_fast.lab.training.run import build
 from tests.training.runs import flags, train
 from tests.training.samples import conversation
 

@@ -16,20 +16,20 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from sar_fast.evaluation.focus.dataset import load_grounding_samples
-from sar_fast.training.arguments import parse
-from sar_fast.training.checking import BadRecord
-from sar_fast.training.data import (
+from sar_fast.lab.focus.dataset import load_grounding_samples
+from sar_fast.lab.io.datasets import find_datasets
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.checking import BadRecord
+from sar_fast.lab.training.data import (
     Collator,
     encode_dataset,
     load_records,
     training_dataset,
     training_stream,
 )
-from sar_fast.training.encoding import Encoder
-from sar_fast.training.mixing import Mix, mixed, shuffled
-from sar_fast.training.registry import find_datasets
-from sar_fast.training.run import build, main
+from sar_fast.lab.training.encoding import Encoder
+from sar_fast.lab.training.mixing import Mix, mixed, shuffled
+from sar_fast.lab.training.run import build, main
 from tests.training.runs import flags, launch, train
 from tests.training.samples import DATA, REPOSITORY, image_bytes, write_jsonl
 

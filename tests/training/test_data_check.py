@@ -13,9 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sar_fast.cli import app
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.encoding import Encoder
-from sar_fast.training.records import RecordError
+from sar_fast.lab.io.records import RecordError
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.training.encoding import Encoder
 from tests.training.runs import train
 from tests.training.samples import REPOSITORY, conversation, image_bytes, write_jsonl
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from sar_fast.training.checkpoints import checkpoints, last_complete
+from sar_fast.lab.training.checkpoints import checkpoints, last_complete
 from tests.training.runs import SCRIPT, environment, flags, history, launch, lines, parameters, train
 from tests.training.samples import REPOSITORY
 
@@ -227,7 +227,7 @@ def test_another_world_size(tmp_path, stage):
 def test_zero_checkpoints_become_plain_ones(tmp_path):
     """zero_to_fp32.py on a ZeRO-3 checkpoint gives weights that load with and without SAR."""
     from sar_fast import SARConfig, apply_sar
-    from sar_fast.miniature.checkpoint import load_miniature
+    from sar_fast.lab.miniature.checkpoint import load_miniature
 
     words = flags(tmp_path, deepspeed=DEEPSPEED / "zero3.json", save_strategy="steps", save_steps=3)
     assert launch(words).returncode == 0

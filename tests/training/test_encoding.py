@@ -8,11 +8,11 @@ import logging
 import pytest
 import torch
 
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.data import Collator, encode_dataset, join_padded, load_records
-from sar_fast.training.encoding import IGNORED, Encoder, TooLong
-from sar_fast.training.records import RecordError
-from sar_fast.training.registry import find_datasets
+from sar_fast.lab.io.datasets import find_datasets
+from sar_fast.lab.io.records import RecordError
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.training.data import Collator, encode_dataset, join_padded, load_records
+from sar_fast.lab.training.encoding import IGNORED, Encoder, TooLong
 from tests.training.samples import CHATML, DATA, LLAMA2, VICUNA, conversation
 
 DIALOGUE = ("What colour is the circle?", "red", "Where is the red circle?", "top left")

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from sar_fast.training.arguments import ModelArguments
-from sar_fast.training.models import set_trainable
+from sar_fast.lab.training.arguments import ModelArguments
+from sar_fast.lab.training.models import set_trainable
 from tests.hf.tiny import CASES
 
 NEITHER = ModelArguments(model_name_or_path="tiny", finetuning_type="full")

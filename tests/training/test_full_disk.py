@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from sar_fast.training.checkpoints import checkpoints, last_complete
+from sar_fast.lab.training.checkpoints import checkpoints, last_complete
 from tests.training.runs import flags, history, launch
 from tests.training.samples import REPOSITORY
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sar_fast.training.gini import gini
+from sar_fast.lab.training.gini import gini
 from tests.helpers import combinations
 
 
@@ -80,7 +80,7 @@ def test_a_hundred_million_entries_in_bounded_memory():
     import sys
 
     script = (
-        "import resource, torch; from sar_fast.training.gini import gini\n"
+        "import resource, torch; from sar_fast.lab.training.gini import gini\n"
         "torch.set_num_threads(1)\n"
         "gini(torch.randn(1000)); x = torch.randn(100_000_000)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

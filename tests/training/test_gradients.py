@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sar_fast.integrations.hf.structure import unwrap
-from sar_fast.training.arguments import parse
-from sar_fast.training.data import Collator
-from sar_fast.training.gradients import AGGREGATE, L1, PER_LAYER, GradientSparsityCallback
-from sar_fast.training.metrics_log import keep_until
-from sar_fast.training.projections import _fused_rows, query_and_key_shares
-from sar_fast.training.run import build
+from sar_fast.hf.structure import unwrap
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.data import Collator
+from sar_fast.lab.training.gradients import AGGREGATE, L1, PER_LAYER, GradientSparsityCallback
+from sar_fast.lab.training.metrics_log import keep_until
+from sar_fast.lab.training.projections import _fused_rows, query_and_key_shares
+from sar_fast.lab.training.run import build
 from tests.training.runs import flags, lines, train
 from tests.training.test_gini import by_sort
 
@@ -148,7 +148,7 @@ def test_grouped_rows():
 
 
 def test_unknown_projections_are_an_error(processor):
-    from sar_fast.miniature.checkpoint import load_miniature
+    from sar_fast.lab.miniature.checkpoint import load_miniature
 
     model, _ = load_miniature()
     for layer in model.model.language_model.layers:

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from sar_fast import SARConfig
-from sar_fast.evaluation import benchmark
-from sar_fast.evaluation.session import model_settings
-from sar_fast.merging import merge_into
-from sar_fast.models import MINIATURE_PATH, find_model, load_model
-from sar_fast.training.arguments import parse
-from sar_fast.training.run import build
+from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.io.merging import merge_into
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.io.models import find_model, load_model
+from sar_fast.lab.run.session import model_settings
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.run import build
 from tests.adapters import base_model, logits, picture, usual_mode, write_adapter
 from tests.evaluation.benchmarks import arguments as evaluation_arguments
 from tests.helpers import combinations
@@ -79,8 +80,9 @@ def test_commands_take_adapters(run_folder, picture_file):
     own, base = (json.loads(run("inspect", *m, *given, "--json", "--k", "2")) for m in (model, ()))
     assert own["model_type"] == "llava"
     assert own["layers"] != base["layers"]
-    from sar_fast.analysis.recording import record
-    from sar_fast.cli.loading import build_inputs, load_model
+    from sar_fast.cli.loading import load_model
+    from sar_fast.lab.io.answering import build_inputs
+    from sar_fast.lab.measure.recording import record
 
     inputs = build_inputs(by_hand, load_model("miniature")[1], [picture()], [QUESTION])
     stats = record(by_hand, inputs, SARConfig(activation_layer_k=2)).stats

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sar_fast.training.arguments import parse
-from sar_fast.training.losses import SmoothedLoss, sample_losses
-from sar_fast.training.run import build
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.losses import SmoothedLoss, sample_losses
+from sar_fast.lab.training.run import build
 from tests.hf.tiny import llava, llava_batch
 from tests.training.runs import flags, history, launch, train
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.families import packable_model_types
-from sar_fast.training.data import Collator
-from sar_fast.training.encoding import IGNORED
-from sar_fast.training.run import check_packing
+from sar_fast.hf.families import packable_model_types
+from sar_fast.lab.training.data import Collator
+from sar_fast.lab.training.encoding import IGNORED
+from sar_fast.lab.training.run import check_packing
 from tests.hf.tiny import CASES, qwen2_5_vl
 from tests.hf.tiny.base import IMAGE
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sar_fast.training import plots
-from sar_fast.training.gradients import AGGREGATE, L1, PER_LAYER
+from sar_fast.lab.training import plots
+from sar_fast.lab.training.gradients import AGGREGATE, L1, PER_LAYER
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sar_fast.training.data import Collator, load_records
-from sar_fast.training.encoding import IGNORED, Encoder
-from sar_fast.training.registry import find_datasets
+from sar_fast.lab.io.datasets import find_datasets
+from sar_fast.lab.training.data import Collator, load_records
+from sar_fast.lab.training.encoding import IGNORED, Encoder
 from tests.training.qwen_checkpoint import write_qwen
 from tests.training.runs import history, lines, train
 from tests.training.samples import DATA

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sar_fast.training.data import FEATURES, load_records
-from sar_fast.training.records import Layout, RecordError, open_image, read_rows, to_record
-from sar_fast.training.registry import find_datasets
+from sar_fast.lab.io.datasets import find_datasets
+from sar_fast.lab.io.records import Layout, RecordError, open_image, read_rows, to_record
+from sar_fast.lab.training.data import FEATURES, load_records
 from tests.training.samples import image_bytes
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
@@ -326,7 +326,7 @@ def test_a_parquet_file_with_bad_text_is_named(tmp_path):
 
 
 def test_records_are_read_without_the_libraries_of_models():
-    code = "import sys, sar_fast.training.records; print([n for n in sys.argv[1:] if n in sys.modules])"
+    code = "import sys, sar_fast.lab.io.records; print([n for n in sys.argv[1:] if n in sys.modules])"
     heavy = ["transformers", "datasets", "pyarrow", "accelerate", "skimage", "matplotlib"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,9 +9,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from sar_fast.training.data import load_records
-from sar_fast.training.records import Layout, RecordError, open_image, read_rows, to_record
-from sar_fast.training.registry import find_datasets
+from sar_fast.lab.io.datasets import find_datasets
+from sar_fast.lab.io.records import Layout, RecordError, open_image, read_rows, to_record
+from sar_fast.lab.training.data import load_records
 from tests.training.samples import DATA, image_bytes, write_jsonl
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
@@ -178,7 +178,7 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch):
     """``hf_hub_url``, ``subset``, ``split`` and ``num_samples`` go where they should; pictures come decoded."""
     calls = []
     rows = [{"id": str(n), "conversations": TURNS, "image": {"bytes": image_bytes(value=n)}} for n in (10, 20, 30)]
-    monkeypatch.setattr("sar_fast.training.data.load_dataset", hub(rows, calls))
+    monkeypatch.setattr("sar_fast.lab.training.data.load_dataset", hub(rows, calls))
     entry = {"hf_hub_url": "user/set", "formatting": "sharegpt", "subset": "en", "split": "validation"}
     entries = {"all": entry, "some": {**entry, "num_samples": 2}, "gone": {**entry, "hf_hub_url": "user/gone"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
@@ -194,6 +194,6 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch):
     assert [record["id"] for record in streamed] == ["10", "20"]
     with pytest.raises(OSError, match="'user/gone' doesn't exist on the Hub"):  # one line on stderr, as any OSError
         load_records(find_datasets("gone", tmp_path))
-    monkeypatch.setattr("sar_fast.training.data.load_dataset", lambda *_, **__: iter(()))
+    monkeypatch.setattr("sar_fast.lab.training.data.load_dataset", lambda *_, **__: iter(()))
     with pytest.raises(ValueError, match="dataset 'all' is empty: no record in user/set"):
         load_records(find_datasets("all", tmp_path))

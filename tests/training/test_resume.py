@@ -10,10 +10,10 @@ import shutil
 
 import pytest
 
-from sar_fast.training.arguments import ControlArguments, DataArguments, ModelArguments, SFTArguments, parse
-from sar_fast.training.checkpoints import COMPLETE, checkpoints
-from sar_fast.training.resume import BY_PRODUCT, MAY_CHANGE
-from sar_fast.training.run import build, run
+from sar_fast.lab.training.arguments import ControlArguments, DataArguments, ModelArguments, SFTArguments, parse
+from sar_fast.lab.training.checkpoints import COMPLETE, checkpoints
+from sar_fast.lab.training.resume import BY_PRODUCT, MAY_CHANGE
+from sar_fast.lab.training.run import build, run
 from tests.training.runs import flags, lines, train
 from tests.training.samples import DATA, REPOSITORY, write_jsonl
 

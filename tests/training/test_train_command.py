@@ -13,10 +13,10 @@ import yaml
 from accelerate import ParallelismConfig
 from PIL import Image
 
-from sar_fast.training.arguments import parse
-from sar_fast.training.checkpoints import COMPLETE, checkpoints, last_complete
-from sar_fast.training.distributed import refuse_split_models
-from sar_fast.training.run import build
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.checkpoints import COMPLETE, checkpoints, last_complete
+from sar_fast.lab.training.distributed import refuse_split_models
+from sar_fast.lab.training.run import build
 from tests.training.runs import SMALL, flags, launch, lines, train
 from tests.training.samples import REPOSITORY, write_jsonl
 

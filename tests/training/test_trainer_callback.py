@@ -8,15 +8,15 @@ import pytest
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from sar_fast import SARConfig
-from sar_fast.integrations.hf import apply_sar
-from sar_fast.integrations.hf.features import handle_of
+from sar_fast.hf import apply_sar
+from sar_fast.hf.features import handle_of
 from sar_fast.integrations.trainer_callback import SARCallback
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.arguments import parse
-from sar_fast.training.gradients import GradientSparsityCallback
-from sar_fast.training.lora import add_lora
-from sar_fast.training.run import build
-from sar_fast.training.trainer_of import trainer_of
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.gradients import GradientSparsityCallback
+from sar_fast.lab.training.lora import add_lora
+from sar_fast.lab.training.run import build
+from sar_fast.lab.training.trainer_of import trainer_of
 from sar_fast.weighting import HeadScales
 from tests.training.runs import flags, lines, train
 

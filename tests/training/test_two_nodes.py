@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sar_fast.training.checkpoints import last_complete
+from sar_fast.lab.training.checkpoints import last_complete
 from tests.training.runs import environment, flags, history, launch, lines
 from tests.training.samples import REPOSITORY
 

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.integrations.hf.rule_module import NAME, rule_of
-from sar_fast.integrations.hf.structure import unwrap
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.models import find_model, load_model
-from sar_fast.training.arguments import parse
-from sar_fast.training.run import build, run
-from sar_fast.training.trainers import SFTTrainer
+from sar_fast.hf.rule_module import NAME, rule_of
+from sar_fast.hf.structure import unwrap
+from sar_fast.lab.io.models import find_model, load_model
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.training.arguments import parse
+from sar_fast.lab.training.run import build, run
+from sar_fast.lab.training.trainers import SFTTrainer
+from sar_fast.method.weighting.files import PARAMETERS, RULE
 from sar_fast.weighting import HeadScales, find_weighting
-from sar_fast.weighting.files import PARAMETERS, RULE
 from tests.adapters import logits
 from tests.training.runs import flags, history, launch, parameters, train
 from tests.training.samples import REPOSITORY, write_jsonl

@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sar_fast.row_statistics import row_statistics
-from sar_fast.values import Call, Roles, Scores
-from sar_fast.weighting.rows import Entropy, Mass, Rows, RowStatistic, ScoreSum
+from sar_fast.attention.row_statistics import row_statistics
+from sar_fast.method.values import Call, Roles, Scores
+from sar_fast.method.weighting.rows import Entropy, Mass, Rows, RowStatistic, ScoreSum
 
 SCALE = 0.3
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sar_fast.method.weighting.files import PARAMETERS, RULE, files_of, read_parameters, save_weighting
 from sar_fast.weighting import Fixed, HeadScales, SoftmaxOverHeads, Split, find_weighting, register_weighting
-from sar_fast.weighting.files import PARAMETERS, RULE, files_of, read_parameters, save_weighting
 from tests.training.samples import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("own_rules")

@@ -14,7 +14,9 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 import torch
 
-from sar_fast.values import Statistics
+from sar_fast.method.values import Statistics
+from sar_fast.method.weighting import registry
+from sar_fast.method.weighting.registry import registered, weighting_to_dict
 from sar_fast.weighting import (
     Equal,
     Fixed,
@@ -26,9 +28,7 @@ from sar_fast.weighting import (
     TopHeads,
     find_weighting,
     register_weighting,
-    registry,
 )
-from sar_fast.weighting.registry import registered, weighting_to_dict
 
 pytestmark = pytest.mark.usefixtures("own_rules")
 

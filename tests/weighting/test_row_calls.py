@@ -10,9 +10,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sar_fast.row_statistics import row_statistics
-from sar_fast.values import Call, Roles, Scores
-from sar_fast.weighting.rows import Entropy, Mass, RowStatistic, check_row_statistics
+from sar_fast.attention.row_statistics import row_statistics
+from sar_fast.method.values import Call, Roles, Scores
+from sar_fast.method.weighting.rows import Entropy, Mass, RowStatistic, check_row_statistics
 from tests.weighting.row_cases import (
     PATTERNS,
     SCALE,

@@ -10,10 +10,10 @@ import pickle
 import pytest
 import torch
 
+from sar_fast.attention.row_statistics import join_rows, row_statistics, row_sums
 from sar_fast.backends import statistics as statistics_module
-from sar_fast.row_statistics import join_rows, row_statistics, row_sums
-from sar_fast.values import Call, Roles, Statistics
-from sar_fast.weighting.rows import Entropy, Mass, ScoreSum
+from sar_fast.method.values import Call, Roles, Statistics
+from sar_fast.method.weighting.rows import Entropy, Mass, ScoreSum
 from tests.weighting.row_cases import (
     PATTERNS,
     SCALE,

@@ -8,7 +8,9 @@ import pickle
 import pytest
 import torch
 
-from sar_fast.values import Statistics, StatisticsWithRows
+from sar_fast.method.values import Statistics, StatisticsWithRows
+from sar_fast.method.weighting.protocol import head_weights
+from sar_fast.method.weighting.registry import weighting_to_dict
 from sar_fast.weighting import (
     Equal,
     Fixed,
@@ -19,8 +21,6 @@ from sar_fast.weighting import (
     TopHeads,
     find_weighting,
 )
-from sar_fast.weighting.protocol import head_weights
-from sar_fast.weighting.registry import weighting_to_dict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, HEADS = 3, 6

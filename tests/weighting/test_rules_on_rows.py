@@ -17,7 +17,7 @@ from sar_fast import (
     sar_attn_varlen_func,
     sar_attn_with_kvcache,
 )
-from sar_fast.values import StatisticsWithRows
+from sar_fast.method.values import StatisticsWithRows
 from sar_fast.weighting import Entropy, Mass, RowStatistic, ScoreSum, SuppressHeads, TopHeads
 from tests.helpers import BACKENDS, make_case, max_error
 from tests.hf.tiny import CASES

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sar_fast import sar_attn_func
-from sar_fast.distributed import Shards
+from sar_fast.method.distributed import Shards
 from sar_fast.weighting import Fixed, Mass, ScoreSum, Split, SuppressHeads
 from tests.distributed_workers import run_ranks
 from tests.helpers import make_case, max_error

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from sar_fast.analysis.head_divergence import head_divergence, last_head_outputs, last_positions
-from sar_fast.integrations.hf import UnsupportedModelError
-from sar_fast.integrations.hf.structure import find_attention_modules
-from sar_fast.values import Statistics
+from sar_fast.hf import UnsupportedModelError
+from sar_fast.hf.structure import find_attention_modules
+from sar_fast.lab.measure.head_divergence import head_divergence, last_head_outputs, last_positions
+from sar_fast.method.values import Statistics
+from sar_fast.method.weighting.protocol import head_weights, no_statistics
+from sar_fast.method.weighting.registry import weighting_to_dict
 from sar_fast.weighting import ReinforceHeads, find_weighting
-from sar_fast.weighting.protocol import head_weights, no_statistics
-from sar_fast.weighting.registry import weighting_to_dict
 from tests.hf.tiny import CASES, IMAGE, llava, llava_batch
 from tests.hf.tiny.base import pad
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.backends.protocol import Request
-from sar_fast.validation import MAX_HEAD_DIM
-from sar_fast.values import Call
+from sar_fast.method.validation import MAX_HEAD_DIM
+from sar_fast.method.values import Call
 
 _aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.providers.protocol import Limits, checked_lse, has_gpu, narrowed, widened, widened_like
-from sar_fast.values import Call
+from sar_fast.method.values import Call
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sar_fast.backends.protocol import Request
-from sar_fast.values import Call
+from sar_fast.method.values import Call
 
 
 class Provider(Protocol):

@@ -9,12 +9,12 @@ from llamafactory.extras.misc import is_env_enabled
 from llamafactory.model import load_config
 
 from sar_fast.config import SARConfig
-from sar_fast.integrations.hf.families import find_family
+from sar_fast.hf.families import find_family
 from sar_fast.integrations.llamafactory.options import Options
-from sar_fast.sar_flags import check_backend, check_layers, check_sar_flags
-from sar_fast.training.distributed import refuse_split_models
-from sar_fast.training.rules import is_trained
-from sar_fast.weighting.split import module_of
+from sar_fast.lab.run.sar_flags import check_backend, check_layers, check_sar_flags
+from sar_fast.lab.training.distributed import refuse_split_models
+from sar_fast.lab.training.rules import is_trained
+from sar_fast.method.weighting.split import module_of
 
 OTHER_ENGINES = {  # key -> which of LLaMA-Factory's argument groups it is in
     "use_mca": "finetuning",

@@ -7,9 +7,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sar_fast.experiment_arguments import OneLineParser, as_flags, parse_groups
-from sar_fast.models import MINIATURE, MINIATURE_PATH
-from sar_fast.training.arguments import AnalysisArguments, ControlArguments, SARArguments
+from sar_fast.lab.io.model_source import MINIATURE, MINIATURE_PATH
+from sar_fast.lab.run.flags import OneLineParser, as_flags, parse_groups
+from sar_fast.lab.training.arguments import AnalysisArguments, ControlArguments, SARArguments
 
 GROUPS = (SARArguments, ControlArguments, AnalysisArguments)
 NAMES = frozenset(field.name for group in GROUPS for field in dataclasses.fields(group))

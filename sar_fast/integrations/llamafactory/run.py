@@ -24,10 +24,10 @@ from sar_fast.integrations.llamafactory.options import NAMES, PLAIN, Given, chec
 from sar_fast.integrations.llamafactory.resuming import KeptOptions, check_resume
 from sar_fast.integrations.llamafactory.trainer import chosen_trainer
 from sar_fast.integrations.trainer_callback import SARCallback
-from sar_fast.model_errors import first_line
-from sar_fast.training.distributed import prepare_deepspeed
-from sar_fast.training.gradients import GradientSparsityCallback
-from sar_fast.training.run_config import RunConfigCallback
+from sar_fast.lab.io.model_errors import first_line
+from sar_fast.lab.training.distributed import prepare_deepspeed
+from sar_fast.lab.training.gradients import GradientSparsityCallback
+from sar_fast.lab.training.run_config import RunConfigCallback
 
 EXPORT = (ModelArguments, DataArguments, FinetuningArguments, GeneratingArguments)
 TRAIN = (*EXPORT, TrainingArguments)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from llamafactory.train.sft import workflow
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
-from sar_fast.training.arguments import ControlArguments
-from sar_fast.training.visual_supervision import VisualSupervision
+from sar_fast.lab.training.arguments import ControlArguments
+from sar_fast.lab.training.visual_supervision import VisualSupervision
 
 
 class ControlTrainer(VisualSupervision, CustomSeq2SeqTrainer):

@@ -13,16 +13,16 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from sar_fast.config import SARConfig
-from sar_fast.evaluation.answering import encode_texts, generate
-from sar_fast.evaluation.models import prepare_processor, start_processes
-from sar_fast.integrations.hf import apply_sar
+from sar_fast.hf import apply_sar
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, in_own_words, refuse_unknown
-from sar_fast.model_errors import ModelError
-from sar_fast.models import find_model, load_model
-from sar_fast.pictures import PictureError, open_picture
-from sar_fast.processors import ProcessorRefusal
-from sar_fast.sar_flags import find_rule, refuse_papers
-from sar_fast.validation import check_flag
+from sar_fast.lab.io.answering import encode_texts, generate
+from sar_fast.lab.io.model_errors import ModelError
+from sar_fast.lab.io.models import find_model, load_model
+from sar_fast.lab.io.pictures import PictureError, open_picture
+from sar_fast.lab.io.processors import ProcessorRefusal
+from sar_fast.lab.run.loading import prepare_processor, start_processes
+from sar_fast.lab.run.sar_flags import find_rule, refuse_papers
+from sar_fast.method.validation import check_flag
 
 
 class SARHuggingFace(lmms):
@@ -36,7 +36,7 @@ class SARHuggingFace(lmms):
         sar_activation_layer_k, sar_beta, sar_normalize, sar_decode, sar_prior_source, sar_backend: of
             :class:`~sar_fast.SARConfig`.
         sar_weighting: another rule, in place of sar_beta and sar_normalize: a name, FILE.py:NAME, JSON or a folder
-            (:func:`~sar_fast.weighting.find_weighting`).
+            (:func:`~sar_fast.method.weighting.find_weighting`).
         dtype: auto (bfloat16 on a GPU, else float32), or a name.
         template: a Jinja file in place of the model's chat template.
         batch_size, device, max_batch_size: lmms-eval's; the last has no effect.

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from sar_fast import SARConfig, apply_sar
-from sar_fast.miniature.questions import draw_questions
-from sar_fast.models import MINIATURE_PATH
+from sar_fast.lab.io.model_source import MINIATURE_PATH
+from sar_fast.lab.miniature.questions import draw_questions
 
 MARK = "CHECK "  # begins a line that goes into the table
 RECORD = "RECORDED_BATCH"  # environment variable: where a run keeps its first batch

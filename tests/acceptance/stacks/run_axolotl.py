@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from sar_fast.models import MINIATURE_PATH
+from sar_fast.lab.io.model_source import MINIATURE_PATH
 from tests.acceptance.stacks.common import (
     CONFIG,
     RECORD,

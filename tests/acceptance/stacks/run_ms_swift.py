@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sar_fast.models import MINIATURE_PATH
+from sar_fast.lab.io.model_source import MINIATURE_PATH
 from tests.acceptance.stacks.common import (
     CONFIG,
     RECORD,

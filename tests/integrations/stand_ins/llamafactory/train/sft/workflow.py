@@ -1,8 +1,8 @@
 from typing import Any
 
-from sar_fast.miniature.checkpoint import load_miniature
-from sar_fast.training.data import Collator
-from sar_fast.training.encoding import Encoder
+from sar_fast.lab.miniature.checkpoint import load_miniature
+from sar_fast.lab.training.data import Collator
+from sar_fast.lab.training.encoding import Encoder
 from tests.training.samples import conversation
 
 from .trainer import CustomSeq2SeqTrainer

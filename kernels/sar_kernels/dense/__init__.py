@@ -1,0 +1,1 @@
+"""Attention of whole sequences, batched or packed: forward, statistics, backward."""

@@ -1,0 +1,1 @@
+"""Compiler budgets and tile search; no call runs them."""

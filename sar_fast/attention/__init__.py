@@ -1,0 +1,1 @@
+"""Attention with SAR as functions and operators, whatever the backend."""

@@ -1,0 +1,1 @@
+"""What everything stands on: errors, JSON, numbers as Python's, optional packages, weight files."""

@@ -1,1 +1,0 @@
-"""Evaluations: benchmarks with their own scoring rules, and the analyses of the paper."""

@@ -1,0 +1,1 @@
+"""Benchmarks: tables, questions, answers, scores, sweeps."""

@@ -1,0 +1,1 @@
+"""The demo: the shipped model on drawn pictures, with and without SAR."""

@@ -1,0 +1,42 @@
+"""The prompts of a sample: its query, and paraphrases by templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any
+
+from sar_fast.lab.io.chat_template import placeholder_in
+from sar_fast.lab.io.skips import PLACEHOLDER, SampleSkipped
+
+DEFAULT_TEMPLATES = (
+    "the {} in the image",
+    "a photo of the {}",
+    "the location of the {}",
+    "focus on the {}",
+    "where is the {} in this picture?",
+)
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """The templates, if each has exactly one place for the object's name, and no other."""
+    if isinstance(templates, str) or not templates:
+        raise ValueError(f"templates must be a non-empty list of texts; got {templates!r}")
+    for template in templates:
+        try:
+            places = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        except ValueError:  # a single brace
+            places = None
+        if places != [""] or template.count("{}") != 1:
+            raise ValueError(
+                f"focus_templates: {template!r} needs exactly one {{}}, where the object's name goes, and no "
+                "other brace (doubled ones are written once)"
+            )
+    return tuple(templates)
+
+
+def check_words(processor: Any, words: Sequence[str]) -> None:
+    """:class:`SampleSkipped` if a prompt has what stands for a picture: the model would look for a second one."""
+    for prompt in words:
+        if marker := placeholder_in(processor, prompt):
+            raise SampleSkipped(PLACEHOLDER, f"{marker!r} in {prompt!r}")

@@ -1,0 +1,1 @@
+"""What a forward pass does, recorded or timed: statistics, heads, memory."""

@@ -1,0 +1,257 @@
+"""What ``experiments/train.py`` does: arguments, data, model, Trainer, and what is kept beside the results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging as hf_logging
+
+from sar_fast.base import json_text
+from sar_fast.hf.families import packable_model_types
+from sar_fast.hf.structure import unwrap
+from sar_fast.lab.io.datasets import DatasetInfo, find_datasets
+from sar_fast.lab.run.flags import expand
+from sar_fast.lab.run.process_group import leave_process_group
+from sar_fast.lab.run.run_metadata import commit, versions
+from sar_fast.lab.run.sar_flags import check_backend
+from sar_fast.lab.run.threads import one_thread_for
+from sar_fast.lab.training.arguments import Arguments, main_arguments
+from sar_fast.lab.training.checking import ending_at_a_bad_record
+from sar_fast.lab.training.checkpoints import forget_replaced
+from sar_fast.lab.training.data import (
+    CONCAT,
+    Collator,
+    encode_dataset,
+    load_records,
+    training_dataset,
+    training_stream,
+)
+from sar_fast.lab.training.distributed import asks_for_deepspeed, prepare_deepspeed
+from sar_fast.lab.training.encoding import Encoder
+from sar_fast.lab.training.gradients import GradientSparsityCallback
+from sar_fast.lab.training.models import check_model, check_model_layers, load_model, load_processor, source_of
+from sar_fast.lab.training.output_folder import move_aside
+from sar_fast.lab.training.plots import plot_loss
+from sar_fast.lab.training.resume import check_same_run, find_checkpoint, is_finished, run_settings
+from sar_fast.lab.training.rules import learns_from_statistics
+from sar_fast.lab.training.run_config import RunConfigCallback
+from sar_fast.lab.training.throughput import ThroughputCallback
+from sar_fast.lab.training.trainer_checks import check_optimizer, check_packages, check_trackers
+from sar_fast.lab.training.trainers import ControlSFTTrainer, SFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Run the command line; bad input ends it with one line on stderr and exit code 2."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    try:
+        _train()
+    except KeyboardInterrupt as error:
+        sys.stderr.write("\ninterrupted: --resume_from_checkpoint true goes on from the last whole checkpoint\n")
+        raise SystemExit(130) from error
+    leave_process_group()
+
+
+def _train() -> None:
+    with contextlib.ExitStack() as threads:
+        try:
+            if asks_for_deepspeed(expand(sys.argv[1:])):
+                prepare_deepspeed()
+            arguments = main_arguments()
+            threads.enter_context(one_thread_for(source_of(arguments.model).base_name))
+            trainer, checkpoint = build(arguments)
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            raise SystemExit(2) from error
+        with ending_at_a_bad_record():
+            run(trainer, arguments, checkpoint)
+        if dist.is_initialized():  # a rank that leaves while another still writes would abort
+            dist.barrier()
+
+
+def build(arguments: Arguments) -> tuple[Trainer, str | None]:
+    """The Trainer, and the checkpoint to resume from. Everything that can be wrong with the input is found here."""
+    training, data = arguments.training, arguments.data
+    hf_logging.enable_propagation()
+    hf_logging.disable_default_handler()
+    check_packages(arguments)
+    check_trackers(training)
+    check_model(arguments)
+    if arguments.model.use_sar:
+        check_model_layers(arguments.model)
+        check_backend(arguments.model, training.device, torch.bfloat16 if training.bf16 else torch.float32)
+    checkpoint = find_checkpoint(arguments) if training.do_train else None
+    infos = _infos(arguments, data.dataset) if training.do_train else []
+    settings = run_settings(arguments, infos) if training.do_train else None
+    if checkpoint is not None:
+        check_same_run(settings, checkpoint)
+    set_seed(training.seed)
+    processor = load_processor(arguments)
+    encoder = Encoder(processor, data.max_length, data.too_long)
+    train = _dataset(arguments, infos, encoder) if training.do_train else None
+    if settings is not None:
+        content = getattr(train, "stamps", {})  # a stream is not read yet
+        settings |= {f"content of the {what}": stamps for what, stamps in content.items()}
+        if checkpoint is not None:
+            check_same_run(settings, checkpoint)
+    evaluation = None
+    if training.do_eval:
+        evaluation = _dataset(arguments, _infos(arguments, data.eval_dataset), encoder, evaluation=True)
+    model = load_model(arguments)
+    needs_blank = needs_pictures(model)
+    if data.packing:
+        check_packing(model, needs_blank)
+    tokenizer = encoder.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options: dict[str, Any] = {
+        "model": model,
+        "args": training,
+        "run_settings": settings,
+        "train_dataset": train,
+        "eval_dataset": evaluation,
+        "processing_class": processor,
+        "data_collator": Collator(pad, packing=data.packing, blank=encoder.blank_image() if needs_blank else None),
+    }
+    if arguments.control.custom_trainer == "control_sft":
+        control = {k: v for k, v in vars(arguments.control).items() if k != "custom_trainer"}
+        trainer: Trainer = ControlSFTTrainer(**options, **control)
+    else:
+        trainer = SFTTrainer(**options)
+    if training.do_train:
+        check_optimizer(trainer)
+    trainer.add_callback(RunConfigCallback(trainer, arguments.to_dict()))
+    if training.do_train and training.gradient_analysis:
+        trainer.add_callback(GradientSparsityCallback(trainer, training.steps_between(training.logging_steps)))
+    if training.log_throughput:
+        trainer.add_callback(ThroughputCallback(trainer, training.peak_flops))
+    return trainer, checkpoint
+
+
+def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
+    """Train and evaluate, as asked; write model, metrics, figures and metadata into the output folder.
+
+    A run that had finished is not run again: its model and results stay as they are.
+    """
+    training = arguments.training
+    output = Path(training.output_dir)
+    finished = is_finished(checkpoint, output)
+    prepare_folder(trainer, arguments, checkpoint)
+    if finished:
+        logger.info("the run had finished at %s: its model and results stay as they are", checkpoint)
+    if training.do_train and not (finished and not training.do_eval):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if not finished:
+            save_run(trainer, result.metrics)
+    if training.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+def prepare_folder(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
+    """Make room in the output folder, if that is asked, and write ``run_metadata.json``; ranks wait for each other."""
+    training = arguments.training
+    output = Path(training.output_dir)
+    if training.should_save and training.do_train and training.overwrite_output_dir and checkpoint is None:
+        aside = move_aside(output)
+        if aside is not None:
+            logger.info("an earlier run was moved to %s, and is deleted after the first whole save of this one", aside)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        write_metadata(output / "run_metadata.json", run_metadata(arguments), checkpoint)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write_metadata(path: Path, metadata: dict[str, Any], checkpoint: str | None) -> None:
+    """A new run's metadata, or, after a resume, one more of the list ``resumed`` in what the run began with."""
+    if checkpoint is not None and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before.setdefault("resumed", []).append({"checkpoint": checkpoint, **metadata})
+        metadata = before
+    path.write_text(json_text.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Model, state, results and figure of a run that has ended."""
+    training = trainer.args
+    output = Path(training.output_dir)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    if training.should_save:
+        forget_replaced(output)
+    if training.plot_loss and trainer.is_world_process_zero():
+        draw_loss(trainer, output / "training_loss.png")
+
+
+def draw_loss(trainer: Trainer, path: Path) -> None:
+    """``training_loss.png``; a run that logged no loss has none, and the log says so."""
+    if not plot_loss(trainer.state.log_history, path):
+        path.unlink(missing_ok=True)  # an earlier run's would pass for this one's
+        logger.warning(
+            "--plot_loss: no loss to plot: %d steps, and one is logged every --logging_steps %g",
+            trainer.state.global_step,
+            trainer.args.logging_steps,
+        )
+
+
+def needs_pictures(model: nn.Module) -> str:
+    """Why every batch must have a picture, or ''."""
+    if is_deepspeed_zero3_enabled():
+        return "with ZeRO-3"
+    return "with parameters of --sar_weighting that learn from statistics" if learns_from_statistics(model) else ""
+
+
+def check_packing(model: nn.Module, needs_blank: str = "") -> None:
+    """``ValueError`` for a model whose rows must not hold several samples."""
+    kind, packable = unwrap(model).config.model_type, packable_model_types()
+    if kind not in packable:
+        raise ValueError(f"--packing is not known to be right for {kind}; it is for {', '.join(packable)}")
+    if needs_blank:
+        instead = "; use ZeRO-2" if "ZeRO" in needs_blank else "; leave it out"
+        raise ValueError(f"--packing {needs_blank} has no place for the blank image of a batch without any{instead}")
+
+
+def run_metadata(arguments: Arguments) -> dict[str, Any]:
+    """Versions, command, seed and configuration, as stored in run_metadata.json."""
+    return {
+        "command": sys.argv,
+        "versions": versions(),
+        "commit": commit(),
+        "seed": arguments.training.seed,
+        "world_size": arguments.training.world_size,
+        "configuration": arguments.to_dict(),
+    }
+
+
+def _infos(arguments: Arguments, names: str) -> list[DatasetInfo]:
+    data = arguments.data
+    folder, media = (Path(path) if path else None for path in (data.dataset_dir, data.media_dir))
+    return find_datasets(names, folder, media, data.max_samples)
+
+
+def _dataset(arguments: Arguments, infos: Sequence[DatasetInfo], encoder: Encoder, evaluation: bool = False) -> Any:
+    """The datasets as one; records of an evaluation come once each, in order."""
+    data, training = arguments.data, arguments.training
+    with training.main_process_first(desc="preparing data"):
+        if evaluation and data.streaming:
+            return encode_dataset(load_records(infos, streaming=True), encoder)
+        seed = training.data_seed if training.data_seed is not None else training.seed
+        mix = CONCAT if evaluation else data.mix()
+        if data.streaming:
+            return training_stream(infos, encoder, mix, seed, data.buffer_size, announce=training.process_index == 0)
+        return training_dataset(infos, encoder, mix, seed, data.preprocessing_num_workers, data.cache_dir)

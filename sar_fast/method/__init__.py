@@ -1,0 +1,1 @@
+"""The method on torch alone: the values of a call, roles, the prior, weightings, the oracle (docs/method.md)."""
