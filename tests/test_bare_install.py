@@ -20,8 +20,8 @@ import setuptools
 from packaging.requirements import Requirement
 
 from sar_fast.base import extras
-from sar_fast.cli.evaluate import evaluate
-from sar_fast.lab.run import arguments as evaluation_arguments
+from sar_fast.cli.evaluate import arguments as evaluation_arguments
+from sar_fast.cli.evaluate.command import evaluate
 from sar_fast.lab.training import arguments as training_arguments
 from sar_fast.lab.training.run import build
 from tests.training.runs import flags

@@ -266,7 +266,7 @@ def test_errors_name_the_option(picture, tmp_path):
     assert fails("generate", "--image", url, *ask).startswith(f"error: --image is the URL {url!r}: nothing is downl")
     assert fails("inspect", "--image", "", *ask).startswith("error: --image is the empty path ''")
     assert "--question" in fails("generate", "--image", picture, "--question", " ")
-    assert "--question has '<image>'" in fails("generate", "--image", picture, "--question", "a <image> b")
+    assert "--question must be without '<image>'" in fails("generate", "--image", picture, "--question", "a <image> b")
     assert "--model" in fails(*ok, "--model", "./no/such/folder")
     assert "--model" in fails(*ok, "--model", str(tmp_path))
     assert "--device" in fails(*ok, "--device", "warp")

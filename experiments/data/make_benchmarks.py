@@ -3,7 +3,8 @@
     python experiments/data/make_benchmarks.py            # rewrites benchmarks/ beside this file
 
 Pictures are the miniature's (sar_fast/lab/miniature), from seeds that its training never used, and so are the words:
-the miniature knows no others. The layouts are those of lmms-lab's parquet files, so the commands are those of full scale.
+the miniature knows no others. The layouts are those of lmms-lab's parquet files, so the commands are those of full
+scale.
 """
 
 from __future__ import annotations

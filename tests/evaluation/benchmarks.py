@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image
 from PIL import Image as Pictures
 
-from sar_fast.lab.run.arguments import EvaluationArguments
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
 from sar_fast.lab.run.results import SAMPLES
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from sar_fast import SARConfig
+from sar_fast.cli.evaluate.loading import prepare_processor
 from sar_fast.cli.loading import load_model
 from sar_fast.hf import apply_sar
 from sar_fast.lab.benchmark.tasks.mme import YES_NO
 from sar_fast.lab.io.answering import encode, first_tokens, frames, generate, option_log_probabilities
 from sar_fast.lab.miniature.drawing import draw_scene
-from sar_fast.lab.run.loading import prepare_processor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

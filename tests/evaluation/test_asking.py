@@ -11,6 +11,8 @@ import pytest
 from datasets import Dataset, Image
 from PIL import Image as Pictures
 
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
+from sar_fast.cli.evaluate.loading import prepare_processor
 from sar_fast.cli.loading import load_model
 from sar_fast.hf.shared_prefix import Sharing
 from sar_fast.lab.benchmark import asking
@@ -19,8 +21,6 @@ from sar_fast.lab.benchmark.asking import cut_batches, pending
 from sar_fast.lab.benchmark.tasks import Sample
 from sar_fast.lab.io.prompts import PromptFormat
 from sar_fast.lab.miniature.drawing import draw_scene
-from sar_fast.lab.run.arguments import EvaluationArguments
-from sar_fast.lab.run.loading import prepare_processor
 from sar_fast.lab.run.results import METADATA, SAMPLES
 from tests.evaluation.test_benchmark import Stopped
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from sar_fast.cli.evaluate import main
+from sar_fast.cli.evaluate.command import main
 from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark.asking import Asker
 from sar_fast.lab.benchmark.tables import find_files

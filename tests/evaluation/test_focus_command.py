@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sar_fast.cli.evaluate.arguments import parse
 from sar_fast.lab import focus, probe
 from sar_fast.lab.focus import FocusMetricsEvaluator
 from sar_fast.lab.focus.dataset import load_grounding_samples
 from sar_fast.lab.focus.samples import decode_mask
-from sar_fast.lab.run.arguments import parse
 
 ROOT = Path(__file__).parents[2]
 YAMLS = ROOT / "experiments" / "sar_paper"

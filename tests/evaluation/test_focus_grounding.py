@@ -23,6 +23,7 @@ from transformers import (
     SwinConfig,
 )
 
+from sar_fast.cli.evaluate.arguments import parse
 from sar_fast.lab.focus import (
     FocusMetricsEvaluator,
     GroundingSample,
@@ -34,7 +35,6 @@ from sar_fast.lab.focus import (
 from sar_fast.lab.focus.checkpoints import load_detector, load_segmenter, read_config
 from sar_fast.lab.focus.grounding import GroundedMasks, caption
 from sar_fast.lab.miniature.checkpoint import load_miniature
-from sar_fast.lab.run.arguments import parse
 
 SETTINGS = {
     "backbone": "swin_tiny_64_test",

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
+from sar_fast.cli.evaluate.loading import prepare_processor
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
 from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.io.chat_template import build_prompt
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.miniature.checkpoint import load_miniature
-from sar_fast.lab.run.arguments import EvaluationArguments
-from sar_fast.lab.run.loading import prepare_processor
 from sar_fast.weighting import Equal, SoftmaxOverHeads
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sar_fast.cli.evaluate.arguments import parse
 from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark.tasks import find_task
-from sar_fast.lab.run.arguments import parse
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "experiments" / "sar_paper").glob("eval_*.yaml"))

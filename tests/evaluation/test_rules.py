@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 
 from sar_fast import SARConfig
+from sar_fast.cli.evaluate import arguments as arguments_module
+from sar_fast.cli.evaluate.arguments import parse
+from sar_fast.cli.evaluate.loading import load, sar_config_of, start_processes
 from sar_fast.cli.loading import load_model
 from sar_fast.hf import apply_sar
 from sar_fast.lab import focus, probe
@@ -20,10 +23,7 @@ from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
 from sar_fast.lab.io.answering import answer, build_inputs
 from sar_fast.lab.io.stamps import file_stamp
 from sar_fast.lab.measure.recording import record
-from sar_fast.lab.run import arguments as arguments_module
-from sar_fast.lab.run.arguments import parse
 from sar_fast.lab.run.flags import expand
-from sar_fast.lab.run.loading import load, sar_config_of, start_processes
 from sar_fast.lab.run.results import METADATA, differences, read_json
 from sar_fast.lab.run.rules import rule_label, rule_settings, rule_slug, state_stamp
 from sar_fast.weighting import Equal, SoftmaxOverHeads

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sar_fast.cli.evaluate import arguments as arguments_module
 from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark import sweep
-from sar_fast.lab.run import arguments as arguments_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

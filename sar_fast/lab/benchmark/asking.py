@@ -10,8 +10,8 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
 from sar_fast.config import SARConfig
 from sar_fast.hf import SARHandle, apply_sar
 from sar_fast.hf.branching import run_branches
@@ -24,7 +24,7 @@ from sar_fast.lab.io.processors import ProcessorRefusal
 from sar_fast.lab.io.prompts import PromptFormat
 from sar_fast.lab.io.records import RecordError
 from sar_fast.lab.io.skips import PLACEHOLDER, REFUSED, UNREADABLE
-from sar_fast.lab.run.arguments import EvaluationArguments
+from sar_fast.lab.run.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def ask_all(
     """Hand this process's share of the batches, prepared, to ``keep``, with a progress bar."""
     transformers.set_seed(ask.arguments.seed)
     mine = share_of_process(batches, state)
-    bar = tqdm(total=sum(map(len, mine)), desc=ask.task.name, unit="sample", disable=not state.is_main_process)
+    bar = progress_bar(sum(map(len, mine)), ask.task.name, here=state.is_main_process)
     with bar:
         for asked, facts, groups, unreadable in ask.loader(mine, table):
             keep(asked, facts, groups, unreadable)

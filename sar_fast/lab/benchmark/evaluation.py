@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
+from sar_fast.cli.evaluate.loading import load, model_settings, model_type_of, reports_frames, session_of
 from sar_fast.lab.benchmark.asking import Asker, ask_all, cut_batches, pending
 from sar_fast.lab.benchmark.tables import Table, open_table
 from sar_fast.lab.benchmark.tasks import Record, Sample, Skip, Task, TaskOptions, find_task
 from sar_fast.lab.benchmark.tasks.base import partial_totals
 from sar_fast.lab.io.boxes import NEED_FRAMES
-from sar_fast.lab.run.arguments import EvaluationArguments
-from sar_fast.lab.run.loading import load, model_type_of, reports_frames
 from sar_fast.lab.run.results import RESULTS, SAMPLES, ResultFolder
-from sar_fast.lab.run.session import Session, model_settings
 
 UNREAD = (  # counts in the results that a score alone does not show
     ("unparsed", f"replies were not understood and count as wrong; they have no prediction in {SAMPLES}"),
@@ -31,7 +30,7 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
     ``FileNotFoundError`` or ``ConnectionError`` name what is wrong with the input, before a model is loaded where that
     can be known.
     """
-    session = Session(arguments)
+    session = session_of(arguments)
     task, scoring, table, samples, skips = questions(arguments)
     folder = session.open(arguments.output_dir, settings_of(arguments, task, table, scoring))
     batches = pending(cut_batches(samples, table, arguments.per_device_eval_batch_size), folder.records())

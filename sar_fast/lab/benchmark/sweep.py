@@ -20,6 +20,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from sar_fast.cli.evaluate.arguments import EvaluationArguments, sar_flags_given
+from sar_fast.cli.evaluate.loading import load, session_of
 from sar_fast.config import SARConfig
 from sar_fast.hf.branching import layer_passes
 from sar_fast.lab.benchmark import evaluation as benchmark
@@ -27,13 +29,10 @@ from sar_fast.lab.benchmark.asking import Asker, ask_all, cut_batches, pending
 from sar_fast.lab.benchmark.tables import Table
 from sar_fast.lab.benchmark.tasks import Record, Sample
 from sar_fast.lab.io.output_dir import check_output_dir
-from sar_fast.lab.run.arguments import EvaluationArguments, sar_flags_given
 from sar_fast.lab.run.flags import parse_groups
-from sar_fast.lab.run.loading import load
 from sar_fast.lab.run.results import ResultFolder, read_json, write_json
 from sar_fast.lab.run.rules import canonical, rule_label, rule_slug
 from sar_fast.lab.run.sar_flags import check_rule, naming_flags
-from sar_fast.lab.run.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +164,7 @@ def parse(argv: Sequence[str]) -> SweepArguments:
 
 def run(arguments: SweepArguments) -> dict[str, Any]:
     """Answer, score and compare all settings; what ``sweep.json`` holds, on the main process, ``{}`` on the others."""
-    session = Session(arguments)
+    session = session_of(arguments)
     task, scoring, table, samples, skips = benchmark.questions(arguments)
     settings = arguments.settings()
     folders = [session.open(s.output_dir, benchmark.settings_of(s, task, table, scoring)) for s in settings]

@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
+from sar_fast.cli.evaluate.loading import load, model_settings, session_of
 from sar_fast.hf.shared_prefix import sharing_of
 from sar_fast.lab.focus.dataset import dataset_settings, load_grounding_samples
 from sar_fast.lab.focus.evaluator import FI, SFS, FocusMetricsEvaluator, overlay_path, summarise
 from sar_fast.lab.focus.prompts import DEFAULT_TEMPLATES, check_templates
 from sar_fast.lab.focus.samples import DatasetMasks, GroundingSample, MaskSource
-from sar_fast.lab.run.arguments import EvaluationArguments
-from sar_fast.lab.run.loading import load
+from sar_fast.lab.run.progress import progress_bar
 from sar_fast.lab.run.results import write_json
 from sar_fast.lab.run.sar_flags import naming_flags
-from sar_fast.lab.run.session import Session, model_settings
 
 RESULTS = "focus_metrics_results.json"
 OVERLAYS = "overlays"
@@ -28,7 +26,7 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
 
     Returns what ``focus_metrics_results.json`` holds, on the main process; ``{}`` on the others.
     """
-    session = Session(arguments)
+    session = session_of(arguments)
     state = session.state
     templates = check_templates(arguments.focus_templates or DEFAULT_TEMPLATES)
     samples = load_grounding_samples(
@@ -73,7 +71,7 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
     if batches:
         session.note(sharing=sharing_of(model).describe())
         mine = batches[state.process_index :: state.num_processes]
-        bar = tqdm(total=sum(map(len, mine)), desc="SFS/FI", unit="sample", disable=not state.is_main_process)
+        bar = progress_bar(sum(map(len, mine)), "SFS/FI", here=state.is_main_process)
         with bar, folder.open_part(state.process_index) as part:
             for batch in mine:
                 scored = evaluator.score(batch)

@@ -16,12 +16,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from sar_fast.cli.evaluate.arguments import ORIGINAL_CHECKPOINTS as ORIGINAL
 from sar_fast.lab.focus.samples import NOTHING_GROUNDED, GroundingSample, MaskSource, check_mask, picture_hash
 from sar_fast.lab.io.models import is_missing_folder
 from sar_fast.lab.io.pictures import PictureError, open_mask, png_text
 from sar_fast.lab.io.skips import SampleSkipped
 from sar_fast.lab.io.stamps import file_stamp, model_stamp, sampled_stamp
-from sar_fast.lab.run.arguments import ORIGINAL_CHECKPOINTS as ORIGINAL
 
 CUT = "max_text_len"  # of a mask's picture in the cache
 

@@ -97,8 +97,8 @@ def _train(paper: Paper, name: str, data: str) -> Stage:
 def _evaluate(
     paper: Paper, group: str, task: str, weights: str, flags: Sequence[str], depends: Mapping[str, Any]
 ) -> Stage:
+    from sar_fast.cli.evaluate import arguments
     from sar_fast.lab.benchmark import evaluation as benchmark
-    from sar_fast.lab.run import arguments
 
     folder = paper.folder("benchmarks", group, task)
     words = ["--model_name_or_path", weights, "--task", task, "--data_dir", str(EXPERIMENTS / "data/benchmarks" / task)]
@@ -123,8 +123,8 @@ def _headline(task: str, scores: dict[str, Any]) -> dict[str, float]:
 def _analyse(
     paper: Paper, kind: str, group: str, weights: str, flags: Sequence[str], depends: Mapping[str, Any]
 ) -> Stage:
+    from sar_fast.cli.evaluate import arguments
     from sar_fast.lab import focus, probe
-    from sar_fast.lab.run import arguments
 
     (title, configuration), module = ANALYSES[kind], {"focus": focus, "probe": probe}[kind]
     folder = paper.folder(kind, group)

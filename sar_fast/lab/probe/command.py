@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
+from sar_fast.cli.evaluate.loading import load, model_settings, session_of
 from sar_fast.lab.focus.dataset import dataset_settings, load_grounding_samples
 from sar_fast.lab.probe.features import DONE
 from sar_fast.lab.probe.heads import HeadTraining
 from sar_fast.lab.probe.plot import draw_scores
 from sar_fast.lab.probe.probe import LayerwiseProbe, ProbeResults
-from sar_fast.lab.run.arguments import EvaluationArguments
-from sar_fast.lab.run.loading import load
 from sar_fast.lab.run.results import write_json
-from sar_fast.lab.run.session import Session, model_settings
 
 RESULTS = "layerwise_probe_results.json"
 DETAILS = "layerwise_probe_details.json"
@@ -31,7 +30,7 @@ def run(arguments: EvaluationArguments) -> dict[str, float]:
 
     Returns layer -> score, on the main process; ``{}`` on the others.
     """
-    session = Session(arguments)
+    session = session_of(arguments)
     state = session.state
     samples = load_grounding_samples(
         arguments.dataset, arguments.dataset_dir, arguments.media_dir, arguments.max_samples

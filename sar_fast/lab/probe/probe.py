@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
@@ -38,6 +37,7 @@ from sar_fast.lab.probe.heads import (
     scaled,
     train_heads,
 )
+from sar_fast.lab.run.progress import progress_bar
 
 TASKS = ("grounding", "classification")
 RIGHT_IOU = 0.5
@@ -172,8 +172,10 @@ class LayerwiseProbe:
         pass; the others go to the ranks in turn, and a rank makes its own."""
         store, passes = self.open_store(samples, folder), 0
         starts = range(0, len(samples), self.batch_size)[rank::world]
-        with contextlib.nullcontext() if self.config is None else apply_sar(self.model, self.config):
-            for start in tqdm(starts, desc="features", unit="batch", disable=not progress):
+        bar = progress_bar(len(starts), "features", unit="batch", here=progress)
+        with bar, contextlib.nullcontext() if self.config is None else apply_sar(self.model, self.config):
+            for start in starts:
+                bar.update()
                 rows = range(start, min(start + self.batch_size, len(samples)))
                 if not store.missing(rows):
                     continue

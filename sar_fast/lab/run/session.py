@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,30 +14,25 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from sar_fast.lab.io.stamps import file_stamp
-from sar_fast.lab.io.weights import model_facts
-from sar_fast.lab.run.arguments import EvaluationArguments
-from sar_fast.lab.run.loading import dtype_name, sar_config_of, source_of, start_processes
 from sar_fast.lab.run.results import ResultFolder
-from sar_fast.lab.run.rules import rule_settings
 from sar_fast.lab.run.run_metadata import commit, versions
 
 logger = logging.getLogger(__name__)
 
 
 class Session:
-    """One run of a command, on all its processes: each makes one and calls its methods in this order.
+    """One run of an experiment, on all its processes: each makes one and calls its methods in this order.
 
     Attributes:
+        configuration: what was asked for, as plain values. seed: of everything that is random.
+        overwrite: delete the results of an earlier experiment in the folders.
         state: this process's place among the others. metadata: of this session, once it has begun.
         folders: where results go.
     """
 
-    def __init__(self, arguments: EvaluationArguments) -> None:
-        self.arguments, self._clock = arguments, time.time()
-        if arguments.use_sar:
-            sar_config_of(arguments)
-        self.state: PartialState = start_processes(arguments.device)
+    def __init__(self, configuration: Mapping[str, Any], state: PartialState, *, seed: int, overwrite: bool) -> None:
+        self.configuration, self.state, self.seed, self.overwrite = configuration, state, seed, overwrite
+        self._clock = time.time()
         self.folders: list[ResultFolder] = []
         self.metadata: dict[str, Any] = {}
 
@@ -47,7 +43,7 @@ class Session:
 
         ``ValueError`` if it holds results of other settings.
         """
-        folder = ResultFolder(Path(path), settings, self.arguments.overwrite_output_dir, products, work)
+        folder = ResultFolder(Path(path), settings, self.overwrite, products, work)
         self.folders.append(folder)
         return folder
 
@@ -59,10 +55,10 @@ class Session:
             "command": sys.argv,
             "versions": versions(),
             "commit": commit(),
-            "seed": self.arguments.seed,
+            "seed": self.seed,
             "world_size": self.state.num_processes,
             "device": device,
-            "configuration": self.arguments.to_dict(),
+            "configuration": dict(self.configuration),
             "samples": pending,
             "started": now(),
         }
@@ -97,22 +93,16 @@ class Session:
                 folder.write_session(self.metadata)
 
 
-def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
-    """What records of any evaluation depend on: the model, how it runs and what it is asked in."""
-    return {
-        **model_facts(source_of(arguments)),
-        "dtype": dtype_name(arguments),
-        "sar": sar_settings(arguments) if arguments.use_sar else None,
-        "template": file_stamp(Path(arguments.template)) if arguments.template else None,  # None: the model's own
-        "max_samples": arguments.max_samples,
-    }
-
-
-def sar_settings(arguments: EvaluationArguments) -> dict[str, Any]:
-    """SAR's options, and of a rule what tells it from others of its name."""
-    if arguments.sar_weighting is None:
-        return arguments.sar_config().to_dict()
-    return rule_settings(arguments.sar_weighting, sar_config_of(arguments))
+def start_processes(device: str) -> PartialState:
+    """This process's place among those of ``accelerate launch`` or ``torchrun``; alone without one of them."""
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=True) if on_cpu else PartialState()  # without cpu=True it ignores the launcher there
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise ValueError(f"WORLD_SIZE is {started}, but {state.num_processes} process(es) found each other")
+    if state.num_processes > 1 and device not in ("auto", "cpu"):
+        raise ValueError(f"device is {device!r} with {state.num_processes} processes: each needs its own; auto")
+    return state
 
 
 def now() -> str:

@@ -6,9 +6,9 @@ import logging
 import sys
 
 from sar_fast.base.extras import need
-from sar_fast.lab.run.arguments import EvaluationArguments, parse
+from sar_fast.cli.evaluate.arguments import EvaluationArguments, parse
+from sar_fast.cli.evaluate.loading import source_of
 from sar_fast.lab.run.flags import arguments_of_process
-from sar_fast.lab.run.loading import source_of
 from sar_fast.lab.run.process_group import leave_process_group
 from sar_fast.lab.run.threads import one_thread_for
 

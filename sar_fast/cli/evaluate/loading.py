@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
 from sar_fast.base.errors import ArgumentError
+from sar_fast.cli.evaluate.arguments import EvaluationArguments
 from sar_fast.config import SARConfig
 from sar_fast.hf import SARHandle, apply_sar
 from sar_fast.lab.io.answering import GRID, encode_texts
@@ -18,8 +18,11 @@ from sar_fast.lab.io.chat_template import build_prompt, read_template, tokenizer
 from sar_fast.lab.io.model_errors import FLAGS, flags_named
 from sar_fast.lab.io.model_source import ModelSource
 from sar_fast.lab.io.models import find_model, load_config, load_model, load_processor
-from sar_fast.lab.run.arguments import EvaluationArguments
+from sar_fast.lab.io.stamps import file_stamp
+from sar_fast.lab.io.weights import model_facts
+from sar_fast.lab.run.rules import rule_settings
 from sar_fast.lab.run.sar_flags import check_layers, flags_of, naming_flags
+from sar_fast.lab.run.session import Session, start_processes
 
 
 def dtype_name(arguments: EvaluationArguments) -> str:
@@ -51,18 +54,6 @@ def reports_frames(arguments: EvaluationArguments) -> bool:
     """Whether the model's processor says how large the model sees each picture."""
     with flags_named():
         return GRID in load_processor(source_of(arguments)).image_processor.model_input_names
-
-
-def start_processes(device: str) -> PartialState:
-    """This process's place among those of ``accelerate launch`` or ``torchrun``; alone without one of them."""
-    on_cpu = device == "cpu" or not torch.accelerator.is_available()
-    state = PartialState(cpu=True) if on_cpu else PartialState()  # without cpu=True it ignores the launcher there
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != started:
-        raise ValueError(f"WORLD_SIZE is {started}, but {state.num_processes} process(es) found each other")
-    if state.num_processes > 1 and device not in ("auto", "cpu"):
-        raise ValueError(f"device is {device!r} with {state.num_processes} processes: each needs its own; auto")
-    return state
 
 
 def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module, Any, SARHandle | None]:
@@ -98,3 +89,29 @@ def prepare_processor(processor: Any, template: str | None = None) -> None:
             encode_texts(processor, [Image.new("RGB", (64, 64))], [prompt])
         except ValueError as error:  # of processors that count placeholders; others are found out by their tokens
             raise ValueError(f"template {template} does not fit the model's processor: {error}") from error
+
+
+def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:
+    """What records of any evaluation depend on: the model, how it runs and what it is asked in."""
+    return {
+        **model_facts(source_of(arguments)),
+        "dtype": dtype_name(arguments),
+        "sar": sar_settings(arguments) if arguments.use_sar else None,
+        "template": file_stamp(Path(arguments.template)) if arguments.template else None,  # None: the model's own
+        "max_samples": arguments.max_samples,
+    }
+
+
+def sar_settings(arguments: EvaluationArguments) -> dict[str, Any]:
+    """SAR's options, and of a rule what tells it from others of its name."""
+    if arguments.sar_weighting is None:
+        return arguments.sar_config().to_dict()
+    return rule_settings(arguments.sar_weighting, sar_config_of(arguments))
+
+
+def session_of(arguments: EvaluationArguments) -> Session:
+    """The session of a command; what can be wrong with SAR's flags for this model is found first."""
+    if arguments.use_sar:
+        sar_config_of(arguments)
+    state = start_processes(arguments.device)
+    return Session(arguments.to_dict(), state, seed=arguments.seed, overwrite=arguments.overwrite_output_dir)
