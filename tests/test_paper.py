@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from sar_fast.cli import app
+from sar_fast.cli.paper import commands
 from sar_fast.lab import focus, probe
 from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark import sweep
@@ -28,7 +29,7 @@ GROUPS = ("Base", "SFT", "SFT + SAR", "Control")
 @pytest.mark.slow
 def test_the_whole_paper_on_a_fraction_of_the_data(tmp_path, monkeypatch, capsys):
     paper = Paper(tmp_path, max_samples=8, epochs=0.1, swept_k=(0, 1, 4), swept_beta=(0.5,))
-    page = run(paper).read_text()
+    page = run(paper, commands()).read_text()
     assert all(f"<h2>Figure {n}</h2>" in page for n in (3, 4, 5, 6))
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]+", "", page)  # self-contained
@@ -46,11 +47,11 @@ def test_the_whole_paper_on_a_fraction_of_the_data(tmp_path, monkeypatch, capsys
         nothing_runs.setattr(subprocess, "run", None)
         for module in (benchmark, focus, probe, sweep):
             nothing_runs.setattr(module, "run", None)
-        assert run(paper).read_text() == page
+        assert run(paper, commands()).read_text() == page
     assert json.loads((tmp_path / "paper.json").read_text()) == summary
     assert all(line.endswith(": kept") for line in capsys.readouterr().err.splitlines())
 
-    run(dataclasses.replace(paper, k=3))
+    run(dataclasses.replace(paper, k=3), commands())
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("-- ")]
     again = [line for line in said if "again, other --k or --beta" in line]
     assert len(again) == 8
@@ -154,7 +155,7 @@ def test_the_miniature_takes_one_thread_unless_the_environment_says_otherwise(mo
 
 def stages(with_sar: float, sfs: float) -> dict:
     """Stages of made-up results: every benchmark scores 50, but with SAR."""
-    from sar_fast.lab.paper.run import TASKS
+    from sar_fast.lab.paper.settings import TASKS
 
     made = {}
     for group in GROUPS:
@@ -187,4 +188,4 @@ def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys.modules[package_run.__module__], "EXPERIMENTS", tmp_path / "experiments")
     with pytest.raises(FileNotFoundError, match="runs from a checkout of the repository"):
-        run(Paper(tmp_path))
+        run(Paper(tmp_path), commands())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sar_fast.base.extras import TRAINING, need
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from sar_fast.lab.paper import Commands
 
 
 def paper(
@@ -35,7 +38,17 @@ def paper(
     try:
         wanted = Paper(output_dir, k, beta, max_samples=max_samples, epochs=epochs)
         options.make_folder(output_dir)
-        report = run(wanted)
+        report = run(wanted, commands())
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError.of(error) from error
     typer.echo(f"report: {report}")
+
+
+def commands() -> Commands:
+    """``experiments/evaluate.py`` and ``sar-fast sweep`` in this process."""
+    from sar_fast.cli.evaluate import arguments
+    from sar_fast.cli.evaluate.command import evaluate
+    from sar_fast.lab.benchmark import sweep
+    from sar_fast.lab.paper import Commands
+
+    return Commands(lambda words: evaluate(arguments.parse(words)), lambda words: sweep.run(sweep.parse(words)))

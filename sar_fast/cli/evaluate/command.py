@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 from sar_fast.base.extras import need
 from sar_fast.cli.evaluate.arguments import EvaluationArguments, parse
@@ -32,19 +33,21 @@ def main() -> None:
         leave_process_group()
 
 
-def evaluate(arguments: EvaluationArguments) -> None:
-    """The evaluation that the arguments ask for; ``ImportError`` names what it needs and does not find."""
+def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
+    """The evaluation that the arguments ask for, and what its main file of results holds, on the main process.
+
+    ``ImportError`` names what it needs and does not find.
+    """
     if arguments.do_sfs_fi_eval:
         need("--do_sfs_fi_eval", "skimage", *(["matplotlib"] if arguments.focus_overlays else []))
         from sar_fast.lab import focus
 
-        focus.run(arguments)
-    elif arguments.do_layerwise_probe:
+        return focus.run(arguments)
+    if arguments.do_layerwise_probe:
         need("--do_layerwise_probe", "matplotlib")
         from sar_fast.lab import probe
 
-        probe.run(arguments)
-    else:
-        from sar_fast.lab.benchmark import evaluation as benchmark
+        return probe.run(arguments)
+    from sar_fast.lab.benchmark import evaluation as benchmark
 
-        benchmark.run(arguments)
+    return benchmark.run(arguments)

@@ -29,7 +29,15 @@ from sar_fast.lab.run.threads import one_thread_for
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
 
-def run(paper: Paper) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Commands:
+    """The commands that stages run in this process: from their words to what they return."""
+
+    evaluate: Callable[[Sequence[str]], Mapping[str, Any]]
+    sweep: Callable[[Sequence[str]], Mapping[str, Any]]
+
+
+def run(paper: Paper, commands: Commands) -> Path:
     """All stages, then ``report.html`` and ``paper.json`` in the output folder; the report's path.
 
     ``ValueError`` or ``FileNotFoundError`` name bad input; ``RuntimeError`` names a stage that failed and its log.
@@ -39,7 +47,7 @@ def run(paper: Paper) -> Path:
     paper = dataclasses.replace(paper, out=paper.out.expanduser().resolve())
     paper.out.mkdir(parents=True, exist_ok=True)
     with one_thread_for(MINIATURE):
-        stages = list(_stages(paper))
+        stages = list(_stages(paper, commands))
     summary = {
         "options": {**dataclasses.asdict(paper), "out": str(paper.out)},
         "stages": [dataclasses.asdict(stage) for stage in stages],
@@ -51,7 +59,7 @@ def run(paper: Paper) -> Path:
     return write_report(paper, summary)
 
 
-def _stages(paper: Paper) -> Iterator[Stage]:
+def _stages(paper: Paper, commands: Commands) -> Iterator[Stage]:
     files = sorted(f for part in ("data", "sar_paper") for f in (EXPERIMENTS / part).rglob("*") if f.suffix in DATA)
     data = files_stamp(files)
     for name in TRAININGS:
@@ -60,10 +68,10 @@ def _stages(paper: Paper) -> Iterator[Stage]:
         depends = {"--max_samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
         depends["--k or --beta"] = [paper.k, paper.beta] if flags else None
         for task in TASKS:
-            yield _evaluate(paper, group, task, weights, flags, depends)
+            yield _evaluate(paper, commands, group, task, weights, flags, depends)
         for kind in ANALYSES:
-            yield _analyse(paper, kind, group, weights, flags, depends)
-    yield _sweep(paper, data)
+            yield _analyse(paper, commands, kind, group, weights, flags, depends)
+    yield _sweep(paper, commands, data)
 
 
 def _train(paper: Paper, name: str, data: str) -> Stage:
@@ -95,17 +103,20 @@ def _train(paper: Paper, name: str, data: str) -> Stage:
 
 
 def _evaluate(
-    paper: Paper, group: str, task: str, weights: str, flags: Sequence[str], depends: Mapping[str, Any]
+    paper: Paper,
+    commands: Commands,
+    group: str,
+    task: str,
+    weights: str,
+    flags: Sequence[str],
+    depends: Mapping[str, Any],
 ) -> Stage:
-    from sar_fast.cli.evaluate import arguments
-    from sar_fast.lab.benchmark import evaluation as benchmark
-
     folder = paper.folder("benchmarks", group, task)
     words = ["--model_name_or_path", weights, "--task", task, "--data_dir", str(EXPERIMENTS / "data/benchmarks" / task)]
     words += [*TASKS[task], *flags, *paper.limits(), "--output_dir", str(folder)]
 
     def scores() -> dict[str, Any]:
-        found = benchmark.run(arguments.parse(words))
+        found = commands.evaluate(words)
         headline = _headline(task, found)
         main = found["overall"]["accuracy"] if task == "mme" else headline[MAIN[task]]
         return {**found, "headline": headline, "main": main}
@@ -121,12 +132,15 @@ def _headline(task: str, scores: dict[str, Any]) -> dict[str, float]:
 
 
 def _analyse(
-    paper: Paper, kind: str, group: str, weights: str, flags: Sequence[str], depends: Mapping[str, Any]
+    paper: Paper,
+    commands: Commands,
+    kind: str,
+    group: str,
+    weights: str,
+    flags: Sequence[str],
+    depends: Mapping[str, Any],
 ) -> Stage:
-    from sar_fast.cli.evaluate import arguments
-    from sar_fast.lab import focus, probe
-
-    (title, configuration), module = ANALYSES[kind], {"focus": focus, "probe": probe}[kind]
+    title, configuration = ANALYSES[kind]
     folder = paper.folder(kind, group)
     words = [str(EXPERIMENTS / configuration), "--model_name_or_path", weights, *flags, *paper.limits()]
     words += ["--output_dir", str(folder)]
@@ -139,12 +153,12 @@ def _analyse(
         folder,
         depends,
         products,
-        lambda: dict(module.run(arguments.parse(words))),
+        lambda: dict(commands.evaluate(words)),
     )
 
 
-def _sweep(paper: Paper, data: str) -> Stage:
-    from sar_fast.lab.benchmark import sweep
+def _sweep(paper: Paper, commands: Commands, data: str) -> Stage:
+    from sar_fast.lab.benchmark.sweep import FIGURE
 
     folder = paper.out / "sweep"
     weights = str(paper.out / "sft")
@@ -154,9 +168,10 @@ def _sweep(paper: Paper, data: str) -> Stage:
     words += ["--output_dir", str(folder)]
     depends = {"--max_samples": paper.max_samples, "weights": weights_stamp(weights), "data": data}
     depends["swept k or beta"] = [paper.swept_k, paper.swept_beta]
-    run = lambda: sweep.run(sweep.parse(words))
     title = "Ablation over K and beta"
-    return _in_process(paper, title, "sar-fast sweep", words, folder, depends, [sweep.FIGURE], run)
+    return _in_process(
+        paper, title, "sar-fast sweep", words, folder, depends, [FIGURE], lambda: dict(commands.sweep(words))
+    )
 
 
 def _in_process(
