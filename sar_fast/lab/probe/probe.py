@@ -22,6 +22,7 @@ from sar_fast.lab.focus.bootstrap import interval_of_mean
 from sar_fast.lab.focus.prompts import check_words
 from sar_fast.lab.focus.samples import GroundingSample, box_problem
 from sar_fast.lab.io.answering import encode_texts
+from sar_fast.lab.io.boxes import box_iou
 from sar_fast.lab.io.chat_template import build_prompt
 from sar_fast.lab.io.processors import ProcessorRefusal
 from sar_fast.lab.io.prompts import PromptFormat
@@ -29,7 +30,7 @@ from sar_fast.lab.io.skips import SampleSkipped
 from sar_fast.lab.probe.features import FeatureStore, layer_features
 from sar_fast.lab.probe.heads import (
     HeadTraining,
-    box_iou,
+    corners,
     loss_per_layer,
     mean_loss,
     predict,
@@ -265,7 +266,7 @@ def split_by_picture(pictures: Sequence[str], seed: int) -> tuple[Tensor, Tensor
 def is_right(predicted: Tensor, targets: Tensor) -> Tensor:
     """(n, L, outputs) and (n, 4) or (n,) -> (n, L) bool."""
     if targets.is_floating_point():
-        return box_iou(predicted, targets[:, None]) >= RIGHT_IOU
+        return torch.from_numpy(box_iou(corners(predicted), corners(targets[:, None])) >= RIGHT_IOU)
     return predicted.argmax(-1) == targets[:, None]
 
 
