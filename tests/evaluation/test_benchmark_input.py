@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import LlavaProcessor
 
-from sar_fast.lab import focus, probe
+from sar_fast.cli.evaluate import focus, probe
 from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.io.prompts import PromptFormat

@@ -27,11 +27,11 @@ from typer.testing import CliRunner
 
 from sar_fast.cli import app
 from sar_fast.cli.evaluate.arguments import parse
+from sar_fast.cli.evaluate.focus import run
 from sar_fast.lab.focus import (
     FocusMetricsEvaluator,
     GroundingSample,
     SampleSkipped,
-    run,
     summarise,
 )
 from sar_fast.lab.focus.grounding import GroundedMasks, caption

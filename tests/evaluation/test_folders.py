@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 
-from sar_fast.lab import focus, probe
+from sar_fast.cli.evaluate import focus, probe
 from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark.asking import Asker
 from sar_fast.lab.benchmark.tables import open_table
@@ -129,7 +129,7 @@ def test_what_a_failed_command_left_does_not_bind_the_next(tmp_path, kind):
 
 
 def test_a_layer_that_is_not_there_is_found_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="--focus_layers: 9 is none of the model's 4 attention layers"):
+    with pytest.raises(ValueError, match="--focus_layers must be among the model's 4 attention layers; got 9"):
         focus.run(focus_arguments(tmp_path / "out", do_sfs_fi_eval=True, focus_layers=[9]))
     assert not (tmp_path / "out").exists()
 

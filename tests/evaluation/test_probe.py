@@ -13,7 +13,6 @@ from sar_fast.lab.miniature.drawing import draw_scene
 from sar_fast.lab.probe import HeadTraining, LayerwiseProbe
 from sar_fast.lab.probe.features import FeatureStore, last_token_states, layer_features
 from sar_fast.lab.probe.heads import Heads, corners, predict, scaled, train_heads
-from sar_fast.lab.probe.plot import draw_scores
 from sar_fast.lab.probe.probe import is_right, split_by_picture
 from tests.hf.tiny import CASES
 
@@ -229,7 +228,7 @@ class TestProbe:
         assert len(results.by_sample) == results.sizes["validation_samples"]
         # the miniature answers these questions: its middle layers know the box, and the query names the shape
         assert results.scores[1] > {"grounding": 0.3, "classification": 0.95}[task] > results.baseline
-        draw_scores(results, task, tmp_path / "figure.png")
+        results.plot(tmp_path / "figure.png")
         pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
         assert pixels.std() > 5  # something is drawn
 

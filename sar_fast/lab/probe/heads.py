@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, check_choice
+
 FEATURE_SCALES = ("standardize", "none")
 FeatureRows = Callable[[Tensor], Tensor]  # (n,) int64 sample numbers -> (n, L, d) fp32
 
@@ -34,12 +36,11 @@ class HeadTraining:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"lr must be > 0; got {self.lr}")
+            raise ArgumentError("lr", self.lr, "> 0")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.feature_scale not in FEATURE_SCALES:
-            raise ValueError(f"feature_scale must be one of {', '.join(FEATURE_SCALES)}; got {self.feature_scale!r}")
+                raise ArgumentError(name, getattr(self, name), "at least 1")
+        check_choice("feature_scale", self.feature_scale, FEATURE_SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
