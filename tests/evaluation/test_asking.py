@@ -11,14 +11,14 @@ import pytest
 from datasets import Dataset, Image
 from PIL import Image as Pictures
 
+from sar_fast.cli.evaluate import benchmark
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
-from sar_fast.cli.evaluate.loading import prepare_processor
 from sar_fast.cli.loading import load_model
 from sar_fast.hf.shared_prefix import Sharing
 from sar_fast.lab.benchmark import asking
-from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark.asking import cut_batches, pending
 from sar_fast.lab.benchmark.tasks import Sample
+from sar_fast.lab.io.answering import prepare_processor
 from sar_fast.lab.io.prompts import PromptFormat
 from sar_fast.lab.miniature.drawing import draw_scene
 from sar_fast.lab.run.results import METADATA, SAMPLES
