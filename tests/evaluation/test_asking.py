@@ -131,8 +131,7 @@ def test_generated_answers_are_those_of_questions_alone(tmp_path, data):
 )
 def test_a_family_that_cannot_share_runs_plainly_and_says_so(tmp_path, data, what, vision, prefix, monkeypatch, caplog):
     benchmark.run(arguments(tmp_path / "shared", data, **SAR))
-    for module in ("asking", "prompts"):
-        monkeypatch.setattr(f"sar_fast.evaluation.{module}.sharing_of", lambda model: what, raising=False)
+    monkeypatch.setattr(asking, "sharing_of", lambda model: what)
     monkeypatch.setattr("sar_fast.hf.shared_prefix.sharing_of", lambda model: what)
     with caplog.at_level(logging.INFO):
         benchmark.run(arguments(tmp_path / "plain", data, **SAR))

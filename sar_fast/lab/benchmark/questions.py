@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sar_fast.base.errors import ArgumentError
@@ -45,7 +46,12 @@ class Questions:
 
 
 def open_questions(
-    task: Task, asking: Asking, *, data_dir: str | None = None, split: str | None = None, max_samples: int | None = None
+    task: Task,
+    asking: Asking,
+    *,
+    data_dir: str | Path | None = None,
+    split: str | None = None,
+    max_samples: int | None = None,
 ) -> Questions:
     """The questions of a benchmark's split; ``max_samples`` are its first ones and those scored together with them.
 

@@ -72,6 +72,13 @@ def grid(
     return found + [SARConfig(activation_layer_k=layers, **rule) for layers in sorted(k) if layers for rule in rules]
 
 
+def refuse_grid(**values: Any) -> None:
+    """``ArgumentError`` for a value of a grid beside the settings themselves."""
+    for name, value in values.items():
+        if value is not None:
+            raise ArgumentError(name, value, "left out with {configs}")
+
+
 def settings_of(configs: Sequence[SARConfig | None], compare_batches: int = 0) -> list[Setting]:
     """The settings of a sweep over ``configs``; None, like K = 0, is the model without SAR.
 

@@ -25,7 +25,7 @@ from sar_fast.lab.benchmark.asking import Asker, Asking, ask_all, cut_batches, p
 from sar_fast.lab.benchmark.figures import draw_figure_6, written
 from sar_fast.lab.benchmark.questions import Questions, open_questions, task_of
 from sar_fast.lab.benchmark.results import BenchmarkResults, read_results
-from sar_fast.lab.benchmark.settings import Setting, grid, settings_of, strongest
+from sar_fast.lab.benchmark.settings import Setting, grid, refuse_grid, settings_of, strongest
 from sar_fast.lab.benchmark.tables import Table
 from sar_fast.lab.benchmark.tasks import Record, Sample, Task
 from sar_fast.lab.run.exports import data_frame, new_folder
@@ -95,7 +95,7 @@ def sweep(
     seed: int = 42,
     **options: Any,
 ) -> SweepResults:
-    """Score a model on a benchmark under several settings of SAR, computing what they share once, as ``sar-fast sweep``.
+    """Score a model on a benchmark under several settings of SAR, as ``sar-fast sweep``; what they share runs once.
 
     Args:
         model, processor, task: as of :func:`~.evaluate.evaluate`. The SAR that may be on the model is back afterwards.
@@ -114,7 +114,11 @@ def sweep(
         UnsupportedModelError: of a family that SAR does not know.
     """
     asking = Asking(scoring, max_new_tokens, batch_size, workers, seed)
-    settings = settings_of(grid(model, k, beta, weightings) if configs is None else configs, compare_batches)
+    if configs is None:
+        configs = grid(model, k, beta, weightings)
+    else:
+        refuse_grid(k=k, beta=beta, weightings=weightings)
+    settings = settings_of(configs, compare_batches)
     subject = Subject.of(model, processor, strongest(model, settings))
     asked = task_of(task, options, subject)
     state = processes_of(model)

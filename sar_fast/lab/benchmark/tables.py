@@ -91,7 +91,7 @@ class Table:
         return [place for place in places if isinstance(place, Path)]
 
 
-def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:
+def open_table(task: Task, data_dir: str | Path | None, split: str | None) -> Table:
     """The table of a benchmark's split, from ``data_dir`` or, without one, from the hub.
 
     Raises:

@@ -20,6 +20,10 @@ from sar_fast.lab.benchmark.tasks.textvqa import TextVQA
 
 ENTRY_POINTS = "sar_fast.tasks"
 NEEDED = ("name", "split", "columns")  # that have no default
+TAKEN = (  # names of arguments of evaluate and sweep, beside which options are further keywords
+    "model", "processor", "task", "sar", "configs", "k", "beta", "weightings", "compare_batches", "data_dir", "split",
+    "folder", "overwrite", "batch_size", "scoring", "max_new_tokens", "max_samples", "workers", "seed",
+)  # fmt: skip
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (MME, POPE, RefCOCO, RefCOCOPlus, RefCOCOg, ScienceQA, MMBench, TextVQA)
@@ -41,7 +45,7 @@ def register_task(task: Registered) -> Registered:
 
     Raises:
         TypeError: not such a class, or its ``Options`` are no frozen dataclass.
-        ValueError: something is missing in it, or its name is another's.
+        ValueError: something is missing in it, or its name, or one of its options', is another's.
     """
     check_task(task)
     known = _tasks.setdefault(task.name, task)
@@ -64,6 +68,10 @@ def check_task(task: Any) -> None:
     made = "__dataclass_params__" in vars(options)  # by a decorator of its own: an inherited one has no fields of it
     if not issubclass(options, Task.Options) or not made or not options.__dataclass_params__.frozen:
         raise TypeError(f"Options of {task.__qualname__} must be a frozen dataclass that extends Task.Options")
+    taken = [f.name for f in dataclasses.fields(options) if f.name in TAKEN]
+    if taken:
+        names = f"names of their own; {', '.join(taken)} is an argument of evaluate or sweep"
+        raise ValueError(f"Options of {task.__qualname__} must have {names}")
     needed = [f.name for f in dataclasses.fields(options) if f.default is f.default_factory is dataclasses.MISSING]
     if needed:
         raise TypeError(f"Options of {task.__qualname__} must have defaults; {', '.join(needed)} has none")
