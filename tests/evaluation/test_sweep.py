@@ -11,7 +11,8 @@ from PIL import Image
 
 from sar_fast.cli.evaluate import arguments as arguments_module
 from sar_fast.cli.evaluate import benchmark, sweep
-from sar_fast.lab.benchmark.figures import draw_figure_6, written
+from sar_fast.lab.benchmark.figures import draw_figure_6
+from sar_fast.lab.show.figures import written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

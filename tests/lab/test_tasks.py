@@ -156,9 +156,9 @@ def test_flags_are_those_of_the_task_that_is_asked_for(installed, tmp_path, caps
         with pytest.raises((ValueError, ImportError), match=message):
             parse([*given, *words])
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        parse(["--task", "colours", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for flag in ("--prompt_suffix", "--box_format", "--choice_format"):
+    for flag in ("--prompt_suffix", "--box_format", "--choice_format", "--their_option"):
         assert flag in text
     assert "Of scienceqa, mmbench. letters (default)" in text
     assert {"prompt_suffix", "box_format", "choice_format", "k"} <= dict(sweep_flags()).keys()

@@ -16,12 +16,13 @@ from sar_fast.cli.evaluate.loading import FLAGS, sar_config_of, sar_settings, se
 from sar_fast.cli.evaluate.task_flags import parse_with_task, task_flags
 from sar_fast.config import SARConfig
 from sar_fast.lab.benchmark import sweep
-from sar_fast.lab.benchmark.figures import FIGURE, draw_figure_6, shortest, written
+from sar_fast.lab.benchmark.figures import FIGURE, draw_figure_6, shortest
 from sar_fast.lab.benchmark.settings import Setting
 from sar_fast.lab.io.output_dir import check_output_dir
 from sar_fast.lab.run.results import RESULTS, read_json
 from sar_fast.lab.run.rules import canonical, rule_slug
 from sar_fast.lab.run.sar_flags import check_rule, naming_flags
+from sar_fast.lab.show.figures import written
 
 logger = logging.getLogger(__name__)
 

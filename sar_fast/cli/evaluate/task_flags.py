@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from sar_fast.base.errors import arguments_named
 from sar_fast.lab.benchmark.tasks import TASKS, Task, find_task
@@ -17,19 +17,20 @@ def parse_with_task(kind: type[Group], argv: Sequence[str]) -> Group:
     """One ``kind``, from a command line, whose ``task_options`` are those of the task that ``--task`` names.
 
     Args:
-        kind: a dataclass with the fields ``task`` and ``task_options``. With ``--help`` all shipped tasks' options are
-            among its flags.
+        kind: a dataclass with the fields ``task`` and ``task_options``. With ``--help`` the options of all shipped
+            tasks, and of the one that is named, are among its flags.
 
     Raises:
         ValueError: a bad flag, one of another task, a task that is not known.
     """
     words = expand(argv)
-    if {"-h", "--help"} & set(words):
-        (parsed,) = parse_words((_with_all_options(kind),), words)
-        return parsed
     with arguments_named({"task": "--task"}):
         name = _value_of("--task", words)
         task = None if name is None else find_task(name)
+    if {"-h", "--help"} & set(words):
+        tasks = TASKS if task is None else {**TASKS, name: task}
+        (parsed,) = parse_words((_with_all_options(kind, tasks),), words)
+        return parsed
     _refuse_others(kind, task, words)
     if task is None:
         (parsed,) = parse_words((kind,), words)
@@ -39,26 +40,24 @@ def parse_with_task(kind: type[Group], argv: Sequence[str]) -> Group:
     return parsed
 
 
-def task_flags() -> dict[str, str]:
-    """Name -> help of every option of a shipped task, and which tasks have it unless all do."""
+def task_flags(tasks: Mapping[str, type[Task]] = TASKS) -> dict[str, str]:
+    """Name -> help of every option of the tasks, with those that have it unless all do."""
     owners: dict[str, list[str]] = {}
     helps: dict[str, str] = {}
-    for name, task in TASKS.items():
+    for name, task in tasks.items():
         for field in dataclasses.fields(task.Options):
             owners.setdefault(field.name, []).append(name)
-            helps[field.name] = field.metadata["help"]
+            helps[field.name] = field.metadata.get("help", "")
     common = {field.name for field in dataclasses.fields(Task.Options)}
     return {n: text if n in common else f"Of {', '.join(owners[n])}. {text}" for n, text in helps.items()}
 
 
-def _with_all_options(kind: type) -> type:
-    """``kind`` with every shipped task's options as further flags, for its help."""
-    found: dict[str, tuple[str, Any, Any]] = {}
-    for task in TASKS.values():
-        for field in dataclasses.fields(task.Options):
-            metadata = {**field.metadata, "help": task_flags()[field.name]}
-            found[field.name] = (field.name, str, dataclasses.field(default=None, metadata=metadata))
-    return dataclasses.make_dataclass(kind.__name__, found.values(), bases=(kind,))
+def _with_all_options(kind: type, tasks: Mapping[str, type[Task]]) -> type:
+    """``kind`` with every task's options as further flags, for its help."""
+    found = [
+        (n, str, dataclasses.field(default=None, metadata={"help": text})) for n, text in task_flags(tasks).items()
+    ]
+    return dataclasses.make_dataclass(kind.__name__, found, bases=(kind,))
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:

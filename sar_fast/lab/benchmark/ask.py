@@ -12,10 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sar_fast.base.errors import ArgumentError
-from sar_fast.base.extras import need
 from sar_fast.base.scalars import is_integer
 from sar_fast.config import SARConfig
-from sar_fast.lab.benchmark.figures import written
 from sar_fast.lab.io.answering import encode, generate
 from sar_fast.lab.io.chat_template import build_prompt
 from sar_fast.lab.io.pictures import PictureError, find_picture, open_picture, picture_name
@@ -24,6 +22,7 @@ from sar_fast.lab.run.exports import data_frame, new_folder
 from sar_fast.lab.run.progress import progress_bar
 from sar_fast.lab.run.results import write_json
 from sar_fast.lab.run.subject import Loaded, Subject
+from sar_fast.lab.show.figures import new_figure, written
 from sar_fast.lab.show.heatmap import draw_heatmap
 from sar_fast.lab.show.overlay import grid_of, head_average, heat_overlay, seen_region, visual_grid
 
@@ -89,10 +88,7 @@ class Answer:
     def plot(self, path: str | Path | None = None) -> Figure:
         """The overlay, and the factors of heads by layers beside it; written as a picture if a path is given."""
         self._need_layers()
-        need("plot()", "matplotlib")
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 4), layout="constrained")
+        figure = new_figure(9, 4)
         left, right = figure.subplots(1, 2)
         left.imshow(self.overlay())
         left.set_axis_off()

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sar_fast.base.extras import need
 from sar_fast.lab.run.rules import rule_label
+from sar_fast.lab.show.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE = "figure6.png"
 PANELS_IN_A_ROW = 4
-DPI = 150
 
 
 def draw_scores(headline: Mapping[str, Any], title: str) -> Figure:
     """A bar for each score that is a number."""
     scores = {name: value for name, value in headline.items() if isinstance(value, int | float)}
-    figure = _figure(6.4, 1.2 + 0.3 * len(scores))
+    figure = new_figure(6.4, 1.2 + 0.3 * len(scores))
     axes = figure.add_subplot()
     bars = axes.barh([*scores], [*scores.values()])
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize="small")
@@ -45,7 +43,7 @@ def draw_figure_6(rows: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("no score is known under every setting; nothing is drawn")
     columns = min(PANELS_IN_A_ROW, len(names))
     count = -(-len(names) // columns)
-    figure = _figure(3.4 * columns, 3 * count)
+    figure = new_figure(3.4 * columns, 3 * count)
     panels = figure.subplots(count, columns, squeeze=False, sharex=True)
     for axes in panels.flat[len(names) :]:
         axes.remove()
@@ -82,17 +80,3 @@ def rule_of(row: Mapping[str, Any]) -> str:
 def shortest(value: float) -> str:
     """The fewest digits that tell a number from all others: 0.5, 1, 0.50000001."""
     return repr(float(value)).removesuffix(".0")
-
-
-def written(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, also as a file if a path is given; the format goes by its ending."""
-    if path is not None:
-        figure.savefig(path, dpi=DPI)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    need("plot()", "matplotlib")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

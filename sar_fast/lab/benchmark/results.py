@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sar_fast.lab.benchmark.figures import draw_scores, written
+from sar_fast.lab.benchmark.figures import draw_scores
 from sar_fast.lab.benchmark.tasks import Task
 from sar_fast.lab.run.exports import data_frame, new_folder
 from sar_fast.lab.run.results import METADATA, RESULTS, SAMPLES, read_json, read_lines, to_line, write_json, write_text
+from sar_fast.lab.show.figures import written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from sar_fast.config import SARConfig
 from sar_fast.hf.branching import layer_passes
 from sar_fast.lab.benchmark import evaluation
 from sar_fast.lab.benchmark.asking import Asker, Asking, ask_all, cut_batches, pending
-from sar_fast.lab.benchmark.figures import draw_figure_6, written
+from sar_fast.lab.benchmark.figures import draw_figure_6
 from sar_fast.lab.benchmark.questions import Questions, open_questions, task_of
 from sar_fast.lab.benchmark.results import BenchmarkResults, read_results
 from sar_fast.lab.benchmark.settings import Setting, grid, refuse_grid, settings_of, strongest
@@ -32,6 +32,7 @@ from sar_fast.lab.run.exports import data_frame, new_folder
 from sar_fast.lab.run.results import ResultFolder, read_json, write_json
 from sar_fast.lab.run.session import Session, folder_or_none, processes_of
 from sar_fast.lab.run.subject import Subject
+from sar_fast.lab.show.figures import written
 from sar_fast.method.weighting import Weighting
 
 if TYPE_CHECKING:
