@@ -7,6 +7,7 @@ import json
 import tempfile
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from sar_fast import SARConfig
 from sar_fast.base import extras
@@ -86,6 +87,17 @@ def test_a_model_that_trains_and_has_sar_on_it_is_asked_with_that_and_goes_on(mi
         with pytest.raises(ArgumentError, match="sar must be None for a model that has SAR on it"):
             evaluate(model, processor, "mme", sar=SAR, **FEW)
     model.eval()
+
+
+def test_an_adapter_around_the_model_stays_there(no_traces):
+    """A LoRA that has learnt nothing answers as its base."""
+    model, processor = load_miniature()
+    plain = evaluate(model, processor, "mme", sar=SAR, **FEW)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with lent(wrapped, processor):
+        found = evaluate(wrapped, processor, "mme", sar=SAR, **FEW)
+    for one, other in zip(found.records, plain.records, strict=True):
+        assert one["log_probabilities"] == pytest.approx(other["log_probabilities"], abs=1e-5)
 
 
 class Stopped(Exception):
@@ -193,7 +205,7 @@ def test_what_is_no_model_or_no_task(miniature, no_traces):
     model, processor = miniature
     with pytest.raises(ArgumentError, match="sar must be a SARConfig or None; got dict"):
         evaluate(model, processor, "mme", sar={"beta": 1}, **FEW)
-    with pytest.raises(TypeError, match="task must be a subclass of Task"):
+    with pytest.raises(ArgumentError, match="task must be a subclass of Task"):
         evaluate(model, processor, Skip, **FEW)
     with pytest.raises(ValueError, match="activation_layer_k must be at most the number of attention layers, 4; got 9"):
         evaluate(model, processor, "mme", sar=SARConfig(activation_layer_k=9), **FEW)

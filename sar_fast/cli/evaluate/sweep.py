@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from sar_fast.base.errors import arguments_named
 from sar_fast.cli.evaluate.arguments import EvaluationArguments, sar_flags_given
 from sar_fast.cli.evaluate.benchmark import asking_of, questions_of, report
-from sar_fast.cli.evaluate.loading import FLAGS, sar_config_of, sar_settings, session_of, subject_of
+from sar_fast.cli.evaluate.loading import FLAGS, sar_config_of, session_of, subject_of
 from sar_fast.cli.evaluate.task_flags import parse_with_task, task_flags
 from sar_fast.config import SARConfig
 from sar_fast.lab.benchmark import sweep
@@ -20,7 +20,7 @@ from sar_fast.lab.benchmark.figures import FIGURE, draw_figure_6, shortest
 from sar_fast.lab.benchmark.settings import Setting
 from sar_fast.lab.io.output_dir import check_output_dir
 from sar_fast.lab.run.results import RESULTS, read_json
-from sar_fast.lab.run.rules import canonical, rule_slug
+from sar_fast.lab.run.rules import canonical, rule_settings, rule_slug
 from sar_fast.lab.run.sar_flags import check_rule, naming_flags
 from sar_fast.lab.show.figures import written
 
@@ -159,9 +159,13 @@ def settings_of(arguments: SweepArguments) -> list[Setting]:
     plain = arguments.sar_config().replace(activation_layer_k=0)
     found = []
     for one in arguments.settings():
-        folder = Path(one.output_dir).name
-        if one.use_sar:
-            found.append(Setting(folder, sar_config_of(one), sar_settings(one), one.sar_beta, one.sar_weighting))
-        else:
+        folder, spec = Path(one.output_dir).name, one.sar_weighting
+        if not one.use_sar:
             found.append(Setting(folder, plain, None))
+        elif spec is None:
+            config = one.sar_config()
+            found.append(Setting(folder, config, config.to_dict(), beta=one.sar_beta))
+        else:
+            config = sar_config_of(one)
+            found.append(Setting(folder, config, rule_settings(spec, config), weighting=spec))
     return found

@@ -8,7 +8,7 @@ import importlib.metadata
 import inspect
 from typing import Any, TypeVar
 
-from sar_fast.base.errors import ArgumentError
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.wording import reason
 from sar_fast.lab.benchmark.tasks.base import Task
 from sar_fast.lab.benchmark.tasks.mmbench import MMBench
@@ -58,7 +58,7 @@ def register_task(task: Registered) -> Registered:
 def check_task(task: Any) -> None:
     """The errors of :func:`register_task` about a class alone."""
     if not inspect.isclass(task) or not issubclass(task, Task):
-        raise TypeError(f"task must be a subclass of Task; got {task!r}")
+        raise ArgumentTypeError("task", repr(task), "a subclass of Task")
     missing = [*sorted(task.__abstractmethods__), *(name for name in NEEDED if not hasattr(task, name))]
     if missing:
         raise ValueError(f"task {task.__qualname__} lacks {', '.join(missing)}")
