@@ -9,7 +9,7 @@ import tempfile
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from sar_fast import SARConfig
+from sar_fast import SARConfig, lab
 from sar_fast.base import extras
 from sar_fast.base.errors import ArgumentError
 from sar_fast.base.extras import MissingExtraError
@@ -164,11 +164,16 @@ def test_results_are_tables_files_and_pictures(miniature, tmp_path, no_traces):
     assert (found.skipped, found.warnings) == (found.scores["skipped"], found.scores["warnings"])
 
 
-def test_a_table_needs_pandas(miniature, monkeypatch):
+def test_what_a_plain_installation_lacks_is_named(miniature, monkeypatch):
     found = evaluate(*miniature, "mme", **FEW)
-    find = extras.importlib.util.find_spec
+    find, lacking = extras.importlib.util.find_spec, ("pandas", "datasets")
     monkeypatch.setitem(extras.EXTRA_OF, "pandas", "train")
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "pandas" else find(name))
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name in lacking else find(name))
+    with pytest.raises(
+        MissingExtraError, match=r"sar_fast\.lab\.evaluate needs datasets: pip install 'sar_fast\[train"
+    ):
+        _ = lab.evaluate
+    assert callable(lab.ask)
     with pytest.raises(MissingExtraError, match=r"to_pandas\(\) needs pandas: pip install 'sar_fast\[train\]'"):
         found.to_pandas()
 

@@ -56,20 +56,19 @@ def grid(
 
     ``ArgumentError``: K is missing, a value comes twice, or nothing but K = 0 is there beside a beta or a rule.
     """
-    if not k or len(set(k)) != len(k):
+    counts, betas, specs = ([] if values is None else [*values] for values in (k, beta, weightings))
+    if not counts or len(set(counts)) != len(counts):
         raise ArgumentError("k", k, "one or more different numbers of layers; or give {configs}")
-    if not any(k) and (beta or weightings):
+    if not any(counts) and (betas or specs):
         raise ArgumentError("k", k, "more than 0 somewhere beside {beta} or {weightings}")
     if beta is None and weightings is None:
-        beta = [PAPER_OPTIONS["beta"]]
-    specs = weightings or []
-    rules = [{"beta": value} for value in sorted(beta or [])]
-    rules += [
-        {"weighting": find_rule(spec, unwrap(model).config) if isinstance(spec, str | Mapping) else spec}
-        for spec in specs
-    ]
-    found: list[SARConfig | None] = [None] if 0 in k else []
-    return found + [SARConfig(activation_layer_k=layers, **rule) for layers in sorted(k) if layers for rule in rules]
+        betas = [PAPER_OPTIONS["beta"]]
+    rules: list[dict[str, Any]] = [{"beta": value} for value in sorted(betas)]
+    for spec in specs:
+        named = isinstance(spec, str | Mapping)
+        rules.append({"weighting": find_rule(spec, unwrap(model).config) if named else spec})
+    found: list[SARConfig | None] = [None] if 0 in counts else []
+    return found + [SARConfig(activation_layer_k=n, **rule) for n in sorted(counts) if n for rule in rules]
 
 
 def refuse_grid(**values: Any) -> None:
