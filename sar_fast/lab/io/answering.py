@@ -128,7 +128,7 @@ def first_tokens(tokenizer: Any, options: Sequence[Sequence[str]]) -> list[tuple
             names = ", ".join(repr(wordings[0]) for wordings in options)
             raise ValueError(
                 f"scoring first_token cannot tell option {options[number][0]!r} from the others by its first token "
-                f"({names}); use --scoring generate"
+                f"({names}); use generate"
             )
         own.append(tuple(sorted(mine - others)))
     return own
