@@ -48,10 +48,10 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
     """
     missing = [n for n in ("name", "unsupported", "forward", "backward", "decode") if not hasattr(backend, n)]
     if missing:
-        raise ArgumentError("backend", repr(backend), f"a Backend (sar_fast.backends.protocol); no {missing[0]}")
+        raise ArgumentError("backend", repr(backend), f"be a Backend (sar_fast.backends.protocol); no {missing[0]}")
     if backend.name in ("", "auto") or ":" in backend.name or (backend.name in BACKENDS and not replace):
         taken = ", ".join(BACKENDS)
-        raise ArgumentError("backend", f"the name {backend.name!r}", f"called otherwise than {taken}, auto")
+        raise ArgumentError("backend", f"the name {backend.name!r}", f"be called otherwise than {taken}, auto")
     BACKENDS[backend.name] = BY_NAME[backend.name] = backend
 
 

@@ -24,6 +24,6 @@ def load(kind: str, name: str, argument: str) -> Any:
     if not by_value:
         return None
     if len(by_value) > 1:
-        raise ArgumentError(argument, f"{name!r} of {' and '.join(sorted(by_value))}", "one installed package's")
+        raise ArgumentError(argument, f"{name!r} of {' and '.join(sorted(by_value))}", "be one installed package's")
     (point,) = by_value.values()
     return point.load()

@@ -43,7 +43,7 @@ class Family:
             a number, as it is in ``generate``; SAR then asks for all of them, since T is more than the last one.
         whole_prompts: why prompts about one picture must each run from their first token. "": attention is causal and
             positions of a continued cache are right, so prompts may share the run of what they begin with.
-        box_formats: model type -> how its models write boxes, a name in ``evaluation.boxes.FORMATS``; those not listed
+        box_formats: model type -> how its models write boxes, a name in ``lab.io.boxes.FORMATS``; those not listed
             write fractions of the picture.
         packable: model types of which a row may hold several samples. Not where positions have several rows that must
             restart, or pictures' blocks look across samples.
@@ -163,7 +163,7 @@ def known_family(model_type: str) -> Family | None:
     if model_type not in _REGISTRY:
         found = plugins.load(KIND, model_type, "model_type")
         if found is not None and (not isinstance(found, Family) or model_type not in found.model_types):
-            needed = f"in the model_types of its package's Family, {found!r}"
+            needed = f"be in the model_types of its package's Family, {found!r}"
             raise ArgumentError("model_type", repr(model_type), needed)
         if found is not None:
             register_family(found, replace=True)

@@ -22,9 +22,9 @@ def build_prompt(processor: Any, question: str) -> str:
         ArgumentError: ``question`` is empty or holds what stands for a picture; the template of ``model`` is broken.
     """
     if not question.strip():
-        raise ArgumentError("question", repr(question), "some words")
+        raise ArgumentError("question", repr(question), "be some words")
     if marker := placeholder_in(processor, question):
-        raise ArgumentError("question", repr(question), f"without {marker!r}, which stands for a picture")
+        raise ArgumentError("question", repr(question), f"be without {marker!r}, which stands for a picture")
     if not getattr(processor, "chat_template", None):
         return llava_prompt(question, getattr(processor, "image_token", "<image>"))
     content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -33,7 +33,7 @@ def build_prompt(processor: Any, question: str) -> str:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
     except TemplateError as error:
-        raise ArgumentError("model", first_line(error), "one whose chat template can be rendered") from error
+        raise ArgumentError("model", first_line(error), "be one whose chat template can be rendered") from error
 
 
 def llava_prompt(question: str, image_token: str = "<image>") -> str:

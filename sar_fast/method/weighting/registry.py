@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.base import json_text, plugins
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import kind
 from sar_fast.base.wording import reason
 from sar_fast.method.weighting.constant import Equal, Fixed
@@ -47,7 +48,7 @@ def register_weighting(name: str, rule: Any = None) -> Any:
         The rule.
     """
     if not isinstance(name, str) or not name or ":" in name:
-        raise ValueError(f"name must be a text without ':'; got {name!r}")
+        raise ArgumentError("name", repr(name), "be a text without ':'")
     if rule is None:
         return lambda found: register_weighting(name, found)
     if not inspect.isclass(rule):
@@ -112,11 +113,11 @@ def read_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise TypeError(f"weighting must be {needed}; got {type(spec).__name__}")
+        raise ArgumentTypeError("weighting", type(spec).__name__, f"be {needed}")
     name, options = spec.get("name"), spec.get("options")
     options = {} if options is None else options
     if not isinstance(name, str) or not isinstance(options, Mapping) or set(spec) - {"name", "options"}:
-        raise ValueError(f"weighting must be {needed}; got {dict(spec)!r}")
+        raise ArgumentError("weighting", repr(dict(spec)), f"be {needed}")
     return name, dict(options)
 
 
