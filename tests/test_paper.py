@@ -13,10 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from sar_fast.cli import app
+from sar_fast.cli.evaluate import benchmark, sweep
 from sar_fast.cli.paper import commands
 from sar_fast.lab import focus, probe
-from sar_fast.lab.benchmark import evaluation as benchmark
-from sar_fast.lab.benchmark import sweep
 from sar_fast.lab.paper import Paper, run
 from sar_fast.lab.paper import run as package_run
 from sar_fast.lab.paper.report import findings

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sar_fast.lab.benchmark.tables import Table, open_table
-from sar_fast.lab.benchmark.tasks import Sample, TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks import Sample, find_task
 from sar_fast.lab.io.records import RecordError, open_image
 
 HERE = Path(__file__).parent
@@ -60,7 +60,8 @@ def main() -> None:
     args = parser.parse_args()
     if "{}" not in args.query:
         parser.error(f"--query is {args.query!r}, needed words with {{}} for the expression")
-    task = find_task(args.task)(TaskOptions(box_format="pixels"))
+    kind = find_task(args.task)
+    task = kind(kind.Options(box_format="pixels"))
     table = open_table(task, args.data_dir, args.split)
     samples, skips = task.samples(table.rows)
     if not args.all_expressions:

@@ -46,9 +46,8 @@ def paper(
 
 def commands() -> Commands:
     """``experiments/evaluate.py`` and ``sar-fast sweep`` in this process."""
-    from sar_fast.cli.evaluate import arguments
+    from sar_fast.cli.evaluate import arguments, sweep
     from sar_fast.cli.evaluate.command import evaluate
-    from sar_fast.lab.benchmark import sweep
     from sar_fast.lab.paper import Commands
 
     return Commands(lambda words: evaluate(arguments.parse(words)), lambda words: sweep.run(sweep.parse(words)))

@@ -24,7 +24,8 @@ def sweep(context: typer.Context) -> None:
       --beta 0.1 0.5 --output_dir results/sweep`
     """
     need("sar-fast sweep", *TRAINING, "matplotlib")
-    from sar_fast.lab.benchmark import sweep as sweeping
+    from sar_fast.cli.evaluate import sweep as sweeping
+    from sar_fast.lab.benchmark.figures import rule_of
 
     if not context.args or {"--help", "-h"} & set(context.args):
         typer.echo(context.get_help())
@@ -38,7 +39,7 @@ def sweep(context: typer.Context) -> None:
         raise UserError(str(error)) from error
     for row in summary.get("settings", ()):
         scores = "  ".join(f"{n} {v:.2f}" for n, v in row["scores"].items() if isinstance(v, int | float))
-        rule = sweeping.rule_of(row)
+        rule = rule_of(row)
         typer.echo(f"K {row['k']}{rule and f' {rule}'}: {scores}")
     if "layer_passes" in summary:
         passes = summary["layer_passes"]

@@ -1,13 +1,15 @@
 """The laboratory: every measurement of this project as one call on a model that you have (docs/laboratory.md).
 
 ``evaluate`` and ``sweep`` run benchmarks, ``ask`` one question, ``measure_focus`` and ``probe_layers`` look inside,
-``train`` fine-tunes. Imported on first use.
+``train`` fine-tunes. Imported on first use; all but ``ask`` need the extra ``train``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
+
+from sar_fast.base.extras import TRAINING, need
 
 if TYPE_CHECKING:
     from sar_fast.lab.benchmark.ask import ask
@@ -32,6 +34,8 @@ __all__ = ["ask", "evaluate", "measure_focus", "probe_layers", "sweep", "train"]
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "ask":
+        need(f"sar_fast.lab.{name}", *TRAINING)
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 

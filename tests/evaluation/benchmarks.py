@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from datasets import Dataset, Image
 from PIL import Image as Pictures
 
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
+from sar_fast.lab.benchmark.tasks import find_task
 from sar_fast.lab.run.results import SAMPLES
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +20,15 @@ DATA = ROOT / "experiments" / "data" / "benchmarks"
 
 
 def arguments(out, **change):
+    """As flags make them, those of the task's own options included."""
     given = {"model_name_or_path": "miniature", "output_dir": str(out), "task": "mme", "data_dir": str(DATA / "mme")}
-    return EvaluationArguments(**{**given, "max_samples": 16, **change})
+    given |= {"max_samples": 16, **change}
+    known = {field.name for field in dataclasses.fields(EvaluationArguments)}
+    made = EvaluationArguments(**{name: value for name, value in given.items() if name in known})
+    if made.task is not None:
+        own = {name: value for name, value in given.items() if name not in known}
+        made.task_options = find_task(made.task).Options(**own)
+    return made
 
 
 def lines(out):

@@ -10,7 +10,8 @@ from string import ascii_uppercase
 
 import pytest
 
-from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks import find_task
+from sar_fast.lab.benchmark.tasks.refcoco import RefCOCO
 from sar_fast.lab.benchmark.tasks.textvqa import CONTRACTIONS, normalise
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
@@ -41,7 +42,7 @@ def test_mme(rng):
     ]
     said = ["Yes", "No", "yes.", "No, not", "Yes it is", "no way", "Maybe", "I do not", "Not", "", "Yes, but no"]
     replies = [rng.choice(said) for _ in rows]
-    task = find_task("mme")(TaskOptions())
+    task = find_task("mme")()
     samples, _ = task.samples(rows)
     results = [utils.mme_process_results(row, [reply])["mme_perception_score"] for row, reply in zip(rows, replies)]
     assert scores(task, samples, replies)["perception"] == pytest.approx(utils.mme_aggregate_results(results))
@@ -50,7 +51,7 @@ def test_mme(rng):
 def test_refcoco(rng):
     from lmms_eval.tasks.refcoco import utils_rec
 
-    task = find_task("refcoco")(TaskOptions(box_format="fraction"))
+    task = RefCOCO(RefCOCO.Options(box_format="fraction"))
     width, height = rng.randint(50, 600), rng.randint(50, 600)
     rows, replies, results = [], [], []
     for number in range(10):
@@ -86,7 +87,7 @@ def test_mmbench(rng):
         there = [letter for letter in "ABCD" if row[letter] != "nan"]
         letter = row["answer"] if rng.random() < 0.8 else rng.choice(there)
         replies[row["index"]] = rng.choice([letter, f"{letter}.", f"({letter})", f"{letter}. {row[letter]}"])
-    task = find_task("mmbench")(TaskOptions())
+    task = find_task("mmbench")()
     samples, _ = task.samples(rows)
     ours = scores(task, samples, [replies[s.about["index"] + s.about["rotation"] * 1_000_000] for s in samples])
     predicted = [{**row, "prediction": replies[row["index"]]} for row in rows]

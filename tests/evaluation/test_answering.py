@@ -8,11 +8,17 @@ import torch
 from PIL import Image
 
 from sar_fast import SARConfig
-from sar_fast.cli.evaluate.loading import prepare_processor
 from sar_fast.cli.loading import load_model
 from sar_fast.hf import apply_sar
 from sar_fast.lab.benchmark.tasks.mme import YES_NO
-from sar_fast.lab.io.answering import encode, first_tokens, frames, generate, option_log_probabilities
+from sar_fast.lab.io.answering import (
+    encode,
+    first_tokens,
+    frames,
+    generate,
+    option_log_probabilities,
+    prepare_processor,
+)
 from sar_fast.lab.miniature.drawing import draw_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +101,7 @@ def test_a_processor_without_a_chat_template_is_an_error(asked, tmp_path):
     template = processor.chat_template
     try:
         processor.chat_template = None
-        with pytest.raises(ValueError, match="the model has no chat template, give one with --template"):
+        with pytest.raises(ValueError, match="template must be given for a model that has no chat template"):
             prepare_processor(processor)
         with pytest.raises(ValueError, match="template is 'nowhere', needed a Jinja file"):
             prepare_processor(processor, "nowhere")

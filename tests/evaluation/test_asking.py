@@ -11,14 +11,14 @@ import pytest
 from datasets import Dataset, Image
 from PIL import Image as Pictures
 
+from sar_fast.cli.evaluate import benchmark
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
-from sar_fast.cli.evaluate.loading import prepare_processor
 from sar_fast.cli.loading import load_model
 from sar_fast.hf.shared_prefix import Sharing
 from sar_fast.lab.benchmark import asking
-from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark.asking import cut_batches, pending
 from sar_fast.lab.benchmark.tasks import Sample
+from sar_fast.lab.io.answering import prepare_processor
 from sar_fast.lab.io.prompts import PromptFormat
 from sar_fast.lab.miniature.drawing import draw_scene
 from sar_fast.lab.run.results import METADATA, SAMPLES
@@ -131,8 +131,7 @@ def test_generated_answers_are_those_of_questions_alone(tmp_path, data):
 )
 def test_a_family_that_cannot_share_runs_plainly_and_says_so(tmp_path, data, what, vision, prefix, monkeypatch, caplog):
     benchmark.run(arguments(tmp_path / "shared", data, **SAR))
-    for module in ("asking", "prompts"):
-        monkeypatch.setattr(f"sar_fast.evaluation.{module}.sharing_of", lambda model: what, raising=False)
+    monkeypatch.setattr(asking, "sharing_of", lambda model: what)
     monkeypatch.setattr("sar_fast.hf.shared_prefix.sharing_of", lambda model: what)
     with caplog.at_level(logging.INFO):
         benchmark.run(arguments(tmp_path / "plain", data, **SAR))

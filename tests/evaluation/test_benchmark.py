@@ -12,8 +12,9 @@ import time
 import pytest
 import torch
 
+from sar_fast.cli.evaluate import benchmark, loading
+from sar_fast.cli.evaluate.arguments import parse
 from sar_fast.cli.evaluate.command import main
-from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark.asking import Asker
 from sar_fast.lab.benchmark.tables import find_files
 from sar_fast.lab.run.results import METADATA, PARTS, RESULTS, SAMPLES
@@ -138,7 +139,7 @@ def test_a_finished_run_is_scored_again_without_the_model(tmp_path, monkeypatch)
     out = tmp_path / "out"
     first = benchmark.run(arguments(out))
     before = (out / SAMPLES).read_bytes()
-    monkeypatch.setattr(benchmark, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     assert benchmark.run(arguments(out)) == first
     assert (out / SAMPLES).read_bytes() == before
 
@@ -305,12 +306,15 @@ def test_max_samples_keeps_pairs_whole(tmp_path):
 
 
 def test_flags_that_do_not_fit_the_task_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="scoring first_token does not fit textvqa; it takes generate"):
+    with pytest.raises(ValueError, match="--scoring must be generate for textvqa; got 'first_token'"):
         benchmark.run(arguments(tmp_path, task="textvqa", data_dir=str(DATA / "textvqa"), scoring="first_token"))
-    with pytest.raises(ValueError, match="--box_format has no effect on --task mme"):
-        benchmark.run(arguments(tmp_path, box_format="pixels"))
-    with pytest.raises(ValueError, match="--choice_format has no effect on --task mme"):
-        benchmark.run(arguments(tmp_path, choice_format="cloze"))
+    given = ["--model_name_or_path", "miniature", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="--box_format has no effect on --task mme; leave it out"):
+        parse([*given, "--task", "mme", "--box_format", "pixels"])
+    with pytest.raises(ValueError, match="--choice_format has no effect on --task mme; leave it out"):
+        parse([*given, "--task=mme", "--choice-format=cloze"])
+    with pytest.raises(ValueError, match="--prompt_suffix has no effect without --task; add it"):
+        parse([*given, "--do_layerwise_probe", "--prompt_suffix", "x"])
 
 
 def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):

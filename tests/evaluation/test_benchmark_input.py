@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import LlavaProcessor
 
+from sar_fast.cli.evaluate import benchmark
 from sar_fast.lab import focus, probe
-from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.io.prompts import PromptFormat
 from tests.evaluation.benchmarks import DATA, arguments, lines, mme_rows, picture_bytes, write_table
@@ -37,14 +37,18 @@ def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, 
 
 def test_a_template_without_the_picture_is_named(tmp_path):
     (tmp_path / "t.jinja").write_text("{{ messages[0].content[1].text }} ASSISTANT:")
-    with pytest.raises(ValueError, match=r"template .*t\.jinja does not fit the model's processor: .*0 <image> tokens"):
+    with pytest.raises(
+        ValueError, match=r"--template must be one that fits the model's processor; got .*t\.jinja: .*0 <image> tokens"
+    ):
         benchmark.run(arguments(tmp_path / "out", template=str(tmp_path / "t.jinja")))
 
 
 def test_a_models_own_template_that_fails_is_named(tmp_path):
     shutil.copytree(MINIATURE_PATH, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[7].content.x }}")
-    with pytest.raises(ValueError, match=r"--model_name_or_path: its chat template cannot be .*; give one with --tem"):
+    with pytest.raises(
+        ValueError, match=r"--model_name_or_path must be one whose chat template can .*or with --template"
+    ):
         benchmark.run(arguments(tmp_path / "out", model_name_or_path=str(tmp_path / "model")))
 
 
@@ -91,7 +95,9 @@ def test_replies_that_were_not_understood_are_said_on_the_console(tmp_path, caps
 
 
 def test_a_box_format_that_needs_the_resized_size_is_refused_before_the_run(tmp_path):
-    with pytest.raises(ValueError, match=r"--box_format resized_pixels needs a model whose processor .*miniature does"):
+    with pytest.raises(
+        ValueError, match=r"--box_format must be another one, since .* does not report .* got resized_pix"
+    ):
         benchmark.run(
             arguments(tmp_path / "out", task="refcoco", data_dir=str(DATA / "refcoco"), box_format="resized_pixels")
         )

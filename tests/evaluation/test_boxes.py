@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sar_fast.hf.families import registered_families
-from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks.refcoco import RefCOCO
 from sar_fast.lab.io.boxes import FORMATS, choose_format
 from sar_fast.lab.miniature.questions import BOX_BINS, encode_box
 
@@ -84,7 +84,7 @@ def row(**change):
 
 
 def make():
-    return find_task("refcoco")(TaskOptions(box_format="pixels"))
+    return RefCOCO(RefCOCO.Options(box_format="pixels"))
 
 
 def score(replies, rows=None):
@@ -172,7 +172,7 @@ def write(name, box):
 
 
 def read_as(name, replies, boxes=BOXES, frame=(280, 280)):
-    task = find_task("refcoco")(TaskOptions(box_format=name))
+    task = RefCOCO(RefCOCO.Options(box_format=name))
     records = [
         {"reply": reply, "box": list(box), "image_size": SIZE, "frame": frame} for reply, box in zip(replies, boxes)
     ]

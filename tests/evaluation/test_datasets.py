@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sar_fast.lab.benchmark.tables import open_table
-from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks.refcoco import RefCOCO
 from sar_fast.lab.focus.dataset import load_grounding_samples
 
 DATA = Path(__file__).parents[2] / "experiments" / "data"
@@ -43,7 +43,7 @@ def test_benchmarks_are_balanced_so_that_a_constant_answer_scores_as_chance_does
 
 def test_boxes_of_the_drawn_refcoco_hold_the_object(tmp_path):
     """x, y, width, height: inside the box are pixels of the object's colour, right of it the picture goes on."""
-    task = find_task("refcoco")(TaskOptions(box_format="pixels"))
+    task = RefCOCO(RefCOCO.Options(box_format="pixels"))
     table = open_table(task, str(DATA / "benchmarks" / "refcoco"), None)
     samples, skips = task.samples(table.rows)
     assert (len(samples), skips) == (96, [])

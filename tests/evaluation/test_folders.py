@@ -12,11 +12,13 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 
+from sar_fast.cli.evaluate import benchmark
+from sar_fast.cli.evaluate.loading import model_settings
 from sar_fast.lab import focus, probe
-from sar_fast.lab.benchmark import evaluation as benchmark
-from sar_fast.lab.benchmark.asking import Asker
+from sar_fast.lab.benchmark.asking import Asker, Asking
+from sar_fast.lab.benchmark.questions import Questions
 from sar_fast.lab.benchmark.tables import open_table
-from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks import find_task
 from sar_fast.lab.focus import FocusMetricsEvaluator
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.io.stamps import BLOCK, sampled_stamp
@@ -37,9 +39,10 @@ def keep_time(path, content):
 
 def test_models_of_one_name_are_told_apart(tmp_path):
     """Folders by their weights, wherever they lie; hub ids by their owner too."""
-    task = find_task("mme")(TaskOptions())
+    task = find_task("mme")()
     table = open_table(task, str(DATA / "mme"), None)
-    of = lambda name: benchmark.settings_of(arguments("x", model_name_or_path=name), task, table, "generate")
+    settings = Questions(task, table, [], []).settings
+    of = lambda name: settings(model_settings(arguments("x", model_name_or_path=name)), Asking())
     shutil.copytree(MINIATURE_PATH, tmp_path / "a" / "model")
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy)
     for file in (tmp_path / "b" / "model").iterdir():
@@ -171,7 +174,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     """A training writes all_results.json and a run_metadata.json of its own; ``parts`` may be anyone's."""
     (tmp_path / METADATA).write_text('{"command": []}')
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"is not that of an evaluation: choose another folder$"):
+        with pytest.raises(ValueError, match=r"is not that of an evaluation; choose another folder$"):
             benchmark.run(arguments(tmp_path, overwrite_output_dir=overwrite))
     assert (tmp_path / METADATA).read_text() == '{"command": []}'
     (tmp_path / METADATA).unlink()

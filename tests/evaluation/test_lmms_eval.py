@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sar_fast.cli.evaluate import benchmark
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
-from sar_fast.cli.evaluate.loading import prepare_processor
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, refuse_unknown
-from sar_fast.lab.benchmark import evaluation as benchmark
+from sar_fast.lab.io.answering import prepare_processor
 from sar_fast.lab.io.chat_template import build_prompt
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.miniature.checkpoint import load_miniature
@@ -75,7 +75,10 @@ def harness(monkeypatch):
     [
         ({"pretrained": "./nowhere"}, "pretrained './nowhere' is no folder on this machine"),
         ({"pretrained": "{broken}"}, "pretrained '.*' cannot be loaded as an image-text-to-text model"),
-        ({"pretrained": "{silent}"}, "pretrained: its chat template cannot be rendered: .*; give one with template"),
+        (
+            {"pretrained": "{silent}"},
+            "pretrained must be one whose chat template can be rendered, or with template; ",
+        ),
         ({"dtype": "int8"}, "dtype must be auto, float32"),
         ({"device": "tpu:1"}, "device 'tpu:1' cannot be used here"),
         ({"sar_activation_layer_k": 9}, "sar_activation_layer_k must be at most the number of attention layers, 4; g"),

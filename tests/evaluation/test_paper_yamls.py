@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sar_fast.cli.evaluate import benchmark
 from sar_fast.cli.evaluate.arguments import parse
-from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.benchmark.tasks import find_task
 
 ROOT = Path(__file__).parents[2]

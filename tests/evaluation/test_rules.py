@@ -11,15 +11,14 @@ from PIL import Image
 
 from sar_fast import SARConfig
 from sar_fast.cli.evaluate import arguments as arguments_module
+from sar_fast.cli.evaluate import benchmark, loading, sweep
 from sar_fast.cli.evaluate.arguments import parse
 from sar_fast.cli.evaluate.loading import load, sar_config_of, start_processes
 from sar_fast.cli.loading import load_model
 from sar_fast.hf import apply_sar
 from sar_fast.lab import focus, probe
-from sar_fast.lab.benchmark import evaluation as benchmark
-from sar_fast.lab.benchmark import sweep
 from sar_fast.lab.benchmark.tables import open_table
-from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks import find_task
 from sar_fast.lab.io.answering import answer, build_inputs
 from sar_fast.lab.io.stamps import file_stamp
 from sar_fast.lab.measure.recording import record
@@ -115,7 +114,7 @@ def power(statistics, layer):
 def test_a_rule_of_a_file_answers_as_apply_sar_by_hand(tmp_path, rules):
     benchmark.run(ruled(tmp_path / "out", f"{rules}:Power"))
     records = lines(tmp_path / "out")
-    task = find_task("mme")(TaskOptions())
+    task = find_task("mme")()
     table = open_table(task, str(DATA / "mme"), None)
     rows = {sample.key: sample.row for sample in task.samples(table.rows)[0]}
     model, processor = load_model("miniature")
@@ -291,7 +290,7 @@ def test_a_rule_needs_sar(tmp_path):
 
 def test_a_rule_that_does_not_fit_the_model_is_found_before_it_is_loaded(tmp_path, rules, monkeypatch):
     rules.write_text(SMALL.replace("SIZE", "heads"))
-    monkeypatch.setattr(benchmark, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"^--sar_weighting .*rules\.py:Small: heads must be at most 2; got 8"):
         benchmark.run(ruled(tmp_path / "out", f"{rules}:Small"))
 

@@ -13,7 +13,8 @@ from PIL import Image
 from sar_fast.cli import loading
 from sar_fast.cli.errors import UserError
 from sar_fast.lab.benchmark.tables import open_table
-from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+from sar_fast.lab.benchmark.tasks import find_task
+from sar_fast.lab.benchmark.tasks.refcoco import RefCOCO
 from sar_fast.lab.focus.dataset import load_grounding_samples
 from sar_fast.lab.focus.grounding import GroundedMasks
 from sar_fast.lab.focus.samples import DatasetMasks, GroundingSample, picture_hash
@@ -76,7 +77,7 @@ def test_everything_sees_the_picture_as_it_is_shown(form, encoder, tmp_path):
         {"question_id": "a", "image": image, "question": "q?", "answer": "yes", "category": "random"}
         for image in ({"bytes": content, "path": None}, {"bytes": None, "path": "a.png"})
     ]
-    table = open_table(find_task("pope")(TaskOptions()), write_table(tmp_path, rows), "test")
+    table = open_table(find_task("pope")(), write_table(tmp_path, rows), "test")
     decoded = Image.open(io.BytesIO(content))
     samples = [GroundingSample("a", source, "q") for source in (content, tmp_path / "a.png", decoded)]
     seen = [table.picture(0), table.picture(1), loading.open_image(tmp_path / "a.png"), *(s.image for s in samples)]
@@ -112,7 +113,7 @@ def test_boxes_and_masks_are_in_the_picture_as_it_is_shown(tmp_path):
     assert np.array_equal(DatasetMasks().mask(sample), mask > 0)
     kept, skipped = LayerwiseProbe(*load_miniature()).usable([sample])
     assert (kept, skipped) == ([sample], {})
-    task = find_task("refcoco")(TaskOptions(box_format="pixels"))
+    task = RefCOCO(RefCOCO.Options(box_format="pixels"))
     rows = [{"question_id": "a", "image": column, "answer": ["it"], "bbox": [2.0, 30.0, 10.0, 10.0]}]
     table = open_table(task, write_table(tmp_path / "refcoco", rows, "val-00000-of-00001.parquet"), None)
     (asked,), _ = task.samples(table.rows)
@@ -182,7 +183,7 @@ def test_a_benchmark_row_whose_picture_is_nowhere_says_so(tmp_path):
         {"question_id": "a", "image": image, "question": "q?", "answer": "yes", "category": "random"}
         for image in ("https://host/a.png", "", "data:image/png;base64,***", "gone.png")
     ]
-    table = open_table(find_task("pope")(TaskOptions()), write_table(tmp_path, rows), "test")
+    table = open_table(find_task("pope")(), write_table(tmp_path, rows), "test")
     for number, message in enumerate(("nothing is downloaded", "the empty path", "base64 is broken", "does not exist")):
         with pytest.raises(ValueError, match=message):
             table.picture(number)

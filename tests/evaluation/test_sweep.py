@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from sar_fast.cli.evaluate import arguments as arguments_module
-from sar_fast.lab.benchmark import evaluation as benchmark
-from sar_fast.lab.benchmark import sweep
+from sar_fast.cli.evaluate import benchmark, sweep
+from sar_fast.lab.benchmark.figures import draw_figure_6
+from sar_fast.lab.show.figures import written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,6 +124,6 @@ def test_bad_input(tmp_path, more, message):
 
 def test_the_panels_of_many_scores_are_wrapped_into_rows(tmp_path):
     rows = [{"k": k, "beta": 0.5 if k else None, "scores": {f"s{n}": k + n for n in range(6)}} for k in (0, 5)]
-    sweep.plot({"settings": rows}, tmp_path / "figure6.png")
+    written(draw_figure_6(rows), tmp_path / "figure6.png")
     width, height = Image.open(tmp_path / "figure6.png").size
     assert (width, height) == (4 * 510, 2 * 450)

@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from sar_fast.cli.evaluate import arguments as evaluation
+from sar_fast.cli.evaluate import benchmark
 from sar_fast.config import SARConfig
-from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.run.foreign_flags import ADVICE
 from sar_fast.lab.run.sar_flags import count_attention_layers, naming_flags
 from sar_fast.lab.training.arguments import parse

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from sar_fast import SARConfig
+from sar_fast.cli.evaluate import benchmark
 from sar_fast.cli.evaluate.loading import model_settings
-from sar_fast.lab.benchmark import evaluation as benchmark
 from sar_fast.lab.io.merging import merge_into
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.io.models import find_model, load_model

@@ -8,27 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.cli.evaluate.task_flags import parse_with_task
 from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
+from sar_fast.lab.benchmark.tasks import Task
+from sar_fast.lab.benchmark.tasks.base import SCORINGS
 from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.datasets import is_file_name
 from sar_fast.lab.io.output_dir import check_output_dir
-from sar_fast.lab.run.flags import above, at_least, need, parse_groups, refuse
+from sar_fast.lab.run.flags import above, at_least, need, refuse
 from sar_fast.lab.run.sar_flags import RULE_HELP, check_sar_flags, sar_config
 
-SCORINGS = ("generate", "first_token")
-CHOICE_FORMATS = ("letters", "cloze")
 SAM_MODEL_TYPES = ("vit_b", "vit_l", "vit_h")
 ORIGINAL_CHECKPOINTS = (".pth", ".pt")  # of Grounding DINO and SAM, before transformers had them
-BENCHMARK_FLAGS = (
-    "data_dir",
-    "split",
-    "scoring",
-    "max_new_tokens",
-    "dataloader_num_workers",
-    "box_format",
-    "choice_format",
-    "prompt_suffix",
-)
+BENCHMARK_FLAGS = ("data_dir", "split", "scoring", "max_new_tokens", "dataloader_num_workers")
 
 
 def _flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -79,13 +71,7 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = _flag(8, "Samples per batch and device.")
     dataloader_num_workers: int | None = _flag(None, "Processes that prepare batches. Default: 4 on a GPU, else 0.")
     max_samples: int | None = _flag(None, "Use the first samples alone; pictures that belong together stay together.")
-    box_format: str | None = _flag(None, "How the model writes boxes. Default: by its family.")
-    choice_format: str | None = _flag(
-        None,
-        "letters (default): options in the prompt; cloze: the question alone, options are its possible answers.",
-        choices=[*CHOICE_FORMATS, None],
-    )
-    prompt_suffix: str | None = _flag(None, "Replaces the benchmark's own words after the question; may be empty.")
+    task_options: Task.Options | None = dataclasses.field(default=None, init=False)  # of flags of their own
 
     # a dataset with columns image, query, object_prompt, bbox, for the analyses
     dataset: str | None = _flag(None, "Name in dataset_info.json, or a file: refcoco_val_sar.")
@@ -177,7 +163,8 @@ class EvaluationArguments:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored beside the results."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values | (values.pop("task_options") or {})
 
 
 def sar_flags_given(group: Any) -> list[str]:
@@ -189,6 +176,6 @@ def sar_flags_given(group: Any) -> list[str]:
 
 def parse(argv: Sequence[str]) -> EvaluationArguments:
     """Arguments from a command line: YAML files, then flags; ``ValueError`` for a bad one."""
-    (arguments,) = parse_groups((EvaluationArguments,), argv)
+    arguments = parse_with_task(EvaluationArguments, argv)
     check_output_dir(arguments.output_dir)
     return arguments

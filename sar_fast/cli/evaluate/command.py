@@ -48,6 +48,6 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         from sar_fast.lab import probe
 
         return probe.run(arguments)
-    from sar_fast.lab.benchmark import evaluation as benchmark
+    from sar_fast.cli.evaluate import benchmark
 
     return benchmark.run(arguments)

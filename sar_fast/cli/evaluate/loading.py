@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from PIL import Image
 from torch import nn
 
-from sar_fast.base.errors import ArgumentError
+from sar_fast.base.errors import arguments_named
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
 from sar_fast.config import SARConfig
 from sar_fast.hf import SARHandle, apply_sar
-from sar_fast.lab.io.answering import GRID, encode_texts
-from sar_fast.lab.io.chat_template import build_prompt, read_template, tokenizer_of
-from sar_fast.lab.io.model_errors import FLAGS, flags_named
+from sar_fast.lab.io.answering import GRID, prepare_processor
+from sar_fast.lab.io.model_errors import FLAGS as MODEL_FLAGS
+from sar_fast.lab.io.model_errors import flags_named
 from sar_fast.lab.io.model_source import ModelSource
 from sar_fast.lab.io.models import find_model, load_config, load_model, load_processor
 from sar_fast.lab.io.stamps import file_stamp
@@ -23,6 +24,22 @@ from sar_fast.lab.io.weights import model_facts
 from sar_fast.lab.run.rules import rule_settings
 from sar_fast.lab.run.sar_flags import check_layers, flags_of, naming_flags
 from sar_fast.lab.run.session import Session, start_processes
+from sar_fast.lab.run.subject import Loaded, Subject
+
+FLAGS = MODEL_FLAGS | {  # by the arguments of the laboratory's functions
+    "batch_size": "--per_device_eval_batch_size",
+    "data_dir": "--data_dir",
+    "folder": "--output_dir",
+    "max_new_tokens": "--max_new_tokens",
+    "max_samples": "--max_samples",
+    "overwrite": "--overwrite_output_dir",
+    "scoring": "--scoring",
+    "seed": "--seed",
+    "split": "--split",
+    "task": "--task",
+    "template": "--template",
+    "workers": "--dataloader_num_workers",
+}
 
 
 def dtype_name(arguments: EvaluationArguments) -> str:
@@ -61,7 +78,8 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
     device = str(state.device) if arguments.device == "auto" else arguments.device
     with flags_named():
         model, processor = load_model(source_of(arguments), device, dtype_name(arguments))
-    prepare_processor(processor, arguments.template)
+    with arguments_named(FLAGS):
+        prepare_processor(processor, arguments.template)
     if not arguments.use_sar:
         return model, processor, None
     with naming_flags(flags_of(arguments)):
@@ -70,25 +88,16 @@ def load(arguments: EvaluationArguments, state: PartialState) -> tuple[nn.Module
     return model, processor, handle
 
 
-def prepare_processor(processor: Any, template: str | None = None) -> None:
-    """Pad on the left, with a chat template: the model's own, or the Jinja file ``template``."""
-    if template is not None:
-        processor.chat_template = read_template(template)
-    if not getattr(processor, "chat_template", None):
-        raise ValueError("the model has no chat template, give one with --template")
-    try:
-        prompt = build_prompt(processor, "What is this?")
-    except ArgumentError as error:
-        raise ValueError(f"{error.worded(FLAGS)}; give one with --template") from error
-    tokenizer = tokenizer_of(processor)
-    tokenizer.padding_side = "left"  # new tokens continue every row of a batch
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if template is not None:
-        try:
-            encode_texts(processor, [Image.new("RGB", (64, 64))], [prompt])
-        except ValueError as error:  # of processors that count placeholders; others are found out by their tokens
-            raise ValueError(f"template {template} does not fit the model's processor: {error}") from error
+def subject_of(arguments: EvaluationArguments, state: PartialState) -> Subject:
+    """The model that the flags name, loaded once something is left to do."""
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Loaded]:
+        yield Loaded(*load(arguments, state))
+
+    return Subject(
+        lambda: model_settings(arguments), opened, model_type_of(arguments), lambda: reports_frames(arguments)
+    )
 
 
 def model_settings(arguments: EvaluationArguments) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from sar_fast.base.errors import ArgumentError
-from sar_fast.cli.evaluate.loading import prepare_processor, start_processes
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, in_own_words, refuse_unknown
-from sar_fast.lab.io.answering import encode_texts, generate
+from sar_fast.lab.io.answering import encode_texts, generate, prepare_processor
 from sar_fast.lab.io.model_errors import ModelError
 from sar_fast.lab.io.models import find_model, load_model
 from sar_fast.lab.io.pictures import PictureError, open_picture
 from sar_fast.lab.io.processors import ProcessorRefusal
 from sar_fast.lab.run.sar_flags import find_rule, refuse_papers
+from sar_fast.lab.run.session import start_processes
 from sar_fast.method.validation import check_flag
 
 

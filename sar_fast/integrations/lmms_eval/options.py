@@ -8,8 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sar_fast.base.errors import arguments_named
+
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 SAR_OPTIONS = ("activation_layer_k", "beta", "normalize", "weighting", "decode", "prior_source", "backend")
+ARGUMENTS = {"model": "pretrained", "template": "template"} | {name: f"sar_{name}" for name in SAR_OPTIONS}
 WORDS = (  # what the library and other commands call an argument -> what it is called here
     (re.compile(r"--(?:model_name_or_path|model)(?![\w-])"), "pretrained"),
     (re.compile(r"--(template|device|dtype|base_model)(?![\w-])"), r"\1"),
@@ -47,7 +50,8 @@ def in_own_words(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **given: Any) -> Any:
         try:
-            return function(*args, **given)
+            with arguments_named(ARGUMENTS):
+                return function(*args, **given)
         except (ValueError, TypeError) as error:
             message = str(error)
             for pattern, word in WORDS:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers
 from accelerate import PartialState
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from sar_fast.cli.evaluate.arguments import EvaluationArguments
+from sar_fast.base.errors import ArgumentError, check_choice
+from sar_fast.base.scalars import is_integer
 from sar_fast.config import SARConfig
-from sar_fast.hf import SARHandle, apply_sar
+from sar_fast.hf import apply_sar
 from sar_fast.hf.branching import run_branches
 from sar_fast.hf.shared_prefix import PromptGroups, SharedPrefix, sharing_of
 from sar_fast.lab.benchmark.tables import Table
 from sar_fast.lab.benchmark.tasks import Record, Sample, Task
+from sar_fast.lab.benchmark.tasks.base import SCORINGS
 from sar_fast.lab.io.answering import frames, generate, option_log_probabilities
 from sar_fast.lab.io.chat_template import placeholder_in
 from sar_fast.lab.io.processors import ProcessorRefusal
@@ -25,11 +27,49 @@ from sar_fast.lab.io.prompts import PromptFormat
 from sar_fast.lab.io.records import RecordError
 from sar_fast.lab.io.skips import PLACEHOLDER, REFUSED, UNREADABLE
 from sar_fast.lab.run.progress import progress_bar
+from sar_fast.lab.run.subject import Loaded
 
 logger = logging.getLogger(__name__)
 
 Replies = list[dict[str, Any]]
 Prepared = tuple[list[Sample], list[Record], PromptGroups | None, list[Record]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How questions are put to a model.
+
+    Args:
+        scoring: ``"generate"``, greedy answers; or ``"first_token"``, the answer whose first token is most probable,
+            without decoding.
+        max_new_tokens: the longest answer; None = the task's. Only with ``"generate"``.
+        batch_size: samples per batch.
+        workers: processes that prepare batches; None = 4 for a model on a GPU, else 0.
+        seed: of everything that is random.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    scoring: str = "generate"
+    max_new_tokens: int | None = None
+    batch_size: int = 8
+    workers: int | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        check_choice("scoring", self.scoring, SCORINGS)
+        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("workers", 0), ("seed", 0)):
+            value = getattr(self, name)
+            optional = value is None and name in ("max_new_tokens", "workers")
+            if not optional and (not is_integer(value) or value < least):
+                raise ArgumentError(name, repr(value), f"be a whole number, at least {least}")
+        if self.scoring == "first_token" and self.max_new_tokens is not None:
+            raise ArgumentError("max_new_tokens", self.max_new_tokens, "be left out with {scoring} first_token")
+
+    def length(self, task: Task) -> int | None:
+        """The longest answer in tokens; None where nothing is decoded."""
+        return (self.max_new_tokens or task.max_new_tokens) if self.scoring == "generate" else None
 
 
 def cut_batches(samples: Sequence[Sample], table: Table, size: int) -> list[list[Sample]]:
@@ -126,35 +166,29 @@ class Asker:
     """A model that answers batches, under one setting of SAR or under several at once.
 
     Args:
-        task, scoring: what is asked. model, processor: of a family that SAR knows, or any other without SAR.
-        handle: SAR on the model, or None.
+        task, asking: what is asked, and how.
+        loaded: a model of a family that SAR knows, or any other without SAR. Where prompts can share a prefix, one
+            without SAR gets SAR with K = 0, which changes nothing: whoever opened it takes that off.
 
     Attributes:
         sharing: what prompts about one picture share on this model, as plain values for the run's metadata.
     """
 
-    def __init__(
-        self,
-        arguments: EvaluationArguments,
-        task: Task,
-        scoring: str,
-        model: nn.Module,
-        processor: Any,
-        handle: SARHandle | None,
-    ) -> None:
-        self.arguments, self.task, self.scoring, self.model, self.processor = arguments, task, scoring, model, processor
-        sharing = sharing_of(model)
+    def __init__(self, task: Task, asking: Asking, loaded: Loaded) -> None:
+        self.task, self.asking = task, asking
+        self.model, self.processor, handle = loaded
+        sharing = sharing_of(self.model)
         self.together = not sharing.pictures
         if handle is None and self.together:
-            handle = apply_sar(model, SARConfig(activation_layer_k=0))  # the model as it is, with what sharing needs
+            handle = apply_sar(self.model, SARConfig(activation_layer_k=0))
         self.handle, self.sharing = handle, sharing.describe()
         for what, how in self.sharing.items():
             logger.info("%s: %s", what, how)
         self._told = bool(sharing.prefix)
 
     def loader(self, batches: Sequence[Sequence[Sample]], table: Table) -> DataLoader:
-        """The batches, prepared by the processes that ``--dataloader_num_workers`` asks for."""
-        workers = self.arguments.dataloader_num_workers
+        """The batches, prepared by ``asking.workers`` processes."""
+        workers = self.asking.workers
         workers = (4 if self.model.device.type == "cuda" else 0) if workers is None else workers
         form = PromptFormat.of(self.model, self.processor)
         return DataLoader(Batches(batches, self.task, table, form, self.together), batch_size=None, num_workers=workers)
@@ -180,8 +214,8 @@ class Asker:
 
     def _answer(self, asked: Sequence[Sample], inputs: Any) -> Replies:
         """``reply`` of every sample, and ``log_probabilities`` where scoring compares first tokens."""
-        if self.scoring == "generate":
-            length = self.arguments.max_new_tokens or self.task.max_new_tokens
+        length = self.asking.length(self.task)
+        if length is not None:
             return [{"reply": reply} for reply in generate(self.model, self.processor, inputs, length)]
         options = [sample.options for sample in asked]
         found = []
@@ -206,7 +240,7 @@ def ask_all(
     keep: Callable[[list[Sample], list[Record], PromptGroups | None, list[Record]], None],
 ) -> None:
     """Hand this process's share of the batches, prepared, to ``keep``, with a progress bar."""
-    transformers.set_seed(ask.arguments.seed)
+    transformers.set_seed(ask.asking.seed)
     mine = share_of_process(batches, state)
     bar = progress_bar(sum(map(len, mine)), ask.task.name, here=state.is_main_process)
     with bar:

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import compute
 from pyarrow.parquet import read_metadata
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.benchmark.tasks.base import Task
 from sar_fast.lab.io.pictures import PictureError, find_picture
 from sar_fast.lab.io.records import RecordError, open_image
@@ -90,22 +91,25 @@ class Table:
         return [place for place in places if isinstance(place, Path)]
 
 
-def open_table(task: Task, data_dir: str | None, split: str | None) -> Table:
+def open_table(task: Task, data_dir: str | Path | None, split: str | None) -> Table:
     """The table of a benchmark's split, from ``data_dir`` or, without one, from the hub.
 
     Raises:
+        ArgumentError: a task that is not on the hub, without ``data_dir``.
         FileNotFoundError: no folder, or no parquet file of the split in it.
         ValueError: files of several configurations, a missing column, no rows.
         ConnectionError: the hub cannot be reached.
     """
     split = split or task.split
     if data_dir is None:
+        if task.hub_id is None:
+            raise ArgumentError("data_dir", data_dir, f"be given for {task.name}, which is not on the hub")
         try:
             dataset = load_dataset(task.hub_id, task.folder, split=split)
         except (ConnectionError, DatasetNotFoundError) as error:
             raise ConnectionError(
                 f"{task.name}: {task.hub_id} cannot be had from the hub ({str(error).splitlines()[0]}); "
-                "download it and give its folder as --data_dir"
+                "download it and give its folder as data_dir"
             ) from error
         revision = dataset._fingerprint  # of the files that were downloaded
         return Table(dataset, task, task.hub_id, Path(), {"data": task.hub_id, "revision": revision, "split": split})

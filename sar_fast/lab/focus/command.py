@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sar_fast.base.errors import arguments_named
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
-from sar_fast.cli.evaluate.loading import load, model_settings, session_of
+from sar_fast.cli.evaluate.loading import FLAGS, load, model_settings, session_of
 from sar_fast.hf.shared_prefix import sharing_of
 from sar_fast.lab.focus.dataset import dataset_settings, load_grounding_samples
 from sar_fast.lab.focus.evaluator import FI, SFS, FocusMetricsEvaluator, overlay_path, summarise
@@ -21,6 +22,7 @@ OVERLAYS = "overlays"
 MASKS = "masks"
 
 
+@arguments_named(FLAGS)
 def run(arguments: EvaluationArguments) -> dict[str, Any]:
     """Scores what is not scored yet, then summarises all; every process of a launch calls it.
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from sar_fast.lab.io.chat_template import build_prompt, tokenizer_of
+from sar_fast.base.errors import ArgumentError
+from sar_fast.lab.io.chat_template import build_prompt, read_template, tokenizer_of
 from sar_fast.lab.io.processors import call_processor
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -34,6 +36,35 @@ def marks_beginning(processor: Any, texts: Sequence[str]) -> bool:
     """Whether the texts begin with the tokenizer's own first token: templates of some families write it themselves."""
     bos = tokenizer_of(processor).bos_token
     return bool(bos) and texts[0].startswith(bos)
+
+
+def prepare_processor(processor: Any, template: str | None = None) -> None:
+    """Pad on the left, with a chat template: the model's own, or the Jinja file ``template``.
+
+    ``ArgumentError``: no template, or one that does not fit the processor; ``ValueError`` for a file that is none.
+    """
+    if template is not None:
+        processor.chat_template = read_template(template)
+    if not getattr(processor, "chat_template", None):
+        raise ArgumentError("template", "none", "be given for a model that has no chat template")
+    try:
+        prompt = build_prompt(processor, "What is this?")
+    except ArgumentError as error:
+        raise ArgumentError(error.argument, error.came, f"{error.needed}, or with {{template}}") from error
+    pad_left(processor)
+    if template is not None:
+        try:
+            encode_texts(processor, [Image.new("RGB", (64, 64))], [prompt])
+        except ValueError as error:  # of processors that count placeholders; others are found out by their tokens
+            raise ArgumentError("template", f"{template}: {error}", "be one that fits the model's processor") from error
+
+
+def pad_left(processor: Any) -> None:
+    """Let a processor's tokenizer pad on the left, so that new tokens continue every row of a batch."""
+    tokenizer = tokenizer_of(processor)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def frames(inputs: Any, processor: Any, count: int) -> list[list[int] | None]:
@@ -97,7 +128,7 @@ def first_tokens(tokenizer: Any, options: Sequence[Sequence[str]]) -> list[tuple
             names = ", ".join(repr(wordings[0]) for wordings in options)
             raise ValueError(
                 f"scoring first_token cannot tell option {options[number][0]!r} from the others by its first token "
-                f"({names}); use --scoring generate"
+                f"({names}); use generate"
             )
         own.append(tuple(sorted(mine - others)))
     return own

@@ -8,17 +8,23 @@ from pathlib import Path
 
 
 def check_output_dir(path: str | Path) -> None:
-    """``ValueError`` unless files can be written into the folder, or into the nearest one above it that exists.
+    """``ValueError`` that names ``--output_dir`` where :func:`unwritable` has a reason."""
+    if (why := unwritable(path)) is not None:
+        raise ValueError(f"--output_dir {str(path)!r} is no folder to write into: {why}")
+
+
+def unwritable(path: str | Path) -> str | None:
+    """Why no file can be written into the folder, or into the nearest one above it that exists; None if one can.
 
     Nothing is made. Of several processes the first alone looks, since it alone writes: another machine may not have
     the folder.
     """
     if os.environ.get("RANK", "0") != "0":
-        return
+        return None
     folder = Path(path).expanduser().absolute()
     place = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
-            pass
+            return None
     except OSError as error:
-        raise ValueError(f"--output_dir {str(path)!r} is no folder to write into: {error.strerror}") from error
+        return error.strerror

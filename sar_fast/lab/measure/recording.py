@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.config import SARConfig
-from sar_fast.hf import apply_sar
+from sar_fast.hf import SARHandle, apply_sar
 from sar_fast.lab.show.overlay import head_average
 from sar_fast.method.state import SARStats
 from sar_fast.method.weighting import Equal
@@ -48,11 +48,22 @@ class Recording:
 
 def record(model: nn.Module, inputs: Mapping[str, Tensor], config: SARConfig) -> Recording:
     """Runs the prompt once with SAR as configured. ``ValueError`` if it has no visual token."""
-    with apply_sar(model, config.replace(record=True, record_rows="last_text")) as handle, torch.no_grad():
+    with apply_sar(model, config) as handle:
+        return record_with(handle, model, inputs)
+
+
+@torch.no_grad()
+def record_with(handle: SARHandle, model: nn.Module, inputs: Mapping[str, Tensor]) -> Recording:
+    """:func:`record` with the SAR that is on the model already, whose options are as before afterwards."""
+    before = handle.config
+    handle.reconfigure(before.replace(record=True, record_rows="last_text"))
+    try:
         model(**inputs, use_cache=False)
         if handle.roles is None or not handle.roles.visual_mask.any():
             raise ValueError("inputs hold no visual token: SAR has nothing to look at")
         return Recording(dict(handle.stats), dict(handle.rows), *handle.roles, handle.prior)
+    finally:
+        handle.reconfigure(before)
 
 
 def recording_off(model: nn.Module, config: SARConfig) -> SARConfig:

@@ -125,9 +125,9 @@ def _evaluate(
 
 
 def _headline(task: str, scores: dict[str, Any]) -> dict[str, float]:
-    from sar_fast.lab.benchmark.tasks import TaskOptions, find_task
+    from sar_fast.lab.benchmark.tasks import find_task
 
-    rows = find_task(task)(TaskOptions()).headline(scores)
+    rows = find_task(task)().headline(scores)
     return {name: value for name, value in rows if isinstance(value, int | float)}
 
 
@@ -158,7 +158,7 @@ def _analyse(
 
 
 def _sweep(paper: Paper, commands: Commands, data: str) -> Stage:
-    from sar_fast.lab.benchmark.sweep import FIGURE
+    from sar_fast.lab.benchmark.figures import FIGURE
 
     folder = paper.out / "sweep"
     weights = str(paper.out / "sft")

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.base.errors import arguments_named
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
-from sar_fast.cli.evaluate.loading import load, model_settings, session_of
+from sar_fast.cli.evaluate.loading import FLAGS, load, model_settings, session_of
 from sar_fast.lab.focus.dataset import dataset_settings, load_grounding_samples
 from sar_fast.lab.probe.features import DONE
 from sar_fast.lab.probe.heads import HeadTraining
@@ -25,6 +26,7 @@ FEATURES = "features"
 ENOUGH_STEPS = 1000  # in which heads on standardised features learn at the research code's learning rate
 
 
+@arguments_named(FLAGS)
 def run(arguments: EvaluationArguments) -> dict[str, float]:
     """Reads features that are not on disk yet, trains and scores the heads; every process of a launch calls it.
 

@@ -32,9 +32,13 @@ def parse_groups(groups: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]
     ``config.yaml --learning_rate 1e-5`` and ``config.yaml learning_rate=1e-5`` are the same. ``ValueError`` for an
     unknown flag says what to do instead of another trainer's, or names a known one that is spelt nearly so.
     """
+    return parse_words(groups, expand(argv))
+
+
+def parse_words(groups: Sequence[type], words: Sequence[str]) -> tuple[Any, ...]:
+    """:func:`parse_groups` of words that :func:`expand` made."""
     parser = OneLineParser(groups, allow_abbrev=False)
     known = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
-    words = expand(argv)
     for word in words:
         name = word.split("=", 1)[0]
         if name.startswith("--") and name not in known:

@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.base import json_text
+from sar_fast.base.errors import ArgumentError
 
 METADATA = "run_metadata.json"
 SAMPLES = "samples.jsonl"
 RESULTS = "all_results.json"
 PARTS = "parts"
-ADVICE = "choose another folder, or give --overwrite_output_dir"
+ANOTHER = "choose another folder"
+ADVICE = f"{ANOTHER}, or give {{overwrite}}"
+
+
+class FolderInUse(ArgumentError):
+    """A folder of results that holds something else: "folder out holds ...; choose another folder"."""
+
+    def worded(self, names: Mapping[str, str]) -> str:
+        advice = self.needed.replace("{overwrite}", names.get("overwrite", "overwrite=True"))
+        return f"{names.get(self.argument, self.argument)} {self.came}; {advice}"
 
 
 class ResultFolder:
-    """``output_dir`` of one evaluation.
+    """The folder of one evaluation.
 
     While it runs every process appends to a file of its own in ``parts/``; :meth:`merge` makes ``samples.jsonl`` of
     them, in the order of the samples. ``run_metadata.json`` has the settings that the records depend on, and the
@@ -35,7 +45,7 @@ class ResultFolder:
     Nothing is written before :meth:`prepare`.
 
     Raises:
-        ValueError: the folder holds results of other settings, or results without settings.
+        FolderInUse: the folder holds results of other settings, or results without settings.
     """
 
     def __init__(
@@ -48,17 +58,17 @@ class ResultFolder:
     ) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         if path.exists() and not path.is_dir():
-            raise ValueError(f"output_dir {path} is a file, needed a folder")
+            raise FolderInUse("folder", f"{path} is a file", ANOTHER)
         self.products, self.work = products, work
         self.sessions: list[dict[str, Any]] = []
         self._refuse_foreign_metadata()
         self._stale = overwrite or not self._continues()
 
     def _refuse_foreign_metadata(self) -> None:
-        """``ValueError`` if the metadata are of something else than an evaluation: a training's are not replaced."""
+        """:class:`FolderInUse` if the metadata are not an evaluation's: a training's are not replaced."""
         metadata = self.path / METADATA
         if metadata.is_file() and not {"settings", "sessions"} <= read_json(metadata).keys():
-            raise ValueError(f"{metadata} is not that of an evaluation: choose another folder")
+            raise FolderInUse("folder", f"{self.path} holds a {METADATA} that is not that of an evaluation", ANOTHER)
 
     def _continues(self) -> bool:
         """Whether what lies there is of these settings; False if it counts as nothing, an error if it is of others."""
@@ -68,14 +78,13 @@ class ResultFolder:
             left = [name for name in (SAMPLES, RESULTS) if _has_bytes(self.path / name)]
             left += [PARTS] if parts.is_dir() and any(parts.iterdir()) else []
             if left:
-                raise ValueError(f"output_dir {self.path} holds {', '.join(left)} but no {METADATA}: {ADVICE}")
+                raise FolderInUse("folder", f"{self.path} holds {', '.join(left)} but no {METADATA}", ADVICE)
             return False
         stored = read_json(metadata)
         differing = differences(stored["settings"], self.settings)
         if differing and self._used():
-            raise ValueError(
-                f"output_dir {self.path} holds results of other settings: {'; '.join(differing)}; {ADVICE}"
-            )
+            came = f"{self.path} holds results of other settings: {'; '.join(differing)}"
+            raise FolderInUse("folder", came, ADVICE)
         if not differing:
             self.sessions = stored["sessions"]
         return not differing

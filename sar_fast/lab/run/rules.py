@@ -19,7 +19,7 @@ PLAIN = r"[a-z0-9][a-z0-9_.]{0,39}"  # names that are their own folder's; beta i
 LONGEST = 40  # characters
 
 
-def rule_settings(spec: str, config: SARConfig) -> dict[str, Any]:
+def rule_settings(spec: str | Mapping[str, Any], config: SARConfig) -> dict[str, Any]:
     """``config.to_dict()`` of a config with the rule that ``spec`` names, and what tells it from others of that name.
 
     A file goes by its last name, as it may move; ``file`` is a hash of its bytes, ``state`` one of parameters.
@@ -34,6 +34,12 @@ def rule_settings(spec: str, config: SARConfig) -> dict[str, Any]:
     return values
 
 
+def config_settings(config: SARConfig) -> dict[str, Any]:
+    """:func:`rule_settings` of a config whose rule goes by the name that it is registered under."""
+    values = config.to_dict()
+    return values if config.weighting is None else rule_settings(values["weighting"], config)
+
+
 def rule_label(spec: str | Mapping[str, Any]) -> str:
     """A rule as tables, figures and pages name it: ``fixed(c=[0.5, 2.0])``, ``rules.py:mine``."""
     name, options = _parts(spec)
@@ -42,7 +48,7 @@ def rule_label(spec: str | Mapping[str, Any]) -> str:
     return label if len(label) <= LONGEST else f"{label[:LONGEST]}..."
 
 
-def rule_slug(spec: str) -> str:
+def rule_slug(spec: str | Mapping[str, Any]) -> str:
     """A file name for a rule's results, another one for every spec: a plain name itself, else words and a hash."""
     name, options = _parts(spec)
     if not options and re.fullmatch(PLAIN, name) and not name.startswith("beta"):
@@ -51,7 +57,7 @@ def rule_slug(spec: str) -> str:
     return f"{words}-{hashlib.sha256(canonical(spec).encode()).hexdigest()[:8]}"
 
 
-def canonical(spec: str) -> str:
+def canonical(spec: str | Mapping[str, Any]) -> str:
     """The same text for the same rule, however its JSON is spaced and ordered."""
     name, options = _parts(spec)
     return json.dumps([name, options], sort_keys=True)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
+from sar_fast.base.errors import ArgumentError
+from sar_fast.lab.io.output_dir import unwritable
 from sar_fast.lab.run.results import ResultFolder
 from sar_fast.lab.run.run_metadata import commit, versions
 
@@ -103,6 +108,30 @@ def start_processes(device: str) -> PartialState:
     if state.num_processes > 1 and device not in ("auto", "cpu"):
         raise ValueError(f"device is {device!r} with {state.num_processes} processes: each needs its own; auto")
     return state
+
+
+def processes_of(model: nn.Module) -> PartialState:
+    """:func:`start_processes` for a model that is on its device already."""
+    return start_processes("cpu" if model.device.type == "cpu" else "auto")
+
+
+@contextlib.contextmanager
+def folder_or_none(folder: str | Path | None, overwrite: bool, state: PartialState) -> Iterator[Path]:
+    """Where an experiment works: the caller's folder, or without one a folder that is gone afterwards.
+
+    ``ArgumentError``: nothing can be written there; ``overwrite``, or several processes, without a folder.
+    """
+    if folder is None:
+        if overwrite:
+            raise ArgumentError("overwrite", overwrite, "be left out without {folder}")
+        if state.num_processes > 1:
+            raise ArgumentError("folder", folder, "be given where several processes share the work")
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place)
+        return
+    if (why := unwritable(folder)) is not None:
+        raise ArgumentError("folder", f"{str(folder)!r}: {why}", "be a folder to write into")
+    yield Path(folder).expanduser()
 
 
 def now() -> str:

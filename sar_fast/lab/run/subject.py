@@ -16,10 +16,10 @@ from sar_fast.config import SARConfig
 from sar_fast.hf import SARHandle, apply_sar
 from sar_fast.hf.features import handle_of
 from sar_fast.hf.structure import unwrap
-from sar_fast.lab.io.answering import GRID
-from sar_fast.lab.io.chat_template import tokenizer_of
+from sar_fast.lab.io.answering import GRID, pad_left
 from sar_fast.lab.io.stamps import stamp
 from sar_fast.lab.io.weights import live_stamp
+from sar_fast.lab.run.rules import config_settings
 
 
 class Loaded(NamedTuple):
@@ -73,7 +73,7 @@ class Subject:
                 "model": unwrap(model).config.name_or_path or type(unwrap(model)).__name__,
                 "weights": live_stamp(model),
                 "dtype": str(model.dtype).removeprefix("torch."),
-                "sar": None if config is None else config.to_dict(),
+                "sar": None if config is None else config_settings(config),
                 "template": stamp(processor.chat_template),
             }
 
@@ -105,10 +105,7 @@ def _borrowed(model: nn.Module, processor: Any, sar: SARConfig | None) -> Iterat
 
 
 def left_padded(processor: Any) -> Any:
-    """A copy of a processor whose tokenizer pads on the left, so that new tokens continue every row of a batch."""
+    """A copy of a processor whose tokenizer pads on the left."""
     processor = copy.deepcopy(processor)
-    tokenizer = tokenizer_of(processor)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pad_left(processor)
     return processor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,15 +35,21 @@ def save_heatmap(weights: np.ndarray, layers: Sequence[int], path: Path, title: 
     rows, heads = weights.shape
     figure = Figure(figsize=(2.5 + 0.32 * heads, 1.6 + 0.32 * rows), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    draw_heatmap(axes, weights, layers)
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path)
+
+
+def draw_heatmap(axes: Any, weights: np.ndarray, layers: Sequence[int]) -> None:
+    """Draws (layers, heads) factors c on axes of matplotlib, with a bar of colours beside them."""
+    rows, heads = weights.shape
     span = log_span(weights)
     drawn = axes.imshow(np.log2(weights.clip(2**-6, 2**6)), cmap=COLOURMAP, vmin=-span, vmax=span, aspect="equal")
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_xticks(range(0, heads, 1 + heads // 24))
     axes.set_yticks(range(rows), [str(i) for i in layers])
-    axes.set_title(title, fontsize=9)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.9)
+    bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.9)
     ticks = np.linspace(-span, span, 5)
     bar.set_ticks(ticks, labels=[f"{2**t:.2f}" for t in ticks])
     bar.set_label("c, factor on the head's output")
-    figure.savefig(path)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from sar_fast.base.errors import ArgumentError, check_choice
+
 Record = dict[str, Any]
+SCORINGS = ("generate", "first_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +48,10 @@ class Skip:
     kind: str
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskOptions:
-    """How a benchmark is asked. ``prompt_suffix`` None means the benchmark's own."""
-
-    prompt_suffix: str | None = None
-    choice_format: str = "letters"
-    box_format: str | None = None
-    model_type: str = ""
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of :class:`Task.Options`: a keyword of ``evaluate`` and a flag of ``experiments/evaluate.py``."""
+    metadata = {"help": help, **({} if choices is None else {"choices": [*choices]})}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Task(abc.ABC):
@@ -62,36 +61,60 @@ class Task(abc.ABC):
     (width, height), ``frame`` (the picture's size as the model saw it, or None), and with first-token scoring
     ``log_probabilities``. Skipped samples have ``skipped``, the reason, and no reply.
 
+    Args:
+        options: how it is asked; None = the defaults of its :class:`Options`.
+        model_type: of the model that is asked.
+
     Attributes:
-        name: of the flag ``--task``.
-        hub_id, folder: dataset on the hub, and its configuration, which is also the folder of its parquet files.
+        Options: what it can be told, a frozen dataclass of plain values (``option``) that extends this one's.
+        name: by which it is asked for.
+        hub_id, folder: dataset on the hub, if there is one, and its configuration, which is also the folder of its
+            parquet files.
         split: the one that papers report.
         columns: that the table must have, and ``optional`` ones that are used if there.
         suffix: the benchmark's own words after the question.
         max_new_tokens: the longest answer worth generating.
         scorings: ways of answering that make sense.
-        accepts: flags of :class:`TaskOptions` that change something, beside ``prompt_suffix``.
         objects_to: the kind of :meth:`objection`.
         totals: (name, the group of the scores that it is over, the parts of the whole benchmark) of each total.
         source: where the scoring rule is from.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """How a benchmark is asked."""
+
+        prompt_suffix: str | None = option(None, "Replaces the benchmark's own words after the question; may be empty.")
+
+        def __post_init__(self) -> None:
+            for field in dataclasses.fields(self):
+                value, choices = getattr(self, field.name), field.metadata.get("choices")
+                if choices and value != field.default:
+                    check_choice(field.name, value, tuple(choices))
+
     name: ClassVar[str]
-    hub_id: ClassVar[str]
+    hub_id: ClassVar[str | None] = None
     folder: ClassVar[str | None] = None
     split: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
     suffix: ClassVar[str] = ""
     max_new_tokens: ClassVar[int] = 16
-    scorings: ClassVar[tuple[str, ...]] = ("generate", "first_token")
-    accepts: ClassVar[tuple[str, ...]] = ()
+    scorings: ClassVar[tuple[str, ...]] = SCORINGS
     objects_to: ClassVar[str] = ""
     totals: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
-    source: ClassVar[str]
+    source: ClassVar[str] = ""
 
-    def __init__(self, options: TaskOptions) -> None:
-        self.options = options
+    def __init__(self, options: Options | None = None, *, model_type: str = "") -> None:
+        self.options = self.Options() if options is None else options
+        self.model_type = model_type
+
+    def misfit(self, reports_frames: Callable[[], bool]) -> ArgumentError | None:
+        """The error about an option that the model cannot be asked with; None if there is no such option.
+
+        ``reports_frames``: whether its processor says how large the model sees each picture.
+        """
+        return None
 
     @property
     def words_after(self) -> str:
@@ -103,8 +126,8 @@ class Task(abc.ABC):
         """Samples of a table without its pictures; ``ValueError`` names the row that is wrong."""
 
     def settings(self) -> dict[str, Any]:
-        """Options, as they are in force, that change the replies or how they are read."""
-        return {}
+        """Options, as they are in force, that change the replies or how they are read, beside ``words_after``."""
+        return {name: value for name, value in dataclasses.asdict(self.options).items() if name != "prompt_suffix"}
 
     def objection(self, sample: Sample, size: tuple[int, int]) -> str | None:
         """Why a sample makes no sense with a picture of that (width, height); None if it does."""

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from sar_fast.lab.benchmark.tasks.base import Task, option
+
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+FORMATS = ("letters", "cloze")
 PUNCTUATION = re.compile(r"[.()\[\],:;!*#{}]")
+
+
+class MultipleChoice(Task):
+    """A benchmark whose questions have lettered options, or none in the prompt."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options(Task.Options):
+        choice_format: str = option(
+            "letters",
+            "letters (default): options in the prompt; cloze: the question alone, options are its possible answers.",
+            FORMATS,
+        )
+
+    suffix = SUFFIX
+
+    @property
+    def letters(self) -> bool:
+        """Whether the prompt has the options."""
+        return self.options.choice_format == "letters"
+
+    @property
+    def words_after(self) -> str:
+        """Nothing after a cloze: the suffix asks for a letter."""
+        return super().words_after if self.letters or self.options.prompt_suffix is not None else ""
 
 
 def build_question(question: str, choices: Sequence[str], context: str = "", *, letters: bool = True) -> str:

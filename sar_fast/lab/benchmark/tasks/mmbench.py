@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sar_fast.lab.benchmark.tasks.base import Record, Sample, Skip, Task, share, text_of
-from sar_fast.lab.benchmark.tasks.choices import SUFFIX, build_question, option_wordings, parse_choice
+from sar_fast.lab.benchmark.tasks.base import Record, Sample, Skip, share, text_of
+from sar_fast.lab.benchmark.tasks.choices import MultipleChoice, build_question, option_wordings, parse_choice
 
 LETTERS = "ABCDEF"
 ABILITIES = (
@@ -23,7 +23,7 @@ CIRCULAR, UNROTATED = "accuracy, circular", "accuracy, unrotated"
 ROTATION = 1_000_000  # a published row's index is that of its question plus this times the rotation
 
 
-class MMBench(Task):
+class MMBench(MultipleChoice):
     """Accuracy over questions, all rotations of which must be right, and plain accuracy of the unrotated ones.
 
     The published tables hold every rotation as a row of its own; where a table has none, they are made here.
@@ -35,9 +35,7 @@ class MMBench(Task):
     split = "dev"
     columns = ("index", "question", "answer", "A", "B")
     optional = ("C", "D", "E", "F", "hint", "category", "L2-category")
-    suffix = SUFFIX
     totals = ((CIRCULAR, "abilities", ABILITIES), (UNROTATED, "abilities", ABILITIES))
-    accepts = ("choice_format",)
     source = "circular evaluation of open-compass/MMBench; replies matched as its tool does, without a judge model"
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Sample], list[Skip]]:
@@ -70,10 +68,9 @@ class MMBench(Task):
     def _sample(
         self, row: Mapping[str, Any], number: int, base: int, turn: int, choices: list[str], answer: int
     ) -> Sample:
-        letters = self.options.choice_format == "letters"
         question = text_of(row, "question", number)
         hint = row.get("hint")
-        prompt = build_question(question, choices, hint.strip() if _given(hint) else "", letters=letters)
+        prompt = build_question(question, choices, hint.strip() if _given(hint) else "", letters=self.letters)
         about = {
             "index": base,
             "rotation": turn,
@@ -88,21 +85,12 @@ class MMBench(Task):
             number,
             prompt + self.words_after,
             str(base),
-            option_wordings(choices, letters=letters),
+            option_wordings(choices, letters=self.letters),
             about,
         )
 
-    @property
-    def words_after(self) -> str:
-        if self.options.prompt_suffix is None and self.options.choice_format == "cloze":
-            return ""
-        return super().words_after
-
-    def settings(self) -> dict[str, Any]:
-        return {"choice_format": self.options.choice_format}
-
     def judge(self, record: Record) -> dict[str, Any]:
-        prediction = parse_choice(record["reply"], record["choices"], letters=self.options.choice_format == "letters")
+        prediction = parse_choice(record["reply"], record["choices"], letters=self.letters)
         return {"prediction": prediction, "correct": prediction == record["answer"]}
 
     def scores(self, records: Sequence[Record]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.benchmark.box_check import box_format_mismatch, describe_mismatch
-from sar_fast.lab.benchmark.tasks.base import Record, Sample, Skip, Task, TaskOptions, share
-from sar_fast.lab.io.boxes import FORMATS, box_iou, choose_format
+from sar_fast.lab.benchmark.tasks.base import Record, Sample, Skip, Task, option, share
+from sar_fast.lab.io.boxes import FORMATS, NEED_FRAMES, box_iou, choose_format
 from sar_fast.lab.io.skips import BOX_FRACTIONS, BOX_OUTSIDE, NO_BOX_AREA
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -23,20 +25,29 @@ class RefCOCO(Task):
     A row is an object with its expressions; each of them is a sample.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options(Task.Options):
+        box_format: str | None = option(None, "How the model writes boxes. Default: by its family.", (*FORMATS,))
+
     name = "refcoco"
     hub_id = "lmms-lab/RefCOCO"
     split = "val"
     columns = ("question_id", "answer", "bbox")
     max_new_tokens = 64
     scorings = ("generate",)
-    accepts = ("box_format",)
     objects_to = BOX_OUTSIDE
     source = "accuracy at IoU 0.5 as in the RefCOCO papers; further numbers as in lmms-eval's refcoco_bbox_rec"
 
-    def __init__(self, options: TaskOptions) -> None:
-        super().__init__(options)
-        self.format_name = choose_format(options.box_format, options.model_type)
+    def __init__(self, options: Options | None = None, *, model_type: str = "") -> None:
+        super().__init__(options, model_type=model_type)
+        self.format_name = choose_format(self.options.box_format, model_type)
         self.format = FORMATS[self.format_name]
+
+    def misfit(self, reports_frames: Callable[[], bool]) -> ArgumentError | None:
+        if self.format_name not in NEED_FRAMES or reports_frames():
+            return None
+        needed = "be another one, since the model's processor does not report the resized picture's grid"
+        return ArgumentError("box_format", self.format_name, needed)
 
     def settings(self) -> dict[str, Any]:
         return {"box_format": self.format_name}

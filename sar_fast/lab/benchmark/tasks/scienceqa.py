@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sar_fast.lab.benchmark.tasks.base import Record, Sample, Skip, Task, share, text_of
-from sar_fast.lab.benchmark.tasks.choices import SUFFIX, build_question, option_wordings, parse_text
+from sar_fast.lab.benchmark.tasks.base import Record, Sample, Skip, share, text_of
+from sar_fast.lab.benchmark.tasks.choices import MultipleChoice, build_question, option_wordings, parse_text
 
 OPTIONS = ("A", "B", "C", "D", "E")
 SUBJECTS = ("natural science", "social science", "language science")
@@ -27,7 +27,7 @@ def parse_scienceqa(reply: str, count: int) -> int | None:
     return OPTIONS.index(letter) if letter in OPTIONS[:count] else None
 
 
-class ScienceQA(Task):
+class ScienceQA(MultipleChoice):
     """Accuracy over questions, and over those of each subject."""
 
     name = "scienceqa"
@@ -36,13 +36,10 @@ class ScienceQA(Task):
     split = "test"
     columns = ("question", "choices", "answer")
     optional = ("hint", "subject")
-    suffix = SUFFIX
     totals = (("accuracy", "subjects", SUBJECTS),)
-    accepts = ("choice_format",)
     source = "eval_science_qa.py of haotian-liu/LLaVA"
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Sample], list[Skip]]:
-        letters = self.options.choice_format == "letters"
         samples = []
         for number, row in enumerate(rows):
             choices, answer = row["choices"], row["answer"]
@@ -53,23 +50,14 @@ class ScienceQA(Task):
             if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
                 raise ValueError(f"row {number}: answer is {answer!r}, needed 0 to {len(choices) - 1}")
             question, hint = text_of(row, "question", number), (row.get("hint") or "").strip()
-            prompt = build_question(question, choices, f"Context: {hint}" if hint else "", letters=letters)
+            prompt = build_question(question, choices, f"Context: {hint}" if hint else "", letters=self.letters)
             about = {"question": question, "choices": choices, "answer": answer, "subject": row.get("subject")}
-            options = option_wordings(choices, letters=letters)
+            options = option_wordings(choices, letters=self.letters)
             samples.append(Sample(str(number), number, prompt + self.words_after, str(number), options, about))
         return samples, []
 
-    @property
-    def words_after(self) -> str:
-        if self.options.prompt_suffix is None and self.options.choice_format == "cloze":
-            return ""
-        return super().words_after
-
-    def settings(self) -> dict[str, Any]:
-        return {"choice_format": self.options.choice_format}
-
     def judge(self, record: Record) -> dict[str, Any]:
-        if self.options.choice_format == "letters":
+        if self.letters:
             prediction = parse_scienceqa(record["reply"], len(record["choices"]))
         else:
             prediction = parse_text(record["reply"], record["choices"])
