@@ -133,7 +133,7 @@ def is_correct(question: Question, reply: str, scene: Scene) -> bool:
     object's true box in pixels."""
     if question.kind == "box":
         box = decode_box(reply, scene.image.shape[:2])
-        return box is not None and box_iou(box, scene.objects[question.target].box) >= BOX_IOU
+        return box is not None and bool(box_iou(box, scene.objects[question.target].box) >= BOX_IOU)
     return reply.split() == question.answer.split()
 
 

@@ -97,7 +97,7 @@ class RefCOCO(Task):
 
     def judge(self, record: Record) -> dict[str, Any]:
         box = self.format.read(record["reply"], record["image_size"], record["frame"])
-        iou = 0.0 if box is None else box_iou(box, tuple(record["box"]))
+        iou = 0.0 if box is None else float(box_iou(box, record["box"]))
         return {"prediction": None if box is None else list(box), "iou": iou, "correct": iou >= RIGHT_IOU}
 
     def scores(self, records: Sequence[Record]) -> dict[str, Any]:
