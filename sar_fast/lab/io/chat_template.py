@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.model_errors import first_line
@@ -72,6 +71,8 @@ def read_template(path: str) -> str:
 
 
 def _render(template: str, words: str) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
     (text,), _ = render_jinja_template([turns], chat_template=template, add_generation_prompt=True, **TOKENS)
     return text

@@ -13,6 +13,13 @@ from sar_fast.base.errors import ArgumentError
 SYSTEM_TOKENS = 32  # text before the image in the made-up prompts
 
 
+def seconds_now(device: torch.device) -> float:
+    """The host's clock, once everything that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def interleaved_times(
     calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
