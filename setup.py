@@ -20,8 +20,9 @@ CORE = [
     "typer>=0.16",
     "rich>=13",
 ]
-REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24"]
-TRAIN = ["accelerate>=1.10", "datasets>=4", "pyarrow>=21", "peft>=0.17", "wandb>=0.18", "tensorboard>=2.15"]
+REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24", "pandas>=2.2"]
+TRAIN = ["accelerate>=1.10", "datasets>=4", "pyarrow>=21", "peft>=0.17"]
+TRACKERS = {"wandb": ["wandb>=0.18"], "tensorboard": ["tensorboard>=2.15"]}  # --report_to
 DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.2", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]  # tests run examples/
 
@@ -43,6 +44,7 @@ setup(
     extras_require={
         "reports": REPORTS,
         "train": TRAIN,
+        **TRACKERS,
         "deepspeed": ["deepspeed>=0.17", "ninja"],
         "flash": ["flash-attn>=2.7.3"],
         "lmms-eval": ["lmms-eval>=0.7", *TRAIN],
@@ -53,7 +55,7 @@ setup(
         "axolotl": ["axolotl>=0.19", "pydantic>=2"],
         # Grounding DINO runs through transformers: groundingdino-py does not build a model beside transformers 5
         "grounding": ["segment-anything>=1.0", "torchvision"],
-        "dev": DEV + NOTEBOOKS + REPORTS + TRAIN,
+        "dev": [*DEV, *NOTEBOOKS, *REPORTS, *TRAIN, *(line for lines in TRACKERS.values() for line in lines)],
     },
     entry_points={
         "console_scripts": ["sar-fast = sar_fast.cli:main"],

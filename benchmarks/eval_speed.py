@@ -49,8 +49,7 @@ from sar_fast.lab.measure.eager import EagerSAR, eager_attention
 from sar_fast.lab.miniature.checkpoint import load_miniature
 from sar_fast.lab.miniature.drawing import COLOURS, SHAPES, draw_scene
 from sar_fast.lab.probe import HeadTraining, LayerwiseProbe
-from sar_fast.lab.probe.heads import box_iou
-from sar_fast.lab.probe.probe import split_by_picture
+from sar_fast.lab.probe.probe import is_right, split_by_picture
 from sar_fast.lab.run.run_metadata import commit, versions
 
 SIDE, PATCH = 336, 14
@@ -214,7 +213,7 @@ def research_probe(model, processor, samples: list[GroundingSample]) -> np.ndarr
                 torch.nn.functional.l1_loss(head(features[batch]), boxes[batch]).backward()
                 optimizer.step()
         with torch.no_grad():
-            right = box_iou(head(features[validation]), boxes[validation]) >= 0.5
+            right = is_right(head(features[validation])[:, None], boxes[validation])
         scores.append(float(right.double().mean()))
     return _to_compare(torch.stack(layers, dim=1), scores)
 

@@ -5,6 +5,6 @@ from sar_fast.base.extras import TRAINING, need_or_exit
 if __name__ == "__main__":
     need_or_exit("experiments/train.py", *TRAINING)
 
-    from sar_fast.lab.training.run import main
+    from sar_fast.cli.train import main
 
     main()

@@ -24,11 +24,11 @@ from sar_fast.cli.evaluate import arguments as evaluation_arguments
 from sar_fast.cli.evaluate.command import evaluate
 from sar_fast.lab.training import arguments as training_arguments
 from sar_fast.lab.training.run import build
-from tests.training.runs import flags
+from tests.training.runs import flags, train
 from tests.training.samples import REPOSITORY
 
 HOMES = {  # the only places where a module of an extra may be imported at once; elsewhere inside functions
-    "train": ("evaluation/", "training/"),
+    "train": ("cli/evaluate/", "lab/benchmark/", "lab/focus/", "lab/probe/", "lab/run/session.py", "lab/training/"),
     "lmms-eval": ("integrations/lmms_eval/",),
     "llamafactory": ("integrations/llamafactory/",),
     "ms-swift": ("integrations/ms_swift.py",),
@@ -217,8 +217,12 @@ def test_all_commands_are_tried():
     [
         ({"finetuning_type": "lora"}, "peft", r"--finetuning_type lora needs peft: pip install 'sar_fast\[train\]'"),
         ({"plot_loss": True}, "matplotlib", r"--plot_loss needs matplotlib: pip install 'sar_fast\[reports\]'"),
-        ({"report_to": "wandb"}, "wandb", r"--report_to wandb needs wandb: pip install 'sar_fast\[train\]'"),
-        ({"report_to": "tensorboard"}, "tensorboard", r"--report_to tensorboard needs tensorboard: pip install 'sar_"),
+        ({"report_to": "wandb"}, "wandb", r"--report_to wandb needs wandb: pip install 'sar_fast\[wandb\]'"),
+        (
+            {"report_to": "tensorboard"},
+            "tensorboard",
+            r"--report_to tensorboard needs tensorboard: pip install 'sar_",
+        ),
     ],
 )
 def test_trainings_that_need_more_say_so_before_anything_runs(tmp_path, monkeypatch, changes, module, message):
@@ -227,6 +231,13 @@ def test_trainings_that_need_more_say_so_before_anything_runs(tmp_path, monkeypa
     with pytest.raises(ImportError, match=message):
         build(arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_needs_no_tracker(tmp_path, monkeypatch):
+    for module in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    train(tmp_path / "out", max_steps=1)
+    assert (tmp_path / "out" / "gradient_sparsity.jsonl").is_file()
 
 
 @pytest.mark.parametrize(

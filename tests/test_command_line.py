@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from sar_fast.base import json_text
 from sar_fast.cli import app, loading
+from sar_fast.cli import train as training
 from sar_fast.cli.evaluate.arguments import parse as parse_evaluation
 from sar_fast.cli.evaluate.sweep import parse as parse_sweep
-from sar_fast.lab.training import run as training
 from sar_fast.lab.training.arguments import parse as parse_training
 from sar_fast.lab.training.run import run_metadata
 from tests.training.runs import flags

@@ -1,4 +1,4 @@
-"""``sar-fast``: demo, generate, inspect, doctor, paper, plot, sweep, merge; data, bench, llamafactory."""
+"""``sar-fast``: demo, generate, inspect, doctor, paper, plot, sweep, merge, convert; data, bench, llamafactory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from sar_fast import __version__
 from sar_fast.cli.bench import bench
+from sar_fast.cli.convert import convert
 from sar_fast.cli.data import data
 from sar_fast.cli.demo import demo
 from sar_fast.cli.doctor import doctor
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": one_spelling},
 )
-for command in (demo, generate, inspect, doctor, paper, plot, merge):
+for command in (demo, generate, inspect, doctor, paper, plot, merge, convert):
     app.command()(command)
 flags_of_its_own = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 app.command(context_settings=flags_of_its_own)(sweep)

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from sar_fast.lab.focus.checkpoints import load_detector, load_segmenter
 from sar_fast.lab.focus.grounding import cut_caption
+from sar_fast.lab.io.original_checkpoints.grounding_dino import load_detector
+from sar_fast.lab.io.original_checkpoints.sam import load_segmenter
 
 RELATIVE = 1e-4  # of the largest value: fp32, other orders of sums through tens of layers
 SMALLER = {  # of Grounding DINO's config, so that random models run in seconds

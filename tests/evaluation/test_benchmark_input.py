@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import LlavaProcessor
 
-from sar_fast.cli.evaluate import benchmark
-from sar_fast.lab import focus, probe
+from sar_fast.cli.evaluate import benchmark, focus, probe
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.io.prompts import PromptFormat
 from tests.evaluation.benchmarks import DATA, arguments, lines, mme_rows, picture_bytes, write_table

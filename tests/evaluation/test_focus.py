@@ -155,9 +155,9 @@ class TestPromptAttention:
 
     def test_layers_that_are_not_there_or_not_recorded(self):
         model, groups = CASES["llava"].make(), groups_of(CASES["llava"])
-        with pytest.raises(ValueError, match="none of the model's 4 attention layers"):
+        with pytest.raises(ValueError, match="among the model's 4 attention layers"):
             prompt_attention(model, groups, [4])
-        with pytest.raises(ValueError, match="layers is empty"):
+        with pytest.raises(ValueError, match="one attention layer or more"):
             prompt_attention(model, groups, [])
         with pytest.raises(ValueError, match="layers 2 to 3"):
             prompt_attention(model, groups, [1], SARConfig(activation_layer_k=2))

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sar_fast.cli.evaluate import focus, probe
 from sar_fast.cli.evaluate.arguments import parse
-from sar_fast.lab import focus, probe
 from sar_fast.lab.focus import FocusMetricsEvaluator
 from sar_fast.lab.focus.dataset import load_grounding_samples
 from sar_fast.lab.focus.samples import decode_mask
@@ -133,14 +133,17 @@ class TestFocusCommand:
             ("--gd_checkpoint_path a/b --sam_checkpoint_path c.pth --sam_model_type vit_x", "vit_h; got 'vit_x'"),
             ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --sam_model_type vit_b", "--sam_model_type has no ef"),
             ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --gd_config_path x", "--gd_config_path has no effect"),
-            ("--gd_checkpoint_path /nope --sam_checkpoint_path c/d", "gd_checkpoint_path '/nope' is no folder"),
+            (
+                "--gd_checkpoint_path /nope --sam_checkpoint_path c/d",
+                "--gd_checkpoint_path must be a folder on",
+            ),
             (
                 "--gd_checkpoint_path {pth} --sam_checkpoint_path c/d --gd_config_path x",
-                "gd_config_path x does not exis",
+                "--gd_config_path must be a file that exists; got x",
             ),
             (
                 "--gd_checkpoint_path {pth} --sam_checkpoint_path c/d --gd_config_path {pth} --gd_text_encoder /nope",
-                "gd_text_encoder '/nope' is no folder on this machine",
+                "--gd_text_encoder must be a folder on this machine",
             ),
         ],
     )

@@ -19,21 +19,26 @@ from transformers import (
     Sam2Processor,
     SamConfig,
     SamModel,
+    SamProcessor,
     SamVisionConfig,
     SwinConfig,
 )
+from typer.testing import CliRunner
 
+from sar_fast.cli import app
 from sar_fast.cli.evaluate.arguments import parse
+from sar_fast.cli.evaluate.focus import run
 from sar_fast.lab.focus import (
     FocusMetricsEvaluator,
     GroundingSample,
     SampleSkipped,
-    checkpoints,
-    run,
     summarise,
 )
-from sar_fast.lab.focus.checkpoints import load_detector, load_segmenter, read_config
 from sar_fast.lab.focus.grounding import GroundedMasks, caption
+from sar_fast.lab.io.original_checkpoints import grounding_dino
+from sar_fast.lab.io.original_checkpoints.convert import convert_into
+from sar_fast.lab.io.original_checkpoints.grounding_dino import load_detector, read_config
+from sar_fast.lab.io.original_checkpoints.sam import load_segmenter
 from sar_fast.lab.miniature.checkpoint import load_miniature
 
 SETTINGS = {
@@ -208,7 +213,7 @@ def original(detector, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def tiny_swin(monkeypatch):
-    monkeypatch.setitem(checkpoints.SWINS, "swin_tiny_64_test", SWIN)
+    monkeypatch.setitem(grounding_dino.SWINS, "swin_tiny_64_test", SWIN)
 
 
 def picture(width: int = 120, height: int = 70) -> Image.Image:
@@ -368,7 +373,7 @@ class TestSegmenterCheckpoint:
         state = original_sam(segmenter)
         state["image_encoder.pos_embed"] = torch.zeros(1, 8, 8, 1024)
         torch.save(state, tmp_path / "large.pth")
-        with pytest.raises(ValueError, match=r"sam_model_type is 'vit_h', but .* is a vit_l"):
+        with pytest.raises(ValueError, match=r"model_type must be 'vit_l', which .* is; got 'vit_h'"):
             load_segmenter(tmp_path / "large.pth", "vit_h")
         torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
         with pytest.raises(ValueError, match="no SAM checkpoint"):
@@ -378,14 +383,14 @@ class TestSegmenterCheckpoint:
 @pytest.fixture
 def small_pictures(monkeypatch):
     """The detector sees pictures of a tenth of the size, for the tests' speed."""
-    load = checkpoints.load_detector
+    load = grounding_dino.load_detector
 
     def load_for_small(*args):
         model, processor = load(*args)
         processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=96, longest_edge=160)
         return model, processor
 
-    monkeypatch.setattr(checkpoints, "load_detector", load_for_small)
+    monkeypatch.setattr(grounding_dino, "load_detector", load_for_small)
 
 
 @pytest.mark.usefixtures("small_pictures")
@@ -518,9 +523,9 @@ class TestGroundedMasks:
             GroundedMasks(str(tmp_path / "dino"), str(tmp_path / "dino")).models()
 
     def test_bad_arguments(self, original, tmp_path):
-        with pytest.raises(ValueError, match="--gd_config_path"):
+        with pytest.raises(ValueError, match="detector_config must be the config file of"):
             GroundedMasks(str(original[0]), "facebook/sam-vit-base")
-        with pytest.raises(FileNotFoundError, match="does not exist"):
+        with pytest.raises(ValueError, match="segmenter must be a file that exists"):
             GroundedMasks("IDEA-Research/grounding-dino-tiny", str(tmp_path / "none.pth"))
         with pytest.raises(ValueError, match="box_threshold"):
             GroundedMasks("a", "b", box_threshold=2.0)
@@ -548,3 +553,63 @@ class TestGroundedMasks:
     def test_phrases_are_captions(self):
         assert caption(" The Red circle. ") == "the red circle."
         assert caption("cat") == "cat."
+
+
+class TestConvert:
+    """``sar-fast convert``: a folder instead of the file, and the same masks."""
+
+    @pytest.fixture
+    def files(self, original, bert, segmenter, tmp_path):
+        """A detector's options and a segmenter's, as the command takes them."""
+        torch.save(original_sam(segmenter), tmp_path / "sam.pth")
+        dino = [str(original[0]), "--config", str(original[1]), "--text_encoder", str(bert)]
+        return dino, [str(tmp_path / "sam.pth")]
+
+    def test_masks_from_folders_are_those_from_the_files(self, files, original, bert, tmp_path):
+        for words, name in zip(files, ("dino", "sam")):
+            result = CliRunner().invoke(app, ["convert", *words, "--output_dir", str(tmp_path / name)])
+            assert (result.exit_code, result.stdout.split()[-1]) == (0, str(tmp_path / name))
+        of_files = GroundedMasks(
+            str(original[0]), files[1][0], detector_config=str(original[1]), text_encoder=str(bert), box_threshold=0.0
+        )
+        of_folders = GroundedMasks(str(tmp_path / "dino"), str(tmp_path / "sam"), box_threshold=0.0)
+        for masks in (of_files, of_folders):  # a tenth of the size, for the test's speed
+            size = masks.models()[1].image_processor.size
+            masks.models()[1].image_processor.size = type(size)(shortest_edge=96, longest_edge=160)
+        box = of_files.best_box(picture(), "red circle")
+        assert of_folders.best_box(picture(), "red circle") == box
+        found = of_files.segment(picture(), [10.0, 20.0, 60.0, 50.0])
+        assert np.array_equal(of_folders.segment(picture(), [10.0, 20.0, 60.0, 50.0]), found)
+        for old, new in zip(of_files.models()[::2], of_folders.models()[::2]):
+            state = new.state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in old.state_dict().items())
+
+    def test_what_is_refused_leaves_nothing(self, files, tmp_path):
+        dino, sam = files
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "mine.txt").write_text("mine")
+        torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+        out, before = ["--output_dir", str(tmp_path / "out")], sorted(tmp_path.rglob("*"))
+        for words, message in (
+            ([*sam, "--output_dir", str(tmp_path / "taken")], "--output_dir must be a folder that is not there yet"),
+            (["nowhere.pth", *out], "SOURCE must be a file that exists; got nowhere.pth"),
+            ([dino[0], *out], "--config must be Grounding DINO's config file"),
+            ([*dino[:2], str(tmp_path / "none.py"), *out], "--config must be a file that exists"),
+            ([*dino[:3], "--text_encoder", str(tmp_path), *out], "--text_encoder must be BERT's folder or hub id"),
+            ([*dino, "--model_type", "vit_b", *out], "--model_type must be left out"),
+            ([*sam, "--config", dino[2], *out], "--config must be left out"),
+            ([*sam, "--model_type", "vit_x", *out], "--model_type must be one of 'vit_b', 'vit_l', 'vit_h'"),
+            ([str(tmp_path / "other.pth"), *dino[1:], *out], "other.pth is another model"),
+        ):
+            result = CliRunner().invoke(app, ["convert", *words])
+            assert result.exit_code == 2, result.output
+            assert message in result.output
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_an_interrupted_write_leaves_nothing(self, files, tmp_path, monkeypatch):
+        full = lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        monkeypatch.setattr(SamProcessor, "save_pretrained", full)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=r"output_dir must be a folder that can be written; .*No space left"):
+            convert_into(files[1][0], tmp_path / "sam")
+        assert sorted(tmp_path.rglob("*")) == before

@@ -12,9 +12,8 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 
-from sar_fast.cli.evaluate import benchmark
+from sar_fast.cli.evaluate import benchmark, focus, probe
 from sar_fast.cli.evaluate.loading import model_settings
-from sar_fast.lab import focus, probe
 from sar_fast.lab.benchmark.asking import Asker, Asking
 from sar_fast.lab.benchmark.questions import Questions
 from sar_fast.lab.benchmark.tables import open_table
@@ -132,7 +131,7 @@ def test_what_a_failed_command_left_does_not_bind_the_next(tmp_path, kind):
 
 
 def test_a_layer_that_is_not_there_is_found_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="--focus_layers: 9 is none of the model's 4 attention layers"):
+    with pytest.raises(ValueError, match="--focus_layers must be among the model's 4 attention layers; got 9"):
         focus.run(focus_arguments(tmp_path / "out", do_sfs_fi_eval=True, focus_layers=[9]))
     assert not (tmp_path / "out").exists()
 

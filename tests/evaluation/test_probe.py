@@ -7,13 +7,12 @@ from PIL import Image
 
 from sar_fast import SARConfig
 from sar_fast.lab.focus import GroundingSample
+from sar_fast.lab.io.boxes import box_iou
 from sar_fast.lab.miniature.checkpoint import load_miniature
 from sar_fast.lab.miniature.drawing import draw_scene
-from sar_fast.lab.miniature.questions import box_iou as box_iou_of_corners
 from sar_fast.lab.probe import HeadTraining, LayerwiseProbe
 from sar_fast.lab.probe.features import FeatureStore, last_token_states, layer_features
-from sar_fast.lab.probe.heads import Heads, box_iou, predict, scaled, train_heads
-from sar_fast.lab.probe.plot import draw_scores
+from sar_fast.lab.probe.heads import Heads, corners, predict, scaled, train_heads
 from sar_fast.lab.probe.probe import is_right, split_by_picture
 from tests.hf.tiny import CASES
 
@@ -88,14 +87,17 @@ class TestHeads:
         with pytest.raises(ValueError, match="feature_scale must be"):
             HeadTraining(feature_scale="layer_norm")
 
-    def test_iou_is_that_of_corners(self):
+    def test_iou_counts_cells(self):
         rng = np.random.default_rng(0)
-        a, b = rng.random((2, 200, 4))
-        mine = box_iou(torch.tensor(a), torch.tensor(b))
-        corners = lambda v: (v[0] - v[2] / 2, v[1] - v[3] / 2, v[0] + v[2] / 2, v[1] + v[3] / 2)
-        expected = [box_iou_of_corners(corners(p), corners(q)) for p, q in zip(a, b)]
-        torch.testing.assert_close(mine, torch.tensor(expected))
-        assert box_iou(torch.tensor([0.5, 0.5, -0.2, -0.2]), torch.tensor([0.5, 0.5, 0.2, 0.2])) == 0
+        sides = rng.integers(1, 5, (2, 200, 2)) * 2  # boxes on a grid of unit cells, whose centres are on it too
+        centres = rng.integers(4, 9, (2, 200, 2))
+        boxes = torch.from_numpy(np.concatenate([centres, sides], axis=-1)).float()
+        x, y = np.arange(16) + 0.5, np.arange(16)[:, None] + 0.5
+        inside = lambda cx, cy, w, h: (abs(x - cx) < w / 2) & (abs(y - cy) < h / 2)
+        cells = [[inside(*box) for box in row.tolist()] for row in boxes]
+        expected = [(p & q).sum() / (p | q).sum() for p, q in zip(*cells)]
+        np.testing.assert_allclose(box_iou(*corners(boxes)), expected, rtol=1e-12)
+        assert box_iou(*corners(torch.tensor([[0.5, 0.5, -0.2, -0.2], [0.5, 0.5, 0.2, 0.2]]))) == 0
 
     def test_half_of_a_box_is_just_right(self):
         target = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
@@ -226,7 +228,7 @@ class TestProbe:
         assert len(results.by_sample) == results.sizes["validation_samples"]
         # the miniature answers these questions: its middle layers know the box, and the query names the shape
         assert results.scores[1] > {"grounding": 0.3, "classification": 0.95}[task] > results.baseline
-        draw_scores(results, task, tmp_path / "figure.png")
+        results.plot(tmp_path / "figure.png")
         pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
         assert pixels.std() > 5  # something is drawn
 

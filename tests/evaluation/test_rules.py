@@ -11,12 +11,11 @@ from PIL import Image
 
 from sar_fast import SARConfig
 from sar_fast.cli.evaluate import arguments as arguments_module
-from sar_fast.cli.evaluate import benchmark, loading, sweep
+from sar_fast.cli.evaluate import benchmark, focus, loading, probe, sweep
 from sar_fast.cli.evaluate.arguments import parse
 from sar_fast.cli.evaluate.loading import load, sar_config_of, start_processes
 from sar_fast.cli.loading import load_model
 from sar_fast.hf import apply_sar
-from sar_fast.lab import focus, probe
 from sar_fast.lab.benchmark.tables import open_table
 from sar_fast.lab.benchmark.tasks import find_task
 from sar_fast.lab.io.answering import answer, build_inputs

@@ -18,8 +18,11 @@ import sar_fast
 WAITING = {"_local_scalar_dense", "allclose", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
 READING = {"tolist", "cpu", "numpy"}  # which no operator tells on a CPU
 OURS, THEIRS = Path(sar_fast.__file__).parent, Path(transformers.__file__).parent
-FAMILIES = OURS / "integrations" / "hf" / "families"  # what these call of transformers runs for SAR alone
-ELSEWHERE = (OURS / "value_checks.py", OURS / "backends")  # on a GPU: waits for nothing; other ones than the CPU's
+FAMILIES = OURS / "hf" / "families"  # what these call of transformers runs for SAR alone
+ELSEWHERE = (
+    OURS / "method" / "value_checks.py",
+    OURS / "backends",
+)  # on a GPU: waits for nothing; other ones than the CPU's
 
 
 def site() -> str | None:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from sar_fast.cli.train import main
 from sar_fast.lab.focus.dataset import load_grounding_samples
 from sar_fast.lab.io.datasets import find_datasets
 from sar_fast.lab.training.arguments import parse
@@ -29,7 +30,7 @@ from sar_fast.lab.training.data import (
 )
 from sar_fast.lab.training.encoding import Encoder
 from sar_fast.lab.training.mixing import Mix, mixed, shuffled
-from sar_fast.lab.training.run import build, main
+from sar_fast.lab.training.run import build
 from tests.training.runs import flags, launch, train
 from tests.training.samples import DATA, REPOSITORY, image_bytes, write_jsonl
 

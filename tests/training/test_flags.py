@@ -8,11 +8,12 @@ import pytest
 
 from sar_fast.cli.evaluate import arguments as evaluation
 from sar_fast.cli.evaluate import benchmark
+from sar_fast.cli.train import main
 from sar_fast.config import SARConfig
 from sar_fast.lab.run.foreign_flags import ADVICE
 from sar_fast.lab.run.sar_flags import count_attention_layers, naming_flags
 from sar_fast.lab.training.arguments import parse
-from sar_fast.lab.training.run import build, main
+from sar_fast.lab.training.run import build
 from tests.hf.tiny import CASES
 from tests.training.runs import flags
 from tests.training.samples import DATA

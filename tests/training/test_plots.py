@@ -14,14 +14,11 @@ from sar_fast.lab.training.gradients import AGGREGATE, L1, PER_LAYER
 @pytest.fixture
 def drawn(monkeypatch):
     """Axes of the figures that are drawn; a warning of matplotlib is an error."""
-    figures = []
-    plt = plots._pyplot()
-    monkeypatch.setattr(plt, "close", figures.append)
+    figures, write = [], plots.written
+    monkeypatch.setattr(plots, "written", lambda figure, path: figures.append(write(figure, path)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield lambda: [axes for figure in figures for axes in figure.axes]
-    monkeypatch.undo()
-    plt.close("all")
 
 
 def log(layers, steps=3, kinds=("q", "k")):

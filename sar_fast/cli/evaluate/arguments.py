@@ -14,12 +14,11 @@ from sar_fast.lab.benchmark.tasks import Task
 from sar_fast.lab.benchmark.tasks.base import SCORINGS
 from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.datasets import is_file_name
+from sar_fast.lab.io.original_checkpoints import SAM_WIDTHS, is_original
 from sar_fast.lab.io.output_dir import check_output_dir
 from sar_fast.lab.run.flags import above, at_least, need, refuse
 from sar_fast.lab.run.sar_flags import RULE_HELP, check_sar_flags, sar_config
 
-SAM_MODEL_TYPES = ("vit_b", "vit_l", "vit_h")
-ORIGINAL_CHECKPOINTS = (".pth", ".pt")  # of Grounding DINO and SAM, before transformers had them
 BENCHMARK_FLAGS = ("data_dir", "split", "scoring", "max_new_tokens", "dataloader_num_workers")
 
 
@@ -150,12 +149,12 @@ class EvaluationArguments:
             missing = "--gd_checkpoint_path" if self.gd_checkpoint_path is None else "--sam_checkpoint_path"
             raise ValueError(f"masks by grounding need a detector and a segmenter: {missing} is missing")
         else:
-            if not self.gd_checkpoint_path.endswith(ORIGINAL_CHECKPOINTS):
+            if not is_original(self.gd_checkpoint_path):
                 refuse(self, ("gd_config_path", "gd_text_encoder"), "on a --gd_checkpoint_path that is no .pth")
-            if not self.sam_checkpoint_path.endswith(ORIGINAL_CHECKPOINTS):
+            if not is_original(self.sam_checkpoint_path):
                 refuse(self, ("sam_model_type",), "on a --sam_checkpoint_path that is no .pth")
-            if self.sam_model_type not in SAM_MODEL_TYPES:
-                raise ValueError(f"sam_model_type must be {', '.join(SAM_MODEL_TYPES)}; got {self.sam_model_type!r}")
+            if self.sam_model_type not in SAM_WIDTHS:
+                raise ValueError(f"sam_model_type must be {', '.join(SAM_WIDTHS)}; got {self.sam_model_type!r}")
 
     def sar_config(self, model_config: Any = None) -> SARConfig:
         """The options of SAR, with a rule for the model of a configuration; ``ValueError`` names a bad flag."""

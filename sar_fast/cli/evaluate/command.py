@@ -40,12 +40,12 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """
     if arguments.do_sfs_fi_eval:
         need("--do_sfs_fi_eval", "skimage", *(["matplotlib"] if arguments.focus_overlays else []))
-        from sar_fast.lab import focus
+        from sar_fast.cli.evaluate import focus
 
         return focus.run(arguments)
     if arguments.do_layerwise_probe:
         need("--do_layerwise_probe", "matplotlib")
-        from sar_fast.lab import probe
+        from sar_fast.cli.evaluate import probe
 
         return probe.run(arguments)
     from sar_fast.cli.evaluate import benchmark

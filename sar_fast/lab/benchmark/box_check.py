@@ -90,7 +90,7 @@ def _read(
 
 
 def _right(records: Sequence[Mapping[str, Any]], right_iou: float, name: str, corners: Corners | None = None) -> int:
-    return sum(box_iou(box, tuple(r["box"])) >= right_iou for r, box in _read(records, name, corners))
+    return sum(bool(box_iou(box, r["box"]) >= right_iou) for r, box in _read(records, name, corners))
 
 
 def _order(

@@ -9,21 +9,31 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sar_fast.lab.focus.command import run
     from sar_fast.lab.focus.evaluator import FocusMetricsEvaluator, summarise
+    from sar_fast.lab.focus.measure import measure_focus
+    from sar_fast.lab.focus.results import FocusResults
     from sar_fast.lab.focus.samples import DatasetMasks, GroundingSample
     from sar_fast.lab.io.skips import SampleSkipped
 
 _MODULE_OF = {
     "DatasetMasks": "samples",
     "FocusMetricsEvaluator": "evaluator",
+    "FocusResults": "results",
     "GroundingSample": "samples",
     "SampleSkipped": "samples",
-    "run": "command",
+    "measure_focus": "measure",
     "summarise": "evaluator",
 }
 
-__all__ = ["DatasetMasks", "FocusMetricsEvaluator", "GroundingSample", "SampleSkipped", "run", "summarise"]
+__all__ = [
+    "DatasetMasks",
+    "FocusMetricsEvaluator",
+    "FocusResults",
+    "GroundingSample",
+    "SampleSkipped",
+    "measure_focus",
+    "summarise",
+]
 
 
 def __getattr__(name: str) -> object:

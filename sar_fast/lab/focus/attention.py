@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
 from sar_fast.hf.branching import run_branches
@@ -33,21 +34,19 @@ class PromptAttention:
 def layer_indices(layers: Sequence[int], total: int, config: SARConfig | None) -> list[int]:
     """Layers as indices from 0; negative ones count from the end.
 
-    ``ValueError`` for a layer that the model has not, or that SAR leaves alone and so does not record.
+    ``ArgumentError`` for a layer that the model has not, or that SAR leaves alone and so does not record.
     """
     if not layers:
-        raise ValueError("layers is empty: name at least one attention layer, -1 is the last")
+        raise ArgumentError("layers", "none", "be one attention layer or more, -1 is the last")
     first = 0 if config is None else total - config.activation_layer_k
     found = []
     for layer in layers:
         index = layer + total if layer < 0 else layer
         if not 0 <= index < total:
-            raise ValueError(f"layers: {layer} is none of the model's {total} attention layers")
+            raise ArgumentError("layers", layer, f"be among the model's {total} attention layers")
         if index < first:
-            raise ValueError(
-                f"layers: {layer} is not re-weighted with activation_layer_k={config.activation_layer_k}; with SAR on, "
-                f"attention is read in layers {first} to {total - 1}"
-            )
+            read = f"be among layers {first} to {total - 1}: with SAR on, attention is read where heads are re-weighted"
+            raise ArgumentError("layers", layer, read)
         found.append(index)
     return sorted(set(found))
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.focus.run_lengths import plain_run_lengths
-from sar_fast.lab.focus.samples import GroundingSample
+from sar_fast.lab.focus.samples import GroundingSample, picture_hash
 from sar_fast.lab.io.datasets import (
     DEFAULT_DIR,
     REGISTRY_NAME,
@@ -23,6 +29,48 @@ from sar_fast.lab.io.stamps import content_stamp, file_stamp, stamp
 
 NEEDED = ("image", "query", "object_prompt")
 OPTIONAL = ("bbox", "mask", "segmentation", "label", "id")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingDataset:
+    """Samples of an analysis, and what their dataset is called; None for samples that the caller has."""
+
+    samples: Sequence[GroundingSample]
+    name: str | None = None
+
+    @classmethod
+    def find(
+        cls,
+        samples: Sequence[GroundingSample] | str | Path,
+        dataset_dir: str | Path | None = None,
+        media_dir: str | Path | None = None,
+        limit: int | None = None,
+    ) -> GroundingDataset:
+        """The caller's samples, or those of a dataset by its name or file (:func:`load_grounding_samples`).
+
+        ``ArgumentError`` for an argument that is none of these, samples of one id, a ``limit`` that leaves none.
+        """
+        if limit is not None and limit < 1:
+            raise ArgumentError("max_samples", limit, "be at least 1")
+        if isinstance(samples, (str, Path)):
+            return cls(load_grounding_samples(str(samples), dataset_dir, media_dir, limit), str(samples))
+        for name, value in (("dataset_dir", dataset_dir), ("media_dir", media_dir)):
+            if value is not None:
+                raise ArgumentError(name, value, "be left out where {samples} is no name of a dataset")
+        if not isinstance(samples, Sequence) or not all(isinstance(s, GroundingSample) for s in samples):
+            kinds = sorted({type(s).__name__ for s in samples}) if isinstance(samples, Sequence) else []
+            came = f"{type(samples).__name__}{(kinds and ' of ' + ', '.join(kinds)) or ''}"
+            raise ArgumentError("samples", came, "be a sequence of GroundingSample, or a dataset's name or file")
+        taken = samples[:limit]
+        if not taken:
+            raise ArgumentError("samples", "none", "be at least one GroundingSample")
+        if twice := [i for i, count in Counter(s.id for s in taken).items() if count > 1]:
+            raise ArgumentError("samples", f"{twice[0]!r} twice", "be of different ids")
+        return cls(taken)
+
+    def settings(self) -> dict[str, Any]:
+        """What tells it from others, as plain values (:func:`dataset_settings`)."""
+        return dataset_settings(self.name, self.samples)
 
 
 def load_grounding_samples(
@@ -70,10 +118,11 @@ def to_sample(row: Any, number: int, place: str, columns: Mapping[str, str], med
     return _sample({c: row.get(columns.get(c, c)) for c in (*NEEDED, *OPTIONAL)}, str(number), place, media)
 
 
-def dataset_settings(name: str, samples: Sequence[GroundingSample]) -> dict[str, Any]:
+def dataset_settings(name: str | None, samples: Sequence[GroundingSample]) -> dict[str, Any]:
     """What tells a dataset from others, as plain values: its name, size, and a hash of what it asks.
 
-    Pictures and masks count by their bytes, whether they lie in the table or in files; each file is read once.
+    Pictures and masks count by their bytes, whether they lie in the table or in files; each file is read once. Those
+    in memory count by their values.
     """
     files: dict[Path, str | None] = {}
 
@@ -82,9 +131,21 @@ def dataset_settings(name: str, samples: Sequence[GroundingSample]) -> dict[str,
             if value not in files:
                 files[value] = file_stamp(value) if value.is_file() else None
             return files[value]
+        if isinstance(value, Image.Image):
+            return picture_hash(value)
+        if isinstance(value, np.ndarray):
+            return [value.shape, str(value.dtype), content_stamp(np.ascontiguousarray(value).tobytes())]
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, Mapping):
+            return {name: content(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [content(part) for part in value]
         return content_stamp(value) if isinstance(value, bytes) else value
 
-    asked = [(s.id, s.query, s.object_prompt, s.label, s.bbox, content(s.mask), content(s.picture)) for s in samples]
+    picture = lambda s: Path(s.picture) if isinstance(s.picture, str) else s.picture
+    shown = ((content(value) for value in (s.bbox, s.mask, picture(s))) for s in samples)
+    asked = [(s.id, s.query, s.object_prompt, s.label, *values) for s, values in zip(samples, shown)]
     return {"dataset": name, "samples": len(samples), "asked": stamp(asked)}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from sar_fast.cli.evaluate.arguments import ORIGINAL_CHECKPOINTS as ORIGINAL
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.lab.focus.samples import NOTHING_GROUNDED, GroundingSample, MaskSource, check_mask, picture_hash
 from sar_fast.lab.io.models import is_missing_folder
+from sar_fast.lab.io.original_checkpoints import grounding_dino, is_original, sam
 from sar_fast.lab.io.pictures import PictureError, open_mask, png_text
 from sar_fast.lab.io.skips import SampleSkipped
 from sar_fast.lab.io.stamps import file_stamp, model_stamp, sampled_stamp
@@ -37,6 +39,8 @@ class GroundedMasks(MaskSource):
         box_threshold, text_threshold: least score of a box, and of a word to be named; of the boxes the best is taken.
         cache: folder of masks by picture and phrase; None keeps none.
         device: where the models run.
+
+    ``ArgumentError`` for a name that is no place of such a model, here or when the models are loaded.
     """
 
     def __init__(
@@ -54,19 +58,16 @@ class GroundedMasks(MaskSource):
     ) -> None:
         for name, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold)):
             if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), as scores are; got {value}")
-        if Path(detector).suffix in ORIGINAL and detector_config is None:
-            raise ValueError(f"{detector} is an original checkpoint, which needs its config file: --gd_config_path")
-        for path in (detector, segmenter):
-            if Path(path).suffix in ORIGINAL and not Path(path).is_file():
-                raise FileNotFoundError(f"checkpoint {path} does not exist")
-        if detector_config is not None and not Path(detector_config).is_file():
-            raise FileNotFoundError(f"gd_config_path {detector_config} does not exist")
-        for name, value in (
-            ("gd_checkpoint_path", detector), ("sam_checkpoint_path", segmenter), ("gd_text_encoder", text_encoder)
-        ):  # fmt: skip
-            if value is not None and Path(value).suffix not in ORIGINAL and is_missing_folder(value):
-                raise ValueError(f"{name} {value!r} is no folder on this machine")
+                raise ArgumentError(name, value, "be in [0, 1), as scores are")
+        if is_original(detector) and detector_config is None:
+            raise ArgumentError("detector_config", None, f"be the config file of {detector}, an original checkpoint")
+        for name, value in (("detector", detector), ("segmenter", segmenter), ("text_encoder", text_encoder)):
+            if value is not None and not is_original(value) and is_missing_folder(value):
+                raise ArgumentError(name, repr(value), "be a folder on this machine, or a hub id")
+        originals = {n: v for n, v in (("detector", detector), ("segmenter", segmenter)) if is_original(v)}
+        for name, value in {**originals, "detector_config": detector_config}.items():
+            if value is not None and not Path(value).is_file():
+                raise ArgumentError(name, value, "be a file that exists")
         self.detector, self.segmenter = detector, segmenter
         self.detector_config, self.text_encoder, self.segmenter_type = detector_config, text_encoder, segmenter_type
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
@@ -152,18 +153,31 @@ class GroundedMasks(MaskSource):
     def models(self) -> tuple[nn.Module, Any, nn.Module, Any]:
         """(detector, its processor, segmenter, its processor), loaded once."""
         if self._models is None:
-            from sar_fast.lab.focus.checkpoints import load_detector, load_segmenter
-
-            if Path(self.detector).suffix in ORIGINAL:
-                detector = load_detector(Path(self.detector), Path(self.detector_config), self.text_encoder)
-            else:
-                detector = _pretrained_detector(self.detector)
-            if Path(self.segmenter).suffix in ORIGINAL:
-                segmenter = load_segmenter(Path(self.segmenter), self.segmenter_type)
-            else:
-                segmenter = _pretrained_segmenter(self.segmenter)
+            with arguments_named({"config": "detector_config", "model_type": "segmenter_type"}):
+                detector, segmenter = self._load_detector(), self._load_segmenter()
             self._models = (detector[0].to(self.device), detector[1], segmenter[0].to(self.device), segmenter[1])
         return self._models
+
+    def _load_detector(self) -> tuple[nn.Module, Any]:
+        if is_original(self.detector):
+            return grounding_dino.load_detector(Path(self.detector), Path(self.detector_config), self.text_encoder)
+        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+        with _reading("detector", self.detector, "a Grounding DINO"):
+            model = AutoModelForZeroShotObjectDetection.from_pretrained(self.detector)
+            return model.eval(), AutoProcessor.from_pretrained(self.detector)
+
+    def _load_segmenter(self) -> tuple[nn.Module, Any]:
+        if is_original(self.segmenter):
+            return sam.load_segmenter(Path(self.segmenter), self.segmenter_type)
+        from transformers import AutoConfig, AutoProcessor, Sam2Model, SamModel
+
+        with _reading("segmenter", self.segmenter, "a SAM or SAM 2"):
+            kind = AutoConfig.from_pretrained(self.segmenter).model_type
+            if kind not in ("sam", "sam2", "sam2_video"):
+                raise ValueError(f"model_type is {kind!r}, needed sam or sam2")
+            model = (SamModel if kind == "sam" else Sam2Model).from_pretrained(self.segmenter)
+            return model.eval(), AutoProcessor.from_pretrained(self.segmenter)
 
     def _path(self, picture: Image.Image, phrase: str) -> Path | None:
         if self.cache is None:
@@ -189,30 +203,14 @@ def cut_caption(inputs: MutableMapping[str, Tensor], limit: int) -> bool:
     return too_long
 
 
-def _pretrained_detector(name: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
-
+@contextlib.contextmanager
+def _reading(argument: str, name: str, what: str) -> Iterator[None]:
+    """What goes wrong with a model's files, as an error of the argument that names it."""
     try:
-        return AutoModelForZeroShotObjectDetection.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
+        yield
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"gd_checkpoint_path {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
-def _pretrained_segmenter(name: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoProcessor, Sam2Model, SamModel
-
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in ("sam", "sam2", "sam2_video"):
-            raise ValueError(f"model_type is {kind!r}, needed sam or sam2")
-        model = (SamModel if kind == "sam" else Sam2Model).from_pretrained(name)
-        return model.eval(), AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"sam_checkpoint_path {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise ArgumentError(argument, f"{name!r}: {reason}", f"be {what} that loads") from error
 
 
 def _stamp(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.chat_template import placeholder_in
 from sar_fast.lab.io.skips import PLACEHOLDER, SampleSkipped
 
@@ -19,19 +20,17 @@ DEFAULT_TEMPLATES = (
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates, if each has exactly one place for the object's name, and no other."""
+    """The templates, if each has exactly one place for the object's name, and no other; else ``ArgumentError``."""
     if isinstance(templates, str) or not templates:
-        raise ValueError(f"templates must be a non-empty list of texts; got {templates!r}")
+        raise ArgumentError("templates", repr(templates), "be a list of texts, one or more")
     for template in templates:
         try:
             places = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
         except ValueError:  # a single brace
             places = None
         if places != [""] or template.count("{}") != 1:
-            raise ValueError(
-                f"focus_templates: {template!r} needs exactly one {{}}, where the object's name goes, and no "
-                "other brace (doubled ones are written once)"
-            )
+            needed = "be texts with exactly one {}, where the object's name goes, and no other brace (doubled ones are "
+            raise ArgumentError("templates", repr(template), f"{needed}written once)")
     return tuple(templates)
 
 

@@ -6,6 +6,9 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 BOX_BINS = 16  # of the miniature's boxes
 
 Box = tuple[float, float, float, float]
@@ -110,9 +113,11 @@ def choose_format(name: str | None, model_type: str) -> str:
     return name
 
 
-def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2) of positive size, 0 to 1."""
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
-    return width * height / (area(a) + area(b) - width * height)
+def box_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Intersection over union, 0 to 1 in fp64, of boxes (..., 4) as (x1, y1, x2, y2), broadcast; a box whose corners
+    are the wrong way round has no area."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    area = lambda low, high: np.maximum(high - low, 0).prod(-1)
+    overlap = area(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:]))
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - overlap
+    return overlap / np.maximum(union, np.finfo(np.float64).tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ SUPPORTED_KEYS = ("file_name", "hf_hub_url", "subset", "split", "formatting", "c
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """One dataset: the files it is made of, or a hub id, and how its rows are laid out.
+    """One dataset: the files it is made of, a hub id, or rows in memory; and how its rows are laid out.
 
     ``media_dir`` is what relative image paths start from; ``num_samples`` keeps that many rows, the first ones.
     """
@@ -31,6 +32,7 @@ class DatasetInfo:
     subset: str | None = None
     split: str = "train"
     num_samples: int | None = None
+    rows: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def content(self) -> tuple[str, ...]:

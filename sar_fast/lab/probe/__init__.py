@@ -1,7 +1,8 @@
 """Linear probes on every decoder layer, from one forward pass per batch."""
 
-from sar_fast.lab.probe.command import run
 from sar_fast.lab.probe.heads import HeadTraining
-from sar_fast.lab.probe.probe import LayerwiseProbe, ProbeResults
+from sar_fast.lab.probe.measure import probe_layers
+from sar_fast.lab.probe.probe import LayerwiseProbe
+from sar_fast.lab.probe.results import ProbeResults
 
-__all__ = ["HeadTraining", "LayerwiseProbe", "ProbeResults", "run"]
+__all__ = ["HeadTraining", "LayerwiseProbe", "ProbeResults", "probe_layers"]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, check_choice
+
 FEATURE_SCALES = ("standardize", "none")
 FeatureRows = Callable[[Tensor], Tensor]  # (n,) int64 sample numbers -> (n, L, d) fp32
 
@@ -34,12 +36,11 @@ class HeadTraining:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"lr must be > 0; got {self.lr}")
+            raise ArgumentError("lr", self.lr, "be > 0")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.feature_scale not in FEATURE_SCALES:
-            raise ValueError(f"feature_scale must be one of {', '.join(FEATURE_SCALES)}; got {self.feature_scale!r}")
+                raise ArgumentError(name, getattr(self, name), "be at least 1")
+        check_choice("feature_scale", self.feature_scale, FEATURE_SCALES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +124,7 @@ def predict(heads: Heads, features: FeatureRows, rows: Tensor, batch_size: int =
     return torch.cat([heads(features(batch)) for batch in rows.split(batch_size)])
 
 
-def box_iou(predicted: Tensor, target: Tensor) -> Tensor:
-    """IoU of boxes (..., 4) as (centre x, centre y, width, height), broadcast; a box of negative size has no area."""
-    p_low, p_high = predicted[..., :2] - predicted[..., 2:] / 2, predicted[..., :2] + predicted[..., 2:] / 2
-    t_low, t_high = target[..., :2] - target[..., 2:] / 2, target[..., :2] + target[..., 2:] / 2
-    overlap = (torch.minimum(p_high, t_high) - torch.maximum(p_low, t_low)).clamp_min(0).prod(-1)
-    area = lambda low, high: (high - low).clamp_min(0).prod(-1)
-    union = area(p_low, p_high) + area(t_low, t_high) - overlap
-    return overlap / union.clamp_min(torch.finfo(union.dtype).tiny)
+def corners(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) as (x1, y1, x2, y2), of (centre x, centre y, width, height)."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)

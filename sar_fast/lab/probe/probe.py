@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError, check_choice
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
 from sar_fast.hf.structure import find_decoder_layers
@@ -22,6 +23,7 @@ from sar_fast.lab.focus.bootstrap import interval_of_mean
 from sar_fast.lab.focus.prompts import check_words
 from sar_fast.lab.focus.samples import GroundingSample, box_problem
 from sar_fast.lab.io.answering import encode_texts
+from sar_fast.lab.io.boxes import box_iou
 from sar_fast.lab.io.chat_template import build_prompt
 from sar_fast.lab.io.processors import ProcessorRefusal
 from sar_fast.lab.io.prompts import PromptFormat
@@ -29,7 +31,7 @@ from sar_fast.lab.io.skips import SampleSkipped
 from sar_fast.lab.probe.features import FeatureStore, layer_features
 from sar_fast.lab.probe.heads import (
     HeadTraining,
-    box_iou,
+    corners,
     loss_per_layer,
     mean_loss,
     predict,
@@ -37,51 +39,11 @@ from sar_fast.lab.probe.heads import (
     scaled,
     train_heads,
 )
+from sar_fast.lab.probe.results import RIGHT_IOU, ProbeResults
 from sar_fast.lab.run.progress import progress_bar
 
 TASKS = ("grounding", "classification")
-RIGHT_IOU = 0.5
-TRAIN_SHARE = 0.8
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeResults:
-    """Scores of a probe.
-
-    Attributes:
-        scores: (L,) share of right answers on the validation pictures, mean over seeds.
-        intervals: (L, 2) 95 % bootstrap interval over validation pictures.
-        by_seed: (seeds, L).
-        by_sample: id of each validation sample -> (L,) share of seeds whose head was right.
-        baseline: score of the best answer that ignores the features: the median box, or the most frequent class.
-        skipped: reason -> ids. forward_passes: how many were made; features on disk need none.
-        sizes: numbers of training and validation samples and pictures.
-        train_loss: (L,) mean loss of the trained heads over the training samples, mean over seeds.
-        constant_loss: the same of the baseline's answer. steps: optimizer steps of each training.
-        feature_rms: (L,) root mean square of the training samples' features, before they are scaled.
-    """
-
-    scores: np.ndarray
-    intervals: np.ndarray
-    by_seed: np.ndarray
-    by_sample: dict[str, np.ndarray]
-    baseline: float
-    skipped: dict[str, list[str]]
-    forward_passes: int
-    sizes: dict[str, int]
-    train_loss: np.ndarray
-    constant_loss: float
-    steps: int
-    feature_rms: np.ndarray
-
-    @property
-    def unlearned(self) -> list[int]:
-        """Layers whose heads are no better on the training samples than the baseline's answer."""
-        return np.flatnonzero(self.train_loss >= self.constant_loss).tolist()
-
-    def by_layer(self) -> dict[str, float]:
-        """Layer -> score, as ``layerwise_probe_results.json`` has it."""
-        return {str(i): float(score) for i, score in enumerate(self.scores)}
+TRAIN_SHARE = 0.8  # of the pictures
 
 
 @dataclasses.dataclass
@@ -109,10 +71,9 @@ class LayerwiseProbe:
     depends: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        check_choice("task", self.task, TASKS)
         if not self.seeds:
-            raise ValueError("seeds is empty; give at least one")
+            raise ArgumentError("seeds", "none", "be at least one")
 
     def usable(self, samples: Sequence[GroundingSample]) -> tuple[list[GroundingSample], dict[str, list[str]]]:
         """The samples that have a target, and the others' ids by reason. ``ValueError`` if a column is missing."""
@@ -212,6 +173,9 @@ class LayerwiseProbe:
         per_sample = per_seed.double().mean(0).numpy()  # (n, L)
         held_out = [pictures[i] for i in validation.tolist()]
         return ProbeResults(
+            task=self.task,
+            training=self.training,
+            seeds=tuple(self.seeds),
             scores=per_sample.mean(0),
             intervals=np.array([interval_of_mean(column, held_out, seed=self.split_seed) for column in per_sample.T]),
             by_seed=per_seed.double().mean(1).numpy(),
@@ -265,7 +229,7 @@ def split_by_picture(pictures: Sequence[str], seed: int) -> tuple[Tensor, Tensor
 def is_right(predicted: Tensor, targets: Tensor) -> Tensor:
     """(n, L, outputs) and (n, 4) or (n,) -> (n, L) bool."""
     if targets.is_floating_point():
-        return box_iou(predicted, targets[:, None]) >= RIGHT_IOU
+        return torch.from_numpy(box_iou(corners(predicted), corners(targets[:, None])) >= RIGHT_IOU)
     return predicted.argmax(-1) == targets[:, None]
 
 

@@ -280,16 +280,17 @@ class SFTArguments(AnalysisArguments, TrainingArguments):
 
 @dataclasses.dataclass
 class Arguments:
-    """All of a run's arguments."""
+    """All of a run's arguments; ``model`` is None where the caller has it."""
 
-    model: ModelArguments
+    model: ModelArguments | None
     data: DataArguments
     control: ControlArguments
     training: SFTArguments
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by group, as stored beside the results."""
-        groups = {n: dataclasses.asdict(getattr(self, n)) for n in ("model", "data", "control")}
+        given = {n: getattr(self, n) for n in ("model", "data", "control")}
+        groups = {n: dataclasses.asdict(group) for n, group in given.items() if group is not None}
         return {**groups, "training": self.training.to_sanitized_dict()}
 
 
@@ -335,7 +336,7 @@ def check(arguments: Arguments) -> None:
         raise ValueError("--packing puts samples into one row, --custom_trainer control_sft tells them apart by rows")
     deepspeed = getattr(training, "hf_deepspeed_config", None)
     refuse_split_models(deepspeed.config if deepspeed else None, training.parallelism_config)
-    if model.use_sar:
+    if model is not None and model.use_sar:
         check_sar_flags(model)
         if model.attn_implementation is not None:
             raise ValueError("--use_sar sets the attention itself; leave out --attn_implementation")

@@ -58,6 +58,7 @@ def _rows(info: DatasetInfo) -> Iterator[tuple[str, int, Any]]:
         rows = load_dataset(info.hub_id, info.subset, split=info.split, streaming=True)
         yield from ((info.hub_id, index, row) for index, row in enumerate(rows))
         return
+    yield from ((info.name, index, row) for index, row in enumerate(info.rows))
     for path in info.files:
         yield from ((str(path), index, row) for index, row in read_rows(path))
 
@@ -90,7 +91,7 @@ def _load(info: DatasetInfo, cache_dir: str | None) -> Dataset:
 def _refuse_empty(info: DatasetInfo) -> None:
     if next(read_records(info), None) is None:
         raise ValueError(
-            f"dataset {info.name!r} is empty: no record in {info.hub_id or ', '.join(map(str, info.files))}"
+            f"dataset {info.name!r} is empty: no record in {info.hub_id or ', '.join(map(str, info.files)) or 'it'}"
         )
 
 

@@ -66,7 +66,7 @@ class GradientSparsityCallback(TrainerCallback):
     # events of the Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._remove()
+        self.remove()
         if self.trainer is None:
             self.trainer = trainer_of(state)
         self.log = MetricsLog(self.trainer, self.path or Path(args.output_dir) / FILE_NAME)
@@ -97,7 +97,7 @@ class GradientSparsityCallback(TrainerCallback):
         self._values = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._remove()
+        self.remove()
 
     # where gradients are read
 
@@ -136,7 +136,8 @@ class GradientSparsityCallback(TrainerCallback):
         ):
             self._undo.append(hook.remove)
 
-    def _remove(self) -> None:
+    def remove(self) -> None:
+        """Take its hooks off the model and the Trainer; a second call does nothing."""
         for undo in self._undo:
             undo()
         self._undo = []

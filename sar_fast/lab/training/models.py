@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sar_fast.base.extras import need
 from sar_fast.hf import apply_sar
 from sar_fast.hf.families import known_family
 from sar_fast.hf.structure import find_decoder_layers, unwrap
@@ -17,7 +18,7 @@ from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.model_errors import flags_named
 from sar_fast.lab.io.model_source import ModelSource
 from sar_fast.lab.io.models import find_model
-from sar_fast.lab.run.sar_flags import check_layers, flags_of, naming_flags
+from sar_fast.lab.run.sar_flags import check_backend, check_layers, flags_of, naming_flags
 from sar_fast.lab.training.arguments import Arguments, ModelArguments, SFTArguments
 from sar_fast.lab.training.lora import add_lora, check_lora_flags, go_on_with_lora
 from sar_fast.lab.training.rules import is_trained
@@ -35,9 +36,11 @@ def source_of(options: ModelArguments) -> ModelSource:
         return find_model(options.model_name_or_path, options.base_model)
 
 
-def check_model(arguments: Arguments) -> None:
-    """``ValueError`` for what can be wrong with the model before weights are read."""
-    options, source = arguments.model, source_of(arguments.model)
+def check_model(options: ModelArguments, training: SFTArguments) -> None:
+    """What can be wrong with the model before weights are read: ``ValueError``, ``ImportError`` for a package."""
+    if options.finetuning_type == "lora":
+        need("--finetuning_type lora", "peft")
+    source = source_of(options)
     if source.adapter is not None and options.finetuning_type == "lora":
         check_lora_flags(source, options)
     elif source.adapter is not None and is_deepspeed_zero3_enabled():
@@ -45,6 +48,9 @@ def check_model(arguments: Arguments) -> None:
             f"--finetuning_type {options.finetuning_type} trains the merged model of an adapter, and ZeRO-3 splits the "
             "weights before they can be merged: make a model of it first, with `sar-fast merge`"
         )
+    if options.use_sar:
+        check_model_layers(options)
+        check_backend(options, training.device, torch.bfloat16 if training.bf16 else torch.float32)
 
 
 def check_model_layers(options: ModelArguments) -> None:

@@ -6,10 +6,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sar_fast.lab.show.figures import new_figure, written
 from sar_fast.lab.training.gradients import AGGREGATE, FILE_NAME, L1, PER_LAYER
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NORM = "mean gradient L1 per token"
 DASHES = (  # of runs that may lie on each other: the first is wide and shows between the dashes of the others
     {"linestyle": "-", "linewidth": 3.5, "alpha": 0.5},
     {"linestyle": "--", "linewidth": 1.5},
@@ -20,29 +25,27 @@ DEPTHS = ("shallow", "middle", "deep")
 FEW = 20  # points of a line, up to which each has a marker: a line through one point is not seen
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> bool:
     """Every loss in a Trainer's ``log_history`` against the step; False, and no file, if there is none."""
-    names = [n for n in ("loss", "loss_text_gen", "loss_contrastive", "eval_loss") if any(n in h for h in history)]
-    if not names:
+    if not loss_names(history):
         return False
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in names:
+    figure = new_figure(6, 4)
+    draw_loss(figure.add_subplot(), history)
+    written(figure, path)
+    return True
+
+
+def loss_names(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """The losses that a Trainer's ``log_history`` has."""
+    return [n for n in ("loss", "loss_text_gen", "loss_contrastive", "eval_loss") if any(n in h for h in history)]
+
+
+def draw_loss(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
+    """Every loss against the step."""
+    for name in loss_names(history):
         _draw(axes, *series(history, name), label=name)
     axes.set(xlabel="optimizer step", ylabel="loss")
     _finish(axes)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -79,29 +82,37 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 
 def plot_figure_3(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Gradient L1 at visual and at text tokens against the step, one panel per run, logarithmic."""
-    plt = _pyplot()
-    figure, panels = plt.subplots(
-        1, len(runs), figsize=(5 * len(runs), 4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (name, lines) in zip(panels[0], runs.items()):
-        for kind, colour in (("visual", "tab:red"), ("text", "tab:blue")):
-            _draw(axes, *series(lines, L1.format(kind)), color=colour, label=f"{kind} tokens")
-        axes.set(xlabel="optimizer step", title=name, yscale="log")
-        _finish(axes)
-    panels[0, 0].set_ylabel("mean gradient L1 per token")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure = new_figure(5 * len(runs), 4)
+    (panels,) = figure.subplots(1, len(runs), sharey=True, squeeze=False)
+    for axes, (name, lines) in zip(panels, runs.items()):
+        draw_norms(axes, lines, name)
+    panels[0].set_ylabel(NORM)
+    written(figure, path)
+
+
+def draw_norms(axes: Axes, lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Gradient L1 at visual and at text tokens against the step, logarithmic."""
+    for kind, colour in (("visual", "tab:red"), ("text", "tab:blue")):
+        _draw(axes, *series(lines, L1.format(kind)), color=colour, label=f"{kind} tokens")
+    axes.set(xlabel="optimizer step", title=title, yscale="log")
+    _finish(axes)
+
+
+def draw_ginis(axes: Axes, lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Gini coefficients of the queries' gradients against the step, by depth."""
+    for depth in DEPTHS:
+        _draw(axes, *series(lines, AGGREGATE.format(depth, "q")), label=depth)
+    axes.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q", title=title)
+    _finish(axes)
 
 
 def plot_figure_4(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Gini coefficients: by depth in the first run, queries (left); by layer, mean over each run (middle); over all
     measured layers, runs compared (right). Runs that measured different layers have them in the legend."""
-    plt = _pyplot()
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure = new_figure(15, 4)
+    left, middle, right = figure.subplots(1, 3)
     name, lines = next(iter(runs.items()))
-    for depth in DEPTHS:
-        _draw(left, *series(lines, AGGREGATE.format(depth, "q")), label=depth)
-    left.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q", title=f"{name}: by depth")
+    draw_ginis(left, lines, f"{name}: by depth")
     layers = {label: measured_layers(rows) for label, rows in runs.items()}
     comparable = len({tuple(found) for found in layers.values()}) == 1
     for number, (run, rows) in enumerate(runs.items()):
@@ -114,10 +125,9 @@ def plot_figure_4(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     middle.set(xlabel="layer", ylabel="Gini, mean over the run", title="by layer")
     title = "runs compared" if comparable else "runs compared, each over its own layers"
     right.set(xlabel="optimizer step", ylabel="Gini of |gradient|, q, mean of layers", title=title)
-    for axes in (left, middle, right):
+    for axes in (middle, right):
         _finish(axes)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    written(figure, path)
 
 
 def measured_layers(lines: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -141,13 +151,13 @@ def _means_by_layer(lines: Sequence[Mapping[str, Any]], layers: Sequence[int], k
     return {layer: sum(values) / len(values) for layer, values in known.items() if values}
 
 
-def _draw(axes: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+def _draw(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
     """A line, with markers if it has few points; nothing, and no place in the legend, if it has none."""
     if y:
         axes.plot(x, y, **{"marker": "o" if len(y) <= FEW else None, "markersize": 4, **style})
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Axes) -> None:
     """Whole steps and layers, and the legend, or words in an empty frame."""
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if axes.get_legend_handles_labels()[0]:

@@ -9,21 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.datasets import DatasetInfo
-from sar_fast.lab.io.stamps import content_stamp, files_stamp
-from sar_fast.lab.io.weights import model_facts
+from sar_fast.lab.io.stamps import content_stamp
 from sar_fast.lab.training.arguments import Arguments
 from sar_fast.lab.training.checkpoints import SETTINGS, checkpoints, last_complete
-from sar_fast.lab.training.lora import with_defaults
-from sar_fast.lab.training.models import source_of
 from sar_fast.lab.training.output_folder import earlier_run
-from sar_fast.method.weighting.files import files_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +60,12 @@ BY_PRODUCT = ("per_device_train_batch_size", "train_batch_size", "gradient_accum
 IN_DEEPSPEED = ("optimizer", "scheduler", "gradient_clipping", "train_batch_size")
 
 
-def find_checkpoint(arguments: Arguments) -> str | None:
+def find_checkpoint(arguments: Arguments, places: Sequence[str]) -> str | None:
     """Where ``--resume_from_checkpoint`` says: a folder, or with ``true`` the newest whole one of the output folder.
 
     Nothing is changed. ``ValueError`` if the output folder holds an earlier run and neither resume nor overwriting is
-    asked, or if the checkpoint is no whole one that a run can be resumed from.
+    asked, or the model itself (``places`` that it is read from), or if the checkpoint is no whole one that a run can
+    be resumed from.
     """
     training = arguments.training
     wanted, output = training.resume_from_checkpoint, Path(training.output_dir)
@@ -82,7 +78,7 @@ def find_checkpoint(arguments: Arguments) -> str | None:
     if found is not None and not (found / "trainer_state.json").is_file():
         raise ValueError(f"resume_from_checkpoint is {wanted}, which is no whole checkpoint")
     if found is None or found.resolve().parent != output.resolve():
-        _refuse_earlier_run(arguments, asked)
+        _refuse_earlier_run(arguments, places, asked)
     if found is None:
         if asked:
             logger.info("resuming from nothing: no whole checkpoint yet")
@@ -96,12 +92,11 @@ def find_checkpoint(arguments: Arguments) -> str | None:
     return str(found)
 
 
-def _refuse_earlier_run(arguments: Arguments, asked: bool) -> None:
+def _refuse_earlier_run(arguments: Arguments, places: Sequence[str], asked: bool) -> None:
     training, output = arguments.training, Path(arguments.training.output_dir)
     if not (training.do_train and (old := earlier_run(output))):
         return
-    source = source_of(arguments.model)
-    for read in (Path(place).resolve() for place in (source.weights, source.adapter) if place is not None):
+    for read in (Path(place).resolve() for place in places):
         if output.resolve() in (read, *read.parents):
             raise ValueError(f"output_dir {output} holds the model that is trained, {read}: give another one")
     if training.overwrite_output_dir:
@@ -118,28 +113,24 @@ def _refuse_earlier_run(arguments: Arguments, asked: bool) -> None:
         )
 
 
-def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo]) -> dict[str, Any]:
-    """What decides which weights a run ends with, as plain values by flag; files by content, wherever they lie."""
-    training, data, model = arguments.training, arguments.data, arguments.model
-    groups = (dataclasses.asdict(group) for group in (model, data, arguments.control))
-    given = {name: value for group in (*groups, training.to_sanitized_dict()) for name, value in group.items()}
+def run_settings(arguments: Arguments, infos: Sequence[DatasetInfo], model: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which weights a run ends with, as plain values by flag; files by content, wherever they lie.
+
+    ``model``: settings of the model, and of SAR on it.
+    """
+    training, data = arguments.training, arguments.data
+    groups = (dataclasses.asdict(group) for group in (data, arguments.control))
+    given = {name: value for group in (model, *groups, training.to_sanitized_dict()) for name, value in group.items()}
     settings = {name: value for name, value in given.items() if name not in MAY_CHANGE and name not in BY_PRODUCT}
     micro_batch = training.train_batch_size * training.world_size
     settings["total_train_batch_size"] = micro_batch * training.gradient_accumulation_steps
     if arguments.control.custom_trainer is not None:  # its negatives are those of a micro-batch on all ranks
         settings["samples_per_micro_batch"] = micro_batch
-    if model.finetuning_type == "lora" and source_of(model).adapter is None:
-        settings |= with_defaults(model)
     if data.streaming:  # which worker reads what decides the order; records are known by their files and entries
         settings["dataloader_num_workers"] = training.dataloader_num_workers
         settings["dataset_info"] = [_entry(info) for info in infos]
-    facts = model_facts(source_of(model))
-    for name, of in (("model_name_or_path", ""), ("base_model", "base_")):
-        weights = facts.get(f"{of}weights")
-        settings[name] = facts.get(f"{of}model") if weights is None else f"{facts[f'{of}model']} (content {weights})"
     settings["dataset"] = [f"{i.name} (content {', '.join(i.content)})" if i.files else i.name for i in infos]
     settings["template"] = content_stamp(read_template(data.template).encode()) if data.template else None
-    settings["sar_weighting"] = _weighting(model.sar_weighting)
     settings["deepspeed"] = _deepspeed(training.deepspeed)
     return json.loads(json.dumps(settings, default=str))
 
@@ -150,12 +141,6 @@ def _entry(info: DatasetInfo) -> dict[str, Any]:
     return {name: values[name] for name in ("layout", "hub_id", "subset", "split", "num_samples")}
 
 
-def _weighting(spec: str | None) -> str | None:
-    """A rule's spec; one of files by their names and content, wherever they lie."""
-    files = [] if spec is None else files_of(spec)
-    return f"{spec.rstrip(os.sep).rpartition(os.sep)[2]} (content {files_stamp(files)})" if files else spec
-
-
 def _deepspeed(config: Any) -> dict[str, Any] | None:
     if not config:
         return None
@@ -163,8 +148,19 @@ def _deepspeed(config: Any) -> dict[str, Any] | None:
     return {name: values.get(name) for name in IN_DEEPSPEED}
 
 
+class OtherRun(ValueError):
+    """A checkpoint of another run than the one that would resume from it; ``differing`` names each setting."""
+
+    def __init__(self, checkpoint: str | Path, differing: Sequence[str]) -> None:
+        self.differing = differing
+        super().__init__(
+            f"a resumed run is the same run, and these differ from {checkpoint}: {'; '.join(differing)}. Give what it "
+            f"was; or begin a new run from its weights: --model_name_or_path {checkpoint} and another --output_dir"
+        )
+
+
 def check_same_run(settings: Mapping[str, Any], checkpoint: str | Path) -> None:
-    """``ValueError`` that names each setting in which a run differs from the one that wrote the checkpoint.
+    """:class:`OtherRun` if settings differ from those of the run that wrote the checkpoint.
 
     A setting that only one of the two knows (another version wrote the checkpoint) is not compared; a checkpoint
     without settings is resumed after a warning.
@@ -180,10 +176,7 @@ def check_same_run(settings: Mapping[str, Any], checkpoint: str | Path) -> None:
         if name in before and before[name] != value
     ]
     if differing:
-        raise ValueError(
-            f"a resumed run is the same run, and these differ from {checkpoint}: {'; '.join(differing)}. Give what it "
-            f"was; or begin a new run from its weights: --model_name_or_path {checkpoint} and another --output_dir"
-        )
+        raise OtherRun(checkpoint, differing)
 
 
 def _short(value: Any) -> str:

@@ -1,33 +1,26 @@
-"""What ``experiments/train.py`` does: arguments, data, model, Trainer, and what is kept beside the results."""
+"""A training from its arguments, data and model to what is kept beside its results."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import logging as hf_logging
 
 from sar_fast.base import json_text
 from sar_fast.hf.families import packable_model_types
 from sar_fast.hf.structure import unwrap
 from sar_fast.lab.io.datasets import DatasetInfo, find_datasets
-from sar_fast.lab.run.flags import expand
-from sar_fast.lab.run.process_group import leave_process_group
 from sar_fast.lab.run.run_metadata import commit, versions
-from sar_fast.lab.run.sar_flags import check_backend
-from sar_fast.lab.run.threads import one_thread_for
-from sar_fast.lab.training.arguments import Arguments, main_arguments
-from sar_fast.lab.training.checking import ending_at_a_bad_record
+from sar_fast.lab.training.arguments import Arguments
 from sar_fast.lab.training.checkpoints import forget_replaced
 from sar_fast.lab.training.data import (
     CONCAT,
@@ -37,10 +30,9 @@ from sar_fast.lab.training.data import (
     training_dataset,
     training_stream,
 )
-from sar_fast.lab.training.distributed import asks_for_deepspeed, prepare_deepspeed
 from sar_fast.lab.training.encoding import Encoder
 from sar_fast.lab.training.gradients import GradientSparsityCallback
-from sar_fast.lab.training.models import check_model, check_model_layers, load_model, load_processor, source_of
+from sar_fast.lab.training.learner import Learner
 from sar_fast.lab.training.output_folder import move_aside
 from sar_fast.lab.training.plots import plot_loss
 from sar_fast.lab.training.resume import check_same_run, find_checkpoint, is_finished, run_settings
@@ -53,52 +45,44 @@ from sar_fast.lab.training.trainers import ControlSFTTrainer, SFTTrainer
 logger = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """Run the command line; bad input ends it with one line on stderr and exit code 2."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    try:
-        _train()
-    except KeyboardInterrupt as error:
-        sys.stderr.write("\ninterrupted: --resume_from_checkpoint true goes on from the last whole checkpoint\n")
-        raise SystemExit(130) from error
-    leave_process_group()
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The model and the datasets of a run: those that flags name, or the caller's own.
+
+    Attributes:
+        learner: the model. train, evaluation: find the datasets.
+    """
+
+    learner: Learner
+    train: Callable[[], list[DatasetInfo]]
+    evaluation: Callable[[], list[DatasetInfo]]
+
+    @classmethod
+    def named(cls, arguments: Arguments) -> Inputs:
+        """Those that the flags name."""
+        data = arguments.data
+        folder, media = (Path(path) if path else None for path in (data.dataset_dir, data.media_dir))
+        find = lambda names: find_datasets(names, folder, media, data.max_samples)
+        return cls(Learner.named(arguments), lambda: find(data.dataset), lambda: find(data.eval_dataset))
 
 
-def _train() -> None:
-    with contextlib.ExitStack() as threads:
-        try:
-            if asks_for_deepspeed(expand(sys.argv[1:])):
-                prepare_deepspeed()
-            arguments = main_arguments()
-            threads.enter_context(one_thread_for(source_of(arguments.model).base_name))
-            trainer, checkpoint = build(arguments)
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-            raise SystemExit(2) from error
-        with ending_at_a_bad_record():
-            run(trainer, arguments, checkpoint)
-        if dist.is_initialized():  # a rank that leaves while another still writes would abort
-            dist.barrier()
+def build(arguments: Arguments, inputs: Inputs | None = None) -> tuple[Trainer, str | None]:
+    """The Trainer, and the checkpoint to resume from. Everything that can be wrong with the input is found here.
 
-
-def build(arguments: Arguments) -> tuple[Trainer, str | None]:
-    """The Trainer, and the checkpoint to resume from. Everything that can be wrong with the input is found here."""
-    training, data = arguments.training, arguments.data
-    hf_logging.enable_propagation()
-    hf_logging.disable_default_handler()
+    ``inputs``: model and data; by default those that the arguments name.
+    """
+    inputs = Inputs.named(arguments) if inputs is None else inputs
+    training, data, learner = arguments.training, arguments.data, inputs.learner
     check_packages(arguments)
     check_trackers(training)
-    check_model(arguments)
-    if arguments.model.use_sar:
-        check_model_layers(arguments.model)
-        check_backend(arguments.model, training.device, torch.bfloat16 if training.bf16 else torch.float32)
-    checkpoint = find_checkpoint(arguments) if training.do_train else None
-    infos = _infos(arguments, data.dataset) if training.do_train else []
-    settings = run_settings(arguments, infos) if training.do_train else None
+    learner.check()
+    checkpoint = find_checkpoint(arguments, learner.places()) if training.do_train else None
+    infos = inputs.train() if training.do_train else []
+    settings = run_settings(arguments, infos, learner.settings()) if training.do_train else None
     if checkpoint is not None:
         check_same_run(settings, checkpoint)
     set_seed(training.seed)
-    processor = load_processor(arguments)
+    processor = learner.processor()
     encoder = Encoder(processor, data.max_length, data.too_long)
     train = _dataset(arguments, infos, encoder) if training.do_train else None
     if settings is not None:
@@ -108,8 +92,8 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
             check_same_run(settings, checkpoint)
     evaluation = None
     if training.do_eval:
-        evaluation = _dataset(arguments, _infos(arguments, data.eval_dataset), encoder, evaluation=True)
-    model = load_model(arguments)
+        evaluation = _dataset(arguments, inputs.evaluation(), encoder, evaluation=True)
+    model = learner.model()
     needs_blank = needs_pictures(model)
     if data.packing:
         check_packing(model, needs_blank)
@@ -139,10 +123,11 @@ def build(arguments: Arguments) -> tuple[Trainer, str | None]:
     return trainer, checkpoint
 
 
-def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
+def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None, want_weights: bool = False) -> None:
     """Train and evaluate, as asked; write model, metrics, figures and metadata into the output folder.
 
-    A run that had finished is not run again: its model and results stay as they are.
+    A run that had finished is not run again: its model and results stay as they are, and its weights are read where
+    they are wanted.
     """
     training = arguments.training
     output = Path(training.output_dir)
@@ -150,7 +135,7 @@ def run(trainer: Trainer, arguments: Arguments, checkpoint: str | None) -> None:
     prepare_folder(trainer, arguments, checkpoint)
     if finished:
         logger.info("the run had finished at %s: its model and results stay as they are", checkpoint)
-    if training.do_train and not (finished and not training.do_eval):
+    if training.do_train and (not finished or training.do_eval or want_weights):
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if not finished:
             save_run(trainer, result.metrics)
@@ -236,12 +221,6 @@ def run_metadata(arguments: Arguments) -> dict[str, Any]:
         "world_size": arguments.training.world_size,
         "configuration": arguments.to_dict(),
     }
-
-
-def _infos(arguments: Arguments, names: str) -> list[DatasetInfo]:
-    data = arguments.data
-    folder, media = (Path(path) if path else None for path in (data.dataset_dir, data.media_dir))
-    return find_datasets(names, folder, media, data.max_samples)
 
 
 def _dataset(arguments: Arguments, infos: Sequence[DatasetInfo], encoder: Encoder, evaluation: bool = False) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from sar_fast.hf.structure import find_attention_modules, unwrap
+from sar_fast.lab.measure.timing import seconds_now
 from sar_fast.lab.training.metrics_log import MetricsLog
 
 FILE_NAME = "throughput.jsonl"
@@ -47,8 +47,7 @@ class ThroughputCallback(TrainerCallback):
         self._tokens = self._first_step = 0  # an evaluation alone logs before anything is counted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self.remove()
         self._hooks = [
             unwrap(self.trainer.model).register_forward_pre_hook(self._count, with_kwargs=True),
         ]
@@ -58,6 +57,10 @@ class ThroughputCallback(TrainerCallback):
             self.log.start(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take its hook off the model; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -66,9 +69,7 @@ class ThroughputCallback(TrainerCallback):
         steps = state.global_step - self._first_step
         if not steps or not self._tokens:
             return
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-        seconds = time.perf_counter() - self._began
+        seconds = seconds_now(args.device) - self._began
         totals = torch.tensor([self._tokens, self._samples], dtype=torch.float64, device=args.device)
         totals = self.trainer.accelerator.reduce(totals, reduction="sum")
         tokens, samples = totals.tolist()
@@ -88,7 +89,7 @@ class ThroughputCallback(TrainerCallback):
     def _start_counting(self, args: Any) -> None:
         self._tokens = self._samples = 0
         self._first_step = self.trainer.state.global_step
-        self._began = time.perf_counter()
+        self._began = seconds_now(args.device)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
 
@@ -119,13 +120,14 @@ class TrainingFlops:
             width = attention.config.num_attention_heads * getattr(attention, "head_dim", 0)
             self.total += 3 * 2 * rows * length**2 * width
         self._hooks = [m.register_forward_hook(self._add) for m in model.modules() if isinstance(m, nn.Linear)]
-        self._hooks.append(model.register_forward_hook(self._stop))
+        self._hooks.append(model.register_forward_hook(lambda *_: self.remove()))
 
     def _add(self, layer: nn.Linear, args: tuple, output: Tensor) -> None:
         passes = 1 + int(output.requires_grad and args[0].requires_grad) + int(layer.weight.requires_grad)
         self.total += passes * 2 * output.numel() * layer.in_features
 
-    def _stop(self, *_: Any) -> None:
+    def remove(self) -> None:
+        """Take its hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 

@@ -17,8 +17,6 @@ from sar_fast.lab.training.arguments import Arguments, SFTArguments
 
 def check_packages(arguments: Arguments) -> None:
     """``ImportError`` for flags that need a package which is not installed; a run would find out at its end."""
-    if arguments.model.finetuning_type == "lora":
-        need("--finetuning_type lora", "peft")
     if arguments.training.plot_loss:
         need("--plot_loss", "matplotlib")
     for name in ("tensorboard", "wandb"):

@@ -46,7 +46,7 @@ class RefCOCO(Task):
     def misfit(self, reports_frames: Callable[[], bool]) -> ArgumentError | None:
         if self.format_name not in NEED_FRAMES or reports_frames():
             return None
-        needed = "another one, since the model's processor does not report the resized picture's grid"
+        needed = "be another one, since the model's processor does not report the resized picture's grid"
         return ArgumentError("box_format", self.format_name, needed)
 
     def settings(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class RefCOCO(Task):
 
     def judge(self, record: Record) -> dict[str, Any]:
         box = self.format.read(record["reply"], record["image_size"], record["frame"])
-        iou = 0.0 if box is None else box_iou(box, tuple(record["box"]))
+        iou = 0.0 if box is None else float(box_iou(box, record["box"]))
         return {"prediction": None if box is None else list(box), "iou": iou, "correct": iou >= RIGHT_IOU}
 
     def scores(self, records: Sequence[Record]) -> dict[str, Any]:

@@ -1,21 +1,18 @@
-"""The original ``.pth`` checkpoints of Grounding DINO and SAM as transformers' models, converted in memory.
-
-Sources of the names: GroundingDINO's ``groundingdino/models`` and segment-anything's ``modeling``, against the names
-that transformers' classes give their parameters.
-"""
+"""Grounding DINO's original checkpoint as transformers' model. Source of the names: GroundingDINO's
+``groundingdino/models``, against the names that transformers' classes give their parameters."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-Rules = Iterable[tuple[str, str | Callable[[re.Match], str]]]
+from sar_fast.base.errors import ArgumentError
+from sar_fast.lab.io.original_checkpoints.reading import fill, read_state, renamed
 
 SWINS = {  # Grounding DINO's config names its backbone: embedding width, depths, heads, window
     "swin_T_224_1k": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
@@ -24,11 +21,9 @@ SWINS = {  # Grounding DINO's config names its backbone: embedding width, depths
     "swin_L_224_22k": (192, (2, 2, 18, 2), (6, 12, 24, 48), 7),
     "swin_L_384_22k": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
 }
-SAM_WIDTHS = {"vit_b": 768, "vit_l": 1024, "vit_h": 1280}
-
 _BACKBONE = "model.backbone.conv_encoder.model."
 _SWIN = _BACKBONE + "swin."
-_DINO_RULES = (
+_RULES = (
     (r"^backbone\.0\.norm(\d)\.", lambda m: f"{_BACKBONE}hidden_states_norms.stage{int(m[1]) + 1}."),
     (r"^backbone\.0\.patch_embed\.proj\.", _SWIN + "embeddings.patch_embeddings.projection."),
     (r"^backbone\.0\.patch_embed\.norm\.", _SWIN + "embeddings.norm."),
@@ -70,32 +65,7 @@ _DINO_RULES = (
     (r"^transformer\.", "model."),
 )  # fmt: skip
 # Buffers, BERT's pooler, and a table of training labels: transformers' model computes or lacks them
-_DINO_UNUSED = re.compile(r"relative_position_index$|attn_mask$|position_ids$|\.pooler\.|^label_enc\.")
-
-_SAM_RULES = (
-    (r"^image_encoder\.", "vision_encoder."),
-    (r"^(vision_encoder\.)blocks\.", r"\1layers."),
-    (r"patch_embed\.proj\.", "patch_embed.projection."),
-    (r"\bnorm(\d|_final_attn)\.", r"layer_norm\1."),
-    (r"neck\.0\.", "neck.conv1."),
-    (r"neck\.1\.", "neck.layer_norm1."),
-    (r"neck\.2\.", "neck.conv2."),
-    (r"neck\.3\.", "neck.layer_norm2."),
-    (r"pe_layer\.positional_encoding_gaussian_matrix$", "shared_embedding.positional_embedding"),
-    (r"point_embeddings\.", "point_embed."),
-    (r"mask_downscaling\.0\.", "mask_embed.conv1."),
-    (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
-    (r"mask_downscaling\.3\.", "mask_embed.conv2."),
-    (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
-    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
-    (r"output_upscaling\.0\.", "upscale_conv1."),
-    (r"output_upscaling\.1\.", "upscale_layer_norm."),
-    (r"output_upscaling\.3\.", "upscale_conv2."),
-    (r"(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.layers\.0\.", r"\1.proj_in."),
-    (r"(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.layers\.2\.", r"\1.proj_out."),
-    (r"(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.layers\.1\.", r"\1.layers.0."),
-)
-_SAM_UNUSED = re.compile(r"^pixel_(mean|std)$")
+_UNUSED = re.compile(r"relative_position_index$|attn_mask$|position_ids$|\.pooler\.|^label_enc\.")
 
 
 def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = None) -> tuple[nn.Module, Any]:
@@ -104,7 +74,9 @@ def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = Non
     Args:
         text_encoder: folder or hub id of BERT's config and tokenizer; by default the config's ``text_encoder_type``.
 
-    ``ValueError`` if the file is no such checkpoint, or the config describes another model.
+    Raises:
+        ArgumentError: a ``config`` that is none, a ``text_encoder`` that cannot be loaded.
+        ValueError: the file is no such checkpoint, or the config describes another model.
     """
     from transformers import (
         AutoConfig,
@@ -126,7 +98,7 @@ def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = Non
         text_config, tokenizer = AutoConfig.from_pretrained(text_encoder), AutoTokenizer.from_pretrained(text_encoder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"gd_text_encoder {text_encoder!r} (BERT) cannot be loaded: {reason}") from error
+        raise ArgumentError("text_encoder", f"{text_encoder!r}: {reason}", "be BERT's folder or hub id") from error
     model = GroundingDinoForObjectDetection(
         GroundingDinoConfig(
             backbone_config=SwinConfig(
@@ -157,52 +129,11 @@ def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = Non
             two_stage_bbox_embed_share=settings["two_stage_bbox_embed_share"],
         )
     )
-    state = {k: v for k, v in read_state(checkpoint).items() if not _DINO_UNUSED.search(k)}
-    state = split_projections(renamed(state, _DINO_RULES))
+    state = {k: v for k, v in read_state(checkpoint).items() if not _UNUSED.search(k)}
+    state = split_projections(renamed(state, _RULES))
     fill(model, state, checkpoint, absent=re.compile(r"\.swin\.layernorm\."))
     processor = GroundingDinoProcessor(GroundingDinoImageProcessor(), tokenizer)
     return model.eval(), processor
-
-
-def load_segmenter(checkpoint: Path, model_type: str | None = None) -> tuple[nn.Module, Any]:
-    """(SamModel in eval mode, its processor) of an original checkpoint; sizes are read off its tensors.
-
-    ``ValueError`` if the file is no such checkpoint, or of another ``model_type`` (vit_b, vit_l, vit_h).
-    """
-    from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor, SamVisionConfig
-
-    state = {k: v for k, v in read_state(checkpoint).items() if not _SAM_UNUSED.search(k)}
-    if "image_encoder.pos_embed" not in state:
-        raise ValueError(f"{checkpoint} is no SAM checkpoint: it has no image_encoder.pos_embed")
-    _, grid, _, width = state["image_encoder.pos_embed"].shape
-    found = {w: name for name, w in SAM_WIDTHS.items()}.get(width)
-    if model_type is not None and found is not None and model_type != found:
-        raise ValueError(f"sam_model_type is {model_type!r}, but {checkpoint} is a {found}")
-    patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
-    reach = [v.shape[0] for k, v in sorted_blocks(state, "attn.rel_pos_h")]  # 2 * side - 1 of what a block attends over
-    head_dim = state["image_encoder.blocks.0.attn.rel_pos_h"].shape[1]
-    model = SamModel(
-        SamConfig(
-            vision_config=SamVisionConfig(
-                hidden_size=width,
-                mlp_dim=state["image_encoder.blocks.0.mlp.lin1.weight"].shape[0],
-                num_hidden_layers=len(reach),
-                num_attention_heads=width // head_dim,
-                image_size=grid * patch,
-                patch_size=patch,
-                window_size=(min(reach) + 1) // 2,
-                global_attn_indexes=[i for i, n in enumerate(reach) if n == 2 * grid - 1],
-            ),
-            prompt_encoder_config={"image_size": grid * patch, "patch_size": patch},
-        )
-    )
-    state = renamed(state, _SAM_RULES)
-    shared = "shared_embedding.positional_embedding"
-    state["shared_image_embedding.positional_embedding"] = state[f"prompt_encoder.{shared}"]
-    fill(model, state, checkpoint)
-    side = grid * patch
-    images = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
-    return model.eval(), SamProcessor(images)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -216,7 +147,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise ValueError(f"gd_config_path {path} is not a Python file of assignments: {error}") from error
+        raise ArgumentError("config", f"{path}: {error}", "be a Python file of assignments") from error
     found: dict[str, Any] = {}
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
@@ -226,32 +157,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 continue  # not a plain value; an error below if it was needed
     missing = [name for name in needed if name not in found]
     if missing:
-        raise ValueError(f"gd_config_path {path} sets no {', '.join(missing)}; needed a Grounding DINO config")
-    return found
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.pth``, bare or under ``model``, without ``module.`` in front."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # unpickling fails in as many ways as there are files
-        raise ValueError(f"{path} is not a checkpoint: {' '.join(str(error).split())[:200]}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no tensors by name, needed a state dict or one under 'model'")
-    return {k.removeprefix("module."): v for k, v in content.items()}
-
-
-def renamed(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """``state`` with every rule applied to every name, in order."""
-    found = {}
-    for name, value in state.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        found[name] = value
+        raise ArgumentError("config", f"{path}, which sets no {', '.join(missing)}", "be a Grounding DINO config")
     return found
 
 
@@ -269,24 +175,3 @@ def split_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[name] = value
     return found
-
-
-def sorted_blocks(state: Mapping[str, Tensor], suffix: str) -> list[tuple[str, Tensor]]:
-    """``image_encoder.blocks.<n>.<suffix>`` in the order of n."""
-    pattern = re.compile(rf"image_encoder\.blocks\.(\d+)\.{re.escape(suffix)}")
-    found = {int(m[1]): (k, v) for k, v in state.items() if (m := pattern.fullmatch(k))}
-    return [found[i] for i in sorted(found)]
-
-
-def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, absent: re.Pattern | None = None) -> None:
-    """Loads ``state`` into ``model``; ``ValueError`` unless every tensor has its place and every place its tensor."""
-    try:
-        result = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path} has tensors of other shapes: {' '.join(str(error).split())[:300]}") from error
-    missing = [k for k in result.missing_keys if absent is None or not absent.search(k)]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{path} is another model: {len(missing)} tensors missing (first {missing[:1]}), "
-            f"{len(result.unexpected_keys)} left over (first {list(result.unexpected_keys)[:1]})"
-        )
