@@ -94,7 +94,7 @@ def test_an_adapter_around_the_model_stays_there(no_traces):
     model, processor = load_miniature()
     plain = evaluate(model, processor, "mme", sar=SAR, **FEW)
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    with lent(wrapped, processor):
+    with lent(model, processor):  # what is wrapped, with the LoRA in it
         found = evaluate(wrapped, processor, "mme", sar=SAR, **FEW)
     for one, other in zip(found.records, plain.records, strict=True):
         assert one["log_probabilities"] == pytest.approx(other["log_probabilities"], abs=1e-5)
@@ -123,6 +123,22 @@ def test_an_interrupted_call_continues_to_the_same_bytes(miniature, tmp_path, mo
     assert len(calls) == 5
     for name in (SAMPLES, RESULTS):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("flags", [{}, FLAGS], ids=["plain", "sar"])
+def test_the_command_takes_sar_off_its_model_too(tmp_path, monkeypatch, flags):
+    """The methods of its class are those of every other model of that class."""
+    asked = []
+
+    def stop(ask, *_):
+        asked.append(ask.model)
+        assert handle_of(ask.model.base_model) is not None
+        raise Stopped
+
+    monkeypatch.setattr(Asker, "replies", stop)
+    with pytest.raises(Stopped):
+        benchmark.run(arguments(tmp_path, max_samples=2, **flags))
+    assert [handle_of(model.base_model) for model in asked] == [None]
 
 
 def test_another_model_or_rule_does_not_continue_a_folder(miniature, tmp_path):

@@ -13,7 +13,8 @@ from torch import nn
 from sar_fast.base.errors import arguments_named
 from sar_fast.cli.evaluate.arguments import EvaluationArguments
 from sar_fast.config import SARConfig
-from sar_fast.hf import SARHandle, apply_sar
+from sar_fast.hf import SARHandle, apply_sar, remove_sar
+from sar_fast.hf.features import handle_of
 from sar_fast.lab.io.answering import GRID, prepare_processor
 from sar_fast.lab.io.model_errors import FLAGS as MODEL_FLAGS
 from sar_fast.lab.io.model_errors import flags_named
@@ -93,7 +94,12 @@ def subject_of(arguments: EvaluationArguments, state: PartialState) -> Subject:
 
     @contextlib.contextmanager
     def opened() -> Iterator[Loaded]:
-        yield Loaded(*load(arguments, state))
+        loaded = Loaded(*load(arguments, state))
+        try:
+            yield loaded
+        finally:
+            if handle_of(loaded.model.base_model) is not None:  # its class is other models', too
+                remove_sar(loaded.model)
 
     return Subject(
         lambda: model_settings(arguments), opened, model_type_of(arguments), lambda: reports_frames(arguments)
