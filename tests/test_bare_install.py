@@ -152,6 +152,7 @@ COMMANDS = (  # (words, how the error of an installation without extras ends; ""
     (["sweep", "--help"], f"needs {ALL}, matplotlib: pip install 'sar_fast[train,reports]'"),
     (["sweep", "--task", "mme"], f"needs {ALL}, matplotlib: pip install 'sar_fast[train,reports]'"),
     (["merge", "adapter", "--output_dir", "merged"], "sar-fast merge needs peft: pip install 'sar_fast[train]'"),
+    (["convert", "none.pth", "--output_dir", "x"], "SOURCE must be a file that exists; got none.pth"),
     (["bench", "train"], f"sar-fast bench train needs {ALL}: pip install 'sar_fast[train]'"),
     (["llamafactory", "train", "x.yaml"], "needs llamafactory: pip install 'sar_fast[llamafactory]'"),
     (["llamafactory", "export", "x.yaml"], "needs llamafactory: pip install 'sar_fast[llamafactory]'"),

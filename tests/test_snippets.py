@@ -67,15 +67,23 @@ def kernels() -> dict[str, Any]:
     return {**found, "D": 8, "dout": torch.ones_like(found["q"])}
 
 
-def samples() -> dict[str, Any]:
+def laboratory() -> dict[str, Any]:
+    """A photograph, records, and as many samples as a probe needs in place of the page's one."""
     found = model()
+    picture = Image.fromarray(found["scene"].image)
+    picture.save("photo.jpg")
     rng = np.random.default_rng(0)
     asked = []
-    for number in range(6):
+    for number in range(16):
         scene = draw_scene(rng, background="plain")
         picture, (first, *_) = Image.fromarray(scene.image), scene.objects
-        asked.append(GroundingSample(str(number), picture, f"Where is the {first.shape}?", first.shape, first.box))
-    return {**found, "samples": asked}
+        asked.append(
+            GroundingSample(
+                str(number), picture, f"Where is the {first.shape}?", first.shape, first.box, label=first.shape
+            )
+        )
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "circle"}]
+    return {"picture": picture, "samples_here": asked, "records": [{"conversations": turns, "image": picture}] * 4}
 
 
 def trainer() -> dict[str, Any]:
@@ -107,11 +115,6 @@ def libraries() -> dict[str, Any]:
     }
 
 
-def laboratory() -> dict[str, Any]:
-    Image.fromarray(model()["scene"].image).save("photo.jpg")
-    return {}
-
-
 def pictures() -> dict[str, Any]:
     Image.new("RGB", (8, 6)).save("photo.jpg")
     Image.new("L", (8, 6), 255).save("object.png")
@@ -131,10 +134,21 @@ PAGES = {
         },
     ),
     "kernels/README.md": Page(kernels),
-    "docs/analyses.md": Page(samples),
     "docs/integrations.md": Page(trainer, SMALL),
     "docs/laboratory.md": Page(
-        laboratory, {'"experiments/data/': f'"{DATA}/', ', "mme", ': ', "mme", max_samples=4, '}
+        laboratory,
+        {
+            '"experiments/data/': f'"{DATA}/',
+            ', "mme", ': ', "mme", max_samples=4, ',
+            "sar=SARConfig()": "sar=SARConfig(activation_layer_k=2)",
+            'samples = [GroundingSample("0", picture, "What is the dog doing?", "dog", bbox=(40, 60, 210, 300))]': (
+                "samples = samples_here"
+            ),
+            "epochs=40": "epochs=2",
+            '"max_steps": 500, "per_device_train_batch_size": 4': (
+                '"max_steps": 2, "use_cpu": True, "report_to": [], "logging_steps": 1'
+            ),
+        },
     ),
     "docs/libraries.md": Page(
         libraries,

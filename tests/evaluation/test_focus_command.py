@@ -15,7 +15,7 @@ from PIL import Image
 
 from sar_fast.cli.evaluate import focus, probe
 from sar_fast.cli.evaluate.arguments import parse
-from sar_fast.lab.focus import FocusMetricsEvaluator
+from sar_fast.lab.focus import DatasetMasks, FocusMetricsEvaluator, SampleSkipped
 from sar_fast.lab.focus.dataset import load_grounding_samples
 from sar_fast.lab.focus.samples import decode_mask
 
@@ -276,7 +276,7 @@ class TestDataset:
         samples = load_grounding_samples("shapes_grounding", DATA, limit=3)
         assert [s.id for s in samples] == ["0", "1", "2"]
         for sample in samples:
-            mask = focus.DatasetMasks().mask(sample)
+            mask = DatasetMasks().mask(sample)
             x1, y1, x2, y2 = map(int, sample.bbox)
             assert mask[y1:y2, x1:x2].sum() == mask.sum()
             assert sample.label in sample.object_prompt
@@ -285,7 +285,7 @@ class TestDataset:
         # COCO's flat x, y list: a rectangle 4 wide and 6 high, corners included by Pillow's polygon
         path = self.write(tmp_path, segmentation=[2.0, 1.0, 5.0, 1.0, 5.0, 6.0, 2.0, 6.0])
         (sample,) = load_grounding_samples(str(path), DATA)
-        mask = focus.DatasetMasks().mask(sample)
+        mask = DatasetMasks().mask(sample)
         assert mask.shape == (10, 20)
         assert np.argwhere(mask).min(0).tolist() == [1, 2]
         assert np.argwhere(mask).max(0).tolist() == [6, 5]
@@ -295,7 +295,7 @@ class TestDataset:
     def test_cocos_run_lengths_become_masks(self, counts, column, tmp_path):
         path = self.write(tmp_path, bbox=None, **{column: {"size": [10, 20], "counts": counts}})
         (sample,) = load_grounding_samples(str(path), DATA)
-        mask = focus.DatasetMasks().mask(sample)
+        mask = DatasetMasks().mask(sample)
         expected = np.zeros((10, 20), bool)
         expected[1:7, 2:6] = expected[8, 15:] = True
         np.testing.assert_array_equal(mask, expected)
@@ -333,8 +333,8 @@ class TestDataset:
         )
         reasons = {}
         for sample in load_grounding_samples(str(tmp_path / "texts.parquet"), DATA):
-            with pytest.raises(focus.SampleSkipped) as skipped:
-                focus.DatasetMasks().mask(sample)
+            with pytest.raises(SampleSkipped) as skipped:
+                DatasetMasks().mask(sample)
             reasons[sample.id] = str(skipped.value)
         assert "ends within a number" in reasons["cut"]
         assert "has ' ', which stands for no number" in reasons["no"]

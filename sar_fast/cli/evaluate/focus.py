@@ -30,6 +30,7 @@ FLAGS = SHARED | {
 }
 
 
+@arguments_named(FLAGS)
 def run(arguments: EvaluationArguments) -> dict[str, Any]:
     """Scores what is not scored yet, then summarises all; every process of a launch calls it.
 
@@ -39,15 +40,14 @@ def run(arguments: EvaluationArguments) -> dict[str, Any]:
     dataset = GroundingDataset.find(
         arguments.dataset, arguments.dataset_dir, arguments.media_dir, arguments.max_samples
     )
-    with arguments_named(FLAGS):
-        looking = Looking(
-            masks=mask_source(arguments, str(session.state.device)),
-            layers=arguments.focus_layers,
-            templates=arguments.focus_templates or DEFAULT_TEMPLATES,
-            batch_size=arguments.per_device_eval_batch_size,
-            overlays=arguments.focus_overlays,
-        )
-        measure(subject_of(arguments, session.state), dataset, looking, session, arguments.output_dir)
+    looking = Looking(
+        masks=mask_source(arguments, str(session.state.device)),
+        layers=arguments.focus_layers,
+        templates=arguments.focus_templates or DEFAULT_TEMPLATES,
+        batch_size=arguments.per_device_eval_batch_size,
+        overlays=arguments.focus_overlays,
+    )
+    measure(subject_of(arguments, session.state), dataset, looking, session, arguments.output_dir)
     if not session.state.is_main_process:
         return {}
     results = read_results(arguments.output_dir)

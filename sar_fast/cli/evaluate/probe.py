@@ -24,6 +24,7 @@ FLAGS = SHARED | {
 }
 
 
+@arguments_named(FLAGS)
 def run(arguments: EvaluationArguments) -> dict[str, float]:
     """Reads features that are not on disk yet, trains and scores the heads; every process of a launch calls it.
 
@@ -42,8 +43,7 @@ def run(arguments: EvaluationArguments) -> dict[str, float]:
     probing = Probing(
         arguments.layerwise_probe_task, training, arguments.probe_seeds, arguments.per_device_eval_batch_size
     )
-    with arguments_named(FLAGS):
-        measure(subject_of(arguments, session.state), dataset, probing, session, arguments.output_dir, words=FLAGS)
+    measure(subject_of(arguments, session.state), dataset, probing, session, arguments.output_dir, words=FLAGS)
     if not session.state.is_main_process:
         return {}
     results = read_results(arguments.output_dir)

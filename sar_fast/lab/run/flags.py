@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.lab.run.foreign_flags import hint
 
 Parsed = TypeVar("Parsed")
@@ -43,7 +44,10 @@ def parse_words(groups: Sequence[type], words: Sequence[str]) -> tuple[Any, ...]
         name = word.split("=", 1)[0]
         if name.startswith("--") and name not in known:
             raise ValueError(f"unknown flag {name}{hint(name, known)}")
-    *parsed, left = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    with arguments_named({option.removeprefix("--"): option for option in known}):
+        *parsed, left = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
     if left:
         raise ValueError(f"cannot make sense of {' '.join(left)}; flags begin with --")
     return tuple(parsed)
@@ -109,27 +113,27 @@ def refuse(group: Any, names: Sequence[str], why: str) -> None:
 
 
 def at_least(group: Any, least: int, *names: str) -> None:
-    """``ValueError`` for the first of ``names`` whose number is below ``least``; None is no number."""
-    _check(group, names, lambda value: value >= least, f"at least {least}")
+    """``ArgumentError`` for the first of ``names`` whose number is below ``least``; None is no number."""
+    _check(group, names, lambda value: value >= least, f"be at least {least}")
 
 
 def above(group: Any, bound: int, *names: str) -> None:
-    """``ValueError`` for the first of ``names`` whose number is not > ``bound``; None is no number."""
-    _check(group, names, lambda value: value > bound, f"> {bound}")
+    """``ArgumentError`` for the first of ``names`` whose number is not > ``bound``; None is no number."""
+    _check(group, names, lambda value: value > bound, f"be > {bound}")
 
 
 def below_one(group: Any, *names: str) -> None:
-    """``ValueError`` for the first of ``names`` whose number is not in [0, 1); None is no number."""
-    _check(group, names, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    """``ArgumentError`` for the first of ``names`` whose number is not in [0, 1); None is no number."""
+    _check(group, names, lambda value: 0 <= value < 1, "be at least 0 and below 1")
 
 
 def _check(group: Any, names: Sequence[str], good: Callable[[Any], bool], needed: str) -> None:
     for name in names:
         value = getattr(group, name)
         if value is not None and not good(value):
-            raise ValueError(f"--{name} must be {needed}; got {value}")
+            raise ArgumentError(name, value, needed)
         if value is not None and math.isinf(value):
-            raise ValueError(f"--{name} must be {needed} and finite; got {value}")
+            raise ArgumentError(name, value, f"{needed} and finite")
 
 
 def arguments_of_process(parse: Callable[[Sequence[str]], Parsed]) -> Parsed:
