@@ -141,6 +141,8 @@ def test_backends_equal_the_reference_under_a_mask(name, backend, dtype, padding
     assert_gradients(case, backend, sav_grad=True)
 
 
+@pytest.mark.everyday(Sq=[9])
+@pytest.mark.everyday(Sq=[1], sav_grad=[True])
 @of_backends
 @of_patterns
 @pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "sav_grad"])

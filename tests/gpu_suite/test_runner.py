@@ -95,6 +95,7 @@ def test_a_slice_ends_with_its_budget_and_goes_on_in_the_next_run(run):
     assert len(after) == len(set(after)) > len(before)  # nothing twice, and more than before
 
 
+@pytest.mark.slow
 def test_the_whole_runs_budget_holds(run):
     began = time.time()
     _, ended = run(("endless", 60), ("fine", 10), seconds=12)

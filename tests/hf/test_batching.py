@@ -176,6 +176,8 @@ def test_packed_rows_of_a_batch_are_packed_each():
         assert_close(part, oracle_logits(model, row))
 
 
+@pytest.mark.everyday(how=["both"], window=[20], use_cache=[False])
+@pytest.mark.everyday(how=["position_ids"], full_layers=[2])
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both"])
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("full_layers", [0, 2])

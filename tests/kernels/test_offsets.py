@@ -52,6 +52,7 @@ def spread(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> torch.Ten
     return memory[offset:].as_strided(tensor.shape, strides).copy_(tensor)
 
 
+@pytest.mark.everyday(samples=[4])
 @pytest.mark.parametrize(("samples", "heads"), [(2, 4), (4, 2)])
 def test_samples_and_heads(samples, heads):
     inputs = make(CASE.but(images=CASE.images * (samples // 2), heads=heads, kv_heads=heads))

@@ -52,6 +52,7 @@ def one_by_one(q, k, v, dout, visual, text, prior, options):
         yield forward, gradients
 
 
+@pytest.mark.everyday(options=OPTIONS[1:])
 @pytest.mark.parametrize("options", OPTIONS, ids=["causal", "window-softcap"])
 def test_packed_equals_one_by_one(packed, options):
     q, k, v, dout, visual, text, prior, lengths = packed
