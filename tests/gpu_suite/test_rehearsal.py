@@ -61,6 +61,7 @@ def test_every_slice_runs_and_a_second_run_measures_nothing(tmp_path):
     assert {"gpu_speed.png", "gpu_memory.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_budget_ends_the_run_and_the_next_goes_on(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert command("--rehearse", "--out", str(first), "--slice", "machine", "short", "--budget", "4").returncode == 0

@@ -77,6 +77,7 @@ def test_a_slice_whose_process_dies_goes_on_behind_what_killed_it(run):
     assert [r["shape"]["D"] for r in records if "p50" in r] == [11, 8]
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_takes_a_new_process(run):
     records, ended = run(("loses", 20))
     assert ended == {"loses": "done"}
@@ -85,6 +86,7 @@ def test_a_lost_gpu_takes_a_new_process(run):
     assert ("a", 13) in measured
 
 
+@pytest.mark.slow
 def test_a_slice_ends_with_its_budget_and_goes_on_in_the_next_run(run):
     records, ended = run(("endless", 2), ("fine", 10))
     assert ended == {"endless": "out of time", "fine": "done"}
