@@ -27,6 +27,14 @@ def pytest_itemcollected(item):
         item.add_marker(pytest.mark.slow)
 
 
+LONG = ("test_aot", "test_whole_way", "test_ops", "test_training_compile", "test_distributed", "test_oldest_version")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with long tests first: the last ones are short, and two workers end together."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collection_finish():
     """What was imported stays: Trainers and compilers ask for collections, each of which would walk over all of it."""
     gc.collect()

@@ -196,8 +196,8 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.everyday(dynamic=[True])
-@pytest.mark.everyday(backend=["auto"])
+@pytest.mark.everyday(dynamic=[True], backend=["torch"])
+@pytest.mark.everyday(dynamic=[False], backend=["auto"])
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.usefixtures("fresh_compiler")

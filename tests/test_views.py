@@ -58,6 +58,7 @@ def test_dense(view, queries, backend):
     close(got, dense_results([t.detach() for t in case], backend))
 
 
+@pytest.mark.everyday(queries=[3])
 @views
 @pytest.mark.parametrize("queries", [20, 3])
 @pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])

@@ -131,6 +131,7 @@ of_backends = pytest.mark.parametrize("backend", BACKENDS)
 of_patterns = pytest.mark.parametrize("name", PATTERNS)
 
 
+@pytest.mark.everyday(backend=["torch"])
 @of_backends
 @of_patterns
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])

@@ -70,6 +70,7 @@ def test_a_slice_that_hangs_is_killed_and_the_next_runs(run):
     assert errors(records) == [(9, "while it was tried the run did not end by itself and was killed")]
 
 
+@pytest.mark.slow
 def test_a_slice_whose_process_dies_goes_on_behind_what_killed_it(run):
     records, ended = run(("dies", 20), ("fine", 10))
     assert ended == {"dies": "done", "fine": "done"}

@@ -273,6 +273,7 @@ def test_packed_sequences_under_torch_compile(how):
         assert (compiled[name] - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max() + 1e-4, name
 
 
+@pytest.mark.slow  # every day whole models in one graph, in test_training_compile.py
 def test_position_ids_that_one_graph_cannot_read_are_an_error():
     """``fullgraph=True`` leaves no room to look at them; a mask says that the row is not packed."""
     model = llava()

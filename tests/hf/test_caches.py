@@ -230,6 +230,7 @@ def test_assisted_decoding_equals_greedy(family, mode, drafts):
     assert any(kept < drafted for drafted, kept in drafts)
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_prompt_lookup_equals_greedy(model, mode, drafts):
     row = row_of(llava_batch, [1], 0)
@@ -431,6 +432,7 @@ def test_trap13_output_attentions_is_an_error_not_an_empty_tuple(model):
         model(**row_of(llava_batch, [1], 0), output_attentions=True)
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_many_steps_of_beam_search_keep_one_snapshot(model, mode):
     """Reordering every step must not grow with the answer."""

@@ -80,6 +80,8 @@ ROWS = combinations(
 )
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(layout=["paged"])
 @pytest.mark.parametrize(("scores", "kind", "layout", "backend"), ROWS)
 def test_rows_over_a_cache(scores, kind, layout, backend):
     case, rule, options = case_of(END), Rows(), SCORES[scores]
