@@ -128,7 +128,7 @@ def told(launch: Launch) -> tuple:
     return launch.kernel.__name__, *sorted((name, str(of(x))) for name, x in launch.arguments.items()), launch.config
 
 
-@pytest.mark.everyday(name=["short", "visibility", "decode"])
+@pytest.mark.everyday(name=["short", "decode"])
 @pytest.mark.parametrize("name", SLICES)
 def test_what_is_compiled_beforehand_is_what_a_slice_launches(name, bench, monkeypatch):
     launched, run = set(), Launch.run

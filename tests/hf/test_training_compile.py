@@ -103,7 +103,7 @@ def test_whole_model_compiles_in_one_graph(padded):
         torch.testing.assert_close(compiled(**batch, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.everyday(what=["base"])
+@pytest.mark.everyday(what=["text model"])
 @pytest.mark.parametrize(("what", "first"), [("model", "compile"), ("base", "sar"), ("text model", "compile")])
 def test_models_compiled_with_graph_breaks(what, first):
     """No fullgraph: the hooks of a pass and what they see run in pieces, traced and not."""

@@ -68,7 +68,7 @@ CASES = [
 
 # Every day patterns with something beside them; soft-capping, d80 and 16 bits are test_backward.py's.
 FORWARD = ("chunks", "pictures-window", "mask")
-BACKWARD = ("chunks-after-padding", "prefix", "pictures-padded", "short-queries", "mask-fp16")
+BACKWARD = ("chunks-after-padding", "pictures-padded", "short-queries", "mask-fp16")
 DECODED = (
     "chunks-after-padding", "prefix", "pictures-padded", "pictures-mqa-d80-fp16", "short-queries",
     "mask-causal-padded", "mask-of-chunks", "padded",

@@ -25,8 +25,8 @@ WEIGHTS = WeightOptions(0.02)
 
 @pytest.fixture
 def packed():
-    q, dout = torch.randn(sum(LENGTHS_Q), 4, 16), torch.randn(sum(LENGTHS_Q), 4, 16)
-    k, v = torch.randn(sum(LENGTHS_K), 2, 16), torch.randn(sum(LENGTHS_K), 2, 16)
+    q, dout = torch.randn(sum(LENGTHS_Q), 2, 16), torch.randn(sum(LENGTHS_Q), 2, 16)
+    k, v = torch.randn(sum(LENGTHS_K), 1, 16), torch.randn(sum(LENGTHS_K), 1, 16)
     visual, text = torch.rand(sum(LENGTHS_K)) < 0.5, torch.rand(sum(LENGTHS_Q)) < 0.5
     prior = torch.rand(sum(LENGTHS_K)) * visual
     lengths = {
