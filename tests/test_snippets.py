@@ -29,6 +29,7 @@ from tests.test_docs_weighting import ROOT, blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_rules")
 
+DATA = ROOT / "experiments" / "data"
 ELSEWHERE = {"docs/weighting.md", "docs/row_statistics.md"}
 SMALL = {"activation_layer_k=10": "activation_layer_k=4"}
 
@@ -56,7 +57,8 @@ def model() -> dict[str, Any]:
 
 def readme() -> dict[str, Any]:
     found = model()
-    return {**found, **call(), "layer": found["model"].model.language_model.layers[0]}
+    picture = Image.fromarray(found["scene"].image)
+    return {**found, **call(), "layer": model()["model"].model.language_model.layers[0], "picture": picture}
 
 
 def kernels() -> dict[str, Any]:
@@ -105,6 +107,11 @@ def libraries() -> dict[str, Any]:
     }
 
 
+def laboratory() -> dict[str, Any]:
+    Image.fromarray(model()["scene"].image).save("photo.jpg")
+    return {}
+
+
 def pictures() -> dict[str, Any]:
     Image.new("RGB", (8, 6)).save("photo.jpg")
     Image.new("L", (8, 6), 255).save("object.png")
@@ -119,12 +126,16 @@ PAGES = {
             '"llava-hf/llava-1.5-7b-hf"': repr(str(MINIATURE_PATH)),
             "stats[31]": "stats[3]",
             "rows[31]": "rows[3]",
-        }
-        | {"record=True, ": "activation_layer_k=2, record=True, "},
+            "record=True, ": "activation_layer_k=2, record=True, ",
+            '"experiments/data/': f'"{DATA}/',
+        },
     ),
     "kernels/README.md": Page(kernels),
     "docs/analyses.md": Page(samples),
     "docs/integrations.md": Page(trainer, SMALL),
+    "docs/laboratory.md": Page(
+        laboratory, {'"experiments/data/': f'"{DATA}/', ', "mme", ': ', "mme", max_samples=4, '}
+    ),
     "docs/libraries.md": Page(
         libraries,
         {
@@ -146,6 +157,13 @@ def _process_group():
 
 
 @pytest.fixture
+def _tasks(monkeypatch):
+    from sar_fast.lab.benchmark.tasks import registry
+
+    monkeypatch.setattr(registry, "_tasks", dict(registry._tasks))
+
+
+@pytest.fixture
 def _providers(monkeypatch):
     from sar_fast.backends import select
 
@@ -157,7 +175,7 @@ def _providers(monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.usefixtures("_process_group", "_providers")
+@pytest.mark.usefixtures("_process_group", "_providers", "_tasks")
 def test_python_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     given, sources = PAGES[page], blocks(page)

@@ -9,7 +9,6 @@ from pydantic import BaseModel, model_validator
 from torch import nn
 
 from sar_fast.base.errors import ArgumentError
-from sar_fast.config import BackendName
 from sar_fast.hf import apply_sar
 from sar_fast.integrations.options import config_of
 from sar_fast.method.options import Normalize, PriorSource, TextQueries
@@ -32,7 +31,7 @@ class SARArgs(BaseModel):
     sar_weighting: str | dict[str, Any] | None = None
     sar_text_queries: TextQueries | None = None
     sar_prior_source: PriorSource | None = None
-    sar_backend: BackendName | None = None
+    sar_backend: str | None = None
     sav_grad: bool | None = None
 
     @model_validator(mode="before")
