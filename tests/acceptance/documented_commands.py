@@ -57,6 +57,7 @@ ELSEWHERE = [  # (pattern of a command, why it is not run here)
     (r"^mkdir -p results/kept|^cp .*results/kept", "a GPU's records"),
     (r"^\. \.venv", "the environment is the one that runs this"),
     (r"^pip install", "an environment of its own: tests/acceptance/extras.py, and each page's acceptance program"),
+    (r"^sar-fast convert", "published checkpoints; tests/evaluation/test_focus_grounding.py converts small ones"),
     (r"^lmms-eval", "lmms-eval in an environment of its own; tests/evaluation/test_lmms_eval.py"),
     (r"^(swift|axolotl) |^python my_script|training_stacks\.py", "tests/acceptance/training_stacks.py"),
     (r"llamafactory", "tests/acceptance/llamafactory.py"),
