@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all gpu-env gpu-rehearsal gpu-cache sanitize lint format install bench clean
+.PHONY: demo quick test test-all gpu-env gpu-rehearsal gpu-cache sanitize lint format install bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      install, then run the main job on what the repository ships"
-	@echo "make test      install, then run the everyday tests (CPU, under 30 minutes on 2 cores)"
+	@echo "make quick     the oracle on the PyTorch backend, models and commands end to end (two minutes on 2 cores)"
+	@echo "make test      install, then run the everyday tests (CPU, under 6 minutes on 2 cores)"
 	@echo "make test-all  everything: slow suites, GPU marks where there is a GPU, Triton 3.4, 3.6 and 3.9"
 	@echo "make sanitize  small kernel tests under compute-sanitizer (a GPU and the CUDA toolkit)"
 	@echo "make gpu-cache compiles the GPU suite's kernels for another machine; also gpu-env, gpu-rehearsal"
@@ -37,8 +38,17 @@ $(STAMP): setup.py requirements.txt Makefile
 demo: $(STAMP)
 	$(BIN)/sar-fast demo
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Files, not a marker: what a first look needs is told in one place, and new tests in them count at once.
+QUICK := $(addprefix tests/, test_reference.py test_backends.py test_torch_backend.py test_varlen.py test_kvcache.py \
+  test_visibility.py test_module.py test_errors.py hf/test_families.py hf/test_batching.py hf/test_generate.py \
+  training/test_gradients.py training/test_packing.py evaluation/test_benchmark.py test_cli.py test_whole_way.py)
+quick: $(STAMP)
+	$(PYTEST) -m "not slow and not gpu" -k "not composed and not triton" $(QUICK)
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" tests
+	$(PYTEST) -m "not slow and not gpu" tests
 	$(BIN)/python -m pytest --benchmark-disable benchmarks
 
 test-all: $(STAMP)

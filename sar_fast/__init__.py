@@ -22,17 +22,21 @@ if TYPE_CHECKING:
         flash_attn_with_kvcache,
     )
     from sar_fast.attention.functional import sar_attn_func, sar_attn_varlen_func, sar_attn_with_kvcache
+    from sar_fast.backends.select import register_backend
+    from sar_fast.base.errors import ArgumentError
     from sar_fast.config import SARConfig
-    from sar_fast.hf import SARHandle, apply_sar, patch_model_for_sar, remove_sar
+    from sar_fast.hf import SARHandle, apply_sar, patch_model_for_sar, register_family, remove_sar
     from sar_fast.hf.module import SARAttention
     from sar_fast.method.prior import semantic_prior
     from sar_fast.method.roles import TokenRoles, token_roles
     from sar_fast.method.state import SARState, SARStats
     from sar_fast.method.visibility import Visibility
+    from sar_fast.weighting import register_weighting
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "ArgumentError": "sar_fast.base.errors",
     "SARAttention": "sar_fast.hf.module",
     "SARConfig": "sar_fast.config",
     "SARHandle": "sar_fast.hf",
@@ -49,6 +53,9 @@ _MODULE_OF = {
     "flash_attn_varlen_qkvpacked_func": "sar_fast.attention.flash",
     "flash_attn_with_kvcache": "sar_fast.attention.flash",
     "patch_model_for_sar": "sar_fast.hf",
+    "register_backend": "sar_fast.backends.select",
+    "register_family": "sar_fast.hf",
+    "register_weighting": "sar_fast.weighting",
     "remove_sar": "sar_fast.hf",
     "sar_attn_func": "sar_fast.attention.functional",
     "sar_attn_varlen_func": "sar_fast.attention.functional",
@@ -58,6 +65,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "ArgumentError",
     "SARAttention",
     "SARConfig",
     "SARHandle",
@@ -74,6 +82,9 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "patch_model_for_sar",
+    "register_backend",
+    "register_family",
+    "register_weighting",
     "remove_sar",
     "sar_attn_func",
     "sar_attn_varlen_func",

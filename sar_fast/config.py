@@ -9,7 +9,7 @@ import pickle
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sar_fast.base import json_text
-from sar_fast.base.errors import check_choice
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError, check_choice
 from sar_fast.base.scalars import is_integer, kind, plain
 from sar_fast.method.options import DecodeMode, Normalize, PriorSource, RecordRows, TextQueries, check_beta
 
@@ -70,15 +70,15 @@ class SARConfig:
     def __post_init__(self) -> None:
         k = plain(self.activation_layer_k)
         if not is_integer(k):
-            raise TypeError(f"activation_layer_k must be an int; got {kind(k)}")
+            raise ArgumentTypeError("activation_layer_k", kind(k), "be an int")
         if k < 0:
-            raise ValueError(f"activation_layer_k must be >= 0; got {k}")
+            raise ArgumentError("activation_layer_k", k, "be >= 0")
         object.__setattr__(self, "activation_layer_k", k)  # Python's numbers, which JSON can hold
         self._check_rule()
         self._check_rows()
         for name in ("sav_grad", "record"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool; got {kind(getattr(self, name))}")
+                raise ArgumentTypeError(name, kind(getattr(self, name)), "be a bool")
         for name, choices in CHOICES.items():
             if name == "normalize" and self.weighting is not None:
                 continue
@@ -102,7 +102,7 @@ class SARConfig:
                 object.__setattr__(self, name, default)
         object.__setattr__(self, "beta", check_beta(self.beta))
         if not isinstance(self.protect_first_head, bool):
-            raise TypeError(f"protect_first_head must be a bool; got {kind(self.protect_first_head)}")
+            raise ArgumentTypeError("protect_first_head", kind(self.protect_first_head), "be a bool")
 
     def _check_rows(self) -> None:
         if isinstance(self.row_statistics, (tuple, list)) and not self.row_statistics:
@@ -112,7 +112,7 @@ class SARConfig:
 
         object.__setattr__(self, "row_statistics", named(self.row_statistics))
         if not self.record:
-            raise ValueError("row_statistics must come with record=True, which keeps them; got record=False")
+            raise ArgumentError("row_statistics", "record=False", "come with record=True, which keeps them")
 
     @property
     def rule(self) -> Weighting:
@@ -179,7 +179,7 @@ class SARConfig:
     def from_dict(cls, values: dict[str, Any]) -> SARConfig:
         """Build from ``to_dict``'s output; unknown keys are an error that lists the known ones."""
         if not isinstance(values, dict):
-            raise TypeError(f"values must be a dict of SARConfig fields; got {kind(values)}")
+            raise ArgumentTypeError("values", kind(values), "be a dict of SARConfig fields")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known, key=str)
         if unknown:

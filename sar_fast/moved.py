@@ -26,8 +26,9 @@ MOVED = {  # those that documents named, and what is below them
     "sar_fast.training": "sar_fast.lab.training",
     "sar_fast.types": "sar_fast.method.state",
     "sar_fast.visibility": "sar_fast.method.visibility",
-    "sar_fast.weighting": "sar_fast.method.weighting",  # below it: the module itself is public
+    "sar_fast.weighting": "sar_fast.method.weighting",
 }
+STAYS = "sar_fast.weighting"  # a module itself, below which others were
 
 
 class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -48,7 +49,7 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def new_name(old: str) -> str | None:
     """The new name of a module, None if it has not moved."""
     parent, below = old, ""
-    while parent:
+    while parent and old != STAYS:
         if parent in MOVED:
             return MOVED[parent] + below
         parent, _, last = parent.rpartition(".")
@@ -56,4 +57,4 @@ def new_name(old: str) -> str | None:
     return None
 
 
-sys.meta_path.append(MovedFinder())  # last: only names that nothing else has
+sys.meta_path.insert(0, MovedFinder())  # first: else what is below a moved package is imported once more

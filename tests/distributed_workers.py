@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,17 @@ import torch.multiprocessing as mp
 
 from sar_fast.lab.run.process_group import leave_process_group
 
+# Processes are forked from one that has imported these and run nothing: each would import them for seconds.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "transformers.models.llava.modeling_llava", "sar_fast.hf"]
+)
+
 
 def run_ranks(worker: Callable, *arguments: Any, world_size: int = 2) -> None:
     """``worker(rank, world_size, *arguments)`` in real processes; a failure of one is this test's failure."""
     with tempfile.NamedTemporaryFile() as store:
-        mp.spawn(_enter, (world_size, store.name + ".store", worker, arguments), nprocs=world_size)
+        arguments = (world_size, store.name + ".store", worker, arguments)
+        mp.start_processes(_enter, arguments, nprocs=world_size, start_method="forkserver")
 
 
 def _enter(rank: int, world_size: int, store: str, worker: Callable, arguments: tuple) -> None:

@@ -68,6 +68,7 @@ def opens(folder, base=None):
     return load_model(find_model(str(folder), base), "cpu", "float32")[0]
 
 
+@pytest.mark.everyday(kind=["lora", "modules_to_save", "embedding", "ia3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_answer_is_that_of_peft_by_hand(tmp_path, kind):
     folder = write_adapter(tmp_path / kind, KINDS[kind]())

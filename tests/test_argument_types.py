@@ -83,6 +83,8 @@ def test_windows(function, kind):
         assert torch.equal(run(function, **{**options, "window_size": both}), expected)
 
 
+@pytest.mark.everyday(backend=["torch"])
+@pytest.mark.everyday(kind=[torch.tensor])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("function", [flash_attn_varlen_func, sar_attn_varlen_func], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", INTEGERS)
@@ -158,6 +160,7 @@ def test_a_number_that_wants_a_gradient_is_refused(name):
         run(sar_attn_func, **{name: torch.tensor(0.5, requires_grad=True)})
 
 
+@pytest.mark.everyday(backend=["torch"])
 @pytest.mark.parametrize("backend", ["torch", "composed", "triton"])
 @pytest.mark.parametrize("kind", [torch.tensor, np.int64])
 def test_longest_sequence_in_a_compiled_graph(kind, backend):

@@ -80,6 +80,8 @@ def test_full_grid(backend, S, heads, D, padding, dtype):
     assert_gradients(case, backend, sav_grad=True)
 
 
+@pytest.mark.everyday(S=[17], D=[80])
+@pytest.mark.everyday(S=[97])
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     ("S", "D", "padding"),
@@ -94,6 +96,7 @@ def test_alignment_does_not_inherit_the_rounding_of_the_log_sum_exp(backend, S, 
     assert relative_error(stats.semantic_alignment, oracle.semantic_alignment) <= 4e-7
 
 
+@pytest.mark.everyday(seed=[0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_alignment_of_many_rows_with_a_large_log_sum_exp(backend, seed):
     """Its rounding does not average out."""

@@ -28,7 +28,7 @@ from tests.training.runs import flags, train
 from tests.training.samples import REPOSITORY
 
 HOMES = {  # the only places where a module of an extra may be imported at once; elsewhere inside functions
-    "train": ("cli/evaluate/", "lab/benchmark/", "lab/run/", "lab/training/"),
+    "train": ("cli/evaluate/", "lab/benchmark/", "lab/focus/", "lab/probe/", "lab/run/session.py", "lab/training/"),
     "lmms-eval": ("integrations/lmms_eval/",),
     "llamafactory": ("integrations/llamafactory/",),
     "ms-swift": ("integrations/ms_swift.py",),

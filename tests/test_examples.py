@@ -52,6 +52,7 @@ def log_probabilities_without(layer: int, head: int) -> torch.Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.slow
 def test_ablating_heads(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = execute(nbformat.read(EXAMPLES / "ablate_heads.ipynb", as_version=4))

@@ -94,6 +94,7 @@ def test_packed_functions_return_what_the_others_do():
     assert probabilities is None
 
 
+@pytest.mark.everyday(backend=["torch"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_packed_functions_compile(backend):
     def block(qkv: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -377,6 +378,7 @@ def test_lengths_may_be_numbers():
     assert torch.equal(full, flash_attn_with_kvcache(**read, cache_seqlens=21))
 
 
+@pytest.mark.everyday(backend=["torch"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_cache_call_compiles(backend):
     call = CacheCall(**CACHE_CALLS["all"])

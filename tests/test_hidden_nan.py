@@ -78,6 +78,8 @@ def assert_same(got: dict, expected: dict, rows: torch.Tensor | slice = slice(No
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5 * max(1.0, float(largest)), msg=message)
 
 
+@pytest.mark.everyday(bad=[math.nan])
+@pytest.mark.everyday(padding=["left"], queries=[3])
 @every_backend
 @bad_values
 @through_weights
@@ -253,6 +255,8 @@ def test_another_packed_sequence(backend, bad, sav_grad):
     assert_same(*({n: t[[0, 2]] for n, t in result.items()} for result in (got, expected)))
 
 
+@pytest.mark.everyday(bad=[math.nan])
+@pytest.mark.everyday(decode=["running"], queries=[4])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @bad_values
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])

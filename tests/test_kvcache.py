@@ -93,6 +93,8 @@ class Generation:
         return out[0, start:], stats.head_weights[0]
 
 
+@pytest.mark.everyday(new=[3])
+@pytest.mark.everyday(decode=["running"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("new", [1, 3], ids=["one token", "three tokens"])
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])

@@ -29,19 +29,21 @@ def adapter(tmp_path_factory):
     return write_adapter(tmp_path_factory.mktemp("adapter") / "adapter")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        lambda: lora(),
-        lambda: lora(use_dora=True),
-        lambda: lora(modules_to_save=["multi_modal_projector"], target_modules=["embed_tokens", "q_proj"]),
-        lambda: peft.LoHaConfig(target_modules=TARGETS, r=2),
-        lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    ],
-    ids=["lora", "dora", "modules_to_save", "loha", "ia3"],
-)
+CONFIGS = {
+    "lora": lambda: lora(),
+    "dora": lambda: lora(use_dora=True),
+    "modules_to_save": lambda: lora(
+        modules_to_save=["multi_modal_projector"], target_modules=["embed_tokens", "q_proj"]
+    ),
+    "loha": lambda: peft.LoHaConfig(target_modules=TARGETS, r=2),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.everyday(config=["lora", "modules_to_save"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_the_merged_model_answers_as_the_adapter_does(tmp_path, config):
-    folder = write_adapter(tmp_path / "adapter", config())
+    folder = write_adapter(tmp_path / "adapter", CONFIGS[config]())
     merge_into(find_model(str(folder)), tmp_path / "merged")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     expected = logits(load_model(find_model(str(folder)), "cpu", "float32")[0])

@@ -280,6 +280,7 @@ def test_a_batch_answers_as_one_by_one(miniature):
         answer(*miniature, images[:2], texts[:1])
 
 
+@pytest.mark.everyday(size=[200])
 @pytest.mark.parametrize("size", [64, 200])
 def test_it_answers_held_out_questions(miniature, size):
     pairs = draw_questions(np.random.default_rng([99, size]), 120, ("plain", "gradient", "photograph"), size=size)

@@ -105,6 +105,8 @@ def test_decoding_on_a_static_cache_ends_as_the_whole_sequence(mode):
     torch.testing.assert_close(decode(module, static(), real)[:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.everyday(side=["none"], mode=["running"])
+@pytest.mark.everyday(form=["bool"])
 @pytest.mark.parametrize(
     ("mode", "side", "form"),
     [*((mode, "none", "none") for mode in MODES), ("running", "left", "2d"), ("prompt", "right", "bool")],

@@ -55,6 +55,7 @@ def longest(pattern: str) -> tuple[int, ...]:
     return () if pattern == "decode" else (15, 16) if pattern == "packed" else (0, 0)
 
 
+@pytest.mark.everyday(need_lse=[True])
 @pytest.mark.parametrize(("pattern", "backend"), CASES)
 @pytest.mark.parametrize("need_lse", [True, False], ids=["lse", "no lse"])
 def test_opcheck_forward(pattern, backend, need_lse):
@@ -62,6 +63,7 @@ def test_opcheck_forward(pattern, backend, need_lse):
     torch.library.opcheck(operator(pattern), arguments)
 
 
+@pytest.mark.everyday(through_weights=[True])
 @pytest.mark.parametrize(("pattern", "backend"), [c for c in CASES if c[0] != "decode"])
 @pytest.mark.parametrize("through_weights", [False, True], ids=["constant", "sav_grad"])
 def test_opcheck_backward(pattern, backend, through_weights):
@@ -72,6 +74,8 @@ def test_opcheck_backward(pattern, backend, through_weights):
     torch.library.opcheck(torch.ops.sar_fast.attention_backward, call)
 
 
+@pytest.mark.everyday(backend=["torch"])
+@pytest.mark.everyday(pattern=["packed"], backend=["triton"])
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("pattern", ["sar", "packed", "plain"])
 def test_the_backward_checks_what_the_forward_returned(pattern, backend):
@@ -192,6 +196,8 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.everyday(dynamic=[True], backend=["torch"])
+@pytest.mark.everyday(dynamic=[False], backend=["auto"])
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.usefixtures("fresh_compiler")

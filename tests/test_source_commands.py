@@ -197,6 +197,8 @@ def control(place, fine_tuned) -> list[dict]:
     return place.train("results/control_grad_analysis", CONTROL)
 
 
+# Every day tests/test_whole_way.py: from training to a score, by the same programs.
+@pytest.mark.slow
 def test_fine_tuning_logs_gradient_sparsity(place, fine_tuned):
     folder = place.folder / "results" / "sft_grad_analysis"
     assert keys(fine_tuned) >= GRADIENTS | GINI
@@ -229,6 +231,7 @@ def test_the_control_group_logs_its_loss_and_the_figures_compare_both(place, fin
         assert Image.open(results / "figures" / name).size[0] > 500
 
 
+@pytest.mark.slow
 def test_semantic_focus_with_grounding_models(place, fine_tuned, request, tmp_path, monkeypatch):
     bert_folder, (checkpoint, _) = request.getfixturevalue("bert"), request.getfixturevalue("original_detector")
     torch.save(original_sam(request.getfixturevalue("segmenter")), tmp_path / "sam.pth")
@@ -249,6 +252,7 @@ def test_semantic_focus_with_grounding_models(place, fine_tuned, request, tmp_pa
     assert f"FI  {found['focus_instability']:.4f}" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_the_main_table(place, fine_tuned, name):
     place.type(TABLE[name])
@@ -259,6 +263,7 @@ def test_the_main_table(place, fine_tuned, name):
     assert sar is None if name != "eval_sars" else (sar["activation_layer_k"], sar["beta"]) == (10, 0.5)
 
 
+@pytest.mark.slow
 def test_the_probe_of_every_layer(place, fine_tuned):
     place.type(PROBE)
     found = place.json("layerwise_probe/layerwise_probe_results.json")
@@ -267,6 +272,7 @@ def test_the_probe_of_every_layer(place, fine_tuned):
     assert (place.folder / "results" / "layerwise_probe" / "layerwise_probe.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_ablation_over_k(place, fine_tuned):
     for k in (5, 15):
         place.type(ABLATION.format(k=k))

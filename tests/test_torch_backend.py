@@ -41,6 +41,7 @@ def test_window_and_softcap(options, backend, dtype, padding):
     assert_gradients(case, backend, sav_grad=True)
 
 
+@pytest.mark.everyday(Sq=[9, 300])
 @pytest.mark.parametrize(("Sq", "Sk"), [(9, 37), (37, 9), (150, 300), (300, 150)])
 @pytest.mark.parametrize(("options", "backend"), WHERE)
 def test_window_and_softcap_with_other_lengths(options, backend, Sq, Sk):

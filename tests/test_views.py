@@ -48,6 +48,8 @@ def dense_results(case, backend, sav_grad=True) -> list[torch.Tensor]:
     return [out, stats.lse, stats.alignment_variance, stats.semantic_alignment, stats.head_weights, *grads]
 
 
+@pytest.mark.everyday(queries=[3])
+@pytest.mark.everyday(backend=["torch", "composed"])
 @views
 @pytest.mark.parametrize("queries", [20, 3])
 def test_dense(view, queries, backend):
@@ -56,6 +58,7 @@ def test_dense(view, queries, backend):
     close(got, dense_results([t.detach() for t in case], backend))
 
 
+@pytest.mark.everyday(queries=[3])
 @views
 @pytest.mark.parametrize("queries", [20, 3])
 @pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
@@ -75,6 +78,8 @@ PADDED = combinations(
 )
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(queries=[3])
 @pytest.mark.parametrize(("padded", "queries", "backend"), PADDED)
 def test_one_row_for_all_samples(padded, queries, backend):
     """And one entry for all tokens."""
@@ -113,6 +118,8 @@ IN_CACHE = combinations(
 )  # fmt: skip
 
 
+@pytest.mark.everyday(what=["new", "state"])
+@pytest.mark.everyday(backend=["torch", "composed"])
 @pytest.mark.parametrize(("what", "layout", "view", "backend"), IN_CACHE)
 def test_cache(what, layout, view, backend):
     paged = layout == "paged"

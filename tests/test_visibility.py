@@ -131,6 +131,7 @@ of_backends = pytest.mark.parametrize("backend", BACKENDS)
 of_patterns = pytest.mark.parametrize("name", PATTERNS)
 
 
+@pytest.mark.everyday(backend=["torch"])
 @of_backends
 @of_patterns
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
@@ -141,6 +142,8 @@ def test_backends_equal_the_reference_under_a_mask(name, backend, dtype, padding
     assert_gradients(case, backend, sav_grad=True)
 
 
+@pytest.mark.everyday(Sq=[9])
+@pytest.mark.everyday(Sq=[1], sav_grad=[True])
 @of_backends
 @of_patterns
 @pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "sav_grad"])

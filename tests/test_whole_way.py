@@ -1,6 +1,6 @@
 """From data to a score by commands alone, as a user types them: each takes what the one before left behind.
 
-The first and the last are processes of their own; those between run the same main programs here, which imports once.
+The first is a process of its own; the others run the same main programs here, which imports once.
 """
 
 from __future__ import annotations
@@ -129,5 +129,5 @@ def test_from_data_to_a_score(command, tmp_path):
     answers = [command("generate", "--model", model, *asked) for model in ("lora", "merged")]
     assert answers[0] == answers[1] != ""
 
-    command("plot", "lora", "--output_dir", "figures", by=process)
+    command("plot", "lora", "--output_dir", "figures")
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2

@@ -14,14 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # what runs on the GPU and how it is chosen; the tools beside them compile and search, but run in no call
 KERNELS = "kernels/sar_kernels"
-TOOLS = {"aot.py", "aot_measure.py", "decode_aot.py", "tune.py", "shortlist.py"}
+TOOLS = "tools"
 BACKENDS = "sar_fast/backends"
 SUITE = ("benchmarks/providers.py", "benchmarks/gpu_suite/device.py", "benchmarks/gpu_suite/inputs.py")
 
 
 def code_key(root: Path = ROOT) -> str:
     """12 hex digits that change when measured code changes."""
-    kernels = [p for p in (root / KERNELS).glob("*") if p.suffix in (".py", ".json") and p.name not in TOOLS]
+    kernels = [p for p in (root / KERNELS).rglob("*") if p.suffix in (".py", ".json") and p.parent.name != TOOLS]
     files = sorted([*kernels, *(root / BACKENDS).rglob("*.py"), *(root / name for name in SUITE)])
     digest = hashlib.sha256()
     for path in files:

@@ -13,6 +13,7 @@ from sar_fast.attention.decode_op import decode
 from sar_fast.attention.functional import check_packing, plain_attention
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
+from sar_fast.base.errors import ArgumentError
 from sar_fast.method import validation
 from sar_fast.method.kvcache import Step, check_cache
 from sar_fast.method.values import Call
@@ -35,7 +36,7 @@ def _parts(name: str, packed: Tensor, layout: str, parts: int) -> tuple[Tensor, 
     """Views of q, k and v (or k and v) in one tensor, which lie side by side in its last dimension but two."""
     validation.check_rank(name, packed, layout)
     if packed.shape[-3] != parts:
-        raise ValueError(f"{name} must be {layout}; got shape {tuple(packed.shape)}")
+        raise ArgumentError(name, f"shape {tuple(packed.shape)}", f"be {layout}")
     return packed.unbind(-3)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sar_fast.attention.decode_op import decode
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.method import validation
 from sar_fast.method.kvcache import Cache, Step, check_block_table
 from sar_fast.method.values import Scores
@@ -21,7 +22,7 @@ def refuse_with_pages(**arguments: object) -> None:
     """Raise on the first argument that is given: FlashAttention takes none of them beside ``block_table``."""
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"{name} must be None where block_table is given; got {type(value).__name__}")
+            raise ArgumentError(name, type(value).__name__, "be None where block_table is given")
 
 
 def sample_rows(
@@ -45,13 +46,13 @@ def _check_numbers(name: str, x: object, q: Tensor, largest: int) -> None:
     """Raise unless ``x`` is (B,) int32 on q's device; on a CPU, of numbers between 0 and ``largest``."""
     validation.check_tensor(name, x)
     if x.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32; got {x.dtype}")
+        raise ArgumentTypeError(name, x.dtype, "be int32")
     if tuple(x.shape) != (q.shape[0],):
-        raise ValueError(f"{name} must have shape ({q.shape[0]},); got {tuple(x.shape)}")
+        raise ArgumentError(name, tuple(x.shape), f"have shape ({q.shape[0]},)")
     if x.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
+        raise ArgumentError(name, x.device, f"be on q's device {q.device}")
     if _is_read(x) and not all(0 <= number <= largest for number in x.tolist()):
-        raise ValueError(f"{name} must hold numbers between 0 and {largest}; got {x.tolist()}")
+        raise ArgumentError(name, x.tolist(), f"hold numbers between 0 and {largest}")
 
 
 def _is_read(x: Tensor) -> bool:
@@ -97,20 +98,18 @@ def _check_rotary(step: Step, cos: Tensor | None, sin: Tensor | None) -> None:
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         validation.check_tensor(name, x)
         if x.dim() != 2 or not 2 <= 2 * x.shape[1] <= q.shape[-1]:
-            raise ValueError(
-                f"{name} must be (positions, R / 2), R at most the head dim {q.shape[-1]}; got {tuple(x.shape)}"
-            )
+            raise ArgumentError(name, tuple(x.shape), f"be (positions, R / 2), R at most the head dim {q.shape[-1]}")
         if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
+            raise ArgumentTypeError(name, x.dtype, f"have q's dtype {q.dtype}")
         if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
+            raise ArgumentError(name, x.device, f"be on q's device {q.device}")
     if cos.shape != sin.shape:
-        raise ValueError(f"rotary_sin must have rotary_cos's shape {tuple(cos.shape)}; got {tuple(sin.shape)}")
+        raise ArgumentError("rotary_sin", tuple(sin.shape), f"have rotary_cos's shape {tuple(cos.shape)}")
     needed = cache.capacity
     if not isinstance(cache.seqlens, Tensor) or _is_read(cache.seqlens):
         needed = max(needed, _query_places(step) + max(cache.host_lengths(), default=0))
     if cos.shape[0] < needed:
-        raise ValueError(f"rotary_cos must have {needed} positions or more for this cache and q; got {cos.shape[0]}")
+        raise ArgumentError("rotary_cos", cos.shape[0], f"have {needed} positions or more for this cache and q")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
@@ -148,8 +147,8 @@ def paged(
         validation.check_ends("k", ends, ends[-1], max_seqlens[1])
         lengths = [b - a for a, b in itertools.pairwise(ends)]
         if max(lengths, default=0) > cache.capacity:
-            raise ValueError(
-                f"block_table must hold pages for the longest sequence, {max(lengths)} keys; got {cache.capacity}"
+            raise ArgumentError(
+                "block_table", cache.capacity, f"hold pages for the longest sequence, {max(lengths)} keys"
             )
         cache.check_pages(lengths)
     return cache

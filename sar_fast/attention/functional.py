@@ -15,7 +15,7 @@ from sar_fast.attention.row_statistics import join_rows, row_sums
 from sar_fast.attention.row_statistics import row_statistics as row_statistics_of
 from sar_fast.backends.protocol import Backend, Request
 from sar_fast.backends.select import choose_backend
-from sar_fast.base.errors import check_choice
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError, check_choice
 from sar_fast.method import validation, value_checks
 from sar_fast.method.distributed import Shards
 from sar_fast.method.kvcache import Step, check_cache
@@ -197,9 +197,8 @@ def check_packing(
     validation.check_cu_seqlens("cu_seqlens_q", cu_q, total_q, device)
     validation.check_cu_seqlens("cu_seqlens_k", cu_k, total_k, device)
     if cu_q.shape != cu_k.shape:
-        raise ValueError(
-            f"cu_seqlens_k must describe as many sequences as cu_seqlens_q; got {cu_k.shape[0] - 1} and "
-            f"{cu_q.shape[0] - 1}"
+        raise ArgumentError(
+            "cu_seqlens_k", f"{cu_k.shape[0] - 1} and {cu_q.shape[0] - 1}", "describe as many sequences as cu_seqlens_q"
         )
     return validation.check_longest("max_seqlen_q", max_q), validation.check_longest("max_seqlen_k", max_k)
 
@@ -238,7 +237,7 @@ def _lowered_packed(
 
 def _check_visibility(visibility: object) -> Visibility:
     if not isinstance(visibility, Visibility):
-        raise TypeError(f"visibility must be a sar_fast.Visibility or None; got {type(visibility).__name__}")
+        raise ArgumentTypeError("visibility", type(visibility).__name__, "be a sar_fast.Visibility or None")
     return visibility
 
 
@@ -300,17 +299,17 @@ def sar_attn_with_kvcache(
         and nothing that is written keeps a graph.
     """
     if cache_seqlens is None:
-        raise TypeError("cache_seqlens must be an int or (batch,) int32; got None")
+        raise ArgumentTypeError("cache_seqlens", "None", "be an int or (batch,) int32")
     return_stats = validation.check_flag("return_stats", return_stats)
     check_choice("decode", decode, ("running", "step", "prompt"))
     cache = check_cache(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     rule = choose_weighting(weighting, beta, protect_first_head, normalize)
     if state is None:
         if decode == "prompt" and needs_statistics(rule):
-            raise ValueError('state must hold the prompt\'s weights for decode="prompt"; got None')
+            raise ArgumentError("state", "None", 'hold the prompt\'s weights for decode="prompt"')
         state = SARState.empty(q.shape[0], q.shape[2], q.device, rule)
     if not isinstance(state, SARState):
-        raise TypeError(f"state must be a SARState or None; got {type(state).__name__}")
+        raise ArgumentTypeError("state", type(state).__name__, "be a SARState or None")
     B, Sq, H, _ = q.shape
     validation.check_mask("visual_mask", visual_mask, (B, cache.capacity), q.device)
     validation.check_prior(prior, (B, cache.capacity), q.device)
@@ -320,9 +319,13 @@ def sar_attn_with_kvcache(
     check_state(state, B, H, q.device, written=decode == "running")
     rows, held = len(all_row_statistics(rule)), 0 if state.row_sums is None else state.row_sums.shape[1]
     if decode == "running" and held != rows:
-        raise ValueError(
-            f"state must hold the sums of {rows} row statistics, for which weighting asks, as SARState.empty(..., "
-            f"weighting=rule) and SARState.from_stats(stats, rule) do; got {held}"
+        raise ArgumentError(
+            "state",
+            held,
+            (
+                f"hold the sums of {rows} row statistics, for which weighting asks, as "
+                "SARState.empty(..., weighting=rule) and SARState.from_stats(stats, rule) do"
+            ),
         )
     scores = validation.make_scores(
         q, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
@@ -402,11 +405,11 @@ def check_state(state: SARState, batch: int, heads: int, device: torch.device, *
         tensor = getattr(state, name)
         validation.check_tensor(f"state.{name}", tensor)
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"state must be for batch {batch} and {heads} heads; got {tuple(tensor.shape)} in {name}")
+            raise ArgumentError("state", f"{tuple(tensor.shape)} in {name}", f"be for batch {batch} and {heads} heads")
         if tensor.dtype != torch.float32:
-            raise TypeError(f"state.{name} must be float32; got {tensor.dtype}")
+            raise ArgumentTypeError(f"state.{name}", tensor.dtype, "be float32")
         if tensor.device != device:
-            raise ValueError(f"state must be on q's device {device}; got {tensor.device}")
+            raise ArgumentError("state", tensor.device, f"be on q's device {device}")
         shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
         if written and shared and name != "head_weights":
             raise ValueError(

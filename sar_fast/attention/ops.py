@@ -15,6 +15,7 @@ from sar_fast.attention.head_scaling import scale_heads
 from sar_fast.attention.row_statistics import join_rows, row_statistics
 from sar_fast.backends.protocol import Backend
 from sar_fast.backends.select import BY_NAME
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.method import value_checks
 from sar_fast.method.tracing import distinct, longest, no_autocast
 from sar_fast.method.values import Bounds, Call, Result, Roles, Scores, Statistics, Sums
@@ -159,11 +160,11 @@ def _check_results(call: Call, grad_out: Tensor, result: Result) -> None:
     expected["count"] = (statistics.count, per_head[:1], acc)
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+            raise ArgumentError(name, tuple(tensor.shape), f"have shape {shape}")
         if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}; got {tensor.dtype}")
+            raise ArgumentTypeError(name, tensor.dtype, f"be {dtype}")
         if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}; got {tensor.device}")
+            raise ArgumentError(name, tensor.device, f"be on q's device {q.device}")
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")

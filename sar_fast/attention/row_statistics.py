@@ -18,6 +18,7 @@ from sar_fast.backends.blocks import row_blocks, scores, sees
 from sar_fast.backends.select import BY_NAME
 from sar_fast.backends.sequence import Sequence, sequences_of
 from sar_fast.backends.statistics import rows_per_block, text_visual_block
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.method.tracing import distinct, longest, no_autocast, recording
 from sar_fast.method.values import Bounds, Call, Roles, Scores, Statistics, StatisticsWithRows, Sums
 from sar_fast.method.weighting.rows import Mass, Rows, RowStatistic, check_row_statistics, find_row_statistic
@@ -47,9 +48,9 @@ class _Asked(NamedTuple):
         shape, rule = (len(rows.heads), rows.queries.numel()), f"row statistic {self.statistic.name!r}"
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{rule} must return a floating point tensor; got {got}")
+            raise ArgumentTypeError(rule, got, "return a floating point tensor")
         if value.shape != shape:
-            raise ValueError(f"{rule} must return shape {shape}, (heads, queries); got {tuple(value.shape)}")
+            raise ArgumentError(rule, tuple(value.shape), f"return shape {shape}, (heads, queries)")
         return value.to(rows.q.dtype)
 
 
@@ -240,7 +241,7 @@ def _call(
     call = Call(q, k, k, scores, roles, *masks, lengths, Bounds(key_first, key_end))
     if tuple(lse.shape) != call.lse_shape or lse.dtype != call.accumulate_dtype:
         needed = f"{call.accumulate_dtype} of shape {call.lse_shape}"
-        raise ValueError(f"lse must be {needed}; got {lse.dtype} of shape {tuple(lse.shape)}")
+        raise ArgumentError("lse", f"{lse.dtype} of shape {tuple(lse.shape)}", f"be {needed}")
     return call
 
 
@@ -335,7 +336,7 @@ def row_statistics(
     """
     statistics = check_row_statistics(statistics)
     if call.roles is None:
-        raise ValueError("row_statistics must be asked of a call with roles; got plain attention")
+        raise ArgumentError("row_statistics", "plain attention", "be asked of a call with roles")
     scores = call.scores
     num_tensors = [len(statistic.tensors) for statistic in statistics]
     scalars = (float(scores.scale), scores.causal, *scores.window, float(scores.softcap), *call.max_seqlens)

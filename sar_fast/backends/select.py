@@ -14,7 +14,8 @@ from sar_fast.backends.providers.choice import PROVIDERS, measured_lengths, meas
 from sar_fast.backends.providers.protocol import Provider
 from sar_fast.backends.triton import Triton
 from sar_fast.backends.whole_batch import WholeBatch
-from sar_fast.base.errors import check_choice
+from sar_fast.base import plugins
+from sar_fast.base.errors import ArgumentError, check_choice
 from sar_fast.method.values import Scores
 
 # in the order in which "auto" tries them where nothing was measured
@@ -36,8 +37,30 @@ for _provider in list(PROVIDERS.values()):
     register_provider(_provider)
 
 
+def register_backend(backend: Backend, *, replace: bool = False) -> None:
+    """Make a backend known by its name; ``"auto"`` takes it only for calls that none before it supports.
+
+    An installed package adds one by an entry point of the group ``sar_fast.backends``: its name, and where the object
+    is.
+
+    Raises:
+        ArgumentError: no backend, or a name that another has, without ``replace``.
+    """
+    missing = [n for n in ("name", "unsupported", "forward", "backward", "decode") if not hasattr(backend, n)]
+    if missing:
+        raise ArgumentError("backend", repr(backend), f"be a Backend (sar_fast.backends.protocol); no {missing[0]}")
+    if backend.name in ("", "auto") or ":" in backend.name or (backend.name in BACKENDS and not replace):
+        taken = ", ".join(BACKENDS)
+        raise ArgumentError("backend", f"the name {backend.name!r}", f"be called otherwise than {taken}, auto")
+    BACKENDS[backend.name] = BY_NAME[backend.name] = backend
+
+
 def check_backend_name(argument: str, name: object) -> None:
     """Raise :class:`~sar_fast.base.errors.ArgumentError` unless ``name`` is ``"auto"`` or a backend's."""
+    if isinstance(name, str) and name not in ("auto", *BY_NAME):
+        found = plugins.load("backends", name, argument)
+        if found is not None:
+            register_backend(found)
     of_provider = isinstance(name, str) and ":" in name
     check_choice(argument, name, tuple(n for n in BY_NAME if ":" in n) if of_provider else ("auto", *BACKENDS))
 

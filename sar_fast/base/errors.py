@@ -13,7 +13,8 @@ class ArgumentError(ValueError):
     Args:
         argument: its name in Python.
         came: what was given, as it is to be shown.
-        needed: what it must be; other arguments in braces, ``"left out without {model}"``.
+        needed: what it must do, ``"be > 0"``, ``"have shape (3,)"``; other arguments in braces, ``"be left out without
+            {model}"``.
     """
 
     def __init__(self, argument: str, came: object, needed: str) -> None:
@@ -23,7 +24,7 @@ class ArgumentError(ValueError):
     def worded(self, names: Mapping[str, str]) -> str:
         """One line, with a front end's own words for the arguments in ``names``."""
         needed = re.sub(r"\{(\w+)\}", lambda other: names.get(other[1], other[1]), self.needed)
-        return f"{names.get(self.argument, self.argument)} must be {needed}; got {self.came}"
+        return f"{names.get(self.argument, self.argument)} must {needed}; got {self.came}"
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
@@ -43,4 +44,4 @@ def arguments_named(names: Mapping[str, str]) -> Iterator[None]:
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise :class:`ArgumentError` naming the argument unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
-        raise ArgumentError(name, repr(value), f"one of {', '.join(map(repr, choices))}")
+        raise ArgumentError(name, repr(value), f"be one of {', '.join(map(repr, choices))}")

@@ -6,6 +6,8 @@ import math
 import numbers
 from typing import Any
 
+from sar_fast.base.errors import ArgumentTypeError
+
 
 def plain(value: Any) -> Any:
     """The Python value in a NumPy scalar, or in a tensor or array of one entry; anything else as it came.
@@ -29,7 +31,7 @@ def number(name: str, value: object, needed: str = "a number") -> int | float:
     """The int or float in ``value``; ``TypeError`` if it holds none."""
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Real):
-        raise TypeError(f"{name} must be {needed}; got {kind(found)}")
+        raise ArgumentTypeError(name, kind(found), f"be {needed}")
     return found if isinstance(found, (int, float)) else float(found)  # a fraction, NumPy's longdouble
 
 

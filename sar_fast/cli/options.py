@@ -10,12 +10,11 @@ import typer
 
 from sar_fast.cli.errors import UserError
 from sar_fast.config import SARConfig
+from sar_fast.lab.io.model_source import MINIATURE as MINIATURE
 from sar_fast.lab.io.output_dir import check_output_dir
 
 if TYPE_CHECKING:
     from torch import nn
-
-MINIATURE = "miniature"
 
 Model = Annotated[
     str,

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sar_fast.attention.functional import plain_attention
 from sar_fast.attention.rows import visual_attention_rows
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.cache_state import attach
 from sar_fast.hf.compact_mask import bounds_of, is_compact
 from sar_fast.hf.decoding import attend_with_state
@@ -76,7 +77,7 @@ def sar_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     if dropout:
-        raise ValueError(f"attention_dropout must be 0 with attn_implementation='sar': no dropout; got {dropout}")
+        raise ArgumentError("attention_dropout", dropout, "be 0 with attn_implementation='sar': no dropout")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, heads, D]
     if is_causal is None:  # as transformers' SDPA: a module's own word counts where no mask was needed
         unmasked = attention_mask is None and square and packing is None

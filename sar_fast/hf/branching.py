@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf.cache_argument import cache_in, with_cache
 from sar_fast.hf.features import give_features, norms_on
@@ -88,7 +89,7 @@ def run_branches(
         ValueError: ``call`` ran on other inputs than the first time, or uses a cache that is not dynamic.
     """
     if not configs:
-        raise ValueError("configs must hold at least one SARConfig; got none")
+        raise ArgumentError("configs", "none", "hold at least one SARConfig")
     if getattr(handle.model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise ValueError(
             "model: its last layers read the keys and values of earlier ones (num_kv_shared_layers), so settings "
@@ -251,7 +252,7 @@ def _graft(cache: Cache | None, trunk: _Trunk, start: int) -> None:
     if cache is None:
         return
     if cache.is_compileable:
-        raise ValueError(f"call must use a dynamic cache, which grows; got {type(cache).__name__}")
+        raise ArgumentError("call", type(cache).__name__, "use a dynamic cache, which grows")
     for index, shared in enumerate(trunk.layers()[:start] if start else ()):
         if trunk.padded:  # every layer keeps what its kind keeps: some a window
             cache.update(shared.keys, shared.values, index)

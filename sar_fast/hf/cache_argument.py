@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from sar_fast.base.errors import ArgumentTypeError
+
 NEW, OLD = "cache", "past_key_values"
 
 
@@ -23,9 +25,13 @@ def cache_in(given: Mapping[str, Any]) -> Any:
 def check_cache(cache: Any) -> None:
     """``TypeError`` for a cache of many requests at once, which generate_batch makes."""
     if cache is not None and not hasattr(cache, "get_seq_length"):
-        raise TypeError(
-            f"cache must be one of generate's; got {type(cache).__name__}, as in continuous batching (generate_batch), "
-            "which SAR does not support: use generate, or remove_sar first"
+        raise ArgumentTypeError(
+            "cache",
+            (
+                f"{type(cache).__name__}, as in continuous batching (generate_batch), which SAR does not "
+                "support: use generate, or remove_sar first"
+            ),
+            "be one of generate's",
         )
 
 

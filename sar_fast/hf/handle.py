@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.config import SARConfig
 from sar_fast.hf import install
 from sar_fast.hf.cache_state import Switch
@@ -63,9 +64,10 @@ class SARHandle:
     def check_options(self, config: SARConfig) -> None:
         """Whether this handle can take other options: K must fit, and the prior's source is fixed once SAR is on."""
         if config.activation_layer_k > self.layout.total_layers:
-            raise ValueError(
-                "activation_layer_k must be at most the number of attention layers, "
-                f"{self.layout.total_layers}; got {config.activation_layer_k}"
+            raise ArgumentError(
+                "activation_layer_k",
+                config.activation_layer_k,
+                f"be at most the number of attention layers, {self.layout.total_layers}",
             )
         if config.prior_source != self.config.prior_source:
             raise ValueError(
@@ -165,7 +167,7 @@ def apply_sar(model: nn.Module, config: SARConfig | None = None, *, shards: Shar
     """
     config = SARConfig() if config is None else config
     if not isinstance(config, SARConfig):
-        raise TypeError(f"config must be a SARConfig; got {type(config).__name__}")
+        raise ArgumentTypeError("config", type(config).__name__, "be a SARConfig")
     if handle_of(unwrap(model).base_model) is not None:
         raise ValueError("model: SAR is applied to it already; call remove_sar(model) or handle.remove() first")
     handle = SARHandle(model, config, shards)
@@ -195,7 +197,7 @@ def patch_model_for_sar(
     place of ``sar_beta`` among them.
     """
     if not isinstance(use_sar, bool):
-        raise TypeError(f"use_sar must be a bool; got {type(use_sar).__name__} {use_sar!r}")
+        raise ArgumentTypeError("use_sar", f"{type(use_sar).__name__} {use_sar!r}", "be a bool")
     if not use_sar:
         handle = handle_of(unwrap(model).base_model)
         if handle is not None:

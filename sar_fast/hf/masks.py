@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.hf.compact_mask import is_compact, real_queries
 from sar_fast.hf.dense_masks import as_visible
 from sar_fast.hf.host_facts import HostFacts
@@ -62,16 +63,17 @@ def read_mask(
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, a dict of tensors or None; got {type(mask).__name__}")
+        raise ArgumentTypeError("attention_mask", type(mask).__name__, "be a tensor, a dict of tensors or None")
     if mask.dim() == 2:
         return _columns(mask, shape, past_length, facts), None
     if is_compact(mask) and mask.shape[:3] in ((1, 1, shape[1]), (shape[0], 1, shape[1])):
         return real_queries(mask).expand(shape), None
     if mask.dim() == 4:
         return _read_dense(mask, shape, past_length, everywhere)
-    raise ValueError(
-        f"attention_mask must be (batch, positions) or (batch, 1, queries, keys); got shape {tuple(mask.shape)}. Where "
-        "packed sequences begin and end is said by cu_seq_lens_q and cu_seq_lens_k"
+    raise ArgumentError(
+        "attention_mask",
+        (f"shape {tuple(mask.shape)}. Where packed sequences begin and end is said by cu_seq_lens_q and cu_seq_lens_k"),
+        "be (batch, positions) or (batch, 1, queries, keys)",
     )
 
 
@@ -79,7 +81,7 @@ def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor, facts: 
     """The new positions' columns of a (B, positions) mask, which may run on over a static cache's unfilled slots."""
     B, S = shape
     if mask.shape[0] != B:
-        raise ValueError(f"attention_mask must have the batch's {B} rows; got shape {tuple(mask.shape)}")
+        raise ArgumentError("attention_mask", f"shape {tuple(mask.shape)}", f"have the batch's {B} rows")
     if "padding" in facts and facts["padding"][1]:
         raise ValueError(
             "attention_mask of 2 dimensions must be 1 at real tokens and 0 at padding; got other values, which would "
@@ -90,9 +92,8 @@ def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor, facts: 
         columns = past_length.to(mask.device) + torch.arange(S, device=mask.device)
         return mask.index_select(1, columns.clamp_max(mask.shape[1] - 1)) != 0
     if mask.shape[1] < past_length + S:
-        raise ValueError(
-            f"attention_mask must cover the {past_length} cached and the {S} new positions; got shape "
-            f"{tuple(mask.shape)}"
+        raise ArgumentError(
+            "attention_mask", f"shape {tuple(mask.shape)}", f"cover the {past_length} cached and the {S} new positions"
         )
     return mask[:, past_length : past_length + S] != 0
 

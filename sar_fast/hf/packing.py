@@ -15,6 +15,7 @@ from sar_fast.attention import ops
 from sar_fast.attention.functional import autocast_inputs
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.hf.host_facts import HostFacts
 from sar_fast.method.options import TextQueries
 from sar_fast.method.roles import TokenRoles
@@ -116,10 +117,10 @@ def _from_lengths(
 ) -> Packing:
     if cu_q is None or cu_k is None:
         missing = "cu_seq_lens_q" if cu_q is None else "cu_seq_lens_k"
-        raise ValueError(f"{missing} must be given together with the other; got None")
+        raise ArgumentError(missing, "None", "be given together with the other")
     for name, lengths in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
         if not isinstance(lengths, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(lengths).__name__}")
+            raise ArgumentTypeError(name, type(lengths).__name__, "be a tensor")
     if shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q describes one packed row; got a batch of {shape[0]}")
     if not torch.compiler.is_compiling():
@@ -127,9 +128,9 @@ def _from_lengths(
             raise ValueError(f"cu_seq_lens_q: SAR packs whole sequences, without a cache; {past_length} are cached")
         ends, same = facts["cu_seq_lens_q"], facts["cu_seq_lens_k"]
         if ends[0] != 0 or ends[-1] != shape[1] or any(b < a for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"cu_seq_lens_q must rise from 0 to the packed length {shape[1]}; got {ends}")
+            raise ArgumentError("cu_seq_lens_q", ends, f"rise from 0 to the packed length {shape[1]}")
         if ends != same:
-            raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q without a cache; got {same}")
+            raise ArgumentError("cu_seq_lens_k", same, "equal cu_seq_lens_q without a cache")
         if "packed padding" in facts and facts["packed padding"] != [0]:
             raise ValueError("attention_mask must be None or all ones with cu_seq_lens_q: packed rows have no padding")
     longest = given.get("max_length_q")

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.cache_argument import cache_in
 from sar_fast.hf.features import handle_of
 from sar_fast.hf.structure import find_decoder_layers, unwrap
@@ -60,7 +61,7 @@ class SequenceSplit:
         """This rank's positions among ``length``."""
         ranks = dist.get_world_size(self.group)
         if length % ranks:
-            raise ValueError(f"input_ids must be padded to a multiple of the {ranks} ranks that share it; got {length}")
+            raise ArgumentError("input_ids", length, f"be padded to a multiple of the {ranks} ranks that share it")
         first = dist.get_rank(self.group) * (length // ranks)
         return slice(first, first + length // ranks)
 

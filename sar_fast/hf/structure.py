@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sar_fast.base.errors import ArgumentTypeError
 from sar_fast.hf.cache_argument import NEW, OLD
 from sar_fast.hf.families import Family, UnsupportedModelError, find_family
 from sar_fast.method.distributed import Shards
@@ -100,8 +101,8 @@ def unwrapping(model: nn.Module) -> list[nn.Module]:
         else:
             inner = getattr(outer, "module", None) or getattr(outer, "_orig_mod", None)
         if inner is None or inner is outer:
-            raise TypeError(
-                f"model must be a transformers PreTrainedModel or a wrapper of one; got {type(model).__name__}"
+            raise ArgumentTypeError(
+                "model", type(model).__name__, "be a transformers PreTrainedModel or a wrapper of one"
             )
         seen.append(inner)
     return seen

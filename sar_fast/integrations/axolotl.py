@@ -8,7 +8,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, model_validator
 from torch import nn
 
-from sar_fast.config import BackendName
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf import apply_sar
 from sar_fast.integrations.options import config_of
 from sar_fast.method.options import Normalize, PriorSource, TextQueries
@@ -31,7 +31,7 @@ class SARArgs(BaseModel):
     sar_weighting: str | dict[str, Any] | None = None
     sar_text_queries: TextQueries | None = None
     sar_prior_source: PriorSource | None = None
-    sar_backend: BackendName | None = None
+    sar_backend: str | None = None
     sav_grad: bool | None = None
 
     @model_validator(mode="before")
@@ -43,9 +43,13 @@ class SARArgs(BaseModel):
             raise ValueError(f"{', '.join(unknown)}: no option of SAR; known: use_sar, {', '.join(KEYS.values())}")
         ranks = given.get("context_parallel_size") or 1
         if ranks > 1 and given.get("use_sar", True):
-            raise ValueError(
-                f"context_parallel_size must be 1 with SAR; got {ranks}: every rank would get a slice of the prompt, "
-                "so statistics would be a slice's. DDP, FSDP and DeepSpeed's ZeRO split no prompt"
+            raise ArgumentError(
+                "context_parallel_size",
+                (
+                    f"{ranks}: every rank would get a slice of the prompt, so statistics would be a slice's. "
+                    "DDP, FSDP and DeepSpeed's ZeRO split no prompt"
+                ),
+                "be 1 with SAR",
             )
         return given
 

@@ -18,6 +18,7 @@ import yaml
 from swift.callbacks import callbacks_map
 from torch import nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.integrations.options import config_of
 from sar_fast.integrations.trainer_callback import SARCallback
@@ -70,10 +71,14 @@ def _value(text: str) -> Any:
 def refuse_sequence_parallel(size: int) -> None:
     """``ValueError`` if ms-swift splits sequences over ranks."""
     if size > 1:
-        raise ValueError(
-            f"sequence_parallel_size must be 1 with SAR; got {size}: a hook of ms-swift gives every rank a slice of "
-            "the prompt, which only its own sdpa and flash_attention_2 put together, so statistics would be a slice's. "
-            "DDP and DeepSpeed's ZeRO split no prompt"
+        raise ArgumentError(
+            "sequence_parallel_size",
+            (
+                f"{size}: a hook of ms-swift gives every rank a slice of the prompt, which only its own "
+                "sdpa and flash_attention_2 put together, so statistics would be a slice's. DDP and "
+                "DeepSpeed's ZeRO split no prompt"
+            ),
+            "be 1 with SAR",
         )
 
 

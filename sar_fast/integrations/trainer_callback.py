@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from sar_fast.base.errors import ArgumentTypeError
 from sar_fast.config import SARConfig
 from sar_fast.hf import SARHandle, apply_sar
 from sar_fast.hf.features import handle_of
@@ -38,7 +39,7 @@ class SARCallback(TrainerCallback):
     def __init__(self, config: SARConfig | None = None) -> None:
         self.config = SARConfig() if config is None else config
         if not isinstance(self.config, SARConfig):
-            raise TypeError(f"config must be a SARConfig; got {type(config).__name__}")
+            raise ArgumentTypeError("config", type(config).__name__, "be a SARConfig")
         self.handle: SARHandle | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import is_integer, kind, plain
 from sar_fast.method import validation
 from sar_fast.method.values import UNBOUNDED, Bounds, Roles, Scores, Sums
@@ -54,9 +55,8 @@ class Cache:
             lengths = self.seqlens.tolist()
         for b, length in enumerate(lengths):
             if not 0 <= length <= self.capacity - self.new:
-                raise ValueError(
-                    f"cache_seqlens[{b}] must leave room for {self.new} new key(s) in a cache of {self.capacity}; got "
-                    f"{length}"
+                raise ArgumentError(
+                    f"cache_seqlens[{b}]", length, f"leave room for {self.new} new key(s) in a cache of {self.capacity}"
                 )
         return lengths
 
@@ -93,7 +93,7 @@ class Cache:
         for b, (row, length) in enumerate(zip(self.block_table.tolist(), lengths)):
             used = row[: -(-(length + self.new) // page)]
             if any(not 0 <= block < blocks for block in used):
-                raise ValueError(f"block_table[{b}] must hold pages between 0 and {blocks - 1}; got {used}")
+                raise ArgumentError(f"block_table[{b}]", used, f"hold pages between 0 and {blocks - 1}")
 
     def write(self) -> list[int]:
         """Write the new keys and values after each sample's, in place; returns the lengths after that."""
@@ -175,12 +175,12 @@ def check_cache(
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (batch, new, *cache.shape[2:])
         if x is not None and tuple(x.shape) != expected:
-            raise ValueError(f"{name} must have shape {expected}; got {tuple(x.shape)}")
+            raise ArgumentError(name, tuple(x.shape), f"have shape {expected}")
         if x is not None and x.dtype != cache.dtype:
-            raise TypeError(f"{name} must have {name}_cache's dtype {cache.dtype}; got {x.dtype}")
+            raise ArgumentTypeError(name, x.dtype, f"have {name}_cache's dtype {cache.dtype}")
     for name, x in (("k", k), ("v", v), ("cache_seqlens", cache_seqlens)):
         if isinstance(x, Tensor) and x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
+            raise ArgumentError(name, x.device, f"be on q's device {q.device}")
     return Cache(k_cache, v_cache, k, v, cache_seqlens, block_table, batch)
 
 
@@ -188,11 +188,11 @@ def check_block_table(block_table: object, batch: int, device: torch.device) -> 
     """Raise unless ``block_table`` is (batch, pages) int32 on ``device``."""
     validation.check_tensor("block_table", block_table)
     if block_table.dtype != torch.int32:
-        raise TypeError(f"block_table must be int32; got {block_table.dtype}")
+        raise ArgumentTypeError("block_table", block_table.dtype, "be int32")
     if block_table.dim() != 2 or block_table.shape[0] != batch:
-        raise ValueError(f"block_table must have shape ({batch}, pages); got {tuple(block_table.shape)}")
+        raise ArgumentError("block_table", tuple(block_table.shape), f"have shape ({batch}, pages)")
     if block_table.device != device:
-        raise ValueError(f"block_table must be on q's device {device}; got {block_table.device}")
+        raise ArgumentError("block_table", block_table.device, f"be on q's device {device}")
 
 
 def _check_lengths(cache_seqlens: object, batch: int) -> int | Tensor | None:
@@ -201,12 +201,12 @@ def _check_lengths(cache_seqlens: object, batch: int) -> int | Tensor | None:
         cache_seqlens = plain(cache_seqlens)
         if cache_seqlens is None or is_integer(cache_seqlens):
             return cache_seqlens
-        raise TypeError(f"cache_seqlens must be an int or int32; got {kind(cache_seqlens)}")
+        raise ArgumentTypeError("cache_seqlens", kind(cache_seqlens), "be an int or int32")
     validation.check_tensor("cache_seqlens", cache_seqlens)
     if cache_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cache_seqlens must be an int or int32; got {cache_seqlens.dtype}")
+        raise ArgumentTypeError("cache_seqlens", cache_seqlens.dtype, "be an int or int32")
     if cache_seqlens.dim() == 0:  # one number for all
         return cache_seqlens.expand(batch)
     if tuple(cache_seqlens.shape) != (batch,):
-        raise ValueError(f"cache_seqlens must be an int or ({batch},) int32; got {tuple(cache_seqlens.shape)}")
+        raise ArgumentError("cache_seqlens", tuple(cache_seqlens.shape), f"be an int or ({batch},) int32")
     return cache_seqlens

@@ -18,5 +18,5 @@ def check_beta(beta: object) -> int | float:
     """beta as a Python number in (0, inf], else an error; ``inf`` gives every head the same weight."""
     beta = number("beta", beta)
     if not beta > 0 or (isinstance(beta, int) and beta.bit_length() > 1023):
-        raise ArgumentError("beta", f"{beta!r:.50}", "> 0 (a softmax temperature) and within a float's range")
+        raise ArgumentError("beta", f"{beta!r:.50}", "be > 0 (a softmax temperature) and within a float's range")
     return beta

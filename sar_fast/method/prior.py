@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
+
 
 def semantic_prior(features: Tensor | Sequence[Tensor], mask: Tensor) -> Tensor:
     """``prior_j = n_j / sum n`` with ``n_j`` the fp32 L2 norm of visual token j's feature (docs/method.md, section 2).
@@ -27,22 +29,23 @@ def semantic_prior(features: Tensor | Sequence[Tensor], mask: Tensor) -> Tensor:
     if features.dim() == 3 and tuple(features.shape[:2]) == tuple(mask.shape):
         features = features[mask]
     if features.dim() != 2:
-        raise ValueError(
-            f"features must be (total_visual, F), or (B, S, F) with mask's (B, S) = {tuple(mask.shape)}; got "
-            f"{tuple(features.shape)}"
+        raise ArgumentError(
+            "features",
+            tuple(features.shape),
+            f"be (total_visual, F), or (B, S, F) with mask's (B, S) = {tuple(mask.shape)}",
         )
     if not features.is_floating_point():
-        raise TypeError(f"features must be floating point; got {features.dtype}")
+        raise ArgumentTypeError("features", features.dtype, "be floating point")
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32  # vector_norm never narrows
     norms = torch.linalg.vector_norm(features, dim=-1, dtype=dtype)
     if not bool(norms.isfinite().all()):
-        raise ValueError(f"features must be finite; got {int((~norms.isfinite()).sum())} of {len(norms)} that are not")
+        raise ArgumentError("features", f"{int((~norms.isfinite()).sum())} of {len(norms)} that are not", "be finite")
     return prior_from_norms(norms, mask)
 
 
 def _check_mask(mask: Tensor) -> None:
     if mask.dtype != torch.bool or mask.dim() != 2:
-        raise TypeError(f"mask must be a (batch, seqlen) bool tensor; got {mask.dtype} {tuple(mask.shape)}")
+        raise ArgumentTypeError("mask", f"{mask.dtype} {tuple(mask.shape)}", "be a (batch, seqlen) bool tensor")
 
 
 def prior_from_norms(norms: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sar_fast.base.errors import check_choice
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError, check_choice
 from sar_fast.method.options import TextQueries
 
 
@@ -40,11 +40,11 @@ def token_roles(
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids must be a (batch, seqlen) integer tensor; got {got}")
+        raise ArgumentError("input_ids", got, "be a (batch, seqlen) integer tensor")
     several = isinstance(image_token_id, (Sequence, set, frozenset)) and not isinstance(image_token_id, str)
     ids = list(image_token_id) if several else [image_token_id]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise TypeError(f"image_token_id must be an int or a sequence of ints; got {image_token_id!r}")
+        raise ArgumentTypeError("image_token_id", repr(image_token_id), "be an int or a sequence of ints")
     visual = input_ids == ids[0]
     for i in ids[1:]:
         visual = visual | (input_ids == i)
@@ -59,8 +59,8 @@ def roles_from_visual(
     real = torch.ones_like(visual)
     if attention_mask is not None:
         if tuple(attention_mask.shape) != tuple(visual.shape):
-            raise ValueError(
-                f"attention_mask must have input_ids' shape {tuple(visual.shape)}; got {tuple(attention_mask.shape)}"
+            raise ArgumentError(
+                "attention_mask", tuple(attention_mask.shape), f"have input_ids' shape {tuple(visual.shape)}"
             )
         real = attention_mask != 0
     visual = visual & real

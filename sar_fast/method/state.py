@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.method.values import Result, Sums
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class SARState:
             ("count", count, av.shape[:1]),
         ):
             if tensor.shape != shape:
-                raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(tensor.shape)}")
+                raise ArgumentError(name, tuple(tensor.shape), f"have shape {tuple(shape)}")
         av, sa, c, n = (t.detach().to(torch.float32) for t in (av, sa, head_weights, count))
         return cls(av * n[:, None], sa * n[:, None], n.clone(), c.clone())
 
@@ -107,7 +108,7 @@ class SARState:
     def from_stats(cls, stats: SARStats, weighting: Weighting | None = None) -> SARState:
         """State after a prompt whose statistics are ``stats``. ``weighting``: its rule, if that has row statistics."""
         if not isinstance(stats, SARStats):
-            raise TypeError(f"stats must be the SARStats of a prompt; got {type(stats).__name__}")
+            raise ArgumentTypeError("stats", type(stats).__name__, "be the SARStats of a prompt")
         count = stats.query_count
         state = cls.from_means(stats.alignment_variance, stats.semantic_alignment, stats.head_weights, count)
         asked = getattr(weighting, "row_statistics", ())
@@ -129,5 +130,5 @@ class SARState:
     def index_select(self, rows: Tensor) -> SARState:
         """State of the batch rows ``rows`` (int64), as beam search reorders them."""
         if not isinstance(rows, Tensor):
-            raise TypeError(f"rows must be an int64 tensor; got {type(rows).__name__}")
+            raise ArgumentTypeError("rows", type(rows).__name__, "be an int64 tensor")
         return SARState(*(t.index_select(0, rows.to(t.device)) for t in self.tensors()))

@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import is_integer, kind, number, plain
 from sar_fast.method.values import Scores
 
@@ -26,16 +27,16 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 def check_tensor(name: str, x: object) -> None:
     """Raise ``TypeError`` unless ``x`` is a tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+        raise ArgumentTypeError(name, type(x).__name__, "be a torch.Tensor")
     if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}")
+        raise ArgumentTypeError(name, f"layout {x.layout}", "be a dense tensor")
 
 
 def check_rank(name: str, x: object, layout: str) -> None:
     """Raise unless ``x`` is a tensor with as many dimensions as ``layout``, a tuple of names, says."""
     check_tensor(name, x)
     if x.dim() != layout.count(",") + 1:
-        raise ValueError(f"{name} must be {layout}; got shape {_shape(x)}")
+        raise ArgumentError(name, f"shape {_shape(x)}", f"be {layout}")
 
 
 def check_qkv(
@@ -48,21 +49,21 @@ def check_qkv(
     for name, x, expected in (("q", q, layout), (key, k, pages), (value, v, pages)):
         check_rank(name, x, expected)
         if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
+            raise ArgumentTypeError(name, x.dtype, f"have q's dtype {q.dtype}")
         if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
+            raise ArgumentError(name, x.device, f"be on q's device {q.device}")
     if not q.is_floating_point():
-        raise TypeError(f"q must be a floating point tensor; got {q.dtype}")
+        raise ArgumentTypeError("q", q.dtype, "be a floating point tensor")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"q must be float16, bfloat16, float32 or float64; got {q.dtype}")
+        raise ArgumentTypeError("q", q.dtype, "be float16, bfloat16, float32 or float64")
     if paged and k.shape[1] == 0:
-        raise ValueError(f"{key} must have pages of one key or more; got shape {_shape(k)}")
+        raise ArgumentError(key, f"shape {_shape(k)}", "have pages of one key or more")
     if not packed and not paged and k.shape[0] != q.shape[0]:
-        raise ValueError(f"{key} must have q's batch size {q.shape[0]}; got shape {_shape(k)}")
+        raise ArgumentError(key, f"shape {_shape(k)}", f"have q's batch size {q.shape[0]}")
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{key} must have q's head dim {q.shape[-1]}; got shape {_shape(k)}")
+        raise ArgumentError(key, f"shape {_shape(k)}", f"have q's head dim {q.shape[-1]}")
     if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"{value} must have {key}'s batch, length and heads {_shape(k)[:-1]}; got shape {_shape(v)}")
+        raise ArgumentError(value, f"shape {_shape(v)}", f"have {key}'s batch, length and heads {_shape(k)[:-1]}")
     H, Hkv = q.shape[-2], k.shape[-2]
     if H == 0 or Hkv == 0 or H % Hkv != 0:
         raise ValueError(f"q's number of heads must be a multiple of {key}'s; got {H} query and {Hkv} key/value heads")
@@ -75,22 +76,22 @@ def check_mask(name: str, mask: object, shape: tuple[int, ...], device: torch.de
     """Raise unless ``mask`` is a bool tensor of ``shape`` on ``device``."""
     check_tensor(name, mask)
     if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor; got {mask.dtype}")
+        raise ArgumentTypeError(name, mask.dtype, "be a bool tensor")
     if _shape(mask) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}; got {_shape(mask)}")
+        raise ArgumentError(name, _shape(mask), f"have shape {tuple(shape)}")
     if mask.device != device:
-        raise ValueError(f"{name} must be on q's device {device}; got {mask.device}")
+        raise ArgumentError(name, mask.device, f"be on q's device {device}")
 
 
 def check_prior(prior: object, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless ``prior`` is a floating point tensor of ``shape``; its values are checked where they are data."""
     check_tensor("prior", prior)
     if not prior.is_floating_point():
-        raise TypeError(f"prior must be a floating point tensor; got {prior.dtype}")
+        raise ArgumentTypeError("prior", prior.dtype, "be a floating point tensor")
     if _shape(prior) != tuple(shape):
-        raise ValueError(f"prior must have shape {tuple(shape)}; got {_shape(prior)}")
+        raise ArgumentError("prior", _shape(prior), f"have shape {tuple(shape)}")
     if prior.device != device:
-        raise ValueError(f"prior must be on q's device {device}; got {prior.device}")
+        raise ArgumentError("prior", prior.device, f"be on q's device {device}")
 
 
 def check_attn_mask(attn_mask: object, q: Tensor, k: Tensor) -> None:
@@ -104,11 +105,11 @@ def check_cu_seqlens(name: str, cu: object, total: int, device: torch.device) ->
     """Raise unless ``cu`` is (num_sequences + 1,) int32 on ``device``."""
     check_tensor(name, cu)
     if cu.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32; got {cu.dtype}")
+        raise ArgumentTypeError(name, cu.dtype, "be int32")
     if cu.dim() != 1 or cu.shape[0] < 1:
-        raise ValueError(f"{name} must have shape (num_sequences + 1,); got {_shape(cu)}")
+        raise ArgumentError(name, _shape(cu), "have shape (num_sequences + 1,)")
     if cu.device != device:
-        raise ValueError(f"{name} must be on q's device {device}; got {cu.device}")
+        raise ArgumentError(name, cu.device, f"be on q's device {device}")
 
 
 def check_roles(
@@ -135,10 +136,10 @@ def check_roles(
 def check_ends(side: str, ends: list[int], total: int, max_seqlen: int) -> None:
     """Raise unless a packed call's cumulative lengths (of "q" or "k", on the host) cover all its tokens."""
     if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"cu_seqlens_{side} must rise from 0 to the packed length {total}; got {ends}")
+        raise ArgumentError(f"cu_seqlens_{side}", ends, f"rise from 0 to the packed length {total}")
     longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
     if max_seqlen < longest:
-        raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {longest}; got {max_seqlen}")
+        raise ArgumentError(f"max_seqlen_{side}", max_seqlen, f"be at least the longest sequence, {longest}")
 
 
 def make_scores(
@@ -154,10 +155,10 @@ def make_scores(
         softmax_scale = q.shape[-1] ** -0.5
     softmax_scale = number("softmax_scale", softmax_scale, "a number or None")
     if not 0 < softmax_scale <= sys.float_info.max:  # comparisons trace with symbolic floats, math.isfinite does not
-        raise ValueError(f"softmax_scale must be a finite number > 0; got {softmax_scale!r:.50}")
+        raise ArgumentError("softmax_scale", f"{softmax_scale!r:.50}", "be a finite number > 0")
     softcap = number("softcap", softcap)
     if not 0 <= softcap <= sys.float_info.max:
-        raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r:.50}")
+        raise ArgumentError("softcap", f"{softcap!r:.50}", "be a finite number >= 0 (0 = off)")
     causal = check_flag("causal", causal)
     left, right = check_window(window_size)
     if causal and right >= 0:
@@ -170,10 +171,10 @@ def check_window(window_size: object) -> tuple[int, int]:
     if hasattr(window_size, "tolist"):
         window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size must be (left, right), -1 for unbounded; got {window_size!r}")
+        raise ArgumentError("window_size", repr(window_size), "be (left, right), -1 for unbounded")
     left, right = (plain(w) for w in window_size)
     if not (is_integer(left) and is_integer(right) and left >= -1 and right >= -1):
-        raise ValueError(f"window_size must hold two ints >= -1 (-1 = unbounded); got {tuple(window_size)!r}")
+        raise ArgumentError("window_size", repr(tuple(window_size)), "hold two ints >= -1 (-1 = unbounded)")
     return left, right
 
 
@@ -183,7 +184,7 @@ def check_longest(name: str, value: object) -> int:
         return UNKNOWN_LENGTH
     found = plain(value)
     if not is_integer(found) or found < 0:
-        raise ValueError(f"{name} must be an int >= 0; got {found!r}")
+        raise ArgumentError(name, repr(found), "be an int >= 0")
     return found
 
 
@@ -191,11 +192,11 @@ def check_flag(name: str, value: object) -> bool:
     """A bool, Python's or NumPy's, as Python's; else a ``TypeError``."""
     value = plain(value)
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool; got {kind(value)}")
+        raise ArgumentTypeError(name, kind(value), "be a bool")
     return value
 
 
 def check_dropout(dropout_p: float) -> None:
     """Raise on dropout: no backend has it."""
     if plain(dropout_p) != 0:
-        raise ValueError(f"dropout_p must be 0.0: these kernels have no dropout; got {dropout_p}")
+        raise ArgumentError("dropout_p", dropout_p, "be 0.0: these kernels have no dropout")

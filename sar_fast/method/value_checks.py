@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.method.tracing import capturing
 
 
@@ -51,7 +52,7 @@ Check = Callable[[float, float, str], None]  # (least, largest, when): raises
 def check_prior_range(low: float, high: float, when: str = "") -> None:
     """Raise unless 0 <= low and high is finite; NaN fails both."""
     if not (low >= 0 and high < float("inf")):
-        raise ValueError(f"prior must be finite and non-negative; got values from {low} to {high}{when}")
+        raise ArgumentError("prior", f"values from {low} to {high}{when}", "be finite and non-negative")
 
 
 def check_weights_range(low: float, high: float, when: str = "", *, rule: str) -> None:

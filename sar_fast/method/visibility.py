@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import is_integer, plain
 from sar_fast.method.values import Bounds
 
@@ -40,7 +41,7 @@ class Visibility:
     def __post_init__(self) -> None:
         chunk = plain(self.chunk)
         if not is_integer(chunk) or chunk < 0:
-            raise ValueError(f"chunk must be an int >= 0, 0 = off; got {chunk!r}")
+            raise ArgumentError("chunk", repr(chunk), "be an int >= 0, 0 = off")
         if self.chunk_start is not None and chunk == 0:
             raise ValueError("chunk_start needs chunk; got chunk=0")
         if self.prefix is not None and self.blocks is not None:
@@ -51,7 +52,7 @@ class Visibility:
                 continue
             if not isinstance(given, Tensor) or given.is_floating_point() or given.dtype == torch.bool:
                 kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
-                raise TypeError(f"{name} must be a tensor of integers; got {kind}")
+                raise ArgumentTypeError(name, kind, "be a tensor of integers")
 
     def check(self, batch: int, num_keys: int, device: torch.device, *, packed: bool = False) -> None:
         """Raise unless its tensors fit a call of ``batch`` samples and ``num_keys`` keys on ``device``."""
@@ -62,9 +63,9 @@ class Visibility:
             if given is None:
                 continue
             if tuple(given.shape) not in needed:
-                raise ValueError(f"{name} must have shape {' or '.join(map(str, needed))}; got {tuple(given.shape)}")
+                raise ArgumentError(name, tuple(given.shape), f"have shape {' or '.join(map(str, needed))}")
             if given.device != device:
-                raise ValueError(f"{name} must be on q's device {device}; got {given.device}")
+                raise ArgumentError(name, given.device, f"be on q's device {device}")
 
     def bounds(
         self,

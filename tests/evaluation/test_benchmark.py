@@ -18,6 +18,7 @@ from sar_fast.cli.evaluate.command import main
 from sar_fast.lab.benchmark.asking import Asker
 from sar_fast.lab.benchmark.tables import find_files
 from sar_fast.lab.run.results import METADATA, PARTS, RESULTS, SAMPLES
+from tests.distributed_workers import run_ranks
 from tests.evaluation.benchmarks import DATA, ROOT, arguments, lines, mme_rows, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread", "arrow_cache")
@@ -209,12 +210,23 @@ def launch(out, *flags, processes=2):
     return subprocess.run([*command, *script, *where], capture_output=True, text=True, env=env, timeout=300)
 
 
-def test_two_processes_equal_one(tmp_path):
+def half_of_it(rank, world, out):
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # as a launcher does; the group is there already
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    benchmark.run(arguments(out, per_device_eval_batch_size=4))
+
+
+@pytest.mark.everyday(by=["processes"])
+@pytest.mark.parametrize("by", ["processes", "torchrun"])
+def test_two_processes_equal_one(tmp_path, by):
     """Every sample is answered once, by one of them, and the files are the same bytes."""
     one, two = tmp_path / "one", tmp_path / "two"
     benchmark.run(arguments(one, per_device_eval_batch_size=4))
-    done = launch(two, "--per_device_eval_batch_size", "4")
-    assert done.returncode == 0, done.stderr
+    if by == "processes":
+        run_ranks(half_of_it, two)
+    else:
+        done = launch(two, "--per_device_eval_batch_size", "4")
+        assert done.returncode == 0, done.stderr
     assert same_files(one, two)
     session = json.loads((two / METADATA).read_text())["sessions"][0]
     assert session["world_size"] == 2

@@ -352,6 +352,7 @@ def words(folder, *more):
     return [*common, "--max_samples", "12", "--per_device_eval_batch_size", "4", "--output_dir", str(folder), *more]
 
 
+@pytest.mark.slow  # every day sweeps over K and beta, in test_sweep.py
 def test_a_sweep_over_rules_equals_separate_runs(tmp_path, rules):
     """Rules of both kinds and a beta, from one trunk: statistics or none, parameters of the model's sizes."""
     specs = {

@@ -80,6 +80,7 @@ def test_a_figure_without_a_gate_row_says_so(bench):
     assert "gate" not in found["sdpa-flash"]
 
 
+@pytest.mark.everyday(what=["dq"])
 @pytest.mark.parametrize("what", ["out", "AV", "dq", "NaN"])
 def test_the_gate_sees_what_is_wrong(what, monkeypatch):
     given = gate.make_inputs(*inputs.sizes(inputs.gate_shapes(True)[0]), dtype=torch.float32)
@@ -127,6 +128,7 @@ def told(launch: Launch) -> tuple:
     return launch.kernel.__name__, *sorted((name, str(of(x))) for name, x in launch.arguments.items()), launch.config
 
 
+@pytest.mark.everyday(name=["short", "decode"])
 @pytest.mark.parametrize("name", SLICES)
 def test_what_is_compiled_beforehand_is_what_a_slice_launches(name, bench, monkeypatch):
     launched, run = set(), Launch.run

@@ -26,13 +26,13 @@ def change(path, old: str, new: str) -> None:
 
 def test_comments_docstrings_results_and_tools_do_not_count(tree):
     key = code_key(tree)
-    change(tree / KERNELS / "forward.py", '"""Forward kernel:', '"""The forward kernel:')
-    change(tree / KERNELS / "forward.py", "    # Only the right edge", "    # Of the mask only the right edge")
+    change(tree / KERNELS / "dense/forward.py", '"""Forward kernel:', '"""The forward kernel:')
+    change(tree / KERNELS / "dense/forward.py", "    # Only the right edge", "    # Of the mask only the right edge")
     change(tree / SUITE[1], "import gc\n", "# why\nimport gc  # collected\n\n\n")
     (tree / "benchmarks" / "results" / "gpu").mkdir(parents=True)
     (tree / "benchmarks" / "results" / "gpu" / "records.jsonl").write_text("{}\n")
     (tree / "benchmarks" / "gpu.py").write_text("print('another text')\n")
-    (tree / KERNELS / "tune.py").write_text("print('another tool')\n")
+    (tree / KERNELS / "tools/tune.py").write_text("print('another tool')\n")
     assert code_key(tree) == key
     assert code_key() == code_key(ROOT)
 
@@ -40,7 +40,7 @@ def test_comments_docstrings_results_and_tools_do_not_count(tree):
 @pytest.mark.parametrize(
     ("path", "old", "new"),
     [
-        (f"{KERNELS}/dkdv.py", "member += 1", "member += 2"),
+        (f"{KERNELS}/dense/dkdv.py", "member += 1", "member += 2"),
         (f"{KERNELS}/configs.py", "KernelConfig(128, 64, 8, 3)", "KernelConfig(128, 64, 8, 2)"),
         (f"{BACKENDS}/providers/cpu.py", "max(q.shape[-1], v.shape[-1])", "q.shape[-1]"),
         ("benchmarks/gpu_suite/device.py", "256 << 20", "128 << 20"),

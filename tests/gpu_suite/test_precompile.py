@@ -26,6 +26,7 @@ def command(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("gcc") is None, reason="launchers are built by gcc on Linux"
 )

@@ -29,6 +29,7 @@ def read(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
 
 
+@pytest.mark.slow  # every day the slices themselves and their workers, in test_bench.py and test_runner.py
 def test_every_slice_runs_and_a_second_run_measures_nothing(tmp_path):
     out = tmp_path / "out"
     first = command("--rehearse", "--out", str(out))
@@ -60,6 +61,7 @@ def test_every_slice_runs_and_a_second_run_measures_nothing(tmp_path):
     assert {"gpu_speed.png", "gpu_memory.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_budget_ends_the_run_and_the_next_goes_on(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert command("--rehearse", "--out", str(first), "--slice", "machine", "short", "--budget", "4").returncode == 0

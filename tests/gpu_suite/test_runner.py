@@ -70,6 +70,7 @@ def test_a_slice_that_hangs_is_killed_and_the_next_runs(run):
     assert errors(records) == [(9, "while it was tried the run did not end by itself and was killed")]
 
 
+@pytest.mark.slow
 def test_a_slice_whose_process_dies_goes_on_behind_what_killed_it(run):
     records, ended = run(("dies", 20), ("fine", 10))
     assert ended == {"dies": "done", "fine": "done"}
@@ -77,6 +78,7 @@ def test_a_slice_whose_process_dies_goes_on_behind_what_killed_it(run):
     assert [r["shape"]["D"] for r in records if "p50" in r] == [11, 8]
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_takes_a_new_process(run):
     records, ended = run(("loses", 20))
     assert ended == {"loses": "done"}
@@ -85,6 +87,7 @@ def test_a_lost_gpu_takes_a_new_process(run):
     assert ("a", 13) in measured
 
 
+@pytest.mark.slow
 def test_a_slice_ends_with_its_budget_and_goes_on_in_the_next_run(run):
     records, ended = run(("endless", 2), ("fine", 10))
     assert ended == {"endless": "out of time", "fine": "done"}
@@ -95,6 +98,7 @@ def test_a_slice_ends_with_its_budget_and_goes_on_in_the_next_run(run):
     assert len(after) == len(set(after)) > len(before)  # nothing twice, and more than before
 
 
+@pytest.mark.slow
 def test_the_whole_runs_budget_holds(run):
     began = time.time()
     _, ended = run(("endless", 60), ("fine", 10), seconds=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,8 +19,19 @@ import sar_fast
 WAITING = {"_local_scalar_dense", "allclose", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
 READING = {"tolist", "cpu", "numpy"}  # which no operator tells on a CPU
 OURS, THEIRS = Path(sar_fast.__file__).parent, Path(transformers.__file__).parent
-FAMILIES = OURS / "integrations" / "hf" / "families"  # what these call of transformers runs for SAR alone
-ELSEWHERE = (OURS / "value_checks.py", OURS / "backends")  # on a GPU: waits for nothing; other ones than the CPU's
+FAMILIES = OURS / "hf" / "families"  # what these call of transformers runs for SAR alone
+ELSEWHERE = (
+    OURS / "method" / "value_checks.py",
+    OURS / "backends",
+)  # on a GPU: waits for nothing; other ones than the CPU's
+
+
+@functools.cache
+def origin(file: str) -> str:
+    """Whose source file it is: "elsewhere", "family", "ours", "theirs", or "" for anybody else's."""
+    path = Path(file)
+    folders = {"family": (FAMILIES,), "elsewhere": ELSEWHERE, "ours": (OURS,), "theirs": (THEIRS,)}
+    return next((name for name, places in folders.items() if any(path.is_relative_to(p) for p in places)), "")
 
 
 def site() -> str | None:
@@ -29,12 +41,13 @@ def site() -> str | None:
     """
     frame, theirs = sys._getframe(1), False
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if any(path.is_relative_to(p) for p in ELSEWHERE):
+        code = frame.f_code
+        whose = origin(code.co_filename)
+        if whose == "elsewhere":
             return None
-        if path.is_relative_to(OURS):
-            return None if theirs and not path.is_relative_to(FAMILIES) else f"{path.name}:{frame.f_code.co_name}"
-        theirs = theirs or path.is_relative_to(THEIRS)
+        if whose in ("ours", "family"):
+            return None if theirs and whose == "ours" else f"{Path(code.co_filename).name}:{code.co_name}"
+        theirs = theirs or whose == "theirs"
         frame = frame.f_back
     return None
 

@@ -176,6 +176,8 @@ def test_packed_rows_of_a_batch_are_packed_each():
         assert_close(part, oracle_logits(model, row))
 
 
+@pytest.mark.everyday(how=["both"], window=[20], use_cache=[False])
+@pytest.mark.everyday(how=["position_ids"], full_layers=[2])
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both"])
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("full_layers", [0, 2])
@@ -271,6 +273,7 @@ def test_packed_sequences_under_torch_compile(how):
         assert (compiled[name] - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max() + 1e-4, name
 
 
+@pytest.mark.slow  # every day whole models in one graph, in test_training_compile.py
 def test_position_ids_that_one_graph_cannot_read_are_an_error():
     """``fullgraph=True`` leaves no room to look at them; a mask says that the row is not packed."""
     model = llava()

@@ -54,6 +54,8 @@ def test_logits_equal_separate_runs(name):
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(branched))  # every setting does something
 
 
+@pytest.mark.everyday(name=["llava"])
+@pytest.mark.everyday(decode=["running"])
 @pytest.mark.parametrize("decode", ["running", "step", "prompt"])
 def test_generation_equals_separate_runs(name, decode):
     """Tokens and the logits of every step, on branched caches."""
@@ -195,6 +197,7 @@ SHARING = [name for name in CASES if name not in OWN_TOKENS]
 IN_FP64 = [name for name in SHARING if name not in ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")]  # grouped_mm has no fp64
 
 
+@pytest.mark.everyday(name=("llava", "llava_next", "qwen2_5_vl", "gemma3"))
 @takes_encoded
 @pytest.mark.parametrize("name", SHARING)
 def test_a_shared_prefix_gives_the_logits_of_whole_prompts(name):
@@ -224,6 +227,7 @@ def test_a_shared_prefix_with_several_pictures_and_with_none(name):
     assert torch.equal(whole[0][3], whole[-1][3])  # the row without a picture: SAR leaves it alone
 
 
+@pytest.mark.everyday(name=("llava", "qwen2_5_vl", "gemma3"))
 @takes_encoded
 @pytest.mark.parametrize(
     ("name", "decode"),
@@ -277,6 +281,7 @@ def test_without_sar_the_last_layer_runs_prefixes_for_their_keys_alone(name):
     assert "forward" not in layers[-1].__dict__
 
 
+@pytest.mark.everyday(name=("paligemma", "qwen3_5", "gemma4"))
 @takes_encoded
 @pytest.mark.parametrize("name", [n for n in OWN_TOKENS if n != "llama4"])
 def test_families_that_need_whole_prompts_say_why_and_run_them(name):

@@ -87,6 +87,8 @@ def oracle_generate(model, row, mode, k=3, **options):
 # caches
 
 
+@pytest.mark.everyday(mode=["running"], cache=["dynamic"])
+@pytest.mark.everyday(family=["sliding"], cache=["static"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_padded_batch_equals_the_oracle_of_each_row(family, mode, cache):
@@ -98,6 +100,8 @@ def test_padded_batch_equals_the_oracle_of_each_row(family, mode, cache):
         assert_same((tokens[b : b + 1], logits[b : b + 1]), want)
 
 
+@pytest.mark.everyday(mode=["running"])
+@pytest.mark.everyday(mode=["prompt"], full_layers=[1])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("full_layers", [0, 1])
 def test_sliding_static_cache_that_rolls(mode, full_layers):
@@ -152,6 +156,7 @@ def test_quantized_cache_is_reordered_with_its_state(model, mode):
         )
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_without_a_cache_every_step_is_a_prompt_of_its_own(family, mode):
     """use_cache=False: the logits of every step are those of a plain forward pass on all tokens so far."""
@@ -208,6 +213,8 @@ def drafts(monkeypatch):
     return counts
 
 
+@pytest.mark.everyday(mode=["running"])
+@pytest.mark.everyday(family=["llava"])
 @pytest.mark.parametrize("mode", MODES)
 def test_assisted_decoding_equals_greedy(family, mode, drafts):
     """The assistant does not see the picture, so its drafts are poor."""
@@ -223,6 +230,7 @@ def test_assisted_decoding_equals_greedy(family, mode, drafts):
     assert any(kept < drafted for drafted, kept in drafts)
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_prompt_lookup_equals_greedy(model, mode, drafts):
     row = row_of(llava_batch, [1], 0)
@@ -252,6 +260,8 @@ class KnownAnswer:
         self.counts.append((scores.shape[1] - 1, int(num_matches)))
 
 
+@pytest.mark.everyday(mode=["running"])
+@pytest.mark.everyday(family=["llava"])
 @pytest.mark.parametrize("mode", MODES)
 def test_drafts_that_are_mostly_right_change_nothing(family, mode, monkeypatch):
     """Accepted and dropped tokens, in the prompt's pass and later ones: token by token what greedy decoding gives."""
@@ -287,6 +297,7 @@ def test_assisted_decoding_leaves_no_trace_on_the_model(model):
     assert set(model.__dict__) == names
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_sampled_sequences_have_the_oracles_logits(model, mode):
     """num_return_sequences: each sampled sequence's logits, against the oracle fed with the same tokens."""
@@ -306,6 +317,7 @@ def test_sampled_sequences_have_the_oracles_logits(model, mode):
                 out = model(input_ids=tokens[b : b + 1, step : step + 1], past_key_values=cache)
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_beams_in_a_batch_equal_beams_alone(family, mode):
     model, batch_of = family
@@ -420,6 +432,7 @@ def test_trap13_output_attentions_is_an_error_not_an_empty_tuple(model):
         model(**row_of(llava_batch, [1], 0), output_attentions=True)
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_many_steps_of_beam_search_keep_one_snapshot(model, mode):
     """Reordering every step must not grow with the answer."""

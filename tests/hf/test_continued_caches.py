@@ -33,6 +33,8 @@ def model():
 # options
 
 
+@pytest.mark.everyday(static=[False])
+@pytest.mark.everyday(how=["applied again"])
 @pytest.mark.parametrize("name", list(OTHERS))
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("how", ["reconfigured", "applied again"])
@@ -97,6 +99,8 @@ def test_features_encoded_for_another_prior_are_an_error():
 # autograd modes
 
 
+@pytest.mark.everyday(mode=["running"])
+@pytest.mark.everyday(after=["grad"], images=[[1]])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("after", ["no_grad", "grad"])
 @pytest.mark.parametrize("images", [BATCH, [1]])
@@ -181,6 +185,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", list(SELECTIONS))
 def test_rows_selected_in_every_way_that_indexes(model, mode, rows):

@@ -24,6 +24,8 @@ def launches_of_a_step(name, layers, cache, decode):
     return seen[2] - seen[1]
 
 
+@pytest.mark.everyday(name=["llava"])
+@pytest.mark.everyday(decode=["running"], cache=["dynamic"])
 @pytest.mark.parametrize(
     ("decode", "cache", "a_layer"),
     [("running", "dynamic", 0), ("step", "dynamic", 2), ("prompt", "dynamic", 1), ("running", "static", 1)],

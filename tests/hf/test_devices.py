@@ -60,6 +60,7 @@ def test_layers_on_another_device_than_the_vision_tower(family, split):
     assert (got - plain).abs().max() > 1e-2 * plain.abs().max()
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", ["running", "step", "prompt"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_over_two_devices(family, mode, beams):

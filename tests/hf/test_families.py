@@ -28,6 +28,8 @@ NEW = 4
 BOUND = 1e-4  # of the largest logit: fp32 rounding through a few layers, as exp(SAV / beta) amplifies it
 DECODING_BOUND = {"qwen3_5_moe": 3e-4}  # plain transformers 5.5 is off by 1e-4: one token's experts round otherwise
 ROWS = [1, 2]  # pictures per row
+# Every day each family's prompt and decoding, against the oracle; all else on four that differ in kind.
+KINDS = ("llava", "llava_next", "qwen2_5_vl", "gemma3")
 
 
 @functools.cache
@@ -124,10 +126,12 @@ def assert_maps_alike(model, case, row):
     torch.testing.assert_close(weights, want)
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_a_token_gets_the_mean_norm_of_the_patches_it_depends_on(case):
     assert_maps_alike(model_of(case.name), case, case.batch(ROWS))
 
 
+@pytest.mark.everyday(video_case=("llava_onevision", "qwen2_5_vl"))
 def test_a_clips_tokens_get_the_mean_norm_of_the_patches_they_depend_on(video_case):
     assert_maps_alike(model_of(video_case.name), video_case, video_case.video())
 
@@ -135,6 +139,8 @@ def test_a_clips_tokens_get_the_mean_norm_of_the_patches_they_depend_on(video_ca
 # forward
 
 
+@pytest.mark.everyday(side=["left"])
+@pytest.mark.everyday(case=KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch_equals_dense_oracle_of_each_row(case, side):
     model = model_of(case.name)
@@ -153,6 +159,7 @@ def test_padded_batch_equals_dense_oracle_of_each_row(case, side):
             torch.testing.assert_close(c[b], expected[layer], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.everyday(video_case=("llava_onevision", "qwen2_5_vl"))
 def test_clip_equals_dense_oracle(video_case):
     case, model = video_case, model_of(video_case.name)
     row = case.video()
@@ -164,6 +171,7 @@ def test_clip_equals_dense_oracle(video_case):
     assert (plain[0] - want).abs().max() > 100 * BOUND * want.abs().max()
 
 
+@pytest.mark.everyday(video_case=("llava_onevision", "qwen2_5_vl"))
 def test_picture_and_clip_in_one_row_equal_dense_oracle(video_case):
     """V and the prior run over both, in the order of the row."""
     case, model = video_case, model_of(video_case.name)
@@ -186,6 +194,7 @@ def test_picture_and_clip_in_one_row_equal_dense_oracle(video_case):
     assert (plain - want).abs().max() > 100 * BOUND * want.abs().max()
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_huge_beta_unprotected_equals_sdpa(case):
     model, batch = model_of(case.name), case.batch(ROWS)
     real = batch["attention_mask"].bool()
@@ -198,6 +207,7 @@ def test_huge_beta_unprotected_equals_sdpa(case):
 OTHER_ROUNDING = ("kimi_k25", "paligemma2", "gemma3", "gemma4", "gemma4-shared-kv", "exaone4_5")
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_text_only_row_is_left_alone(case):
     model, batch = model_of(case.name), case.batch([2, 0])
     real = batch["attention_mask"][1].bool()
@@ -212,6 +222,7 @@ def test_text_only_row_is_left_alone(case):
         assert torch.equal(got, plain)
 
 
+@pytest.mark.everyday(side=["left"], case=(*KINDS, "paligemma", "llama4"))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_no_layer_gets_a_dense_mask(case, side, monkeypatch, record_property):
     """Neither the prompts of a padded batch nor their answers' tokens; docs/families.md shows what they get."""
@@ -243,6 +254,8 @@ def generate(model, batch, **options):
     return out.sequences[:, -NEW:], torch.stack(out.logits, 1)
 
 
+@pytest.mark.everyday(mode=["running"])
+@pytest.mark.everyday(case=KINDS)
 @pytest.mark.parametrize("mode", ["running", "prompt"])
 def test_greedy_decoding_equals_one_dense_pass_over_prompt_and_answer(case, mode):
     model = model_of(case.name)
@@ -268,6 +281,7 @@ def refuse_static(case, static, dynamic):
     lacking_without_sar("a static cache")
 
 
+@pytest.mark.everyday(side=["left"], case=KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_static_cache_equals_dynamic(case, side):
     model, batch = model_of(case.name), case.batch(ROWS, side)
@@ -322,7 +336,8 @@ def assert_gradients_close(got, want, bound):
         assert (got[name] - want[name]).abs().max() <= bound * (want[name].abs().max() + 1e-2 * largest), name
 
 
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.everyday(case=KINDS, reentrant=[False])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
 def test_checkpointed_gradients_equal_plain_ones(case, reentrant):
     model, batch = case.make(), case.batch(ROWS)
     model.train()
@@ -342,6 +357,7 @@ def test_checkpointed_gradients_equal_plain_ones(case, reentrant):
         both()
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_gradients_through_the_weights_equal_the_dense_oracles(case):
     model, row = case.make(), alone(case, 0)
     prior = visual_prior(model, row, case.blocks, case.output)
@@ -361,6 +377,7 @@ def test_gradients_through_the_weights_equal_the_dense_oracles(case):
     assert (constant[last] - want[last]).abs().max() > 1e-2 * want[last].abs().max()
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_remove_restores_bit_for_bit(case):
     model, batch = case.make(), case.batch(ROWS)
     state = lambda: [

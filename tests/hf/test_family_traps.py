@@ -25,6 +25,7 @@ from tests.hf.oracle import (
 )
 from tests.hf.test_families import (
     BOUND,
+    KINDS,
     ROWS,
     alone,
     assert_close,
@@ -48,6 +49,7 @@ def case(request):
 # how the model is called
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_vision_tower_under_the_name_sar_too_is_left_alone(case):
     """``set_attn_implementation("sar")`` switches the vision tower too; Qwen, GLM and Kimi leak keywords into it."""
     register()
@@ -60,6 +62,7 @@ def test_vision_tower_under_the_name_sar_too_is_left_alone(case):
         assert_close(logits(model, batch), want)
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_positional_input_ids_do_not_turn_sar_off(case):
     model, batch = model_of(case.name), case.batch(ROWS)
     plain = logits(model, batch)
@@ -75,6 +78,7 @@ def test_positional_input_ids_do_not_turn_sar_off(case):
 POSITIONS_NEED_IDS = ("qwen", "glm")
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_embeddings_instead_of_ids(case):
     """Without ids, placeholders are the positions that hold the placeholder's embedding."""
     model, batch = case.make(), case.batch([1, 1])
@@ -97,6 +101,7 @@ def test_embeddings_instead_of_ids(case):
         assert_close(got, want)
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_output_attentions_are_refused_and_rows_are_recorded_instead(case):
     """There is no matrix to return; ``record_rows`` has the attention over visual keys."""
     model, batch = model_of(case.name), case.batch(ROWS)
@@ -111,6 +116,7 @@ def test_output_attentions_are_refused_and_rows_are_recorded_instead(case):
             assert (rows[~visual[:, None].expand_as(rows)] == 0).all()
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_pictures_encoded_beforehand(case):
     """As ``generate`` does it: features from the model's own method, handed over with the ids."""
     model, batch = model_of(case.name), case.batch(ROWS)
@@ -135,6 +141,7 @@ def test_pictures_encoded_beforehand(case):
             model(**text, mm_encoder_outputs={"image": before})
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_base_model_without_a_head(case):
     model, batch = case.make(), case.batch(ROWS)
     base = model.base_model
@@ -151,6 +158,7 @@ def test_base_model_without_a_head(case):
 # what SAR reads from the model
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_describe_says_what_the_attention_function_gets(case):
     model = model_of(case.name)
     row = alone(case, 0)
@@ -166,12 +174,14 @@ def test_describe_says_what_the_attention_function_gets(case):
     assert found["model_type"] == model.config.model_type
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_k_counts_layers_that_attend(case):
     model = model_of(case.name)
     with pytest.raises(ValueError, match=f"number of attention layers, {len(case.attending)}"):
         apply_sar(model, SARConfig(activation_layer_k=len(case.attending) + 1))
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_projected_prior_is_the_norm_of_what_enters_the_language_model(case):
     model, batch = model_of(case.name), case.batch(ROWS)
     entering = []
@@ -186,6 +196,7 @@ def test_projected_prior_is_the_norm_of_what_enters_the_language_model(case):
     torch.testing.assert_close(handle.prior, norms / norms.sum(-1, keepdim=True))
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_a_map_with_the_wrong_number_of_tokens_is_an_error(case):
     model, batch = model_of(case.name), case.batch(ROWS)
     family = find_family(model.config)
@@ -370,6 +381,7 @@ class Force(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.token]), 0.0)
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_a_generated_placeholder_is_no_picture(case):
     """Roles are never read from ids that the model made up."""
     model, batch = model_of(case.name), case.batch(ROWS)
@@ -391,6 +403,7 @@ def test_a_generated_placeholder_is_no_picture(case):
         assert torch.equal(handle.stats[last].query_count, prompt + 3)  # the fourth never became a query
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_beams_of_a_batch_equal_rows_alone(case):
     model, batch = model_of(case.name), case.batch(ROWS)
     options = {"max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2, "suppress_tokens": [2, IMAGE, VIDEO]}
@@ -419,6 +432,7 @@ def conversation(case, model):
     return first, second, whole
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_a_second_picture_on_a_cache_equals_the_whole_conversation(case):
     """With SAR on the last layer alone, earlier positions do not depend on the weights, so both ways must agree."""
     model = case.make()
@@ -443,6 +457,7 @@ def test_a_second_picture_on_a_cache_equals_the_whole_conversation(case):
     assert (turn - plain).abs().max() > 10 * (BOUND * together.abs().max() + 2 * error)
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_decoding_by_hand_with_a_padded_mask(case):
     """One step on the cache; models with three-dimensional positions cannot take a two-dimensional mask there."""
     model, batch = case.make(), case.batch(ROWS)
@@ -472,6 +487,7 @@ def test_a_clip_of_several_frames_fails_in_transformers():
 # precision
 
 
+@pytest.mark.everyday(case=KINDS)
 def test_bf16_errors_are_those_of_bf16(case):
     """SAR in bf16 against fp32 errs as plain attention does; beta is large enough not to amplify it."""
     batch = case.batch(ROWS)

@@ -31,6 +31,7 @@ def family(request):
     return make(), batch
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_batch_equals_singles(family, mode):
     model, batch_of = family
@@ -42,6 +43,7 @@ def test_batch_equals_singles(family, mode):
             assert torch.equal(alone[0], together[b])
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", MODES)
 def test_static_cache_equals_dynamic(family, mode):
     model, batch_of = family

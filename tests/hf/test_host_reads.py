@@ -39,6 +39,8 @@ def reads_of_passes(model, run):
     return [now - before for before, now in itertools.pairwise(seen)], result
 
 
+@pytest.mark.everyday(pictures=[[1, 2, 0]], cache=["dynamic"])
+@pytest.mark.everyday(name=["llava"])
 @pytest.mark.parametrize("pictures", [[1, 2, 0], [1]], ids=["padded", "whole"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -57,6 +59,7 @@ def test_a_generation_reads_once_a_prompt(name, cache, pictures):
     assert steps == [{}] * 3
 
 
+@pytest.mark.everyday(pictures=[[1, 2, 0]], name=("gemma3", "gemma4", "paligemma", "llama4"))
 @pytest.mark.parametrize("pictures", [[1, 2, 0], [1]], ids=["padded", "whole"])
 @pytest.mark.parametrize("name", [name for name in PATTERNED if name in CASES])
 def test_windows_chunks_and_blocks_ask_no_more(name, pictures):

@@ -34,6 +34,7 @@ def interrupt(module, error, after=0):
     handle = module.register_forward_pre_hook(hook)
 
 
+@pytest.mark.everyday(error=[KeyboardInterrupt])
 @pytest.mark.parametrize("error", ENDS)
 @pytest.mark.parametrize("place", list(PLACES))
 @pytest.mark.parametrize("after", [0, 2], ids=["prompt", "decode"])

@@ -36,6 +36,8 @@ def dense(mask, kind="bool"):
     return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
 
 
+@pytest.mark.everyday(name=("llava", "qwen2_5_vl"))
+@pytest.mark.everyday(side=["left"], kind=["bool"])
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["bool", "additive", "unmasked", "dict"])
@@ -196,6 +198,7 @@ def steps(model, batch, cache, columns, tokens=(20, 21, 22)):
     return torch.stack(outs, 1)
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mode", ["running", "step", "prompt"])
 def test_a_mask_over_the_whole_static_cache(side, mode):

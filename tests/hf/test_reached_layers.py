@@ -59,6 +59,8 @@ def family(request):
     return make(), batch([1, 2, 0])
 
 
+@pytest.mark.everyday(family=["llava"])
+@pytest.mark.everyday(wrapper=["twice"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("wrapper", list(WRAPPERS))
 def test_wrapped_attention_is_reweighted(family, wrapper, when):
@@ -113,7 +115,8 @@ def _sharded(rank, init_file, results):
 
 def test_attention_under_fsdp1_is_reweighted(tmp_path):
     results = tmp_path / "logits.pt"
-    multiprocessing.spawn(_sharded, args=(tmp_path / "rendezvous", results), nprocs=1)
+    arguments = (tmp_path / "rendezvous", results)
+    multiprocessing.start_processes(_sharded, arguments, nprocs=1, start_method="forkserver")
     model, batch = llava(), llava_batch([1, 2, 0])
     with apply_sar(model, SAR):
         assert_close(torch.load(results), logits(model, batch))
@@ -233,6 +236,8 @@ def shake(wrapped, adapter, seed):
                 p += 0.05 * torch.randn(p.shape, generator=generator)
 
 
+@pytest.mark.everyday(saved=["vision_tower"], first=["sar"])
+@pytest.mark.everyday(saved=["self_attn"], first=["peft"])
 @pytest.mark.parametrize("saved", ["vision_tower", "self_attn", "multi_modal_projector"])
 @pytest.mark.parametrize("first", ["sar", "peft"])
 def test_copies_that_peft_keeps_are_reweighted(saved, first):
@@ -319,6 +324,7 @@ def test_a_copied_vision_tower_runs_by_itself():
     assert torch.equal(got, model.model.vision_tower(batch["pixel_values"]).last_hidden_state)
 
 
+@pytest.mark.everyday(name=("llava", "llava_next", "qwen2_5_vl", "gemma3"))
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_model_under_sar_can_be_pickled(name):
     case = CASES[name]

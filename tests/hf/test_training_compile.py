@@ -89,6 +89,7 @@ def test_autocast_bf16_runs_in_bf16(family):
     assert (got.float() - want)[real].abs().mean() < 0.1 * want[real].abs().mean()
 
 
+@pytest.mark.everyday(padded=[True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_whole_model_compiles_in_one_graph(padded):
     model, batch = llava(), llava_batch([1, 2] if padded else [1])
@@ -102,6 +103,7 @@ def test_whole_model_compiles_in_one_graph(padded):
         torch.testing.assert_close(compiled(**batch, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.everyday(what=["text model"])
 @pytest.mark.parametrize(("what", "first"), [("model", "compile"), ("base", "sar"), ("text model", "compile")])
 def test_models_compiled_with_graph_breaks(what, first):
     """No fullgraph: the hooks of a pass and what they see run in pieces, traced and not."""
@@ -125,7 +127,8 @@ def test_models_compiled_with_graph_breaks(what, first):
         handle.remove()
 
 
-@pytest.mark.parametrize("mode", ["running", pytest.param("step", marks=pytest.mark.slow), "prompt"])
+@pytest.mark.everyday(mode=["running"])
+@pytest.mark.parametrize("mode", ["running", "step", "prompt"])
 def test_compiled_decode_on_a_static_cache(mode):
     from torch._dynamo.testing import CompileCounter
 

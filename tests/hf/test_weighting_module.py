@@ -235,6 +235,8 @@ def test_gradients_are_those_of_an_eager_model(name, kind):
     assert (want[0][: LAYERS - K] == 0).all()
 
 
+@pytest.mark.everyday(reentrant=[False], dtype=[torch.float32])
+@pytest.mark.everyday(reentrant=[True], scales=[torch.float32])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])

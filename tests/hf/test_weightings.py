@@ -77,6 +77,8 @@ def test_fixed_weights_scale_the_heads_of_every_row(name, record):
         assert not torch.allclose(model(**batch).logits[real], want[real], atol=1e-3)
 
 
+@pytest.mark.everyday(name=["llava"])
+@pytest.mark.everyday(decode=["running"])
 @pytest.mark.parametrize("decode", ["running", "step", "prompt"])
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_fixed_weights_while_generating(name, decode):
@@ -125,6 +127,8 @@ def test_packed_rows():
         torch.testing.assert_close(got.view(want.shape), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.everyday(name=["llava"])
+@pytest.mark.everyday(decode=["running"])
 @pytest.mark.parametrize("name", PICTURED)
 @pytest.mark.parametrize("decode", ["running", "step", "prompt"])
 def test_the_papers_rule_in_python_is_the_papers_rule(name, decode):

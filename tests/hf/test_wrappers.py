@@ -60,6 +60,8 @@ def with_adapter(model, **options):
     return wrapped, copy.deepcopy(wrapped).merge_and_unload()
 
 
+@pytest.mark.everyday(family=["llava"], use_dora=[False])
+@pytest.mark.everyday(family=["qwen2_5_vl"], use_dora=[True], first=["sar"])
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("first", ["sar", "peft"])
 def test_adapters_equal_their_merged_model(family, use_dora, first):
@@ -96,6 +98,7 @@ def test_merging_under_sar_changes_nothing(family):
     remove_sar(merged)
 
 
+@pytest.mark.everyday(family=["llava"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_trap4_adapter_gradients_under_checkpointing(family, reentrant):
     """Nothing may be memoised inside a checkpointed layer: recomputation must see what the first pass saw."""
@@ -184,6 +187,7 @@ def test_tuned_models_generate_row_by_row_what_the_batch_does(kind):
 # autocast, dtypes, quantised layers
 
 
+@pytest.mark.everyday(family=["llava"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_trains_and_generates(family, dtype):
     """Error against fp32 within what plain attention's own autocast makes, of the same order as the logits' shift."""
@@ -287,6 +291,7 @@ def test_bitsandbytes_models(bits, bound, tmp_path):
 # where the weights are
 
 
+@pytest.mark.everyday(family=["llava"])
 def test_accelerate_device_map_and_offload(family, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model, batch_of = family
@@ -413,10 +418,12 @@ def _train(rank, world, kind, init_file, results):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("fsdp-qwen", marks=pytest.mark.slow)])
+@pytest.mark.everyday(kind=["ddp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp-qwen"])
 def test_two_processes_equal_one(kind, tmp_path):
     results = tmp_path / "results.pt"
-    multiprocessing.spawn(_train, args=(2, kind, tmp_path / "rendezvous", results), nprocs=2)
+    arguments = (2, kind, tmp_path / "rendezvous", results)
+    multiprocessing.start_processes(_train, arguments, nprocs=2, start_method="forkserver")
     got = torch.load(results)
     model, batch_of = (llava(), llava_batch) if kind != "fsdp-qwen" else (qwen2_5_vl(), qwen_batch)
     model.train()

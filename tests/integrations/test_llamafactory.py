@@ -167,7 +167,7 @@ def test_a_rule_is_used_as_it_is(file):
         ({"use_sar": True, "sar_beta": 0}, "--sar_beta must be > 0"),
         ({"use_sar": "perhaps"}, "argument --use_sar"),
         ({"use_sar": True, "sar_activation_layer_k": 5}, "--sar_activation_layer_k must be at most"),
-        ({"use_sar": True, "sar_backend": "cuda"}, "argument --sar_backend"),
+        ({"use_sar": True, "sar_backend": "cuda"}, "--sar_backend must be one of"),
         ({"use_sar": True, "sar_activation_layer_k": 2, "sar_weighting": "head_scales"}, "parameters that learn"),
         ({"use_sar": True, "flash_attn": "fa2"}, "leave out --flash_attn"),
         ({"use_sar": True, "neat_packing": True}, "--neat_packing puts samples into one row, --use_sar"),

@@ -92,6 +92,12 @@ class Case:
         return replace(self, **changes)
 
 
+def daily(cases: list[Case], *names: str) -> list:
+    """The cases as parameters, slow but those of these names; compiled, all of them are quick."""
+    marks = lambda case: [pytest.mark.slow] * (INTERPRETED and case.name not in names)
+    return [pytest.param(case, marks=marks(case)) for case in cases]
+
+
 @dataclass
 class Inputs:
     case: Case

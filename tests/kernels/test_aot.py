@@ -20,7 +20,6 @@ BUDGETED = ("sm_80", "sm_90")  # the others must compile and fit their shared me
 
 
 VERSIONS = ("3.6.0", "3.7.1")  # of Triton: a common one of GPU machines, and the environment's
-slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
 def environment_of(version: str) -> dict[str, str]:
@@ -40,12 +39,17 @@ def environment_of(version: str) -> dict[str, str]:
     return environment
 
 
-def compiled(*arguments: str, version: str = triton.__version__) -> list[dict]:
-    environment = environment_of(version)
-    command = [sys.executable, "-m", "sar_kernels.tools.aot", "--json", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def compile_with(*words: str, version: str = triton.__version__) -> str:
+    """What a process that compiles prints."""
+    result = subprocess.run(
+        [sys.executable, *words], env=environment_of(version), capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]
-    rows = json.loads(result.stdout)
+    return result.stdout
+
+
+def compiled(*arguments: str, version: str = triton.__version__) -> list[dict]:
+    rows = json.loads(compile_with("-m", "sar_kernels.tools.aot", "--json", *arguments, version=version))
     assert rows
     return rows
 
@@ -95,15 +99,36 @@ def check_residency(rows: list[dict], kernel: str, plain: str) -> None:
         assert row["blocks_per_sm"] >= off["blocks_per_sm"] > 0, (row, off)
 
 
-# Every day both head dims on the older compiler, which spills sooner, and the larger one on the environment's.
+PRINCIPAL = """
+import json
+from dataclasses import asdict
+
+import torch
+from sar_kernels.tools.aot import measure_recipe, variants
+
+def is_principal(v):
+    if v.kernel == "decode_split":
+        return v.options == ("q1",)
+    return v.causal and (v.kernel == "forward" or v.kernel in ("statistics", "dq", "dkdv") and v.purpose != "attention")
+
+purposes = ("attention", "sar_sav_grad", "running")
+found = variants(["sm_90"], [128], [torch.bfloat16], (), purposes)
+print(json.dumps([asdict(measure_recipe(*work)) for work in found if is_principal(work[0])]))
+"""
+
+
+def test_budget_of_the_principal_variants():
+    """Causal training and a decode step at the usual head dim on Hopper, by the environment's compiler."""
+    rows = json.loads(compile_with("-c", PRINCIPAL))
+    assert {r["kernel"] for r in rows} == {"forward", "statistics", "dq", "dkdv", "decode_split"}
+    check_budget(rows)
+    check_residency(rows, "forward", "attention")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "head_dims", "modes"),
-    [
-        ("3.6.0", ("64", "128"), ("plain", "running")),
-        ("3.7.1", ("128",), ("plain", "running")),
-        slow("3.7.1", ("64",), ("plain", "running")),
-        *(slow(v, ("64", "128"), ("plain", "step", "prompt")) for v in VERSIONS),
-    ],
+    [(v, ("64", "128"), modes) for v in VERSIONS for modes in (("plain", "running"), ("plain", "step", "prompt"))],
 )
 def test_budget(version, head_dims, modes):
     """Every kernel that takes time, on each Triton: a tile that is clean on one can spill or serialize on another."""
@@ -121,16 +146,9 @@ def test_budget(version, head_dims, modes):
     assert 100 < row["loops"][0] < row["instructions"]
 
 
-@pytest.mark.parametrize(
-    ("option", "version"),
-    [
-        ("runs", "3.7.1"),
-        ("bits", "3.7.1"),
-        *(slow("ends", v) for v in VERSIONS),
-        slow("runs", "3.6.0"),
-        slow("bits", "3.6.0"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("option", ["runs", "bits", "ends"])
 def test_budget_of_masks(option, version):
     """Runs of keys per query, of which ``ends`` are those with one side, and packed masks; the gradient keeps most."""
     kernels = ("forward", "dq", "dkdv", "decode_split")
@@ -143,16 +161,16 @@ def test_budget_of_masks(option, version):
     check_budget(rows, version)
 
 
+@pytest.mark.slow
 def test_forward_budget_on_ampere():
     rows = compiled("--arch", "sm_80", "--head-dim", "64", "128", "--kernel", "forward")
     check_budget(rows)
     check_residency(rows, "forward", "attention")
 
 
-@pytest.mark.parametrize(
-    ("arch", "version"),
-    [("sm_90", "3.7.1"), slow("sm_80", "3.7.1"), slow("sm_80", "3.6.0"), slow("sm_90", "3.6.0")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("arch", BUDGETED)
 def test_closed_form_budget(arch, version):
     kernels = ("second_moments", "closed_variance")
     rows = compiled("--arch", arch, "--purpose", "sar", "--kernel", *kernels, version=version)
@@ -160,32 +178,26 @@ def test_closed_form_budget(arch, version):
     check_budget(rows, version)
 
 
-PURPOSES = ("sar", "sar_sav_grad", "running")  # decode's other modes combine less
+PURPOSES = ("sar", "sar_sav_grad", "running", "plain", "step", "prompt")
 HEADS = ("1:1", "2:1", "3:3", "4:2", "8:8", "16:4", "28:4", "40:40", "64:8", "128:8")
 
 
-# Every day the fewest, an odd number and the most, on the compiler that failed.
-@pytest.mark.parametrize(
-    ("version", "purposes", "heads"),
-    [
-        ("3.6.0", PURPOSES, ("1:1", "3:3", "128:8")),
-        *(slow(v, (*PURPOSES, "plain", "step", "prompt"), HEADS) for v in VERSIONS),
-    ],
-    ids=["few-3.6.0", *VERSIONS],
-)
-def test_any_number_of_heads_compiles(version, purposes, heads):
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_any_number_of_heads_compiles(version):
     """What works on all heads at once has a tile as high as they are many, and compilers have failed on small ones.
 
     Triton 3.6 asserts, and the process is gone, where a loop adds reductions over blocks of four heads.
     """
     kernels = ("head_weights", "head_weights_backward", "decode_combine", "closed_variance")
     rows = compiled(
-        *("--arch", "sm_90", "--head-dim", "64", "--kernel", *kernels, "--heads", *heads, "--purpose", *purposes),
+        *("--arch", "sm_90", "--head-dim", "64", "--kernel", *kernels, "--heads", *HEADS, "--purpose", *PURPOSES),
         version=version,
     )
     assert {r["kernel"] for r in rows} == set(kernels)
 
 
+@pytest.mark.slow
 def test_backward_budget_at_the_largest_head_dim():
     rows = compiled("--arch", "sm_90", "--head-dim", "256", "--kernel", "dkdv", "--purpose", "sar_sav_grad")
     check_budget(rows)
@@ -198,6 +210,7 @@ def test_every_recent_nvidia_device_has_its_figures():
     assert set(MAX_THREADS) == {arch for arch in SHARED_MEMORY_LIMIT if arch.startswith("sm_")}
 
 
+@pytest.mark.slow
 def test_compiles_for_a_variant_of_blackwell():
     rows = compiled("--arch", "sm_103", "--head-dim", "64", "--kernel", "forward", "--purpose", "attention")
     check_budget(rows)

@@ -41,8 +41,10 @@ CASES = {
     "no picture": BASE.but(images=(((5, 30),), ())),
     "odd head dims": BASE.but(heads=4, kv_heads=2, head_dim=24, head_dim_v=40),
 }
-CONTAINED = ("base", "full", "window")  # in cases that have more
-MARKED = [pytest.param(name, marks=[pytest.mark.slow] * (name in CONTAINED)) for name in CASES]
+# Every day what takes a path of its own; other cases have the rest.
+FORWARD = ("text after the first picture", "soft cap", "padding", "runs", "odd head dims")
+BACKWARD = ("padding", "no picture", "odd head dims")
+CLOSED = ("text after the first picture", "padding", "no picture", "odd head dims")
 
 
 def in_one_pass(inputs):
@@ -57,6 +59,7 @@ def from_parts(inputs):
     return scale_heads(out, *statistics[2:]), lse, *statistics
 
 
+@pytest.mark.everyday(name=FORWARD)
 @pytest.mark.parametrize("name", CASES)
 def test_forward_from_parts(name):
     inputs = make(CASES[name])
@@ -64,7 +67,8 @@ def test_forward_from_parts(name):
         torch.testing.assert_close(got, want, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
 
 
-@pytest.mark.parametrize("name", [case for case in MARKED if case.values != ("soft cap",)])
+@pytest.mark.everyday(name=CLOSED)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "soft cap"])
 def test_statistics_in_closed_form(name, monkeypatch):
     inputs = make(CASES[name])
     monkeypatch.setattr(plan, "MOMENT_ROWS", 64)
@@ -119,7 +123,8 @@ def test_a_closed_form_that_is_not_trusted_is_not_taken(monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.everyday(name=BACKWARD)
+@pytest.mark.parametrize("name", CASES)
 def test_backward_from_parts(name):
     inputs = make(CASES[name])
     qkv, (out, lse, av, sa, c, count) = (inputs.q, inputs.k, inputs.v), in_one_pass(inputs)

@@ -15,6 +15,7 @@ from kernel_cases import (
     assert_relative,
     assert_same,
     assert_same_forward,
+    daily,
     skip_unless_supported,
 )
 
@@ -172,14 +173,20 @@ CASES = [
     BASE.but(name="image-in-the-new-keys", lengths=(150, 77), images=((148, 150), (0, 77)), queries=3, head_dim=16),
 ]
 SPLIT_EVERY_WAY = ("base", "fp16", "three-queries", "window-both-full", "softcap-window", "more-queries-than-keys")
+# Every day, cut in two; those that are cut otherwise below need not be.
+DAILY = (
+    "fp64", "two-row-tiles", "gqa4-d80", "d96-dv32", "d16-dv64", "window-past-the-image", "softcap", "standardize",
+    "unprotected", "five-heads", "one-key", "image-in-the-new-keys",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", daily(CASES, *DAILY), ids=str)
 def test_matches_reference(case):
     inputs = Inputs(case)
     check(inputs, *inputs.run(num_splits=2))
 
 
+@pytest.mark.everyday(num_splits=[5])
 @pytest.mark.parametrize("num_splits", [1, 5])
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in SPLIT_EVERY_WAY], ids=str)
 def test_any_number_of_splits_matches_reference(case, num_splits):
@@ -291,6 +298,7 @@ def paged(cache: torch.Tensor, page: int) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks, order.view(batch, pages).to(torch.int32)
 
 
+@pytest.mark.everyday(page=[20, 32])
 @pytest.mark.parametrize("page", [8, 20, 32, 160])  # parts of a tile of 32 keys, straddling tiles, whole tiles
 def test_paged_equals_contiguous(page):
     inputs = Inputs(BASE.but(queries=3, head_dim=80, head_dim_v=16))
@@ -318,6 +326,7 @@ def test_prior_is_read_at_visual_keys_only():
     assert all(torch.equal(a, b) for a, b in zip(inputs.run(), expected))
 
 
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("mode", ["running", "step", "prompt"])
 def test_chain_of_steps(mode):
     """Six generated tokens after a prompt: against the oracle on the whole prefix and against PyTorch's decode."""

@@ -191,6 +191,7 @@ def test_cached_decode_continues_the_sums():
     assert torch.equal(want["triton"][1], want["torch"][1])
 
 
+@pytest.mark.everyday(dynamic=[True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_in_one_graph(dynamic):
     torch._dynamo.reset()
@@ -251,6 +252,8 @@ def as_matrix(pattern: dict, Sq: int) -> dict:
     return options
 
 
+@pytest.mark.everyday(Sq=[19], name=["chunks", "blocks in a window", "mask and padding"])
+@pytest.mark.everyday(Sq=[2], name=["prefix", "blocks in a window", "mask"])
 @pytest.mark.parametrize("Sq", [19, 2], ids=["prompt", "step"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_pattern_equals_the_reference(name, Sq):
@@ -297,14 +300,9 @@ def test_a_cache_with_chunks(backend, lengths):
         torch.testing.assert_close(out[b : b + 1], want, rtol=1e-4, atol=1e-5)
 
 
-# every day those with all arguments that there are; the others compile no other code
-COMPILED = [
-    pytest.param(name, marks=[] if name in ("blocks in a window", "mask and padding") else [pytest.mark.slow])
-    for name in PATTERNS
-]
-
-
-@pytest.mark.parametrize("name", COMPILED)
+# The others compile no other code.
+@pytest.mark.everyday(name=["mask and padding"])
+@pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_compile_without_a_break(name):
     torch._dynamo.reset()
     case = inputs(H=2, Hkv=1, dtype=torch.float32)

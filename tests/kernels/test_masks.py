@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import INTERPRETED, Case, both_gradients, check_forward, check_gradients, make
+from kernel_cases import INTERPRETED, Case, both_gradients, check_forward, check_gradients, daily, make
 
 from sar_fast import Visibility
 from sar_kernels.attention import AttentionOptions, attention_backward, attention_forward, pack_mask, sar_forward
@@ -66,35 +66,37 @@ CASES = [
 ]
 
 
-# Other cases have their parts: with padding, in a window, without a gradient through the weights; soft-capping and
-# d80 are test_backward.py's, and what is not causal reaches the kernels as bounds all the same.
-COVERED = (
-    "chunks", "chunks-both-ways", "pictures", "pictures-window", "pictures-mqa-d80-fp16", "pictures-softcap", "mask"
+# Every day patterns with something beside them; soft-capping, d80 and 16 bits are test_backward.py's.
+FORWARD = ("chunks", "pictures-window", "mask")
+BACKWARD = ("chunks-after-padding", "pictures-padded", "short-queries", "mask-fp16")
+DECODED = (
+    "chunks-after-padding", "prefix", "pictures-padded", "pictures-mqa-d80-fp16", "short-queries",
+    "mask-causal-padded", "mask-of-chunks", "padded",
 )  # fmt: skip
-slow_if = lambda slow, *values: pytest.param(*values, marks=[pytest.mark.slow] * slow)
 
 
 # Gradients rest on output, log-sum-exp and statistics: where they are compared every day, these need not be.
-@pytest.mark.parametrize("case", [slow_if(case.name not in COVERED, case) for case in CASES], ids=str)
+@pytest.mark.parametrize("case", daily(CASES, *FORWARD), ids=str)
 def test_forward_matches_reference(case):
     inputs = make(case)
     check_forward(inputs, *sar_forward(inputs.q, inputs.k, inputs.v, *inputs.sav, **inputs.kwargs()))
 
 
-@pytest.mark.parametrize("case", [slow_if(case.name in COVERED, case) for case in CASES], ids=str)
+@pytest.mark.parametrize("case", daily(CASES, *BACKWARD), ids=str)
 def test_backward_matches_autograd_of_the_reference(case):
     check_gradients(*both_gradients(case, sav_grad=True, statistics_too=True))
 
 
-@pytest.mark.parametrize("case", [CASES[0], slow_if(True, CASES[5]), CASES[13]], ids=str)
+@pytest.mark.parametrize("case", daily([CASES[0], CASES[5], CASES[13]], "chunks"), ids=str)
 def test_backward_with_constant_weights(case):
     check_gradients(*both_gradients(case, sav_grad=False))
 
 
-# Every day each case with one combination of queries and splits, which the cases of a kind take in turn.
+# Every day each with one combination of queries and splits, which the cases take in turn.
 STEPS = [
-    slow_if(n != i % 4, case.but(seqlen_q=q), splits)
-    for i, case in enumerate([*CASES, BASE.but(name="padded", padding=((9, 97), (0, 97)))])
+    pytest.param(case.but(seqlen_q=q), splits, marks=[pytest.mark.slow] * (INTERPRETED and n != i % 4) + param.marks)
+    for i, param in enumerate(daily([*CASES, BASE.but(name="padded", padding=((9, 97), (0, 97)))], *DECODED))
+    for case in param.values
     for n, (q, splits) in enumerate(itertools.product((1, 3), (1, 3)))
 ]
 
@@ -159,7 +161,7 @@ def test_what_padding_of_a_cache_hides_need_not_be_finite(page):
 
 
 few, many = (
-    settings(deadline=None, max_examples=n, suppress_health_check=[HealthCheck.too_slow]) for n in (6, 30)
+    settings(deadline=None, max_examples=n, suppress_health_check=[HealthCheck.too_slow]) for n in (3, 30)
 )  # others every time
 
 
@@ -281,9 +283,7 @@ class Counted:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts calls in the interpreter")
-@pytest.mark.parametrize(
-    "case", [slow_if(case.name in ("window", "chunks", "prefix"), case) for case in PATTERNS], ids=str
-)
+@pytest.mark.parametrize("case", daily(PATTERNS, "window-both", "pictures-window"), ids=str)
 def test_no_tile_is_visited_that_nobody_sees(case, monkeypatch):
     """Nor one that somebody sees left out, which the results show."""
     from sar_kernels.call import Call

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, Case, assert_relative, assert_same, check_forward, make, reference
+from kernel_cases import INTERPRETED, Case, assert_relative, assert_same, check_forward, daily, make, reference
 
 from sar_kernels.attention import sar_forward
 from sar_kernels.call import AttentionOptions, Call, WeightOptions
@@ -48,11 +48,12 @@ def forward(inputs, *, closed_form=True, **configs):
     return outputs, launches[-2].arguments["closed_ptr"]
 
 
-# Sums of several chunks are put together every day; a fourth of the cases have one chunk too.
+# Every day sums of several chunks put together, and once one chunk.
+CHUNKS = ("fp16", "d24-dv32", "two-visual-keys-one-query", "padded-left-and-right", "text-between-images", "without")
 ROWS = [
-    pytest.param(case, rows, id=f"{case}-{name}", marks=[pytest.mark.slow] * (name == "one-chunk" and i % 4 > 0))
-    for i, case in enumerate(CASES)
-    for rows, name in ((plan.MOMENT_ROWS, "one-chunk"), (64, "chunks"))
+    pytest.param(*case.values, rows, id=f"{case.values[0]}-{name}", marks=case.marks)
+    for rows, name, days in ((plan.MOMENT_ROWS, "one-chunk", ("d12-mqa",)), (64, "chunks", CHUNKS))
+    for case in daily(CASES, *days)
 ]
 
 

@@ -52,6 +52,7 @@ def spread(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> torch.Ten
     return memory[offset:].as_strided(tensor.shape, strides).copy_(tensor)
 
 
+@pytest.mark.everyday(samples=[4])
 @pytest.mark.parametrize(("samples", "heads"), [(2, 4), (4, 2)])
 def test_samples_and_heads(samples, heads):
     inputs = make(CASE.but(images=CASE.images * (samples // 2), heads=heads, kv_heads=heads))
@@ -106,6 +107,7 @@ def test_packed_tokens(monkeypatch, poisoned_allocations):
     assert_same_gradients(got[0][2:], per_token[2:])
 
 
+@pytest.mark.everyday(page=[0, 8])
 @pytest.mark.parametrize("page", [0, 8, 32])
 def test_caches(page):
     """Samples, or pages, and heads of the cache far apart; pages smaller than a tile, and as large."""
@@ -136,6 +138,7 @@ def test_caches(page):
     assert all(torch.equal(a, b) for a, b in zip(got[1], expected[1]))
 
 
+@pytest.mark.everyday(stride=[9_000_001])
 @pytest.mark.parametrize("stride", [9_000_000, 9_000_001, MAX_TOKEN_STRIDE - 1])
 def test_tokens_of_one_chunk(stride):
     """2^31 elements lie between visual keys that are summed by one program: the variance's pivot is their mean.

@@ -312,6 +312,7 @@ def child(code_or_module, *arguments):
 TINY = ("--arch", ARCH, "--kernel", "statistics", "--head-dim", "64", "--at-most", "2", "--jobs", "1")
 
 
+@pytest.mark.slow  # every day the list on a compiler that is none
 def test_a_tiny_shortlist(tmp_path):
     out = tmp_path / "shortlist.json"
     result = child(("-m", "sar_kernels.tools.shortlist"), *TINY, "--out", out)
@@ -350,6 +351,7 @@ print(compiled(statistics, "sm_90", KernelConfig(64, 96, 4, 1), True).problem)
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_says_what_spills_and_what_it_cannot_do():
     result = child(("-c", SPILLS))
     assert result.stdout.splitlines() == ["spills", "error: CompilationError"], result.stderr[-2000:]

@@ -183,14 +183,13 @@ def test_results_are_tables_files_and_pictures(miniature, tmp_path, no_traces):
 def test_what_a_plain_installation_lacks_is_named(miniature, monkeypatch):
     found = evaluate(*miniature, "mme", **FEW)
     find, lacking = extras.importlib.util.find_spec, ("pandas", "datasets")
-    monkeypatch.setitem(extras.EXTRA_OF, "pandas", "train")
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name in lacking else find(name))
     with pytest.raises(
         MissingExtraError, match=r"sar_fast\.lab\.evaluate needs datasets: pip install 'sar_fast\[train"
     ):
         _ = lab.evaluate
     assert callable(lab.ask)
-    with pytest.raises(MissingExtraError, match=r"to_pandas\(\) needs pandas: pip install 'sar_fast\[train\]'"):
+    with pytest.raises(MissingExtraError, match=r"to_pandas\(\) needs pandas: pip install 'sar_fast\[reports\]'"):
         found.to_pandas()
 
 

@@ -132,11 +132,16 @@ def test_errors_name_the_package(installed, monkeypatch):
     (point,) = importlib.metadata.entry_points(group="sar_fast.tasks", name="colours")
     also = importlib.metadata.EntryPoint("colours", "others:Colours", "sar_fast.tasks")
     for name, points, owners in (
-        ("colours", [point, also], "others:Colours, the package their-benchmarks"),
-        ("mme", [importlib.metadata.EntryPoint("mme", "others:MME", "sar_fast.tasks")], "sar_fast, others:MME"),
+        ("colours", [point, also], "'colours' of others:Colours and the package their-benchmarks"),
+        (
+            "mme",
+            [importlib.metadata.EntryPoint("mme", "others:MME", "sar_fast.tasks")],
+            "'mme' of sar_fast and others:MME",
+        ),
     ):
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda points=points, **_: points)
-        with pytest.raises(ValueError, match=f"task '{name}' must be one package's; it is of {owners}"):
+        every = importlib.metadata.EntryPoints(points)
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda every=every, **chosen: every.select(**chosen))
+        with pytest.raises(ArgumentError, match=rf"task must be one (installed )?package's; got {owners}"):
             find_task(name)
 
 

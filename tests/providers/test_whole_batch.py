@@ -74,35 +74,29 @@ def made(name: str):
     return small(given.get("Sq", 21), **{n: x for n, x in given.items() if n != "Sq"})
 
 
+# What is done with shapes is the same code whatever the library: one of them has more than one every day.
+@pytest.mark.everyday(kind=["torch"])
+@pytest.mark.everyday(name=["base"])
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_forward(kind, name):
     assert_forward(made(name), name_of(kind))
 
 
-def daily(kind: str, name: str) -> bool:
-    """What the packages' backwards do with shapes is the same code: one of them runs every shape every day."""
-    return kind not in ("fa2", "fa3") or name in ("base", "window")
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        pytest.param(k, n, marks=[] if daily(k, n) else pytest.mark.slow)
-        for k, n in CASES
-        if n != "one query, more keys"
-    ],
-)
+@pytest.mark.everyday(kind=["torch"], name=["odd head dim", "more queries", "window"])
+@pytest.mark.everyday(name=["base"])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in CASES if n != "one query, more keys"])
 def test_backward(kind, name):
     for sav_grad in (True, False) if name == "base" else (True,):  # which contains the other
         assert_gradients(made(name), name_of(kind), sav_grad=sav_grad)
 
 
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
+OTHER_PADDING = (("left", True), ("right", True), ("right", False), ("holes", False))
 
 
 @pytest.mark.parametrize(
     ("padding", "causal"),
-    [("left", False), ("right", True), ("holes", True), slow("left", True), slow("right", False), slow("holes", False)],
+    [("left", False), ("holes", True), *(slow(*values) for values in OTHER_PADDING)],
 )
 def test_padding(padding, causal, poisoned):
     case = small(padding=padding, causal=causal)
@@ -110,6 +104,7 @@ def test_padding(padding, causal, poisoned):
     assert_gradients(case, name_of("torch"), sav_grad=True)
 
 
+@pytest.mark.everyday(Sq=[13])
 @pytest.mark.parametrize(("Sq", "Sk"), [(13, 21), (21, 13)])
 def test_padding_with_other_keys_than_queries(Sq, Sk):
     case = small(Sq, Sk, padding="left")
@@ -125,6 +120,7 @@ def test_what_padding_hides_need_not_be_finite():
     assert max_error(dirty.run(name_of("torch"))[0], clean) == 0
 
 
+@pytest.mark.everyday(kind=["torch", "fa3"])
 @pytest.mark.parametrize("kind", [k for k in ALL if k != "cudnn"])
 def test_packed(kind, poisoned):
     lengths, rows = (21, 0, 1, 17), []
@@ -178,6 +174,7 @@ def test_means_go_on_from_earlier_queries():
         assert max_error(ours, theirs) < 1e-6
 
 
+@pytest.mark.everyday(kind=["fa2"])
 @pytest.mark.parametrize("kind", [k for k in ALL if k != "cudnn"])
 def test_packed_queries_that_see_no_key(kind):
     randn = lambda n, heads: torch.randn(n, heads, 16, dtype=torch.float64)
@@ -196,6 +193,7 @@ def test_packed_queries_that_see_no_key(kind):
         assert max_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.everyday(name=["base", "more keys"])
 @pytest.mark.parametrize("name", ["base", "values narrower", "more keys", "more queries", "window"])
 def test_statistics_from_pytorch_where_triton_is_missing(name, monkeypatch):
     for module in (kernel_calls, triton):
@@ -253,9 +251,9 @@ def nothing_waits(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "padding"),
     [
-        *(("torch", "left"), ("cudnn", "none"), ("fa4", "left")),
+        *(("torch", "left"), ("cudnn", "none")),
         *(slow(kind, "none") for kind in ("torch", "fa2", "fa3", "fa4")),
-        *(slow(kind, "left") for kind in ("fa2", "fa3")),
+        *(slow(kind, "left") for kind in ("fa2", "fa3", "fa4")),
     ],
 )
 def test_nothing_waits_for_the_gpu(kind, padding, monkeypatch):

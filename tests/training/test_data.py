@@ -232,6 +232,7 @@ def test_a_resumed_stream_goes_on_exactly(tmp_path):
     assert all(torch.equal(w, weights[n]) for n, w in again.model.state_dict().items())
 
 
+@pytest.mark.slow  # every day its shards, in test_workers_share_a_stream_of_one_file
 def test_ranks_of_a_stream_train_on_different_rows(tmp_path):
     """Two ranks of two rows see what one process sees in batches of four: the losses are those of one run."""
     data = {"dataset": f"{rows(tmp_path, 'a', 6)},{rows(tmp_path, 'b', 4)}", "streaming": True, "max_steps": 5}

@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from sar_fast.lab.training.arguments import parse
 from sar_fast.lab.training.checkpoints import checkpoints, last_complete
+from sar_fast.lab.training.run import build, run
+from tests.distributed_workers import run_ranks
 from tests.training.runs import SCRIPT, environment, flags, history, launch, lines, parameters, train
 from tests.training.samples import REPOSITORY
 
@@ -63,10 +66,24 @@ def assert_same_run(got, expected):
         assert mine == pytest.approx(theirs, **SAME)
 
 
-def test_two_ranks_equal_one(one_process, tmp_path):
-    """The everyday case: DDP with the contrastive loss, whose negatives are the other rank's samples."""
-    done = launch(flags(tmp_path, gradient_accumulation_steps=2, **TASKS["control"]))
-    assert done.returncode == 0, done.stderr[-3000:]
+def training_worker(rank, world, words):
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # as a launcher does; the group is there already
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    arguments = parse(words)
+    trainer, checkpoint = build(arguments)
+    run(trainer, arguments, checkpoint)
+
+
+@pytest.mark.everyday(by=["processes"])
+@pytest.mark.parametrize("by", ["processes", "torchrun"])
+def test_two_ranks_equal_one(one_process, tmp_path, by):
+    """DDP with the contrastive loss, whose negatives are the other rank's samples."""
+    words = flags(tmp_path, gradient_accumulation_steps=2, **TASKS["control"])
+    if by == "processes":
+        run_ranks(training_worker, words)
+    else:
+        done = launch(words)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path, one_process("control"))
 
 

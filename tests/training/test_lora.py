@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from tests.adapters import base_model, logits, picture, usual_mode, write_adapte
 from tests.evaluation.benchmarks import arguments as evaluation_arguments
 from tests.helpers import combinations
 from tests.test_cli import QUESTION, fails, run
-from tests.training.runs import flags, launch, parameters, train
+from tests.training.runs import SCRIPT, flags, parameters, train
 from tests.training.samples import DATA
 
 peft = pytest.importorskip("peft")
@@ -248,14 +250,17 @@ def test_configurations_are_saved_as_they_were(tmp_path, finetuning_type, given)
         assert "use_cache" not in written
 
 
-def test_the_commands_end_in_one_line(run_folder, tmp_path):
+def test_the_commands_end_in_one_line(run_folder, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(run_folder, tmp_path / "lora")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
-    done = launch(flags(tmp_path / "out", model_name_or_path=folder, finetuning_type="lora"), processes=0)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == (
+    words = flags(tmp_path / "out", model_name_or_path=folder, finetuning_type="lora")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1] == (
         f"error: --model_name_or_path {str(folder)!r} is an adapter on '/gone/base', which is no folder on this "
         "machine: say where it is with --base_model"
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in error

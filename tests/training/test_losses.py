@@ -37,6 +37,7 @@ def token_losses(trainer, batches, smoothing=0.0):
     return torch.cat(found)
 
 
+@pytest.mark.everyday(changes=[{"packing": True}, CONTROL])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"packing": True}, {"gradient_accumulation_steps": 2}, {"finetuning_type": "lora"}, CONTROL],
@@ -91,6 +92,7 @@ def test_losses_per_sample(packed):
     assert counts.tolist() == [n - 1 for n in lengths]
 
 
+@pytest.mark.everyday(changes=[{}, CONTROL])
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, CONTROL, {"label_smoothing_factor": 0.1}], ids=str)
 def test_eval_loss_is_a_mean_over_answer_tokens(tmp_path, changes):
     """Whatever the batches; answers of different length, so that a mean of means would differ."""
@@ -114,6 +116,7 @@ def test_eval_loss_is_a_mean_over_answer_tokens(tmp_path, changes):
         assert found[5]["eval_loss_contrastive"] > 0.1
 
 
+@pytest.mark.slow  # every day tests/training/test_distributed.py
 def test_two_ranks_evaluate_as_one(tmp_path):
     """Three samples on two ranks: the one that fills the last batch does not count twice."""
     asked = {**EVALUATION, "max_samples": 3, "per_device_eval_batch_size": 1}

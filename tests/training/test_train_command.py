@@ -261,6 +261,7 @@ def test_an_earlier_run_is_not_mixed_in(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "gradient_sparsity.jsonl")] == [1]
 
 
+@pytest.mark.everyday(finetuning_type=["lora"])
 @pytest.mark.parametrize("finetuning_type", ["full", "lora", "freeze"])
 def test_resuming_goes_on_exactly(tmp_path, finetuning_type):
     """Half a checkpoint at the end is passed over; weights, optimizer, data order and log go on as if never stopped."""

@@ -67,6 +67,7 @@ def test_the_loss_goes_down_by_the_rule_alone(tmp_path, rule):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.everyday(kind=["freeze", "lora"])
 @pytest.mark.parametrize("kind", ["full", "freeze", "lora", "rule"])
 def test_every_type_trains_the_rule_and_saves_it(tmp_path, kind, caplog):
     """The last K layers' scales; what is saved weighs as the model in memory does."""
@@ -110,6 +111,7 @@ def test_scales_are_not_decayed(tmp_path):
 # how it is computed
 
 
+@pytest.mark.slow  # every day tests/training/test_distributed.py, and rules over ranks in tests/weighting/test_split.py
 def test_two_ranks_equal_one(tmp_path):
     """DDP, gradient checkpointing and accumulation: losses, and scales after three steps."""
     changes = {**SCALES, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
@@ -155,6 +157,7 @@ def test_zero_in_half_precision(tmp_path, stage):
     assert ((got.float() - 1).sign() == (want - 1).sign()).float().mean() > 0.85
 
 
+@pytest.mark.everyday(packing=[False])
 @pytest.mark.parametrize("packing", [False, True])
 def test_half_precision_learns_nearly_the_same(tmp_path, packing):
     """bf16 rounds to 2^-8; Adam's first steps have the learning rate's size where a gradient is not near 0."""
@@ -182,7 +185,8 @@ def test_a_batch_without_pictures_changes_nothing_that_learns_from_them(tmp_path
 # runs that go on
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", pytest.param("rule", marks=pytest.mark.slow)])  # which full contains
+@pytest.mark.everyday(kind=["lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "rule"])
 def test_a_resumed_run_is_the_run_left_alone(tmp_path, kind):
     """Bit for bit: the rule, the model, and the optimizer's state."""
     changes = {**SCALES, **STEPS, "finetuning_type": kind}
@@ -198,6 +202,7 @@ def test_a_resumed_run_is_the_run_left_alone(tmp_path, kind):
     assert not torch.equal(scales_of(tmp_path / "whole"), scales_of(tmp_path / "whole" / "checkpoint-2"))
 
 
+@pytest.mark.everyday(kind=["lora"])
 @pytest.mark.parametrize("kind", ["lora", "rule"])
 def test_the_best_models_rule_is_loaded_at_the_end(tmp_path, kind):
     """The best by a metric that the first step has most of."""

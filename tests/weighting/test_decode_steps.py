@@ -80,6 +80,8 @@ ROWS = combinations(
 )
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(layout=["paged"])
 @pytest.mark.parametrize(("scores", "kind", "layout", "backend"), ROWS)
 def test_rows_over_a_cache(scores, kind, layout, backend):
     case, rule, options = case_of(END), Rows(), SCORES[scores]
@@ -112,6 +114,8 @@ DAILY = {("running", "triton", "tensor"), ("step", "composed", "tensor"), ("prom
 GRAPHS = combinations(("running", "step", "prompt"), ALL, LENGTHS, daily=lambda *case: case in DAILY)
 
 
+@pytest.mark.everyday(backend=["torch"])
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("mode", "backend", "kind"), GRAPHS)
 def test_a_step_compiles_in_one_graph(mode, backend, kind):

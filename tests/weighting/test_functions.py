@@ -71,6 +71,8 @@ RULES = combinations(
 )
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(name=["causal", "padded"])
 @pytest.mark.parametrize(("name", "sav_grad", "backend"), RULES)
 def test_a_rule_equals_autograd_of_the_reference(name, sav_grad, backend):
     if backend == "composed" and name == "softcap":
@@ -156,6 +158,8 @@ def test_equal_is_plain_attention_with_statistics(backend):
     assert relative_error(stats.sav, paper.sav) < 1e-5
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(dtype=[torch.float32])
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_papers_rule_given_as_a_weighting_is_the_same_call(backend, dtype):
@@ -209,6 +213,8 @@ class Asked:
         return 1 + torch.tanh(statistics.sav)
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("mode", ["running", "step", "prompt"])
 def test_decode_asks_the_rule_with_the_means_of_its_mode(backend, mode):

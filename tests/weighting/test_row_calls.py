@@ -59,6 +59,7 @@ def test_opcheck(pattern):
     torch.library.opcheck(torch.ops.sar_fast.row_statistics_backward, (torch.randn_like(sums), *arguments))
 
 
+@pytest.mark.everyday(dynamic=[True])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_in_one_graph(dynamic):
@@ -152,6 +153,7 @@ def small(**options) -> Call:
     return call_of("image two_images text_only one_token", **{"dtype": torch.float32, **options})
 
 
+@pytest.mark.everyday(pattern=["padded", "fewer queries", "packed"])
 @pytest.mark.parametrize("pattern", ["causal", "padded", "window", "softcap", "fewer queries", "packed"])
 def test_mass_in_the_kernels(pattern, kernel_calls):
     call = small(**PATTERNS.get(pattern, {}))

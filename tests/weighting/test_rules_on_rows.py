@@ -62,6 +62,8 @@ def case_of(*lengths, **options):
     return dataclasses.replace(case, options={n: x for n, x in case.options.items() if n != "beta"})
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(padding=["left"])
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_outputs_and_gradients(backend, padding):
@@ -112,6 +114,8 @@ def test_packed(backend):
     assert max_error(stats.rows["score_sum"], dense.rows["score_sum"]) <= 1e-4
 
 
+@pytest.mark.everyday(backend=["torch", "composed"])
+@pytest.mark.everyday(mode=["running"])
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("mode", ["running", "step"])
 def test_decode_goes_on_from_the_rows_of_the_prompt(backend, mode):

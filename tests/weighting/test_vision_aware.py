@@ -119,6 +119,7 @@ def test_divergence(name, side):
             assert (expected > 0.01).all(), "a picture that moves nothing would prove nothing"
 
 
+@pytest.mark.everyday(name=["llava", "qwen2_5_vl", "gemma3", "lfm2_vl", "kimi_k25"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_family(name):
     """Each has a projection that is found, with heads of one width."""
@@ -186,18 +187,26 @@ def test_surges_are_no_divergence():
     assert 0 < surges < 16
 
 
-def test_heads_of_a_wrapped_model():
+def adapted(**options):
     peft = pytest.importorskip("peft")
+    return peft.get_peft_model(llava().double(), peft.LoraConfig(**options)).eval()
+
+
+WRAPPED = {
+    "adapter": lambda: adapted(target_modules=["q_proj", "o_proj"]),
+    "copies": lambda: adapted(target_modules=["fc1"], modules_to_save=["self_attn"]),
+    "compiled": lambda: torch.compile(llava().double(), backend="eager"),
+}
+
+
+@pytest.mark.everyday(how=["adapter", "copies"])
+@pytest.mark.parametrize("how", WRAPPED)
+def test_heads_of_a_wrapped_model(how):
     model, batch = llava().double(), double(llava_batch([1, 2]))
     without = blind(batch, "left")
     expected = head_divergence(model, batch, without)
-    wrapped = peft.get_peft_model(llava().double(), peft.LoraConfig(target_modules=["q_proj", "o_proj"])).eval()
-    copies = peft.get_peft_model(
-        llava().double(), peft.LoraConfig(target_modules=["fc1"], modules_to_save=["self_attn"])
-    )
-    for other in (wrapped, copies.eval(), torch.compile(llava().double(), backend="eager")):
-        found = head_divergence(other, batch, without)
-        assert all(torch.allclose(found[layer], expected[layer]) for layer in expected)
+    found = head_divergence(WRAPPED[how](), batch, without)
+    assert all(torch.allclose(found[layer], expected[layer]) for layer in expected)
 
 
 # errors

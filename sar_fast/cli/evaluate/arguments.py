@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_fast.cli.evaluate.task_flags import parse_with_task
-from sar_fast.config import BackendName, DecodeMode, Normalize, PriorSource, SARConfig
+from sar_fast.config import DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.lab.benchmark.tasks import Task
 from sar_fast.lab.benchmark.tasks.base import SCORINGS
 from sar_fast.lab.io.chat_template import read_template
@@ -56,7 +56,7 @@ class EvaluationArguments:
     sar_weighting: str | None = _flag(None, RULE_HELP)
     sar_decode: DecodeMode = _flag("running", "Weights while generating: running, step or prompt.")
     sar_prior_source: PriorSource = _flag("vision_layer", "vision_layer or projected.")
-    sar_backend: BackendName = _flag("auto", "auto, triton, composed or torch.")
+    sar_backend: str = _flag("auto", "auto, triton, composed, composed:LIBRARY, torch, or a package's.")
 
     # benchmarks
     task: str | None = _flag(None, "Benchmark: mme, pope, refcoco, ... (docs/evaluation.md).")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base import plugins
+from sar_fast.base.errors import ArgumentError
 from sar_fast.method.value_checks import check_holds
 
 TokenNorms = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor | tuple[Tensor, Tensor]]
@@ -41,7 +43,7 @@ class Family:
             a number, as it is in ``generate``; SAR then asks for all of them, since T is more than the last one.
         whole_prompts: why prompts about one picture must each run from their first token. "": attention is causal and
             positions of a continued cache are right, so prompts may share the run of what they begin with.
-        box_formats: model type -> how its models write boxes, a name in ``evaluation.boxes.FORMATS``; those not listed
+        box_formats: model type -> how its models write boxes, a name in ``lab.io.boxes.FORMATS``; those not listed
             write fractions of the picture.
         packable: model types of which a row may hold several samples. Not where positions have several rows that must
             restart, or pictures' blocks look across samples.
@@ -118,12 +120,17 @@ class Family:
         return [parts[path] for path in self.projectors if path in parts]
 
 
+KIND = "families"  # of entry points
 _REGISTRY: dict[str, Family] = {}
 _REFUSED: dict[str, str] = {}
 
 
 def register_family(family: Family, *, replace: bool = False) -> None:
-    """Add a family; ``replace=True`` overrides entries with the same ``model_types``."""
+    """Add a family; ``replace=True`` overrides entries with the same ``model_types``.
+
+    An installed package adds one by an entry point of the group ``sar_fast.families``: the model type, and where the
+    :class:`Family` is.
+    """
     taken = [t for t in family.model_types if t in _REGISTRY]
     if taken and not replace:
         raise ValueError(f"model_types {taken} are registered already; pass replace=True to override")
@@ -138,7 +145,7 @@ def refuse_family(model_type: str, reason: str) -> None:
 
 def supported_model_types() -> tuple[str, ...]:
     """All registered ``config.model_type`` values."""
-    return tuple(sorted(_REGISTRY))
+    return tuple(sorted({*_REGISTRY, *plugins.installed(KIND)}))
 
 
 def registered_families() -> tuple[Family, ...]:
@@ -152,7 +159,14 @@ def refused_model_types() -> dict[str, str]:
 
 
 def known_family(model_type: str) -> Family | None:
-    """The family of a model type, None where none is registered."""
+    """The family of a model type, registered here or by an installed package; None where none is."""
+    if model_type not in _REGISTRY:
+        found = plugins.load(KIND, model_type, "model_type")
+        if found is not None and (not isinstance(found, Family) or model_type not in found.model_types):
+            needed = f"be in the model_types of its package's Family, {found!r}"
+            raise ArgumentError("model_type", repr(model_type), needed)
+        if found is not None:
+            register_family(found, replace=True)
     return _REGISTRY.get(model_type)
 
 
@@ -164,8 +178,9 @@ def packable_model_types() -> tuple[str, ...]:
 def find_family(config: Any) -> Family:
     """The family of a model config, or an :class:`UnsupportedModelError` that names the supported types."""
     model_type = getattr(config, "model_type", None)
-    if model_type in _REGISTRY:
-        return _REGISTRY[model_type]
+    family = known_family(model_type) if isinstance(model_type, str) else None
+    if family is not None:
+        return family
     if model_type in _REFUSED:
         raise UnsupportedModelError(f"model: SAR does not apply to model_type {model_type!r}: {_REFUSED[model_type]}")
     raise UnsupportedModelError(

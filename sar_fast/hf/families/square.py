@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.families.per_patch import without_class_token
 from sar_fast.hf.families.registry import Family, TokenNorms, register_family
 
@@ -17,7 +18,7 @@ def block_means(norms: Tensor, side: int) -> Tensor:
     """(images, g * g) in rows -> (tokens,): mean of every ``side`` x ``side`` block, blocks in rows."""
     grid = math.isqrt(norms.shape[1])
     if grid * grid != norms.shape[1]:
-        raise ValueError(f"norms must hold a square number of patches per image; got {norms.shape[1]}")
+        raise ArgumentError("norms", norms.shape[1], "hold a square number of patches per image")
     return F.avg_pool2d(norms.view(-1, 1, grid, grid), side).flatten()
 
 

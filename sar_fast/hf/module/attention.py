@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_fast.attention.functional import plain_attention
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.config import SARConfig
 from sar_fast.hf.cache_state import attach
 from sar_fast.hf.decoding import attend_with_state
@@ -60,20 +61,20 @@ class SARAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}")
+            raise ArgumentError("num_heads", f"{num_heads} and {num_kv_heads}", "be a multiple of num_kv_heads")
         if head_dim is None and hidden_size % num_heads:
-            raise ValueError(
-                f"head_dim must be given when num_heads does not divide hidden_size; got {num_heads} and {hidden_size}"
+            raise ArgumentError(
+                "head_dim", f"{num_heads} and {hidden_size}", "be given when num_heads does not divide hidden_size"
             )
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         if not 1 <= self.head_dim <= MAX_HEAD_DIM:
-            raise ValueError(f"head_dim must be between 1 and {MAX_HEAD_DIM}; got {self.head_dim}")
+            raise ArgumentError("head_dim", self.head_dim, f"be between 1 and {MAX_HEAD_DIM}")
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 <= softcap < math.inf:
-            raise ValueError(f"softcap must be a finite number >= 0 (0 = off); got {softcap!r}")
+            raise ArgumentError("softcap", repr(softcap), "be a finite number >= 0 (0 = off)")
         if rope_theta is not None and not 0 < rope_theta < math.inf:
-            raise ValueError(f"rope_theta must be a finite number > 0, or None; got {rope_theta!r}")
+            raise ArgumentError("rope_theta", repr(rope_theta), "be a finite number > 0, or None")
         if config is not None and not isinstance(config, SARConfig):
-            raise TypeError(f"config must be a SARConfig or None; got {type(config).__name__}")
+            raise ArgumentTypeError("config", type(config).__name__, "be a SARConfig or None")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_key_value_groups = num_heads // num_kv_heads
         self.scaling = self.head_dim**-0.5
@@ -180,7 +181,7 @@ class SARAttention(nn.Module):
         inputs.check_not_packed(position_ids, attention_mask)
         past_key_values = inputs.one_cache(past_key_values, cache)
         if self.training and self.attention_dropout:
-            raise ValueError(f"attention_dropout must be 0 in training: no dropout; got {self.attention_dropout}")
+            raise ArgumentError("attention_dropout", self.attention_dropout, "be 0 in training: no dropout")
         B, S = inputs.check_hidden(hidden_states)
         span = inputs.cache_span(past_key_values, self.layer_idx, S)
         padding, dense = inputs.split_mask(attention_mask, B, S, span, hidden_states.device, causal=self.is_causal)

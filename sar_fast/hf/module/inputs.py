@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.config import SARConfig
 from sar_fast.hf.cache_state import CacheState, state_of
 from sar_fast.hf.dense_masks import as_visible, has_values
@@ -67,9 +68,9 @@ def check_keywords(keywords: dict[str, Any], *, causal: bool) -> None:
 def check_hidden(hidden_states: Any) -> tuple[int, int]:
     """(B, S) of the hidden states (B, S, hidden_size)."""
     if not isinstance(hidden_states, Tensor):
-        raise TypeError(f"hidden_states must be a tensor; got {type(hidden_states).__name__}")
+        raise ArgumentTypeError("hidden_states", type(hidden_states).__name__, "be a tensor")
     if hidden_states.dim() != 3:
-        raise ValueError(f"hidden_states must be (batch, seqlen, hidden_size); got shape {tuple(hidden_states.shape)}")
+        raise ArgumentError("hidden_states", f"shape {tuple(hidden_states.shape)}", "be (batch, seqlen, hidden_size)")
     return hidden_states.shape[0], hidden_states.shape[1]
 
 
@@ -78,7 +79,7 @@ def check_position_ids(position_ids: Any, like: Tensor) -> None:
     B, S = like.shape[:2]
     shape = tuple(getattr(position_ids, "shape", ()))
     if not isinstance(position_ids, Tensor) or position_ids.is_floating_point() or shape[-2:] not in ((1, S), (B, S)):
-        raise ValueError(f"position_ids must be integers of shape ({B} or 1, {S}); got {shape or position_ids!r}")
+        raise ArgumentError("position_ids", repr(shape or position_ids), f"be integers of shape ({B} or 1, {S})")
 
 
 class Span(NamedTuple):
@@ -108,7 +109,7 @@ def cache_span(cache: Any, layer: int, length: int) -> Span:
     if cache is None:
         return Span(0, length, None)
     if not hasattr(cache, "get_seq_length") or not hasattr(cache, "update"):
-        raise TypeError(f"past_key_values must be a transformers cache; got {type(cache).__name__}")
+        raise ArgumentTypeError("past_key_values", type(cache).__name__, "be a transformers cache")
     layers = getattr(cache, "layers", ())
     kept = layers[layer] if layer < len(layers) else None
     if getattr(kept, "is_sliding", False):
@@ -147,21 +148,21 @@ def split_mask(
 
 def _check_shape(mask: Any, batch: int, length: int, span: Span, device: torch.device) -> None:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor or None; got {type(mask).__name__}")
+        raise ArgumentTypeError("attention_mask", type(mask).__name__, "be a tensor or None")
     shape = tuple(mask.shape)
     if mask.dim() not in (2, 4):
-        raise ValueError(f"attention_mask must have 2 or 4 dimensions; got shape {shape}")
+        raise ArgumentError("attention_mask", f"shape {shape}", "have 2 or 4 dimensions")
     if shape[-1] not in (span.keys, span.capacity):
         what = "the whole static cache" if span.traced else "the cached and the new positions"
         more = f" (or the static cache's {span.capacity})" if not span.traced and span.capacity is not None else ""
-        raise ValueError(f"attention_mask must cover {what}, {span.keys} positions{more}; got {shape}")
+        raise ArgumentError("attention_mask", shape, f"cover {what}, {span.keys} positions{more}")
     rows = (batch,) if mask.dim() == 2 else (1, batch)
     if shape[0] not in rows or shape[1:-1] not in ((), (1, length)):
-        raise ValueError(
-            f"attention_mask must be ({batch}, {shape[-1]}) or ({batch} or 1, 1, {length}, {shape[-1]}); got {shape}"
+        raise ArgumentError(
+            "attention_mask", shape, f"be ({batch}, {shape[-1]}) or ({batch} or 1, 1, {length}, {shape[-1]})"
         )
     if mask.device != device:
-        raise ValueError(f"attention_mask must be on hidden_states' device {device}; got {mask.device}")
+        raise ArgumentError("attention_mask", mask.device, f"be on hidden_states' device {device}")
 
 
 def _as_bool(mask: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ def _as_bool(mask: Tensor) -> Tensor:
     if mask.dim() == 4:
         return as_visible(mask)
     if mask.is_floating_point() and has_values(mask, lambda m: m < 0):
-        raise ValueError("attention_mask must be non-zero at real tokens and 0 at padding; got negative values")
+        raise ArgumentError("attention_mask", "negative values", "be non-zero at real tokens and 0 at padding")
     return mask != 0
 
 
@@ -220,7 +221,7 @@ def roles_of_call(
     past = _past_of(state, layer, span)
     if visual_mask is None:
         if prior is not None:
-            raise ValueError("visual_mask must be given together with prior; got None")
+            raise ArgumentError("visual_mask", "None", "be given together with prior")
         if past is None:
             raise ValueError(
                 "visual_mask, text_mask and prior must be given for a prompt (an all-False visual_mask for text only); "
@@ -268,13 +269,13 @@ def _check_masks(visual_mask: Any, text_mask: Any, prior: Any, like: Tensor, key
     for name, mask, want in (("visual_mask", visual_mask, (B, keys)), ("text_mask", text_mask, (B, S))):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != want:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"{name} must be bool of shape {want}; got {got}")
+            raise ArgumentError(name, got, f"be bool of shape {want}")
     if not isinstance(prior, Tensor) or not prior.is_floating_point() or tuple(prior.shape) != (B, keys):
         got = f"{prior.dtype} {tuple(prior.shape)}" if isinstance(prior, Tensor) else type(prior).__name__
-        raise ValueError(f"prior must have shape {(B, keys)} and be floating point; got {got}")
+        raise ArgumentError("prior", got, f"have shape {(B, keys)} and be floating point")
     for name, mask in (("visual_mask", visual_mask), ("text_mask", text_mask), ("prior", prior)):
         if mask.device != like.device:
-            raise ValueError(f"{name} must be on hidden_states' device {like.device}; got {mask.device}")
+            raise ArgumentError(name, mask.device, f"be on hidden_states' device {like.device}")
 
 
 def _check_kept(visual_mask: Tensor, state: CacheState, past: int) -> None:

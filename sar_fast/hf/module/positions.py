@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split convention, of the first R of D channels.
@@ -42,9 +44,10 @@ def check_embeddings(embeddings: Any, batch: int, length: int, head_dim: int) ->
         got = f"shapes {tuple(cos.shape)} and {tuple(sin.shape)}"
     else:
         got = type(embeddings).__name__
-    raise ValueError(
-        f"position_embeddings must be (cos, sin), each ({batch} or 1, {length}, R) with R even and at most head_dim, "
-        f"{head_dim}; got {got}"
+    raise ArgumentError(
+        "position_embeddings",
+        got,
+        (f"be (cos, sin), each ({batch} or 1, {length}, R) with R even and at most head_dim, {head_dim}"),
     )
 
 
@@ -61,8 +64,8 @@ class ModelPositions:
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         if self.rotary is None:
-            raise ValueError(
-                "position_embeddings must be given: the rotary embedding of the module's model was not found; got None"
+            raise ArgumentError(
+                "position_embeddings", "None", "be given: the rotary embedding of the module's model was not found"
             )
         if self.layer_type is None:
             return self.rotary(x, position_ids)

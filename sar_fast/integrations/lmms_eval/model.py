@@ -12,6 +12,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
 from sar_fast.integrations.lmms_eval.options import cut, generation_options, in_own_words, refuse_unknown
@@ -68,7 +69,7 @@ class SARHuggingFace(lmms):
         refuse_unknown(unknown, inspect.signature(SARHuggingFace).parameters)
         check_flag("--model_args: use_sar", use_sar)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size must be a number, 1 or more; got {batch_size!r}")
+            raise ArgumentError("batch_size", repr(batch_size), "be a number, 1 or more")
         self.batch_size = int(batch_size)
         wanted = device or "auto"
         # lmms-eval itself asks for "cuda", with as many processes as there are GPUs

@@ -78,7 +78,8 @@ class Answer:
         self._need_layers()
         layers = sorted(self.attention) if layers is None else layers
         if not layers or set(layers) - set(self.attention):
-            raise ArgumentError("layers", list(layers), f"one or more of {', '.join(map(str, sorted(self.attention)))}")
+            known = ", ".join(map(str, sorted(self.attention)))
+            raise ArgumentError("layers", list(layers), f"be one or more of {known}")
         if self.grid is None:
             raise ValueError("the visual tokens of this prompt do not form one rectangle of the picture")
         maps = [head_average(self.attention[layer], self.head_weights[layer]) for layer in layers]  # (V,) each
@@ -137,7 +138,7 @@ def ask(
         ProcessorRefusal: the processor makes no input of a picture.
     """
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise ArgumentError("max_new_tokens", repr(max_new_tokens), "a whole number, at least 1")
+        raise ArgumentError("max_new_tokens", repr(max_new_tokens), "be a whole number, at least 1")
     places, questions = _pairs(picture, question)
     pictures = [_open(place) for place in places]
     for words in questions:
@@ -159,10 +160,10 @@ def _pairs(picture: Any, question: Any) -> tuple[list[Any], list[str]]:
     if questions is None:
         questions = [question] * len(pictures)
     if len(pictures) != len(questions):
-        raise ArgumentError("question", f"{len(questions)} for {len(pictures)} pictures", "one per picture")
+        raise ArgumentError("question", f"{len(questions)} for {len(pictures)} pictures", "be one per picture")
     for words in questions:
         if not isinstance(words, str):
-            raise ArgumentError("question", type(words).__name__, "a text")
+            raise ArgumentError("question", type(words).__name__, "be a text")
     return pictures, questions
 
 
@@ -170,7 +171,9 @@ def _open(picture: Any) -> Image.Image:
     try:
         return open_picture(find_picture(picture, Path()))
     except PictureError as error:
-        raise ArgumentError("picture", f"one that {error} ({picture_name(picture)})", "one that can be read") from error
+        raise ArgumentError(
+            "picture", f"one that {error} ({picture_name(picture)})", "be one that can be read"
+        ) from error
 
 
 def _answer(loaded: Loaded, picture: Image.Image, question: str, max_new_tokens: int) -> Answer:

@@ -63,9 +63,9 @@ class Asking:
             value = getattr(self, name)
             optional = value is None and name in ("max_new_tokens", "workers")
             if not optional and (not is_integer(value) or value < least):
-                raise ArgumentError(name, repr(value), f"a whole number, at least {least}")
+                raise ArgumentError(name, repr(value), f"be a whole number, at least {least}")
         if self.scoring == "first_token" and self.max_new_tokens is not None:
-            raise ArgumentError("max_new_tokens", self.max_new_tokens, "left out with {scoring} first_token")
+            raise ArgumentError("max_new_tokens", self.max_new_tokens, "be left out with {scoring} first_token")
 
     def length(self, task: Task) -> int | None:
         """The longest answer in tokens; None where nothing is decoded."""

@@ -60,9 +60,9 @@ def open_questions(
         FileNotFoundError, ConnectionError, ValueError: as :func:`~.tables.open_table`; nothing is left to ask.
     """
     if asking.scoring not in task.scorings:
-        raise ArgumentError("scoring", repr(asking.scoring), f"{' or '.join(task.scorings)} for {task.name}")
+        raise ArgumentError("scoring", repr(asking.scoring), f"be {' or '.join(task.scorings)} for {task.name}")
     if max_samples is not None and (not is_integer(max_samples) or max_samples < 1):
-        raise ArgumentError("max_samples", repr(max_samples), "a whole number, at least 1")
+        raise ArgumentError("max_samples", repr(max_samples), "be a whole number, at least 1")
     table = open_table(task, data_dir, split)
     samples, skips = task.samples(table.rows)
     samples = first_groups(samples, max_samples)
@@ -91,7 +91,7 @@ def task_of(task: str | type[Task] | Task, options: Mapping[str, Any], subject: 
     """
     if isinstance(task, Task):
         for name, value in options.items():
-            raise ArgumentError(name, repr(value), "left out where {task} is an instance, which has its options")
+            raise ArgumentError(name, repr(value), "be left out where {task} is an instance, which has its options")
         return _fitting(task, subject)
     if not isinstance(task, str):
         check_task(task)
@@ -100,7 +100,7 @@ def task_of(task: str | type[Task] | Task, options: Mapping[str, Any], subject: 
     for name, value in options.items():
         if name not in known:
             raise ArgumentError(
-                name, repr(value), f"left out with {{task}} {kind.name}, which takes {', '.join(known)}"
+                name, repr(value), f"be left out with {{task}} {kind.name}, which takes {', '.join(known)}"
             )
     return make_task(kind, kind.Options(**options), subject)
 

@@ -58,9 +58,9 @@ def grid(
     """
     counts, betas, specs = ([] if values is None else [*values] for values in (k, beta, weightings))
     if not counts or len(set(counts)) != len(counts):
-        raise ArgumentError("k", k, "one or more different numbers of layers; or give {configs}")
+        raise ArgumentError("k", k, "be one or more different numbers of layers; or give {configs}")
     if not any(counts) and (betas or specs):
-        raise ArgumentError("k", k, "more than 0 somewhere beside {beta} or {weightings}")
+        raise ArgumentError("k", k, "be more than 0 somewhere beside {beta} or {weightings}")
     if beta is None and weightings is None:
         betas = [PAPER_OPTIONS["beta"]]
     rules: list[dict[str, Any]] = [{"beta": value} for value in sorted(betas)]
@@ -75,7 +75,7 @@ def refuse_grid(**values: Any) -> None:
     """``ArgumentError`` for a value of a grid beside the settings themselves."""
     for name, value in values.items():
         if value is not None:
-            raise ArgumentError(name, value, "left out with {configs}")
+            raise ArgumentError(name, value, "be left out with {configs}")
 
 
 def settings_of(configs: Sequence[SARConfig | None], compare_batches: int = 0) -> list[Setting]:
@@ -84,18 +84,18 @@ def settings_of(configs: Sequence[SARConfig | None], compare_batches: int = 0) -
     ``ArgumentError``: none, something else than a config, two that are the same, or of several prior sources.
     """
     if not is_integer(compare_batches) or compare_batches < 0:
-        raise ArgumentError("compare_batches", repr(compare_batches), "a whole number, at least 0")
+        raise ArgumentError("compare_batches", repr(compare_batches), "be a whole number, at least 0")
     for config in configs:
         if config is not None and not isinstance(config, SARConfig):
-            raise ArgumentError("configs", type(config).__name__, "SARConfigs, or None for the model without SAR")
+            raise ArgumentError("configs", type(config).__name__, "be SARConfigs, or None for the model without SAR")
     weighed = [config for config in configs if config is not None]
     if len({config.prior_source for config in weighed}) > 1:
-        raise ArgumentError("configs", "several", "of one prior_source")
+        raise ArgumentError("configs", "several", "be of one prior_source")
     plain = (weighed[0] if weighed else SARConfig()).replace(activation_layer_k=0)
     varied = [f.name for f in dataclasses.fields(SARConfig) if f.name not in SHOWN and _differs(f.name, weighed)]
     settings = [_setting(config, plain, varied) for config in configs]
     if not settings or len({setting.folder for setting in settings}) != len(settings):
-        raise ArgumentError("configs", [s.folder for s in settings], "one or more different settings")
+        raise ArgumentError("configs", [s.folder for s in settings], "be one or more different settings")
     return settings
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from torch import nn
 
@@ -28,6 +26,7 @@ from sar_fast.lab.benchmark.results import BenchmarkResults, read_results
 from sar_fast.lab.benchmark.settings import Setting, grid, refuse_grid, settings_of, strongest
 from sar_fast.lab.benchmark.tables import Table
 from sar_fast.lab.benchmark.tasks import Record, Sample, Task
+from sar_fast.lab.measure.timing import seconds_now
 from sar_fast.lab.run.exports import data_frame, new_folder
 from sar_fast.lab.run.results import ResultFolder, read_json, write_json
 from sar_fast.lab.run.session import Session, folder_or_none, processes_of
@@ -224,9 +223,9 @@ def compare(ask: Asker, configs: Sequence[SARConfig], table: Table, batches: lis
         }
         replies = {}
         for name in sorted(ways, reverse=bool(number % 2)):
-            began = _clock(ask.model)
+            began = seconds_now(ask.model.device)
             replies[name] = ways[name]()
-            seconds[name].append(_clock(ask.model) - began)
+            seconds[name].append(seconds_now(ask.model.device) - began)
         if replies["branched"] != replies["separate"]:
             raise RuntimeError(
                 f"batch {number}: branched settings answer otherwise than separate runs; please report it"
@@ -239,9 +238,3 @@ def compare(ask: Asker, configs: Sequence[SARConfig], table: Table, batches: lis
         "speed_up": medians["separate"] / medians["branched"],
         "compared_batches": len(seconds["branched"]),
     }
-
-
-def _clock(model: nn.Module) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -103,7 +103,7 @@ def open_table(task: Task, data_dir: str | Path | None, split: str | None) -> Ta
     split = split or task.split
     if data_dir is None:
         if task.hub_id is None:
-            raise ArgumentError("data_dir", data_dir, f"given for {task.name}, which is not on the hub")
+            raise ArgumentError("data_dir", data_dir, f"be given for {task.name}, which is not on the hub")
         try:
             dataset = load_dataset(task.hub_id, task.folder, split=split)
         except (ConnectionError, DatasetNotFoundError) as error:

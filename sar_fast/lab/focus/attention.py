@@ -37,15 +37,15 @@ def layer_indices(layers: Sequence[int], total: int, config: SARConfig | None) -
     ``ArgumentError`` for a layer that the model has not, or that SAR leaves alone and so does not record.
     """
     if not layers:
-        raise ArgumentError("layers", "none", "one attention layer or more, -1 is the last")
+        raise ArgumentError("layers", "none", "be one attention layer or more, -1 is the last")
     first = 0 if config is None else total - config.activation_layer_k
     found = []
     for layer in layers:
         index = layer + total if layer < 0 else layer
         if not 0 <= index < total:
-            raise ArgumentError("layers", layer, f"among the model's {total} attention layers")
+            raise ArgumentError("layers", layer, f"be among the model's {total} attention layers")
         if index < first:
-            read = f"among layers {first} to {total - 1}: with SAR on, attention is read where heads are re-weighted"
+            read = f"be among layers {first} to {total - 1}: with SAR on, attention is read where heads are re-weighted"
             raise ArgumentError("layers", layer, read)
         found.append(index)
     return sorted(set(found))

@@ -51,21 +51,21 @@ class GroundingDataset:
         ``ArgumentError`` for an argument that is none of these, samples of one id, a ``limit`` that leaves none.
         """
         if limit is not None and limit < 1:
-            raise ArgumentError("max_samples", limit, "at least 1")
+            raise ArgumentError("max_samples", limit, "be at least 1")
         if isinstance(samples, (str, Path)):
             return cls(load_grounding_samples(str(samples), dataset_dir, media_dir, limit), str(samples))
         for name, value in (("dataset_dir", dataset_dir), ("media_dir", media_dir)):
             if value is not None:
-                raise ArgumentError(name, value, "left out where {samples} is no name of a dataset")
+                raise ArgumentError(name, value, "be left out where {samples} is no name of a dataset")
         if not isinstance(samples, Sequence) or not all(isinstance(s, GroundingSample) for s in samples):
             kinds = sorted({type(s).__name__ for s in samples}) if isinstance(samples, Sequence) else []
             came = f"{type(samples).__name__}{(kinds and ' of ' + ', '.join(kinds)) or ''}"
-            raise ArgumentError("samples", came, "a sequence of GroundingSample, or a dataset's name or file")
+            raise ArgumentError("samples", came, "be a sequence of GroundingSample, or a dataset's name or file")
         taken = samples[:limit]
         if not taken:
-            raise ArgumentError("samples", "none", "at least one GroundingSample")
+            raise ArgumentError("samples", "none", "be at least one GroundingSample")
         if twice := [i for i, count in Counter(s.id for s in taken).items() if count > 1]:
-            raise ArgumentError("samples", f"{twice[0]!r} twice", "of different ids")
+            raise ArgumentError("samples", f"{twice[0]!r} twice", "be of different ids")
         return cls(taken)
 
     def settings(self) -> dict[str, Any]:

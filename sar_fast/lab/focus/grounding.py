@@ -58,16 +58,16 @@ class GroundedMasks(MaskSource):
     ) -> None:
         for name, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold)):
             if not 0 <= value < 1:
-                raise ArgumentError(name, value, "in [0, 1), as scores are")
+                raise ArgumentError(name, value, "be in [0, 1), as scores are")
         if is_original(detector) and detector_config is None:
-            raise ArgumentError("detector_config", None, f"the config file of {detector}, an original checkpoint")
+            raise ArgumentError("detector_config", None, f"be the config file of {detector}, an original checkpoint")
         for name, value in (("detector", detector), ("segmenter", segmenter), ("text_encoder", text_encoder)):
             if value is not None and not is_original(value) and is_missing_folder(value):
-                raise ArgumentError(name, repr(value), "a folder on this machine, or a hub id")
+                raise ArgumentError(name, repr(value), "be a folder on this machine, or a hub id")
         originals = {n: v for n, v in (("detector", detector), ("segmenter", segmenter)) if is_original(v)}
         for name, value in {**originals, "detector_config": detector_config}.items():
             if value is not None and not Path(value).is_file():
-                raise ArgumentError(name, value, "a file that exists")
+                raise ArgumentError(name, value, "be a file that exists")
         self.detector, self.segmenter = detector, segmenter
         self.detector_config, self.text_encoder, self.segmenter_type = detector_config, text_encoder, segmenter_type
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
@@ -210,7 +210,7 @@ def _reading(argument: str, name: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ArgumentError(argument, f"{name!r}: {reason}", f"{what} that loads") from error
+        raise ArgumentError(argument, f"{name!r}: {reason}", f"be {what} that loads") from error
 
 
 def _stamp(name: str) -> dict[str, Any]:

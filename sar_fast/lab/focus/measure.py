@@ -66,7 +66,7 @@ def measure_focus(
     """
     need("measure_focus", "skimage", *(["matplotlib"] if overlays else []))
     if overlays and folder is None:
-        raise ArgumentError("overlays", overlays, "False without {folder}")
+        raise ArgumentError("overlays", overlays, "be False without {folder}")
     subject = Subject.of(model, processor, sar)
     dataset = GroundingDataset.find(samples, dataset_dir, media_dir, max_samples)
     looking = Looking(DatasetMasks() if masks is None else masks, layers, templates, batch_size, overlays)

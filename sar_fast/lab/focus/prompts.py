@@ -22,14 +22,14 @@ DEFAULT_TEMPLATES = (
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     """The templates, if each has exactly one place for the object's name, and no other; else ``ArgumentError``."""
     if isinstance(templates, str) or not templates:
-        raise ArgumentError("templates", repr(templates), "a list of texts, one or more")
+        raise ArgumentError("templates", repr(templates), "be a list of texts, one or more")
     for template in templates:
         try:
             places = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
         except ValueError:  # a single brace
             places = None
         if places != [""] or template.count("{}") != 1:
-            needed = "texts with exactly one {}, where the object's name goes, and no other brace (doubled ones are "
+            needed = "be texts with exactly one {}, where the object's name goes, and no other brace (doubled ones are "
             raise ArgumentError("templates", repr(template), f"{needed}written once)")
     return tuple(templates)
 

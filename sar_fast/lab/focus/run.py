@@ -43,9 +43,9 @@ class Looking:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ArgumentError("batch_size", self.batch_size, "at least 1")
+            raise ArgumentError("batch_size", self.batch_size, "be at least 1")
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
-            raise ArgumentError("layers", repr(self.layers), "a list of attention layers, [-1] for the last")
+            raise ArgumentError("layers", repr(self.layers), "be a list of attention layers, [-1] for the last")
         check_templates(self.templates)
 
     def settings(self) -> dict[str, Any]:

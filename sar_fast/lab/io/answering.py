@@ -46,7 +46,7 @@ def prepare_processor(processor: Any, template: str | None = None) -> None:
     if template is not None:
         processor.chat_template = read_template(template)
     if not getattr(processor, "chat_template", None):
-        raise ArgumentError("template", "none", "given for a model that has no chat template")
+        raise ArgumentError("template", "none", "be given for a model that has no chat template")
     try:
         prompt = build_prompt(processor, "What is this?")
     except ArgumentError as error:
@@ -56,7 +56,7 @@ def prepare_processor(processor: Any, template: str | None = None) -> None:
         try:
             encode_texts(processor, [Image.new("RGB", (64, 64))], [prompt])
         except ValueError as error:  # of processors that count placeholders; others are found out by their tokens
-            raise ArgumentError("template", f"{template}: {error}", "one that fits the model's processor") from error
+            raise ArgumentError("template", f"{template}: {error}", "be one that fits the model's processor") from error
 
 
 def pad_left(processor: Any) -> None:

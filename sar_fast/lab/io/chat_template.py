@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.model_errors import first_line
@@ -22,9 +21,9 @@ def build_prompt(processor: Any, question: str) -> str:
         ArgumentError: ``question`` is empty or holds what stands for a picture; the template of ``model`` is broken.
     """
     if not question.strip():
-        raise ArgumentError("question", repr(question), "some words")
+        raise ArgumentError("question", repr(question), "be some words")
     if marker := placeholder_in(processor, question):
-        raise ArgumentError("question", repr(question), f"without {marker!r}, which stands for a picture")
+        raise ArgumentError("question", repr(question), f"be without {marker!r}, which stands for a picture")
     if not getattr(processor, "chat_template", None):
         return llava_prompt(question, getattr(processor, "image_token", "<image>"))
     content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -33,7 +32,7 @@ def build_prompt(processor: Any, question: str) -> str:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
     except TemplateError as error:
-        raise ArgumentError("model", first_line(error), "one whose chat template can be rendered") from error
+        raise ArgumentError("model", first_line(error), "be one whose chat template can be rendered") from error
 
 
 def llava_prompt(question: str, image_token: str = "<image>") -> str:
@@ -72,6 +71,8 @@ def read_template(path: str) -> str:
 
 
 def _render(template: str, words: str) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
     (text,), _ = render_jinja_template([turns], chat_template=template, add_generation_prompt=True, **TOKENS)
     return text

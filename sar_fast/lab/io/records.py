@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.wording import cut, describe, quote
 from sar_fast.lab.io.pictures import PictureError, find_picture, open_picture, picture_name
 
@@ -64,7 +65,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.formatting not in FORMATTINGS:
-            raise ValueError(f"formatting must be one of {', '.join(FORMATTINGS)}; got {self.formatting!r}")
+            raise ArgumentError("formatting", repr(self.formatting), f"be one of {', '.join(FORMATTINGS)}")
         known = KNOWN_COLUMNS[self.formatting]
         for name in self.columns:
             if name not in known:

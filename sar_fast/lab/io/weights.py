@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sar_fast.lab.io.model_source import MINIATURE_PATH, ModelSource
+from sar_fast.lab.io.model_source import MINIATURE, MINIATURE_PATH, ModelSource
 from sar_fast.lab.io.stamps import model_stamp
 
 SAMPLED = 4096  # elements of a tensor
@@ -31,7 +31,7 @@ def _named(name: str, place: str) -> dict[str, Any]:
 
 def weights_stamp(name: str) -> str | None:
     """What tells a folder's model from others that lay there before, by content; None for a hub id."""
-    folder = MINIATURE_PATH if name == "miniature" else Path(name).expanduser()
+    folder = MINIATURE_PATH if name == MINIATURE else Path(name).expanduser()
     return model_stamp(folder) if folder.is_dir() else None
 
 

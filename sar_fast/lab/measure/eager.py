@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
+
 ATTENTION_NAME = "eager_sar"
 
 
@@ -97,7 +99,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
 def _head_factors(scores: Tensor, probs: Tensor, sar: EagerSAR) -> Tensor:
     """c (1, H) from the whole score and probability matrices (1, H, N, N)."""
     if scores.shape[0] != 1:
-        raise ValueError(f"q must hold one sample, the eager formulation takes no batch; got {scores.shape[0]}")
+        raise ArgumentError("q", scores.shape[0], "hold one sample, the eager formulation takes no batch")
     visual, text = sar.visual_mask[0].nonzero()[:, 0], sar.text_mask[0].nonzero()[:, 0]
     alignment_variance = scores[:, :, text][:, :, :, visual].float().var(-1).mean(-1)
     seen = probs[:, :, text][:, :, :, visual].float()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.hf.families import UnsupportedModelError
 from sar_fast.hf.structure import find_attention_modules, has_config, unwrap
 
@@ -66,7 +67,7 @@ def last_head_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, 
     """Layer index -> (B, H, Dv) fp32 (fp64) outputs of its heads at each sample's last real position; one forward pass
     without gradients."""
     if not isinstance(inputs, Mapping):
-        raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
+        raise ArgumentTypeError("inputs", type(inputs).__name__, "be a mapping of the model's keyword arguments")
     attending = find_attention_modules(unwrap(model))
     with torch.no_grad(), _recorded(attending, last_positions(inputs)) as outputs:
         model(**{**inputs, "use_cache": False})
@@ -82,7 +83,7 @@ def last_positions(inputs: Mapping[str, Any]) -> Tensor:
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:
-        raise ValueError("inputs must have input_ids or inputs_embeds; got neither")
+        raise ArgumentError("inputs", "neither", "have input_ids or inputs_embeds")
     batch, length = tokens.shape[:2]
     mask = inputs.get("attention_mask")
     if mask is None:

@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError
+
 SYSTEM_TOKENS = 32  # text before the image in the made-up prompts
+
+
+def seconds_now(device: torch.device) -> float:
+    """The host's clock, once everything that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def interleaved_times(
@@ -48,7 +57,7 @@ def attention_inputs(
     are drawn on ``device``: a GPU's numbers are not a CPU's.
     """
     if not 0 < visual <= length - SYSTEM_TOKENS:
-        raise ValueError(f"visual must be 1 to length - {SYSTEM_TOKENS} = {length - SYSTEM_TOKENS}; got {visual}")
+        raise ArgumentError("visual", visual, f"be 1 to length - {SYSTEM_TOKENS} = {length - SYSTEM_TOKENS}")
     generator = torch.Generator(device).manual_seed(seed)
     drawn = {"generator": generator, "device": device}
     rand = lambda n: torch.randn(batch, length, n, head_dim, **drawn).to(dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sar_fast.lab.io.boxes import BOX_BINS, box_iou
+from sar_fast.lab.io.chat_template import llava_prompt
 from sar_fast.lab.miniature.drawing import COLOURS, HELD_OUT_PHOTOGRAPHS, SHAPES, Scene, draw_scene
 
 KINDS = ("colour", "shape", "existence", "position", "box")
@@ -94,7 +95,7 @@ def build_prompt(text: str) -> str:
     """The LLaVA-1.5 prompt for one image and one question in free words; the answer follows it."""
     if "<image>" in text:
         raise ValueError("text contains '<image>', needed a question in words: the prompt adds the image itself")
-    return f"USER: <image>\n{text} ASSISTANT:"
+    return llava_prompt(text)
 
 
 def quadrant(box: tuple[float, float, float, float], shape: tuple[int, int]) -> str | None:

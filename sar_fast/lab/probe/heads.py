@@ -36,10 +36,10 @@ class HeadTraining:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ArgumentError("lr", self.lr, "> 0")
+            raise ArgumentError("lr", self.lr, "be > 0")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise ArgumentError(name, getattr(self, name), "at least 1")
+                raise ArgumentError(name, getattr(self, name), "be at least 1")
         check_choice("feature_scale", self.feature_scale, FEATURE_SCALES)
 
 

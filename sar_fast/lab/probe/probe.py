@@ -73,7 +73,7 @@ class LayerwiseProbe:
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
         if not self.seeds:
-            raise ArgumentError("seeds", "none", "at least one")
+            raise ArgumentError("seeds", "none", "be at least one")
 
     def usable(self, samples: Sequence[GroundingSample]) -> tuple[list[GroundingSample], dict[str, list[str]]]:
         """The samples that have a target, and the others' ids by reason. ``ValueError`` if a column is missing."""

@@ -41,7 +41,7 @@ class Probing:
         check_choice("task", self.task, TASKS)
         for name in ("seeds", "batch_size"):
             if getattr(self, name) < 1:
-                raise ArgumentError(name, getattr(self, name), "at least 1")
+                raise ArgumentError(name, getattr(self, name), "be at least 1")
 
     def settings(self, seed: int) -> dict[str, Any]:
         """What scores depend on beyond the features, as plain values."""

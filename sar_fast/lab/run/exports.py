@@ -22,6 +22,6 @@ def new_folder(folder: str | Path) -> Path:
     """A folder to save into; ``ArgumentError`` if anything lies there: nothing is overwritten."""
     path = Path(folder).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ArgumentError("folder", str(path), "a new folder, or an empty one")
+        raise ArgumentError("folder", str(path), "be a new folder, or an empty one")
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -114,17 +114,17 @@ def refuse(group: Any, names: Sequence[str], why: str) -> None:
 
 def at_least(group: Any, least: int, *names: str) -> None:
     """``ArgumentError`` for the first of ``names`` whose number is below ``least``; None is no number."""
-    _check(group, names, lambda value: value >= least, f"at least {least}")
+    _check(group, names, lambda value: value >= least, f"be at least {least}")
 
 
 def above(group: Any, bound: int, *names: str) -> None:
     """``ArgumentError`` for the first of ``names`` whose number is not > ``bound``; None is no number."""
-    _check(group, names, lambda value: value > bound, f"> {bound}")
+    _check(group, names, lambda value: value > bound, f"be > {bound}")
 
 
 def below_one(group: Any, *names: str) -> None:
     """``ArgumentError`` for the first of ``names`` whose number is not in [0, 1); None is no number."""
-    _check(group, names, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    _check(group, names, lambda value: 0 <= value < 1, "be at least 0 and below 1")
 
 
 def _check(group: Any, names: Sequence[str], good: Callable[[Any], bool], needed: str) -> None:

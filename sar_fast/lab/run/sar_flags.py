@@ -12,6 +12,7 @@ import torch
 
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import PAPER_OPTIONS, SARConfig
 from sar_fast.method.weighting import Weighting, find_weighting
 
@@ -106,6 +107,10 @@ def naming_flags(flags: Mapping[str, str], dashes: str = "--") -> Iterator[None]
     """An error that begins with the name of an argument begins with the flag that sets it instead."""
     try:
         yield
+    except ArgumentError as error:
+        if error.argument not in flags:
+            raise
+        raise type(error)(f"{dashes}{flags[error.argument]}", error.came, error.needed) from error
     except (ValueError, TypeError) as error:
         name = re.match(r"\w*", str(error)).group()
         if name not in flags:

@@ -123,14 +123,14 @@ def folder_or_none(folder: str | Path | None, overwrite: bool, state: PartialSta
     """
     if folder is None:
         if overwrite:
-            raise ArgumentError("overwrite", overwrite, "left out without {folder}")
+            raise ArgumentError("overwrite", overwrite, "be left out without {folder}")
         if state.num_processes > 1:
-            raise ArgumentError("folder", folder, "given where several processes share the work")
+            raise ArgumentError("folder", folder, "be given where several processes share the work")
         with tempfile.TemporaryDirectory() as place:
             yield Path(place)
         return
     if (why := unwritable(folder)) is not None:
-        raise ArgumentError("folder", f"{str(folder)!r}: {why}", "a folder to write into")
+        raise ArgumentError("folder", f"{str(folder)!r}: {why}", "be a folder to write into")
     yield Path(folder).expanduser()
 
 

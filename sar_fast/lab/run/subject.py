@@ -60,12 +60,12 @@ class Subject:
         """
         on = handle_of(unwrap(model).base_model)
         if sar is not None and not isinstance(sar, SARConfig):
-            raise ArgumentError("sar", type(sar).__name__, "a SARConfig or None")
+            raise ArgumentError("sar", type(sar).__name__, "be a SARConfig or None")
         if on is not None and sar is not None:
-            raise ArgumentError("sar", sar, "None for a model that has SAR on it, which holds; or remove that first")
+            raise ArgumentError("sar", sar, "be None for a model that has SAR on it, which holds; or remove that first")
         config = sar if on is None else on.config
         if not getattr(processor, "chat_template", None):
-            raise ArgumentError("processor", "none", "one with a chat_template")
+            raise ArgumentError("processor", "none", "be one with a chat_template")
         padded = left_padded(processor)
 
         def settings() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.pictures import open_picture
 
 COLOURMAP = "inferno"
@@ -78,7 +79,7 @@ def heat_overlay(picture: Image.Image, values: np.ndarray, peak: float) -> Image
     from matplotlib import colormaps
 
     if not peak > 0:
-        raise ValueError(f"peak must be positive; got {peak}")
+        raise ArgumentError("peak", peak, "be positive")
     picture = open_picture(picture)
     field = Image.fromarray(np.asarray(values, dtype=np.float32) / peak)
     strength = np.asarray(field.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]

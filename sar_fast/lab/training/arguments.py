@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from sar_fast.config import BackendName, Normalize, SARConfig
+from sar_fast.config import Normalize, SARConfig
 from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.datasets import is_file_name, split_names
 from sar_fast.lab.io.output_dir import check_output_dir
@@ -34,7 +34,9 @@ class SARArguments:
     sar_beta: float = dataclasses.field(default=0.5, metadata={"help": "Temperature of the softmax over heads."})
     sar_normalize: Normalize = dataclasses.field(default="none")
     sar_weighting: str | None = dataclasses.field(default=None, metadata={"help": RULE_HELP + " It is trained."})
-    sar_backend: BackendName = dataclasses.field(default="auto")
+    sar_backend: str = dataclasses.field(
+        default="auto", metadata={"help": "auto, triton, composed, composed:LIBRARY, torch, or a package's."}
+    )
     sav_grad: bool = dataclasses.field(default=False, metadata={"help": "Let gradients flow through SAR's weights."})
 
     def __post_init__(self) -> None:

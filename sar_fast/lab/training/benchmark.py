@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
 from sar_fast.lab.measure.eager import EagerSAR, eager_attention
+from sar_fast.lab.measure.timing import seconds_now
 from sar_fast.lab.training.throughput import TrainingFlops, peak_memory
 
 MODES = ("sar off", "sar on", "eager")
@@ -100,16 +100,13 @@ def _mode(model: nn.Module, mode: str, config: SARConfig, eager: EagerSAR) -> It
 
 
 def _step(model: nn.Module, inputs: Mapping[str, Any], optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    wait()
-    start = time.perf_counter()
+    start = seconds_now(device)
     model(**inputs, use_cache=False).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    wait()
-    return time.perf_counter() - start
+    return seconds_now(device) - start
 
 
 def sample_inputs(model: nn.Module, processor: Any, length: int) -> dict[str, Tensor]:

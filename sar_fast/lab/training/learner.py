@@ -65,15 +65,15 @@ class Learner:
         """
         own = handle_of(unwrap(model).base_model)
         if sar is not None and not isinstance(sar, SARConfig):
-            raise ArgumentError("sar", type(sar).__name__, "a SARConfig or None")
+            raise ArgumentError("sar", type(sar).__name__, "be a SARConfig or None")
         if own is not None and sar is not None:
-            raise ArgumentError("sar", sar, "None for a model that has SAR on it, which holds; or remove that first")
+            raise ArgumentError("sar", sar, "be None for a model that has SAR on it, which holds; or remove that first")
         if not getattr(processor, "chat_template", None):
-            raise ArgumentError("processor", "none", "one with a chat_template")
+            raise ArgumentError("processor", "none", "be one with a chat_template")
         rule = None if sar is None else module_of(sar.weighting)
         learning = [p for part in (model, rule) if part is not None for p in part.parameters() if p.requires_grad]
         if not learning:
-            raise ArgumentError("model", "none", "one with parameters that require gradients")
+            raise ArgumentError("model", "none", "be one with parameters that require gradients")
         place = unwrap(model).config.name_or_path
         return cls(
             check=lambda: _check_backend(model, sar),

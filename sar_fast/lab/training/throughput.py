@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from sar_fast.hf.structure import find_attention_modules, unwrap
+from sar_fast.lab.measure.timing import seconds_now
 from sar_fast.lab.training.metrics_log import MetricsLog
 
 FILE_NAME = "throughput.jsonl"
@@ -69,9 +69,7 @@ class ThroughputCallback(TrainerCallback):
         steps = state.global_step - self._first_step
         if not steps or not self._tokens:
             return
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-        seconds = time.perf_counter() - self._began
+        seconds = seconds_now(args.device) - self._began
         totals = torch.tensor([self._tokens, self._samples], dtype=torch.float64, device=args.device)
         totals = self.trainer.accelerator.reduce(totals, reduction="sum")
         tokens, samples = totals.tolist()
@@ -91,7 +89,7 @@ class ThroughputCallback(TrainerCallback):
     def _start_counting(self, args: Any) -> None:
         self._tokens = self._samples = 0
         self._first_step = self.trainer.state.global_step
-        self._began = time.perf_counter()
+        self._began = seconds_now(args.device)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
 

@@ -96,14 +96,14 @@ def train(
     )
     options = Arguments(None, _data_arguments(found, max_length, packing, max_samples), _control(control), training)
     if packing and control is not None:
-        raise ArgumentError("packing", packing, "False with {control}, which tells samples apart by rows")
+        raise ArgumentError("packing", packing, "be False with {control}, which tells samples apart by rows")
     check(options)
     inputs = Inputs(learner, lambda: found["dataset"], lambda: found["eval_dataset"])
     with lent(model, training.gradient_checkpointing):
         try:
             trainer, checkpoint = build(options, inputs)
         except OtherRun as error:
-            raise ArgumentError("resume", True, f"False: in another run {'; '.join(error.differing)}") from error
+            raise ArgumentError("resume", True, f"be False: in another run {'; '.join(error.differing)}") from error
         run(trainer, options, checkpoint, want_weights=True)
     if dist.is_initialized():
         dist.barrier()
@@ -114,16 +114,16 @@ def _check_folder(folder: str | Path, resume: bool, overwrite: bool) -> None:
     """``ArgumentError`` for a folder that cannot be written into, or that holds a run that is not to be touched."""
     path = Path(folder).expanduser()
     if (why := unwritable(path)) is not None:
-        raise ArgumentError("folder", f"{str(folder)!r}: {why}", "a folder to write into")
+        raise ArgumentError("folder", f"{str(folder)!r}: {why}", "be a folder to write into")
     if resume and overwrite:
-        raise ArgumentError("overwrite", overwrite, "False with {resume}")
+        raise ArgumentError("overwrite", overwrite, "be False with {resume}")
     old = earlier_run(path)
     if old and not (resume or overwrite):
         raise ArgumentError(
-            "folder", f"{str(folder)!r} with {old} of an earlier run", "without one, or {resume} or {overwrite} True"
+            "folder", f"{str(folder)!r} with {old} of an earlier run", "be without one, or {resume} or {overwrite} True"
         )
     if old and resume and last_complete(path) is None:
-        raise ArgumentError("resume", resume, f"False: {folder} holds {old} of an earlier run, no whole checkpoint")
+        raise ArgumentError("resume", resume, f"be False: {folder} holds {old} of an earlier run, no whole checkpoint")
 
 
 def _infos(
@@ -136,13 +136,13 @@ def _infos(
     """Datasets by their names, or records as one; ``ArgumentError`` for what is neither."""
     folder, media = (None if path is None else Path(path) for path in (dataset_dir, media_dir))
     if max_samples is not None and max_samples < 1:
-        raise ArgumentError("max_samples", max_samples, "at least 1")
+        raise ArgumentError("max_samples", max_samples, "be at least 1")
     if isinstance(given, (str, Path)):
         return find_datasets(str(given), folder, media, max_samples)
     if not isinstance(given, Sequence) or not all(isinstance(row, Mapping) for row in given):
-        raise ArgumentError(name, type(given).__name__, "records as dictionaries, or names or files of datasets")
+        raise ArgumentError(name, type(given).__name__, "be records as dictionaries, or names or files of datasets")
     if not given:
-        raise ArgumentError(name, "none", "at least one record")
+        raise ArgumentError(name, "none", "be at least one record")
     check_media_dir(media)
     rows = tuple(dict(row) for row in given)
     return [DatasetInfo(RECORDS, (), Layout(), media or Path(), num_samples=max_samples, rows=rows)]
@@ -152,11 +152,11 @@ def _training_arguments(given: Mapping[str, Any], **own: Any) -> SFTArguments:
     known = {field.name for field in dataclasses.fields(SFTArguments) if field.init}
     for name in given:
         if name in OWN:
-            raise ArgumentError("arguments", name, f"without {', '.join(OWN)}, which train sets by its own arguments")
+            raise ArgumentError("arguments", name, f"be without {', '.join(OWN)}, which train sets itself")
         if name in SPLITTING:
-            raise ArgumentError("arguments", name, "without what splits a model; experiments/train.py loads its own")
+            raise ArgumentError("arguments", name, "be without what splits a model; experiments/train.py loads its own")
         if name not in known:
-            raise ArgumentError("arguments", name, "fields of transformers.TrainingArguments")
+            raise ArgumentError("arguments", name, "be fields of transformers.TrainingArguments")
     return SFTArguments(**given, **own)
 
 
@@ -164,7 +164,7 @@ def _data_arguments(
     found: Mapping[str, Sequence[DatasetInfo]], max_length: int | None, packing: bool, max_samples: int | None
 ) -> DataArguments:
     if max_length is not None and max_length < 1:
-        raise ArgumentError("max_length", max_length, "at least 1")
+        raise ArgumentError("max_length", max_length, "be at least 1")
     names = {name: ",".join(info.name for info in infos) or None for name, infos in found.items()}
     return DataArguments(**names, max_length=max_length, packing=packing, max_samples=max_samples)
 
@@ -175,5 +175,5 @@ def _control(given: Mapping[str, Any] | None) -> ControlArguments:
     known = [field.name for field in dataclasses.fields(ControlArguments) if field.name != "custom_trainer"]
     for name in given:
         if name not in known:
-            raise ArgumentError("control", name, f"a dictionary of {', '.join(known)}")
+            raise ArgumentError("control", name, f"be a dictionary of {', '.join(known)}")
     return ControlArguments("control_sft", **given)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import kind
 from sar_fast.method.values import Statistics
 
@@ -52,15 +53,15 @@ class Fixed:
         if not isinstance(c, Tensor):
             c = _table(c)
         if not c.is_floating_point():
-            raise TypeError(f"c must be floating point; got {c.dtype}")
+            raise ArgumentTypeError("c", c.dtype, "be floating point")
         if c.dim() not in (1, 2) or c.numel() == 0:
-            raise ValueError(f"c must have shape (heads,), (batch, heads) or (layers, heads); got {tuple(c.shape)}")
+            raise ArgumentError("c", tuple(c.shape), "have shape (heads,), (batch, heads) or (layers, heads)")
         if not bool(c.detach().isfinite().all()):
-            raise ValueError(f"c must be finite; got {int((~c.isfinite()).sum())} of {c.numel()} that are not")
+            raise ArgumentError("c", f"{int((~c.isfinite()).sum())} of {c.numel()} that are not", "be finite")
         if per_layer is not None and not isinstance(per_layer, bool):
-            raise TypeError(f"per_layer must be a bool or None; got {kind(per_layer)}")
+            raise ArgumentTypeError("per_layer", kind(per_layer), "be a bool or None")
         if per_layer and c.dim() == 1:
-            raise ValueError(f"c must have shape (layers, heads) with per_layer=True; got {tuple(c.shape)}")
+            raise ArgumentError("c", tuple(c.shape), "have shape (layers, heads) with per_layer=True")
         self.c, self.per_layer = c, per_layer
         self._placed: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int, Tensor]] = {}
 
@@ -131,7 +132,9 @@ def _table(c: object) -> Tensor:
     try:
         found = torch.as_tensor(c)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"c must be a tensor, or lists of numbers of one length; got {kind(c)} ({error})") from error
+        raise ArgumentTypeError(
+            "c", f"{kind(c)} ({error})", "be a tensor, or lists of numbers of one length"
+        ) from error
     if found.dtype == torch.bool or found.is_complex():
-        raise TypeError(f"c must be numbers; got {found.dtype}")
+        raise ArgumentTypeError("c", found.dtype, "be numbers")
     return torch.as_tensor(c, dtype=torch.float64)

@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import is_integer, kind, number
 from sar_fast.method.values import Statistics, StatisticsWithRows
 from sar_fast.method.weighting.rows import BY_NAME, RowStatistic
@@ -84,7 +85,7 @@ class ThresholdHeads:
     def __post_init__(self) -> None:
         threshold = check_finite("threshold", self.threshold)
         if threshold <= 0:
-            raise ValueError(f"threshold must be > 0, a share of the mean over heads; got {threshold}")
+            raise ArgumentError("threshold", threshold, "be > 0, a share of the mean over heads")
         object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "damp", check_finite("damp", self.damp))
         _check_by(self.by)
@@ -232,28 +233,28 @@ def _row_statistics(by: str) -> tuple[RowStatistic, ...]:
 def _check_by(by: object) -> None:
     known = (*STATISTICS, *BY_NAME)
     if not isinstance(by, str) or by not in known:
-        raise ValueError(f"by must be one of {', '.join(map(repr, known))}; got {by!r}")
+        raise ArgumentError("by", repr(by), f"be one of {', '.join(map(repr, known))}")
 
 
 def _check_keep(keep: object) -> int | float:
     needed = "a number of heads, an int >= 1, or a share of them, a float in (0, 1)"
     found = number("keep", keep, needed)
     if not (found >= 1 if is_integer(found) else 0 < found < 1):
-        raise ValueError(f"keep must be {needed}; got {found!r}")
+        raise ArgumentError("keep", repr(found), f"be {needed}")
     return found
 
 
 def check_finite(name: str, value: object) -> float:
     found = number(name, value)
     if not abs(found) <= sys.float_info.max:  # an int may be too large to be a float
-        raise ValueError(f"{name} must be finite; got {found!r:.50}")
+        raise ArgumentError(name, f"{found!r:.50}", "be finite")
     return float(found)
 
 
 def _check_size(name: str, value: object) -> int:
     found = number(name, value, "an int >= 1")
     if not is_integer(found):
-        raise TypeError(f"{name} must be an int >= 1; got {kind(found)}")
+        raise ArgumentTypeError(name, kind(found), "be an int >= 1")
     if found < 1:
-        raise ValueError(f"{name} must be an int >= 1; got {found}")
+        raise ArgumentError(name, found, "be an int >= 1")
     return found

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.method.values import Statistics, StatisticsWithRows
 
 
@@ -44,14 +45,17 @@ def needs_statistics(weighting: Weighting) -> bool:
 def check_weighting(weighting: object) -> Weighting:
     """The rule itself; ``TypeError`` unless it can be called as one, ``ValueError`` if it contradicts itself."""
     if inspect.isclass(weighting):
-        raise TypeError(f"weighting must be a rule, not a class; got {weighting.__name__}, need {weighting.__name__}()")
+        raise ArgumentTypeError(
+            "weighting", f"{weighting.__name__}, need {weighting.__name__}()", "be a rule, not a class"
+        )
     if not callable(weighting):
-        raise TypeError(
-            f"weighting must be a callable (statistics, layer) -> c, or None; got {type(weighting).__name__}. A name "
-            "or a file becomes one by sar_fast.method.weighting.find_weighting"
+        raise ArgumentTypeError(
+            "weighting",
+            (f"{type(weighting).__name__}. A name or a file becomes one by sar_fast.method.weighting.find_weighting"),
+            "be a callable (statistics, layer) -> c, or None",
         )
     if not isinstance(needs_statistics(weighting), bool):
-        raise TypeError(f"weighting.needs_statistics must be a bool; got {weighting.needs_statistics!r}")
+        raise ArgumentTypeError("weighting.needs_statistics", repr(weighting.needs_statistics), "be a bool")
     if not needs_statistics(weighting) and getattr(weighting, "row_statistics", ()):
         raise ValueError(f"weighting: {name_of(weighting)} has row_statistics, and needs_statistics is False")
     return weighting
@@ -96,15 +100,15 @@ def head_weights(weighting: Weighting, statistics: Statistics | StatisticsWithRo
     batch, heads = statistics.av.shape
     rule = f"weighting: {name_of(weighting)}"
     if not isinstance(c, Tensor):
-        raise TypeError(f"{rule} must return a tensor; got {type(c).__name__}")
+        raise ArgumentTypeError(rule, type(c).__name__, "return a tensor")
     if not c.is_floating_point():
-        raise TypeError(f"{rule} must return floating point weights; got {c.dtype}")
+        raise ArgumentTypeError(rule, c.dtype, "return floating point weights")
     if c.shape not in ((heads,), (1, heads), (batch, heads)):
-        raise ValueError(
-            f"{rule} must return weights of shape ({batch}, {heads}), ({heads},) or (1, {heads}); got {tuple(c.shape)}"
+        raise ArgumentError(
+            rule, tuple(c.shape), f"return weights of shape ({batch}, {heads}), ({heads},) or (1, {heads})"
         )
     if c.device != statistics.av.device:
-        raise ValueError(f"{rule} must return weights on {statistics.av.device}; got {c.device}")
+        raise ArgumentError(rule, c.device, f"return weights on {statistics.av.device}")
     c = c.to(statistics.av.dtype).expand(batch, heads)
     return torch.where(statistics.count[:, None] > 0, c, 1) if counts else c
 

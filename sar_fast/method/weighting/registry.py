@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -13,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sar_fast.base import json_text
+from sar_fast.base import json_text, plugins
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import kind
 from sar_fast.base.wording import reason
 from sar_fast.method.weighting.constant import Equal, Fixed
@@ -22,7 +22,7 @@ from sar_fast.method.weighting.protocol import Weighting, check_weighting
 from sar_fast.method.weighting.softmax import SoftmaxOverHeads
 from sar_fast.method.weighting.vision_aware import ReinforceHeads
 
-ENTRY_POINTS = "sar_fast.weightings"
+KIND = "weightings"  # of entry points
 _rules: dict[str, Any] = {
     "softmax": SoftmaxOverHeads,
     "equal": Equal,
@@ -48,7 +48,7 @@ def register_weighting(name: str, rule: Any = None) -> Any:
         The rule.
     """
     if not isinstance(name, str) or not name or ":" in name:
-        raise ValueError(f"name must be a text without ':'; got {name!r}")
+        raise ArgumentError("name", repr(name), "be a text without ':'")
     if rule is None:
         return lambda found: register_weighting(name, found)
     if not inspect.isclass(rule):
@@ -71,7 +71,7 @@ def _same_source(known: Any, rule: Any) -> bool:
 
 def registered() -> list[str]:
     """The names that are known, those of installed packages too."""
-    return sorted({*_rules, *(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+    return sorted({*_rules, *plugins.installed(KIND)})
 
 
 def make_weighting(spec: str | Mapping[str, Any], sizes: Mapping[str, int]) -> Weighting:
@@ -113,24 +113,21 @@ def read_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise TypeError(f"weighting must be {needed}; got {type(spec).__name__}")
+        raise ArgumentTypeError("weighting", type(spec).__name__, f"be {needed}")
     name, options = spec.get("name"), spec.get("options")
     options = {} if options is None else options
     if not isinstance(name, str) or not isinstance(options, Mapping) or set(spec) - {"name", "options"}:
-        raise ValueError(f"weighting must be {needed}; got {dict(spec)!r}")
+        raise ArgumentError("weighting", repr(dict(spec)), f"be {needed}")
     return name, dict(options)
 
 
 def _by_name(name: str) -> Any:
     if name in _rules:
         return _rules[name]
-    points = {point.value: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)}
-    if not points:
+    found = plugins.load(KIND, name, "weighting")
+    if found is None:
         raise ValueError(f"weighting: {name!r} is not known; known are {', '.join(registered())}, or FILE.py:NAME")
-    if len(points) > 1:
-        raise ValueError(f"weighting: {name!r} must be one installed package's; got {', '.join(sorted(points))}")
-    (point,) = points.values()
-    return register_weighting(name, point.load())
+    return register_weighting(name, found)
 
 
 def _from_file(name: str) -> Any:

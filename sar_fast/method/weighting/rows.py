@@ -14,6 +14,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.method.values import Call
 
 QUERIES = ("text", "last")
@@ -150,11 +151,11 @@ class Mass(RowStatistic):
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
         if keys is not None and not isinstance(keys, Tensor):
-            raise TypeError(f"keys must be a bool tensor or None; got {type(keys).__name__}")
+            raise ArgumentTypeError("keys", type(keys).__name__, "be a bool tensor or None")
         if keys is not None and keys.dtype != torch.bool:
-            raise TypeError(f"keys must be bool; got {keys.dtype}")
+            raise ArgumentTypeError("keys", keys.dtype, "be bool")
         if keys is not None and keys.dim() not in (1, 2):
-            raise ValueError(f"keys must have shape (batch, keys), or (total_k,) packed; got {tuple(keys.shape)}")
+            raise ArgumentError("keys", tuple(keys.shape), "have shape (batch, keys), or (total_k,) packed")
         self.tensors = () if keys is None else (keys,)
 
     def check(self, call: Call, keys: Tensor | None = None) -> None:
@@ -228,17 +229,17 @@ def check_row_statistics(statistics: object) -> tuple[RowStatistic, ...]:
             distinct, ``queries`` that do not exist.
     """
     if not isinstance(statistics, (tuple, list)):
-        raise TypeError(f"row_statistics must be a tuple of RowStatistic; got {type(statistics).__name__}")
+        raise ArgumentTypeError("row_statistics", type(statistics).__name__, "be a tuple of RowStatistic")
     names: list[str] = []
     for statistic in statistics:
         if not isinstance(statistic, RowStatistic):
             got = statistic.__name__ if isinstance(statistic, type) else type(statistic).__name__
-            raise TypeError(f"row_statistics must be instances of RowStatistic; got {got}")
+            raise ArgumentTypeError("row_statistics", got, "be instances of RowStatistic")
         name = getattr(statistic, "name", None)
         if not isinstance(name, str) or not name:
             raise TypeError(f"row_statistics: {type(statistic).__name__}.name must be a text; got {name!r}")
         if name in names:
-            raise ValueError(f"row_statistics must have names that differ; got {name!r} twice")
+            raise ArgumentError("row_statistics", f"{name!r} twice", "have names that differ")
         if statistic.queries not in QUERIES:
             raise ValueError(f"row_statistics: queries of {name!r} must be 'text' or 'last'; got {statistic.queries!r}")
         names.append(name)
@@ -249,7 +250,7 @@ def recorded_rows(statistics: object, records: bool) -> tuple[RowStatistic, ...]
     """The row statistics that a caller wants to be returned; ``ValueError`` where nothing is."""
     found = check_row_statistics(statistics)
     if found and not records:
-        raise ValueError("row_statistics must come with return_stats=True, which returns them; got return_stats=False")
+        raise ArgumentError("row_statistics", "return_stats=False", "come with return_stats=True, which returns them")
     return found
 
 
@@ -277,7 +278,7 @@ BY_NAME = {statistic.name: statistic for statistic in (Mass(), Entropy(), ScoreS
 def named(statistics: object) -> tuple[RowStatistic, ...]:
     """Row statistics of which those of the whole picture may be given by name: "mass", "entropy", "score_sum"."""
     if isinstance(statistics, str) or not isinstance(statistics, (tuple, list)):
-        raise TypeError(f"row_statistics must be a tuple of names or RowStatistic; got {type(statistics).__name__}")
+        raise ArgumentTypeError("row_statistics", type(statistics).__name__, "be a tuple of names or RowStatistic")
     unknown = [s for s in statistics if isinstance(s, str) and s not in BY_NAME]
     if unknown:
         raise ValueError(f"row_statistics: {unknown[0]!r} is not known by name; known are {', '.join(BY_NAME)}")

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from sar_fast.base.errors import check_choice
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError, check_choice
 from sar_fast.base.scalars import kind, plain
 from sar_fast.method.options import check_beta
 from sar_fast.method.values import Statistics
@@ -38,7 +38,7 @@ class SoftmaxOverHeads:
         check_choice("normalize", self.normalize, ("none", "standardize"))
         protect = plain(self.protect_first_head)
         if not isinstance(protect, bool):
-            raise TypeError(f"protect_first_head must be a bool; got {kind(protect)}")
+            raise ArgumentTypeError("protect_first_head", kind(protect), "be a bool")
         object.__setattr__(self, "beta", float(check_beta(self.beta)))
         object.__setattr__(self, "protect_first_head", protect)
 
@@ -122,7 +122,7 @@ def choose_weighting(
         return SoftmaxOverHeads(**given)
     if given:
         came = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ValueError(
-            f"weighting must come without {', '.join(given)}, of the paper's rule; got {name_of(weighting)} and {came}"
+        raise ArgumentError(
+            "weighting", f"{name_of(weighting)} and {came}", f"come without {', '.join(given)}, of the paper's rule"
         )
     return check_weighting(weighting)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.scalars import is_integer, kind, number
 from sar_fast.method.values import Statistics
 from sar_fast.method.weighting.heads import check_finite, heads_kept, largest
@@ -46,7 +47,7 @@ class ReinforceHeads:
         self.divergence = _read(divergence)
         share = number("share", share, "a number in (0, 1]")
         if not 0 < share <= 1:
-            raise ValueError(f"share must be in (0, 1]; got {share!r}")
+            raise ArgumentError("share", repr(share), "be in (0, 1]")
         self.share, self.factor = float(share), check_finite("factor", factor)
         self._reinforced = {layer: self._choose(x) for layer, x in self.divergence.items()}
 
@@ -92,16 +93,16 @@ class ReinforceHeads:
 def _read(divergence: object) -> dict[int, Tensor]:
     """Layer -> (B, H) or (H,) constants."""
     if not isinstance(divergence, Mapping):
-        raise TypeError(f"divergence must be a mapping from layer indices to tensors; got {kind(divergence)}")
+        raise ArgumentTypeError("divergence", kind(divergence), "be a mapping from layer indices to tensors")
     if not divergence:
-        raise ValueError("divergence must have at least one layer; got none")
+        raise ArgumentError("divergence", "none", "have at least one layer")
     found = {}
     for key, values in divergence.items():
         layer = int(key) if isinstance(key, str) and key.isdecimal() else key
         if not is_integer(layer) or layer < 0:
-            raise ValueError(f"divergence must have layer indices >= 0 as keys; got {key!r}")
+            raise ArgumentError("divergence", repr(key), "have layer indices >= 0 as keys")
         if layer in found:
-            raise ValueError(f"divergence must have each layer once; got {key!r} twice, as a text and as an int")
+            raise ArgumentError("divergence", f"{key!r} twice, as a text and as an int", "have each layer once")
         found[layer] = _table(f"divergence[{key!r}]", values)
     return found
 
@@ -110,11 +111,11 @@ def _table(name: str, values: object) -> Tensor:
     try:
         x = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or lists of numbers; got {kind(values)} ({error})") from error
+        raise ArgumentTypeError(name, f"{kind(values)} ({error})", "be a tensor or lists of numbers") from error
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {x.dtype}")
+        raise ArgumentTypeError(name, x.dtype, "be floating point")
     if x.dim() not in (1, 2) or x.numel() == 0:
-        raise ValueError(f"{name} must have shape (batch, heads) or (heads,); got {tuple(x.shape)}")
+        raise ArgumentError(name, tuple(x.shape), "have shape (batch, heads) or (heads,)")
     if not bool((x.isfinite() & (x >= 0)).all()):
-        raise ValueError(f"{name} must be finite and >= 0; got values from {x.min().item()} to {x.max().item()}")
+        raise ArgumentError(name, f"values from {x.min().item()} to {x.max().item()}", "be finite and >= 0")
     return x

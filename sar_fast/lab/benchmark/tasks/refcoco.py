@@ -46,7 +46,7 @@ class RefCOCO(Task):
     def misfit(self, reports_frames: Callable[[], bool]) -> ArgumentError | None:
         if self.format_name not in NEED_FRAMES or reports_frames():
             return None
-        needed = "another one, since the model's processor does not report the resized picture's grid"
+        needed = "be another one, since the model's processor does not report the resized picture's grid"
         return ArgumentError("box_format", self.format_name, needed)
 
     def settings(self) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.metadata
 import inspect
 from typing import Any, TypeVar
 
+from sar_fast.base import plugins
 from sar_fast.base.errors import ArgumentError, ArgumentTypeError
-from sar_fast.base.wording import reason
 from sar_fast.lab.benchmark.tasks.base import Task
 from sar_fast.lab.benchmark.tasks.mmbench import MMBench
 from sar_fast.lab.benchmark.tasks.mme import MME
@@ -18,7 +17,7 @@ from sar_fast.lab.benchmark.tasks.refcoco import RefCOCO, RefCOCOg, RefCOCOPlus
 from sar_fast.lab.benchmark.tasks.scienceqa import ScienceQA
 from sar_fast.lab.benchmark.tasks.textvqa import TextVQA
 
-ENTRY_POINTS = "sar_fast.tasks"
+KIND = "tasks"  # of entry points
 NEEDED = ("name", "split", "columns")  # that have no default
 TAKEN = (  # names of arguments of evaluate and sweep, beside which options are further keywords
     "model", "processor", "task", "sar", "configs", "k", "beta", "weightings", "compare_batches", "data_dir", "split",
@@ -58,7 +57,7 @@ def register_task(task: Registered) -> Registered:
 def check_task(task: Any) -> None:
     """The errors of :func:`register_task` about a class alone."""
     if not inspect.isclass(task) or not issubclass(task, Task):
-        raise ArgumentTypeError("task", repr(task), "a subclass of Task")
+        raise ArgumentTypeError("task", repr(task), "be a subclass of Task")
     missing = [*sorted(task.__abstractmethods__), *(name for name in NEEDED if not hasattr(task, name))]
     if missing:
         raise ValueError(f"task {task.__qualname__} lacks {', '.join(missing)}")
@@ -81,38 +80,25 @@ def find_task(name: str) -> type[Task]:
     """The benchmark of that name.
 
     Raises:
-        ArgumentError: there is none; it names the nearest one and all others.
-        ValueError: several installed packages have one, or theirs has a shipped one's name.
+        ArgumentError: there is none, and it names the nearest one and all others; several packages have one.
+        ValueError: an installed package's class calls itself otherwise.
         ImportError: the installed package that has it cannot be imported.
     """
-    points = {point.value: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)}
-    if len(points) + (name in TASKS) > 1:
-        owners = [*(["sar_fast"] if name in TASKS else []), *sorted(map(_package, points.values()))]
-        raise ValueError(f"task {name!r} must be one package's; it is of {', '.join(owners)}")
+    theirs = plugins.owners(KIND, name)
+    if name in TASKS and theirs:
+        raise ArgumentError("task", f"{name!r} of {' and '.join(['sar_fast', *theirs])}", "be one package's")
     if name in _tasks:
         return _tasks[name]
-    if not points:
+    task = plugins.load(KIND, name, "task")
+    if task is None:
         near = difflib.get_close_matches(name, known_tasks(), n=1)
         came = f"{name!r}; did you mean {near[0]!r}?" if near else repr(name)
-        raise ArgumentError("task", came, f"one of {', '.join(known_tasks())}; for others: lmms-eval")
-    (point,) = points.values()
-    return register_task(_load(point, name))
+        raise ArgumentError("task", came, f"be one of {', '.join(known_tasks())}; for others: lmms-eval")
+    if getattr(task, "name", None) != name:
+        raise ValueError(f"task {name!r} of {theirs[0]} calls itself {getattr(task, 'name', None)!r}")
+    return register_task(task)
 
 
 def known_tasks() -> list[str]:
     """The names that are known, those of installed packages last."""
-    return list(dict.fromkeys([*_tasks, *sorted(importlib.metadata.entry_points(group=ENTRY_POINTS).names)]))
-
-
-def _load(point: importlib.metadata.EntryPoint, name: str) -> type[Task]:
-    try:
-        task = point.load()
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"task {name!r} of {_package(point)} cannot be imported: {reason(error)}") from error
-    if getattr(task, "name", None) != name:
-        raise ValueError(f"task {name!r} of {_package(point)} calls itself {getattr(task, 'name', None)!r}")
-    return task
-
-
-def _package(point: importlib.metadata.EntryPoint) -> str:
-    return f"the package {point.dist.name}" if point.dist else point.value
+    return list(dict.fromkeys([*_tasks, *plugins.installed(KIND)]))

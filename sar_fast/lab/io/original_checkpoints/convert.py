@@ -42,9 +42,9 @@ def convert_into(
     """
     source, path = Path(source).expanduser(), Path(os.path.abspath(Path(output_dir).expanduser()))
     if not source.is_file():
-        raise ArgumentError("source", str(source), "a file that exists")
+        raise ArgumentError("source", str(source), "be a file that exists")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ArgumentError("output_dir", str(output_dir), "a folder that is not there yet, or empty")
+        raise ArgumentError("output_dir", str(output_dir), "be a folder that is not there yet, or empty")
     if model_type is not None:
         check_choice("model_type", model_type, tuple(SAM_WIDTHS))
     model, processor = _load(source, config, text_encoder, model_type)
@@ -54,7 +54,7 @@ def convert_into(
             processor.save_pretrained(folder)
             open_to_readers(folder)
     except (OSError, SafetensorError) as error:
-        raise ArgumentError("output_dir", f"{output_dir}: {error}", "a folder that can be written") from error
+        raise ArgumentError("output_dir", f"{output_dir}: {error}", "be a folder that can be written") from error
     return path
 
 
@@ -64,12 +64,12 @@ def _load(
     if sam.MARK in read_state(source):
         for name, value in (("config", config), ("text_encoder", text_encoder)):
             if value is not None:
-                raise ArgumentError(name, value, f"left out: {source} is a SAM checkpoint, which needs none")
+                raise ArgumentError(name, value, f"be left out: {source} is a SAM checkpoint, which needs none")
         return sam.load_segmenter(source, model_type)
     if model_type is not None:
-        raise ArgumentError("model_type", model_type, f"left out: {source} is no SAM checkpoint")
+        raise ArgumentError("model_type", model_type, f"be left out: {source} is no SAM checkpoint")
     if config is None:
-        raise ArgumentError("config", None, f"Grounding DINO's config file: {source} is no SAM checkpoint")
+        raise ArgumentError("config", None, f"be Grounding DINO's config file: {source} is no SAM checkpoint")
     if not Path(config).is_file():
-        raise ArgumentError("config", config, "a file that exists")
+        raise ArgumentError("config", config, "be a file that exists")
     return grounding_dino.load_detector(source, Path(config), text_encoder)

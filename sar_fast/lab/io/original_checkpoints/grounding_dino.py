@@ -98,7 +98,7 @@ def load_detector(checkpoint: Path, config: Path, text_encoder: str | None = Non
         text_config, tokenizer = AutoConfig.from_pretrained(text_encoder), AutoTokenizer.from_pretrained(text_encoder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ArgumentError("text_encoder", f"{text_encoder!r}: {reason}", "BERT's folder or hub id") from error
+        raise ArgumentError("text_encoder", f"{text_encoder!r}: {reason}", "be BERT's folder or hub id") from error
     model = GroundingDinoForObjectDetection(
         GroundingDinoConfig(
             backbone_config=SwinConfig(
@@ -147,7 +147,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise ArgumentError("config", f"{path}: {error}", "a Python file of assignments") from error
+        raise ArgumentError("config", f"{path}: {error}", "be a Python file of assignments") from error
     found: dict[str, Any] = {}
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
@@ -157,7 +157,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 continue  # not a plain value; an error below if it was needed
     missing = [name for name in needed if name not in found]
     if missing:
-        raise ArgumentError("config", f"{path}, which sets no {', '.join(missing)}", "a Grounding DINO config")
+        raise ArgumentError("config", f"{path}, which sets no {', '.join(missing)}", "be a Grounding DINO config")
     return found
 
 

@@ -56,7 +56,7 @@ def load_segmenter(checkpoint: Path, model_type: str | None = None) -> tuple[nn.
     _, grid, _, width = state[MARK].shape
     found = {w: name for name, w in SAM_WIDTHS.items()}.get(width)
     if model_type is not None and found is not None and model_type != found:
-        raise ArgumentError("model_type", repr(model_type), f"{found!r}, which {checkpoint} is")
+        raise ArgumentError("model_type", repr(model_type), f"be {found!r}, which {checkpoint} is")
     patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
     reach = [v.shape[0] for k, v in sorted_blocks(state, "attn.rel_pos_h")]  # 2 * side - 1 of what a block attends over
     head_dim = state["image_encoder.blocks.0.attn.rel_pos_h"].shape[1]
