@@ -48,8 +48,7 @@ quick: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu" -k "not composed and not triton" $(QUICK)
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu" tests
-	$(BIN)/python -m pytest --benchmark-disable benchmarks
+	$(PYTEST) --benchmark-disable -m "not slow and not gpu" tests benchmarks
 
 test-all: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation "deepspeed>=0.17" ninja

@@ -55,6 +55,8 @@ def test_output_and_statistics(backend, S, dtype, heads, D, Dv, padding):
     assert_forward(make_case(S, H=heads[0], Hkv=heads[1], D=D, Dv=Dv, dtype=dtype, padding=padding), backend)
 
 
+@pytest.mark.everyday(sav_grad=[True])
+@pytest.mark.everyday(dtype=[torch.float32])
 @pytest.mark.parametrize("sav_grad", [False, True], ids=["constant", "sav_grad"])
 @pytest.mark.parametrize(("S", "dtype", "heads", "D", "Dv", "padding"), GRID[4:20])
 def test_gradients(backend, S, dtype, heads, D, Dv, padding, sav_grad):
@@ -126,6 +128,7 @@ def _along(x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     return (x * unit).sum(-1, keepdim=True) * unit
 
 
+@pytest.mark.everyday(dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("Sq", "Sk"), [(5, 33), (33, 5), (1, 40), (40, 1), (64, 65)])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])

@@ -55,7 +55,8 @@ def longest(pattern: str) -> tuple[int, ...]:
     return () if pattern == "decode" else (15, 16) if pattern == "packed" else (0, 0)
 
 
-@pytest.mark.everyday(need_lse=[True])
+@pytest.mark.everyday(need_lse=[True], backend=["torch"])
+@pytest.mark.everyday(need_lse=[False], pattern=["sar", "packed"], backend=["composed"])
 @pytest.mark.parametrize(("pattern", "backend"), CASES)
 @pytest.mark.parametrize("need_lse", [True, False], ids=["lse", "no lse"])
 def test_opcheck_forward(pattern, backend, need_lse):
@@ -63,7 +64,8 @@ def test_opcheck_forward(pattern, backend, need_lse):
     torch.library.opcheck(operator(pattern), arguments)
 
 
-@pytest.mark.everyday(through_weights=[True])
+@pytest.mark.everyday(through_weights=[True], backend=["torch"])
+@pytest.mark.everyday(through_weights=[True], pattern=["sar", "packed"], backend=["composed"])
 @pytest.mark.parametrize(("pattern", "backend"), [c for c in CASES if c[0] != "decode"])
 @pytest.mark.parametrize("through_weights", [False, True], ids=["constant", "sav_grad"])
 def test_opcheck_backward(pattern, backend, through_weights):

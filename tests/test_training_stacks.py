@@ -158,6 +158,7 @@ def test_a_rule_gets_the_sizes_of_the_model():
     assert sum(p.numel() for p in config.weighting.parameters()) == 16
 
 
+@pytest.mark.slow
 def test_the_library_imports_no_training_stack():
     script = """
 import importlib, pkgutil, sys, sar_fast

@@ -191,6 +191,7 @@ class TestProbeCommand:
         details = json.loads((tmp_path / "layerwise_probe_details.json").read_text())
         assert details["forward_passes"] == 5
 
+    @pytest.mark.slow
     def test_heads_that_have_not_learned_are_named_with_a_remedy(self, tmp_path, capsys):
         """The research code's settings on few samples: too few steps for the rate, and every score is 0."""
         found = probe.run(arguments(PROBE, tmp_path / "few"))

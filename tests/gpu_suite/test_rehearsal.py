@@ -29,7 +29,7 @@ def read(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
 
 
-@pytest.mark.slow  # every day the slices themselves and their workers, in test_bench.py and test_runner.py
+@pytest.mark.slow  # every day what slices launch, in test_bench.py, and a worker that hangs, in test_runner.py
 def test_every_slice_runs_and_a_second_run_measures_nothing(tmp_path):
     out = tmp_path / "out"
     first = command("--rehearse", "--out", str(out))

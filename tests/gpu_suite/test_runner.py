@@ -107,6 +107,7 @@ def test_the_whole_runs_budget_holds(run):
     assert "fine" not in ended
 
 
+@pytest.mark.slow
 def test_a_slices_own_fault_is_its_status(run):
     _, ended = run(("faulty", 5), ("at_start", 5), ("fine", 10))
     assert ended["faulty"] == 'error: KeyError: "a slice\'s own fault"'

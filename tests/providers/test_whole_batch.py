@@ -120,7 +120,7 @@ def test_what_padding_hides_need_not_be_finite():
     assert max_error(dirty.run(name_of("torch"))[0], clean) == 0
 
 
-@pytest.mark.everyday(kind=["torch", "fa3"])
+@pytest.mark.everyday(kind=["fa3"])
 @pytest.mark.parametrize("kind", [k for k in ALL if k != "cudnn"])
 def test_packed(kind, poisoned):
     lengths, rows = (21, 0, 1, 17), []

@@ -56,6 +56,9 @@ def oracle(model: nn.Module, samples: list[dict], sar: bool = False) -> dict[str
     return values
 
 
+@pytest.mark.everyday(
+    changes=[{}, {"gradient_checkpointing": True}, {"finetuning_type": "lora", "lora_target": "q_proj,k_proj"}]
+)
 @pytest.mark.parametrize(
     ("changes", "layers"),
     [

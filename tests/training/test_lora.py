@@ -63,6 +63,7 @@ def picture_file(tmp_path):
     return str(tmp_path / "picture.png")
 
 
+@pytest.mark.everyday(config=[SAR])
 @pytest.mark.parametrize("part", [".", "checkpoint-2"])
 @pytest.mark.parametrize("config", [None, SAR], ids=["plain", "sar"])
 def test_a_runs_adapter_is_opened_as_peft_opens_it(run_folder, part, config):
@@ -227,6 +228,7 @@ SAVED = combinations(
 )
 
 
+@pytest.mark.everyday(finetuning_type=["lora"])
 @pytest.mark.parametrize(("finetuning_type", "given"), SAVED)
 def test_configurations_are_saved_as_they_were(tmp_path, finetuning_type, given):
     """Without a cache while training; files with the mode of any other file."""

@@ -102,6 +102,7 @@ def test_a_replaced_picture_is_another_run(tmp_path):
         build(parse(flags(tmp_path / "run", **common, resume_from_checkpoint="true")))
 
 
+@pytest.mark.everyday(streaming=[True])
 @pytest.mark.parametrize(
     ("entry", "streaming", "named"),
     [

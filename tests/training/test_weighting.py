@@ -51,6 +51,7 @@ def weights_of(folder):
 # what learns
 
 
+@pytest.mark.everyday(rule=["head_scales"])
 @pytest.mark.parametrize("rule", ["head_scales", SLOPES], ids=["scales", "slopes"])
 def test_the_loss_goes_down_by_the_rule_alone(tmp_path, rule):
     """The same two samples in every step; no other weight changes."""

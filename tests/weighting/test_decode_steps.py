@@ -114,8 +114,7 @@ DAILY = {("running", "triton", "tensor"), ("step", "composed", "tensor"), ("prom
 GRAPHS = combinations(("running", "step", "prompt"), ALL, LENGTHS, daily=lambda *case: case in DAILY)
 
 
-@pytest.mark.everyday(backend=["torch"])
-@pytest.mark.everyday(mode=["running"])
+@pytest.mark.everyday(backend=["torch", "composed"])
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("mode", "backend", "kind"), GRAPHS)
 def test_a_step_compiles_in_one_graph(mode, backend, kind):

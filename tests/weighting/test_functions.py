@@ -397,6 +397,7 @@ GRAPHS = combinations(
 )
 
 
+@pytest.mark.everyday(backend=["torch"])
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("kind", "sav_grad", "backend"), GRAPHS)
 def test_compiles_in_one_graph(kind, sav_grad, backend):
