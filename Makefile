@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 
 help:
 	@echo "make demo      install, then run the main job on what the repository ships"
-	@echo "make quick     the oracle on the PyTorch backend, models and commands end to end (two minutes on 2 cores)"
+	@echo "make quick     the oracle on the PyTorch backend, models and commands end to end (a minute or two on 2 cores)"
 	@echo "make test      install, then run the everyday tests (CPU, under 6 minutes on 2 cores)"
 	@echo "make test-all  everything: slow suites, GPU marks where there is a GPU, Triton 3.4, 3.6 and 3.9"
 	@echo "make sanitize  small kernel tests under compute-sanitizer (a GPU and the CUDA toolkit)"
