@@ -84,7 +84,7 @@ class SARConfig:
                 continue
             if name != "backend":
                 check_choice(name, getattr(self, name), get_args(choices))
-            elif self.backend not in get_args(choices):  # registered ones are known where they are chosen
+            elif not (isinstance(self.backend, str) and self.backend in get_args(choices)):  # a registered one, or none
                 from sar_fast.backends.select import check_backend_name
 
                 check_backend_name(name, self.backend)
