@@ -39,7 +39,7 @@ def head_matrix(ptr, batch, head, start, stride_b, stride_s, stride_h, VARLEN: t
 
 @triton.jit
 def row_pointer(ptr, batch, head, start, stride_b, stride_h, VARLEN: tl.constexpr):
-    """The same for per-row fp32 arrays: (B, H, S) dense, (H, T) packed."""
+    """Where one head of one sample begins in a per-row array: (B, H, S) dense, (H, T) packed."""
     ptr += tl.cast(head, tl.int64) * stride_h
     if VARLEN:
         ptr += start
