@@ -11,7 +11,8 @@ import triton.language as tl
 
 from sar_kernels.configs import SMALL
 from sar_kernels.launch import Launch, run_all
-from sar_kernels.primitives import edge_offset, row_edges, sequence_bounds
+from sar_kernels.primitives import edge_offset, row_edges, sequence_bounds, shifted
+from sar_kernels.structs import Edges
 
 TILE = 64  # rows and keys of the tiles of which a packed mask knows whether anything in them is seen
 
@@ -210,19 +211,21 @@ def row_ranges_kernel(
     block, batch = tl.program_id(0), tl.program_id(1)
     start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
     _, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
-    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
+    offset = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    edges = Edges(
+        num_rows,
+        num_keys,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
+    )
     first_key = block * BLOCK_N
     end_key = tl.minimum(first_key + BLOCK_N, num_keys)
     lo, full, hi = num_rows, 0, 0
     for offset in range(0, num_rows, BLOCK):
         rows = offset + tl.arange(0, BLOCK)
-        first, last = row_edges(
-            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        first, last = row_edges(edges, rows)
         exists = rows < num_rows
         sees = exists
         sees_all = exists
@@ -266,16 +269,18 @@ def text_edges_kernel(
     batch = tl.program_id(1)
     start_q, num_rows = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q, VARLEN)
     _, num_keys = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k, VARLEN)
-    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
+    offset = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    edges = Edges(
+        num_rows,
+        num_keys,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
+    )
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_range = rows < num_rows
-    first, last = row_edges(
-        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
+    first, last = row_edges(edges, rows)
     end = tl.minimum(last + 1, num_keys) if HAS_RIGHT else tl.zeros_like(rows) + num_keys
     is_text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0
     tl.store(text_end_ptr + start_q + rows, tl.where(is_text, tl.maximum(end, 0), 0), mask=in_range)

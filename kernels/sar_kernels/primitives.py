@@ -7,6 +7,8 @@ offsets inside one tile are 32-bit. No tensor is therefore too large, and no 64-
 import triton
 import triton.language as tl
 
+from sar_kernels.structs import Matrix
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LEAST_WEIGHT = tl.constexpr(2.0**-100)  # the backward divides by a head's weight, and takes a smaller one for this
@@ -25,19 +27,19 @@ def sequence_bounds(cu_seqlens_ptr, batch, max_seqlen, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def sequence_pointer(ptr, batch, head, start, stride_b, stride_s, stride_h, VARLEN: tl.constexpr):
-    """Pointer to token 0 of one head of one sample; packed sequences start at token `start` of the only batch entry."""
+def head_matrix(ptr, batch, head, start, stride_b, stride_s, stride_h, VARLEN: tl.constexpr):
+    """One head of one sample as a Matrix; packed sequences start at token `start` of the only batch entry."""
     ptr += tl.cast(head, tl.int64) * stride_h
     if VARLEN:
         ptr += start * stride_s
     else:
         ptr += tl.cast(batch, tl.int64) * stride_b
-    return ptr
+    return Matrix(ptr, stride_s)
 
 
 @triton.jit
 def row_pointer(ptr, batch, head, start, stride_b, stride_h, VARLEN: tl.constexpr):
-    """The same for per-row fp32 arrays: (B, H, S) dense, (H, T) packed."""
+    """Where one head of one sample begins in a per-row array: (B, H, S) dense, (H, T) packed."""
     ptr += tl.cast(head, tl.int64) * stride_h
     if VARLEN:
         ptr += start
@@ -53,21 +55,29 @@ def edge_offset(batch, start, stride_b, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def shifted(ptr, offset):
+    """ptr + offset, or None of none."""
+    if ptr is None:
+        return
+    else:
+        return ptr + offset
+
+
+@triton.jit
 def load_tile(
-    ptr,
+    matrix,
     first_row,
     num_rows,
-    stride_s,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     NUM_COLS: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
 ):
-    """Rows first_row .. first_row + ROWS of a row-major matrix, zeros beyond num_rows and NUM_COLS.  # [ROWS, COLS]"""
+    """Rows first_row .. first_row + ROWS of a Matrix, zeros beyond num_rows and NUM_COLS.  # [ROWS, COLS]"""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
-    tile_ptr = ptr + first_row * tl.cast(stride_s, tl.int64)
-    ptrs = tile_ptr + rows * stride_s + cols
+    tile_ptr = matrix.ptr + first_row * tl.cast(matrix.stride, tl.int64)
+    ptrs = tile_ptr + rows * matrix.stride + cols
     if CHECK_ROWS and COLS != NUM_COLS:
         return tl.load(ptrs, mask=(first_row + rows < num_rows) & (cols < NUM_COLS), other=0.0)
     elif CHECK_ROWS:
@@ -79,17 +89,15 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    ptr, tile, first_row, num_rows, stride_s, ROWS: tl.constexpr, COLS: tl.constexpr, NUM_COLS: tl.constexpr
-):
-    """Writes a tile to rows first_row .. of a row-major matrix, nothing beyond num_rows and NUM_COLS."""
+def store_tile(matrix, tile, first_row, num_rows, ROWS: tl.constexpr, COLS: tl.constexpr, NUM_COLS: tl.constexpr):
+    """Writes a tile to rows first_row .. of a Matrix, nothing beyond num_rows and NUM_COLS."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
-    ptrs = ptr + first_row * tl.cast(stride_s, tl.int64) + rows * stride_s + cols
+    ptrs = matrix.ptr + first_row * tl.cast(matrix.stride, tl.int64) + rows * matrix.stride + cols
     mask = first_row + rows < num_rows
     if COLS != NUM_COLS:
         mask = mask & (cols < NUM_COLS)
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs, tile.to(matrix.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -100,49 +108,58 @@ def load_keys_mask(ptr, first_key, num_keys, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_real_tile(ptr, first_row, real, stride_s, ROWS: tl.constexpr, COLS: tl.constexpr, NUM_COLS: tl.constexpr):
+def load_real_tile(
+    matrix,
+    first_row,
+    num_rows,
+    real,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    NUM_COLS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
     """As `load_tile`, with zeros for what padding hides too: it need not be finite, and 0 * NaN is NaN.  # [ROWS, COLS]
 
-    real: [ROWS], False beyond the last row.
+    real: [ROWS], False beyond the last row; or None: no padding.
     """
-    rows = tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, COLS)[None, :]
-    ptrs = ptr + first_row * tl.cast(stride_s, tl.int64) + rows * stride_s + cols
-    mask = real[:, None]
-    if COLS != NUM_COLS:
-        mask = mask & (cols < NUM_COLS)
-    return tl.load(ptrs, mask=mask, other=0.0)
+    if real is None:
+        return load_tile(matrix, first_row, num_rows, ROWS, COLS, NUM_COLS, CHECK_ROWS)
+    else:
+        rows = tl.arange(0, ROWS)[:, None]
+        cols = tl.arange(0, COLS)[None, :]
+        ptrs = matrix.ptr + first_row * tl.cast(matrix.stride, tl.int64) + rows * matrix.stride + cols
+        mask = real[:, None]
+        if COLS != NUM_COLS:
+            mask = mask & (cols < NUM_COLS)
+        return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_bits(bits_ptr, rows, first_key, num_rows, stride_s, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Which keys of a tile a packed mask lets each row see.  # [BM, BN], or [BN, BM] if TRANSPOSED
-
-    bits_ptr: (Sq, words) of one sample; bit j of word w is key 32 w + j. rows: [BM].
-    """
+def load_bits(mask, rows, first_key, num_rows, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which keys of a tile the bits of a Mask let each row see; rows: [BM].  # [BM, BN], or [BN, BM] if TRANSPOSED"""
     axis: tl.constexpr = 1 if TRANSPOSED else 0  # of the tile, along which the rows do not lie
     keys = tl.expand_dims(tl.arange(0, BLOCK_N), axis)
     tile = tl.expand_dims(rows * 0, 1 - axis) + keys * 0
     for piece in tl.static_range(0, (BLOCK_N + 31) // 32):  # one word a row and 32 keys, not one a pair
-        ptrs = bits_ptr + rows.to(tl.int64) * stride_s + (first_key // 32 + piece)
+        ptrs = mask.bits_ptr + rows.to(tl.int64) * mask.stride_bits + (first_key // 32 + piece)
         words = tl.expand_dims(tl.load(ptrs, mask=rows < num_rows, other=0), 1 - axis)
         tile = tl.where(keys // 32 == piece, words, tile)
     return ((tile >> ((first_key + keys) % 32)) & 1) != 0
 
 
 @triton.jit
-def is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether a packed mask lets any row of a tile see any key of it.
-
-    tiles_ptr: (cdiv(Sq, 64), cdiv(Sk, 64)) int8 of one sample.
-    """
-    TILE: tl.constexpr = 64
-    columns = tl.cdiv(num_keys, TILE)
-    row_tiles = first_row // TILE + tl.arange(0, (BLOCK_M + TILE - 1) // TILE)[:, None]
-    key_tiles = first_key // TILE + tl.arange(0, (BLOCK_N + TILE - 1) // TILE)[None, :]
-    inside = (row_tiles * TILE < num_rows) & (key_tiles < columns)
-    seen = tl.load(tiles_ptr + row_tiles * columns + key_tiles, mask=inside, other=0).to(tl.int32)
-    return tl.max(tl.max(seen, 1), 0) != 0
+def is_tile_seen(mask, edges, first_row, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a Mask's bits, if it has some, let any row of a tile see any key of it."""
+    if mask.tiles_ptr is None:
+        return True
+    else:
+        TILE: tl.constexpr = 64
+        columns = tl.cdiv(edges.num_keys, TILE)
+        row_tiles = first_row // TILE + tl.arange(0, (BLOCK_M + TILE - 1) // TILE)[:, None]
+        key_tiles = first_key // TILE + tl.arange(0, (BLOCK_N + TILE - 1) // TILE)[None, :]
+        inside = (row_tiles * TILE < edges.num_rows) & (key_tiles < columns)
+        seen = tl.load(mask.tiles_ptr + row_tiles * columns + key_tiles, mask=inside, other=0).to(tl.int32)
+        return tl.max(tl.max(seen, 1), 0) != 0
 
 
 @triton.jit
@@ -159,93 +176,88 @@ def load_lse2(lse2_ptr, rows, num_rows):
 
 
 @triton.jit
-def row_edges(
-    first_ptr,
-    end_ptr,
-    rows,
-    num_rows,
-    num_keys,
-    window_left,
-    window_right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
-    """First and last key that each row may see, whatever else hides some between them.  # rows' shape each
+def row_edges(edges, rows):
+    """First and last key that each row may see; an edge that is not there is not to be read.  # rows' shape each
 
-    An edge is where the pointer says, or without one where the window is, aligned bottom-right (causal: right = 0);
-    where there is none it is not to be read. Rows that do not exist see nothing where pointers say. The last key, not
-    one past it: of `keys < rows + diagonal + right + 1` the compiler makes a decode kernel that spills.
+    Rows that do not exist see nothing where pointers say. The last key, not one past it: of
+    `keys < rows + diagonal + right + 1` the compiler makes a decode kernel that spills.
     """
-    diagonal = num_keys - num_rows
+    diagonal = edges.num_keys - edges.num_rows
     first = rows
     last = rows
-    if HAS_LEFT:
-        if first_ptr is not None:
-            first = tl.load(first_ptr + rows, mask=rows < num_rows, other=0)
+    if edges.left is not None:
+        if edges.first_ptr is not None:
+            first = tl.load(edges.first_ptr + rows, mask=rows < edges.num_rows, other=0)
         else:
-            first = rows + diagonal - window_left
-    if HAS_RIGHT:
-        if end_ptr is not None:
-            last = tl.load(end_ptr + rows, mask=rows < num_rows, other=0) - 1
+            first = rows + diagonal - edges.left
+    if edges.right is not None:
+        if edges.end_ptr is not None:
+            last = tl.load(edges.end_ptr + rows, mask=rows < edges.num_rows, other=0) - 1
         else:
-            last = rows + diagonal + window_right
+            last = rows + diagonal + edges.right
     return first, last
 
 
 @triton.jit
-def visible_mask(first, last, keys, num_keys, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def is_in_run(edges, first, last, keys):
     """Which keys lie in each row's run; operands broadcast against each other: [BM, 1] with [1, BN], or transposed."""
-    visible = keys < num_keys
-    if HAS_RIGHT:
+    visible = keys < edges.num_keys
+    if edges.right is not None:
         visible = visible & (keys <= last)
-    if HAS_LEFT:
+    if edges.left is not None:
         visible = visible & (keys >= first)
     return visible
 
 
 @triton.jit
-def key_block_range(
-    first_ptr,
-    end_ptr,
-    first_row,
-    num_rows,
-    num_keys,
-    window_left,
-    window_right,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+def visible_mask(
+    edges, mask, rows, first, last, keys, real, first_key, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
+    """Which keys of a tile each row sees.  # [BM, BN], or [BN, BM] if TRANSPOSED
+
+    rows: [BM]. first, last: their edges, [BM, 1], or [1, BM] if TRANSPOSED. keys: [BN], from first_key on. real: [BN],
+    or None: no padding.
+    """
+    axis: tl.constexpr = 1 if TRANSPOSED else 0  # of the tile, along which the rows do not lie
+    visible = is_in_run(edges, first, last, tl.expand_dims(keys, axis))
+    if real is not None:
+        visible = visible & tl.expand_dims(real, axis)
+    if mask.bits_ptr is not None:
+        visible = visible & load_bits(mask, rows, first_key, edges.num_rows, BLOCK_N, TRANSPOSED)
+    return visible
+
+
+@triton.jit
+def key_block_range(edges, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys that a row block sees: [lo, hi), of which every row sees all of [lo, full) if there is no left edge.
 
     lo and full are multiples of BLOCK_N.
     """
+    num_rows = edges.num_rows
+    num_keys = edges.num_keys
     diagonal = num_keys - num_rows
     lo = 0
     hi = num_keys
     full = num_keys // BLOCK_N * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_M)
-    first, last = row_edges(
-        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
-    if HAS_RIGHT:
-        if end_ptr is not None:
+    first, last = row_edges(edges, rows)
+    if edges.right is not None:
+        if edges.end_ptr is not None:
             last_end = tl.max(last, 0) + 1
             first_end = tl.min(tl.where(rows < num_rows, last, num_keys), 0) + 1
         else:
-            last_end = tl.minimum(first_row + BLOCK_M, num_rows) + diagonal + window_right
-            first_end = first_row + diagonal + window_right + 1
+            last_end = tl.minimum(first_row + BLOCK_M, num_rows) + diagonal + edges.right
+            first_end = first_row + diagonal + edges.right + 1
         hi = tl.maximum(tl.minimum(hi, last_end), 0)
         full = tl.minimum(full, tl.maximum(first_end, 0) // BLOCK_N * BLOCK_N)
-    if HAS_LEFT:
-        if first_ptr is not None:
+    if edges.left is not None:
+        if edges.first_ptr is not None:
             sees = rows < num_rows
-            if HAS_RIGHT:  # a row without keys asks for none
+            if edges.right is not None:  # a row without keys asks for none
                 sees = sees & (first <= last)
             least = tl.min(tl.where(sees, first, num_keys), 0)
         else:
-            least = first_row + diagonal - window_left
+            least = first_row + diagonal - edges.left
         lo = tl.maximum(least, 0) // BLOCK_N * BLOCK_N
     return lo, full, hi
 
@@ -326,46 +338,29 @@ def mean_visual_key(
 
 
 @triton.jit
-def text_meets_visual(
-    text,
-    rows,
-    first_ptr,
-    end_ptr,
-    ranges_ptr,
-    num_visual,
-    batch,
-    num_rows,
-    num_keys,
-    window_left,
-    window_right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-):
+def text_meets_visual(text, rows, edges, ranges_ptr, num_visual, batch, HAS_BITS: tl.constexpr):
     """Whether rows hold text queries that all see all visual keys, and whether some that do not.  text, rows: [BM]
 
     Neither where there are less than two visual keys, of which no variance is.
     """
-    diagonal = num_keys - num_rows
+    diagonal = edges.num_keys - edges.num_rows
     last_text = tl.max(tl.where(text, rows, -1), 0)
     meets = (num_visual >= 2) & (last_text >= 0)
     sees_all = not HAS_BITS  # a mask of bits hides what it likes
-    first, last = row_edges(
-        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
-    if HAS_RIGHT:
+    first, last = row_edges(edges, rows)
+    if edges.right is not None:
         visual_hi = tl.load(ranges_ptr + 4 * batch + 1)
-        if end_ptr is not None:
+        if edges.end_ptr is not None:
             least_last = tl.min(tl.where(text, last, visual_hi), 0)
         else:
-            least_last = tl.min(tl.where(text, rows, last_text), 0) + diagonal + window_right
+            least_last = tl.min(tl.where(text, rows, last_text), 0) + diagonal + edges.right
         sees_all = sees_all & (least_last >= visual_hi - 1)
-    if HAS_LEFT:
+    if edges.left is not None:
         visual_lo = tl.load(ranges_ptr + 4 * batch)
-        if first_ptr is not None:
+        if edges.first_ptr is not None:
             most_first = tl.max(tl.where(text, first, visual_lo), 0)
         else:
-            most_first = last_text + diagonal - window_left
+            most_first = last_text + diagonal - edges.left
         sees_all = sees_all & (most_first <= visual_lo)
     return meets & sees_all, meets & (sees_all == 0)
 
@@ -391,6 +386,24 @@ def soft_cap_slope(capped, cap):
     """
     tanh = tl.maximum(capped, -cap) / cap
     return 1.0 - tanh * tanh
+
+
+@triton.jit
+def base2_scale(scale, HAS_SOFTCAP: tl.constexpr):
+    """The factor of a Softmax to base-2 units."""
+    if HAS_SOFTCAP:
+        return tl.cast(LOG2_E, scale.dtype)
+    else:
+        return scale * LOG2_E
+
+
+@triton.jit
+def product_scores(a, b, softmax, PRECISION: tl.constexpr):
+    """a b^T, capped if there is a soft cap, else still to be scaled.  a: [A, D], b: [B, D]  # [A, B]"""
+    scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    if softmax.cap is not None:
+        scores = soft_cap(scores * softmax.scale, softmax.cap)
+    return scores
 
 
 @triton.jit

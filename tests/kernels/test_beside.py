@@ -91,9 +91,9 @@ def test_key_tiles_without_visual_keys_are_not_read(closed_form, monkeypatch):
     ones = lambda *shape: torch.ones(shape, dtype=DTYPE)
     read, load, run = [], statistics.load_tile, Launch.run
 
-    def recorded(ptr, first, rows, stride, ROWS, *args):
+    def recorded(matrix, first, rows, ROWS, *args):
         read.append((ROWS, int(first.handle.data[0])))
-        return load(ptr, first, rows, stride, ROWS, *args)
+        return load(matrix, first, rows, ROWS, *args)
 
     monkeypatch.setattr(call, "has_closed_form", lambda *given: closed_form)
     monkeypatch.setattr(statistics, "load_tile", recorded)

@@ -9,22 +9,34 @@ The statistics are taken of every key tile, visual keys or not: decode waits for
 branch around them in the loop was seen to take all 255 registers and to spill (sm_90, D = 128; 192 without it).
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from sar_kernels.primitives import (
     LN_2,
-    LOG2_E,
+    base2_scale,
     edge_offset,
-    load_bits,
     load_keys_mask,
     load_tile,
+    product_scores,
     row_edges,
-    soft_cap,
+    shifted,
     softmax_over_heads,
     softmax_weights,
     visible_mask,
 )
+from sar_kernels.structs import Edges, Mask, Matrix, Softmax
+
+
+class _Cache(NamedTuple):
+    """Keys or values of one head of one sample."""
+
+    ptr: Any  # to the sample's first entry, or the first page's
+    table_ptr: Any  # (pages,) int32 pages of the sample, or None: a contiguous cache
+    stride_b: Any  # elements from a page to the next
+    stride_s: Any  # elements from an entry to the next
 
 
 @triton.jit
@@ -37,39 +49,26 @@ def _length(lengths_ptr, batch, capacity):
 
 
 @triton.jit
-def _split_layout(
-    first_ptr,
-    end_ptr,
-    length,
-    seqlen_q,
-    window_left,
-    window_right,
-    num_splits,
-    BLOCK_N: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
+def _split_layout(edges, num_splits, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr):
     """First key block that any query sees, one past the last key, key blocks per split, and how many splits hold any.
 
     The keys in view, not the cache's capacity, are shared out, so that a short sample or a window uses every split.
     """
+    length = edges.num_keys
     lo = 0
     hi = length
-    if first_ptr is not None or end_ptr is not None:
+    if edges.first_ptr is not None or edges.end_ptr is not None:
         queries = tl.arange(0, BLOCK_Q)
-        first, last = row_edges(
-            first_ptr, end_ptr, queries, seqlen_q, length, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
-        sees = queries < seqlen_q
-        if HAS_LEFT and HAS_RIGHT:
+        first, last = row_edges(edges, queries)
+        sees = queries < edges.num_rows
+        if edges.left is not None and edges.right is not None:
             sees = sees & (first <= last)
-        if HAS_LEFT:
+        if edges.left is not None:
             lo = tl.maximum(tl.min(tl.where(sees, first, length), 0), 0)
-        if HAS_RIGHT:
+        if edges.right is not None:
             hi = tl.minimum(tl.max(tl.where(sees, last + 1, 0), 0), length)
-    elif HAS_LEFT:
-        lo = tl.maximum(length - seqlen_q - window_left, 0)
+    elif edges.left is not None:
+        lo = tl.maximum(length - edges.num_rows - edges.left, 0)
     block = lo // BLOCK_N
     blocks = tl.maximum(tl.cdiv(hi, BLOCK_N) - block, 0)
     per_split = tl.maximum(tl.cdiv(blocks, num_splits), 1)
@@ -78,13 +77,10 @@ def _split_layout(
 
 @triton.jit
 def _load_cache(
-    ptr,
-    table_ptr,
+    cache,
     first_key,
     num_keys,
     real,
-    stride_b,
-    stride_s,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     COLS: tl.constexpr,
@@ -92,28 +88,28 @@ def _load_cache(
 ):
     """Cache entries first_key .. first_key + BLOCK_N of one sample and head, zeros beyond num_keys.  # [BN, COLS]
 
-    PAGE = 0 is a contiguous cache, of which ptr is the sample's first entry. real: [BN], or None: zeros where it says
-    False, since what padding hides need not be finite, and 0 * NaN is NaN.
+    PAGE = 0 is a contiguous cache. real: [BN], or None: zeros where it says False, since what padding hides need not be
+    finite, and 0 * NaN is NaN.
     """
     if real is not None:
         keys = first_key + tl.arange(0, BLOCK_N)
         cols = tl.arange(0, COLS)[None, :]
-        offsets = keys.to(tl.int64) * stride_s
+        offsets = keys.to(tl.int64) * cache.stride_s
         if PAGE != 0:
-            pages = tl.load(table_ptr + keys // PAGE, mask=real, other=0).to(tl.int64)  # [BN]
-            offsets = pages * stride_b + (keys % PAGE).to(tl.int64) * stride_s
-        return tl.load(ptr + offsets[:, None] + cols, mask=real[:, None] & (cols < NUM_COLS), other=0.0)
+            pages = tl.load(cache.table_ptr + keys // PAGE, mask=real, other=0).to(tl.int64)  # [BN]
+            offsets = pages * cache.stride_b + (keys % PAGE).to(tl.int64) * cache.stride_s
+        return tl.load(cache.ptr + offsets[:, None] + cols, mask=real[:, None] & (cols < NUM_COLS), other=0.0)
     if PAGE == 0:
-        return load_tile(ptr, first_key, num_keys, stride_s, BLOCK_N, COLS, NUM_COLS, True)
+        return load_tile(Matrix(cache.ptr, cache.stride_s), first_key, num_keys, BLOCK_N, COLS, NUM_COLS, True)
     elif PAGE % BLOCK_N == 0:  # a tile lies in one page: one look-up
-        page = tl.load(table_ptr + first_key // PAGE).to(tl.int64)
-        ptr += page * stride_b + tl.cast(first_key % PAGE, tl.int64) * stride_s
-        return load_tile(ptr, 0, num_keys - first_key, stride_s, BLOCK_N, COLS, NUM_COLS, True)
+        page = tl.load(cache.table_ptr + first_key // PAGE).to(tl.int64)
+        ptr = cache.ptr + (page * cache.stride_b + tl.cast(first_key % PAGE, tl.int64) * cache.stride_s)
+        return load_tile(Matrix(ptr, cache.stride_s), 0, num_keys - first_key, BLOCK_N, COLS, NUM_COLS, True)
     else:
         keys = first_key + tl.arange(0, BLOCK_N)
         cols = tl.arange(0, COLS)[None, :]
-        pages = tl.load(table_ptr + keys // PAGE, mask=keys < num_keys, other=0).to(tl.int64)  # [BN]
-        ptrs = ptr + (pages * stride_b + (keys % PAGE).to(tl.int64) * stride_s)[:, None] + cols
+        pages = tl.load(cache.table_ptr + keys // PAGE, mask=keys < num_keys, other=0).to(tl.int64)  # [BN]
+        ptrs = cache.ptr + (pages * cache.stride_b + (keys % PAGE).to(tl.int64) * cache.stride_s)[:, None] + cols
         return tl.load(ptrs, mask=(keys < num_keys)[:, None] & (cols < NUM_COLS), other=0.0)
 
 
@@ -208,24 +204,16 @@ def decode_split_kernel(
             tl.store(copy_ptr + num_heads, tl.load(count_ptr + batch))
 
     num_keys = _length(lengths_ptr, batch, capacity)
-    edges = edge_offset(batch, 0, stride_edges_b, False)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
-    first_block, end_key, per_split, used = _split_layout(
-        first_ptr,
-        end_ptr,
-        num_keys,
+    offset = edge_offset(batch, 0, stride_edges_b, False)
+    edges = Edges(
         seqlen_q,
-        window_left,
-        window_right,
-        tl.num_programs(1),
-        BLOCK_N,
-        BLOCK_Q,
-        HAS_LEFT,
-        HAS_RIGHT,
+        num_keys,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
     )
+    first_block, end_key, per_split, used = _split_layout(edges, tl.num_programs(1), BLOCK_N, BLOCK_Q)
     if split >= used:
         return
     start = (first_block + split * per_split) * BLOCK_N
@@ -247,22 +235,21 @@ def decode_split_kernel(
         v_ptr += batch64 * stride_vb
     else:
         table_ptr += batch64 * stride_table_b
-    if HAS_PADDING:
-        padding_ptr += batch64 * stride_padding_b
-    if HAS_BITS:
-        bits_ptr += batch64 * stride_bits_b
+    k_cache = _Cache(k_ptr, table_ptr, stride_kb, stride_ks)
+    v_cache = _Cache(v_ptr, table_ptr, stride_vb, stride_vs)
+    mask = Mask(
+        shifted(padding_ptr, batch64 * stride_padding_b),
+        shifted(bits_ptr, batch64 * stride_bits_b),
+        stride_bits_s,
+        None,
+    )
     if STATISTICS:
         visual_ptr += batch64 * stride_visual_b
         prior_ptr += batch64 * stride_prior_b
 
     scale = tl.cast(softmax_scale, ACC)
-    cap = tl.cast(softcap, ACC)
-    if HAS_SOFTCAP:
-        scale_log2 = tl.cast(LOG2_E, ACC)
-        unit = tl.cast(1.0, ACC)
-    else:
-        scale_log2 = scale * LOG2_E
-        unit = scale
+    softmax = Softmax(scale, base2_scale(scale, HAS_SOFTCAP), tl.cast(softcap, ACC) if HAS_SOFTCAP else None)
+    unit = tl.cast(1.0, ACC) if HAS_SOFTCAP else scale
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     row_max = tl.full([BLOCK_M], -float("inf"), ACC)
     # Of every place in a tile by itself, and merged after the loop: a sum over keys is a barrier in every tile.
@@ -278,33 +265,22 @@ def decode_split_kernel(
             prior = tl.load(prior_ptr + keys, mask=keys < num_keys, other=0.0).to(ACC)  # [BN]
         real = None
         if HAS_PADDING:
-            real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-        k = _load_cache(
-            k_ptr, table_ptr, first_key, num_keys, None, stride_kb, stride_ks, PAGE, BLOCK_N, BLOCK_D, HEAD_DIM
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        if HAS_SOFTCAP:
-            scores = soft_cap(scores * scale, cap)
-        row_first, row_last = row_edges(  # here, where registers are short: they outlive no tile
-            first_ptr, end_ptr, queries, seqlen_q, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
-        visible = visible_mask(row_first[:, None], row_last[:, None], keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
-        if HAS_PADDING:
-            visible = visible & real[None, :]
-        if HAS_BITS:
-            visible = visible & load_bits(bits_ptr, queries, first_key, seqlen_q, stride_bits_s, BLOCK_N, False)
+            real = load_keys_mask(mask.padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+        k = _load_cache(k_cache, first_key, num_keys, None, PAGE, BLOCK_N, BLOCK_D, HEAD_DIM)  # [BN, D]
+        scores = product_scores(q, k, softmax, PRECISION)  # [BM, BN]
+        row_first, row_last = row_edges(edges, queries)  # here, where registers are short: they outlive no tile
+        row_first, row_last = row_first[:, None], row_last[:, None]  # [BM, 1]
+        visible = visible_mask(edges, mask, queries, row_first, row_last, keys, real, first_key, BLOCK_N, False)
         scores = tl.where(visible, scores, -float("inf"))
         if STATISTICS:  # the moments first: their temporaries are dead before the softmax's are born
             # Reading the mask back off the scores spares a tile of predicates.
             selected = visual[None, :] & (scores > -float("inf"))
             counts, means, m2s = _add_moments(scores, selected, counts, means, m2s)
-        weights, rescale, row_max = softmax_weights(scores, row_max, scale_log2, True)
+        weights, rescale, row_max = softmax_weights(scores, row_max, softmax.scale_log2, True)
         sums = sums * rescale[:, None] + weights
         if STATISTICS:
             alignments = alignments * rescale[:, None] + weights * tl.where(visual, prior, 0.0)[None, :]
-        v = _load_cache(
-            v_ptr, table_ptr, first_key, num_keys, real, stride_vb, stride_vs, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V
-        )
+        v = _load_cache(v_cache, first_key, num_keys, real, PAGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
 
     row_sum = tl.sum(sums, 1)
@@ -447,24 +423,16 @@ def decode_combine_kernel(
     head = tl.program_id(1)
     batch64 = batch.to(tl.int64)
     num_keys = _length(lengths_ptr, batch, capacity)
-    edges = edge_offset(batch, 0, stride_edges_b, False)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
-    _, _, _, used = _split_layout(
-        first_ptr,
-        end_ptr,
-        num_keys,
+    offset = edge_offset(batch, 0, stride_edges_b, False)
+    edges = Edges(
         seqlen_q,
-        window_left,
-        window_right,
-        num_splits,
-        BLOCK_N,
-        BLOCK_Q,
-        HAS_LEFT,
-        HAS_RIGHT,
+        num_keys,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
     )
+    _, _, _, used = _split_layout(edges, num_splits, BLOCK_N, BLOCK_Q)
     scale = tl.cast(1.0, ACC)
     if MODE != "plain":
         heads = tl.arange(0, BLOCK_H)

@@ -1,26 +1,57 @@
 """Backward kernel by keys: dK and dV, and the prior's gradient, summed over a group's query heads in registers."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from sar_kernels.primitives import (
-    LOG2_E,
+    base2_scale,
     edge_offset,
+    head_matrix,
     is_tile_seen,
-    load_bits,
     load_keys_mask,
     load_lse2,
     load_real_tile,
     load_tile,
+    product_scores,
     row_edges,
     row_pointer,
     sequence_bounds,
-    sequence_pointer,
-    soft_cap,
+    shifted,
     soft_cap_slope,
     store_tile,
     visible_mask,
 )
+from sar_kernels.structs import Edges, Mask, Matrix, Softmax
+
+
+class _Keys(NamedTuple):
+    """What a program holds of its key block."""
+
+    first: Any
+    index: Any  # [BN]
+    k: Any  # [BN, D]
+    v: Any  # [BN, DV]
+    real: Any  # [BN], or None: no padding
+    visual: Any  # [BN], this and the next None without statistics
+    prior: Any  # [BN]
+
+
+class _Queries(NamedTuple):
+    """The rows of the first head of a group, and the strides to the next head's."""
+
+    group: Any  # heads
+    q: Any  # Matrix
+    dout: Any  # Matrix
+    stride_qh: Any
+    stride_doh: Any
+    stride_rows_h: Any  # of the rest
+    lse_ptr: Any
+    delta_ptr: Any
+    mean_ptr: Any  # this and the next two None without statistics
+    slope_ptr: Any
+    gain_ptr: Any
 
 
 @triton.jit
@@ -28,51 +59,19 @@ def _dkdv_segment(
     dk,
     dv,
     dprior,
-    k,
-    v,
-    visual,
-    real,
-    prior,
-    q_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    first_ptr,
-    end_ptr,
-    bits_ptr,
-    tiles_ptr,
-    row_mean_ptr,
-    row_slope_ptr,
-    row_gain_ptr,
+    keys,
+    queries,
+    edges,
+    mask,
     start,
     end,
-    group,
-    first_key,
-    keys,
-    num_rows,
-    num_keys,
-    stride_qs,
-    stride_qh,
-    stride_dos,
-    stride_doh,
-    stride_lse_h,
-    stride_bits_s,
-    window_left,
-    window_right,
-    scale,
-    scale_log2,
-    cap,
+    softmax,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     COLLECT: tl.constexpr,
     SELECT: tl.constexpr,
@@ -87,52 +86,42 @@ def _dkdv_segment(
     """
     member = 0
     first_row = start
-    for _ in range(0, group * tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)):
-        seen = True
-        if HAS_BITS:
-            seen = is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M, BLOCK_N)
-        if seen:
+    for _ in range(0, queries.group * tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)):
+        if is_tile_seen(mask, edges, first_row, keys.first, BLOCK_M, BLOCK_N):
             rows = first_row + tl.arange(0, BLOCK_M)
-            in_range = rows < num_rows
-            member_q_ptr = q_ptr + member * tl.cast(stride_qh, tl.int64)
-            member_dout_ptr = dout_ptr + member * tl.cast(stride_doh, tl.int64)
-            member_row = member * tl.cast(stride_lse_h, tl.int64)  # offset in the per-row arrays
-            q = load_tile(member_q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
-            dout = load_tile(member_dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)
-            lse = load_lse2(lse_ptr + member_row, rows, num_rows)  # [BM]
-            delta = tl.load(delta_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-            if HAS_SOFTCAP:
-                scores = soft_cap(scores * scale, cap)
+            in_range = rows < edges.num_rows
+            q_matrix = Matrix(queries.q.ptr + member * tl.cast(queries.stride_qh, tl.int64), queries.q.stride)
+            dout_matrix = Matrix(queries.dout.ptr + member * tl.cast(queries.stride_doh, tl.int64), queries.dout.stride)
+            member_row = member * tl.cast(queries.stride_rows_h, tl.int64)  # offset in the per-row arrays
+            q = load_tile(q_matrix, first_row, edges.num_rows, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+            dout = load_tile(dout_matrix, first_row, edges.num_rows, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+            lse = load_lse2(queries.lse_ptr + member_row, rows, edges.num_rows)  # [BM]
+            delta = tl.load(queries.delta_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+            scores = product_scores(keys.k, q, softmax, PRECISION)  # [BN, BM]
             if MASKED:
-                row_first, row_last = row_edges(
-                    first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-                )
+                row_first, row_last = row_edges(edges, rows)
+                row_first, row_last = row_first[None, :], row_last[None, :]  # [1, BM]
                 visible = visible_mask(
-                    row_first[None, :], row_last[None, :], keys[:, None], num_keys, HAS_LEFT, HAS_RIGHT
+                    edges, mask, rows, row_first, row_last, keys.index, keys.real, keys.first, BLOCK_N, True
                 )
-                if HAS_PADDING:
-                    visible = visible & real[:, None]
-                if HAS_BITS:
-                    visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, True)
                 scores = tl.where(visible, scores, -float("inf"))
-            weights = tl.exp2(scores * scale_log2 - lse[None, :])  # [BN, BM]
+            weights = tl.exp2(scores * softmax.scale_log2 - lse[None, :])  # [BN, BM]
             if WITH_DV:
                 dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [BN, DV]
-            dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
+            dweights = tl.dot(keys.v, tl.trans(dout), input_precision=PRECISION)  # [BN, BM]
             if COLLECT:
-                row_gain = tl.load(row_gain_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-                dprior += tl.sum(tl.where(visual[:, None], weights * row_gain[None, :], 0.0), 1)  # [BN]
-                dweights += prior[:, None] * row_gain[None, :]
+                gain = tl.load(queries.gain_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+                dprior += tl.sum(tl.where(keys.visual[:, None], weights * gain[None, :], 0.0), 1)  # [BN]
+                dweights += keys.prior[:, None] * gain[None, :]
             dscores = weights * (dweights - delta[None, :])
             if COLLECT:
-                row_mean = tl.load(row_mean_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
-                row_slope = tl.load(row_slope_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+                mean = tl.load(queries.mean_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
+                slope = tl.load(queries.slope_ptr + member_row + rows, mask=in_range, other=0.0)  # [BM]
                 dscores += tl.where(
-                    visual[:, None] & (scores > -float("inf")), row_slope[None, :] * (scores - row_mean[None, :]), 0.0
+                    keys.visual[:, None] & (scores > -float("inf")), slope[None, :] * (scores - mean[None, :]), 0.0
                 )
-            if HAS_SOFTCAP:
-                dscores = dscores * soft_cap_slope(scores, cap)
+            if softmax.cap is not None:
+                dscores = dscores * soft_cap_slope(scores, softmax.cap)
             dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)  # [BN, D]
         first_row += BLOCK_M
         if SELECT:
@@ -235,20 +224,26 @@ def dkdv_kernel(
     first_key = block * BLOCK_N
     if first_key >= num_keys:
         return
-    k_ptr = sequence_pointer(k_ptr, batch, kv_head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
-    v_ptr = sequence_pointer(v_ptr, batch, kv_head, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
-    dk_ptr = sequence_pointer(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
+    k_matrix = head_matrix(k_ptr, batch, kv_head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_matrix = head_matrix(v_ptr, batch, kv_head, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    dk_matrix = head_matrix(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dks, stride_dkh, VARLEN)
     if dv_ptr is not None:
-        dv_ptr = sequence_pointer(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
-
-    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
-    if HAS_BITS:
-        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
-        tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b
+        dv_matrix = head_matrix(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvs, stride_dvh, VARLEN)
+    offset = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    edges = Edges(
+        num_rows,
+        num_keys,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
+    )
+    mask = Mask(
+        shifted(padding_ptr, start_k),
+        shifted(bits_ptr, tl.cast(batch, tl.int64) * stride_bits_b),
+        stride_bits_s,
+        shifted(tiles_ptr, tl.cast(batch, tl.int64) * stride_tiles_b),
+    )
 
     # Where every loop masks: padding, left edges and bits hide rows anywhere, and beside two tiles of D = 256 a loop of
     # its own for the edge of the mask spills more than masking costs.
@@ -257,11 +252,7 @@ def dkdv_kernel(
     # A branch spilled 56 bytes in the statistics at D = 64 on sm_80, and up to 104 at D = 256.
     SELECT: tl.constexpr = BLOCK_D > 128 or (STATISTICS and BLOCK_D <= 64)
     scale = tl.cast(softmax_scale, ACC)
-    cap = tl.cast(softcap, ACC)
-    if HAS_SOFTCAP:
-        scale_log2 = tl.cast(LOG2_E, ACC)
-    else:
-        scale_log2 = scale * LOG2_E
+    softmax = Softmax(scale, base2_scale(scale, HAS_SOFTCAP), tl.cast(softcap, ACC) if HAS_SOFTCAP else None)
     diagonal = num_keys - num_rows
     keys = first_key + tl.arange(0, BLOCK_N)
 
@@ -283,16 +274,13 @@ def dkdv_kernel(
             hi = tl.maximum(tl.minimum(hi, last_key - diagonal + window_left + 1), 0)
     full = lo if ONE_LOOP else tl.minimum(tl.maximum(full, lo), hi)
 
-    real = keys < num_keys
+    real = None
     if HAS_PADDING:
-        real = load_keys_mask(padding_ptr + start_k, first_key, num_keys, BLOCK_N)  # [BN]
-        k = load_real_tile(k_ptr, first_key, real, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM)  # [BN, D]
-        v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
-    else:
-        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
-        v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)  # [BN, DV]
-    visual = real
-    prior = tl.zeros([BLOCK_N], ACC)
+        real = load_keys_mask(mask.padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+    k = load_real_tile(k_matrix, first_key, num_keys, real, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+    v = load_real_tile(v_matrix, first_key, num_keys, real, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)  # [BN, DV]
+    visual = None
+    prior = None
     # The stretch of rows that carries gradients through the statistics, [collect_lo, collect_hi).
     collect_lo = full
     collect_hi = full
@@ -311,14 +299,20 @@ def dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
     dprior = tl.zeros([BLOCK_N], ACC)
     head = kv_head * group  # the group's first
-    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
-    dout_ptr = sequence_pointer(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN)
-    lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
-    delta_ptr = row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
-    if STATISTICS:
-        row_mean_ptr = row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
-        row_slope_ptr = row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
-        row_gain_ptr = row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
+    queries = _Queries(
+        group,
+        head_matrix(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN),
+        head_matrix(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN),
+        stride_qh,
+        stride_doh,
+        stride_lse_h,
+        row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN),
+        row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN),
+        row_pointer(row_mean_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN) if STATISTICS else None,
+        row_pointer(row_slope_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN) if STATISTICS else None,
+        row_pointer(row_gain_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN) if STATISTICS else None,
+    )
+    held = _Keys(first_key, keys, k, v, real, visual, prior)
     for segment in tl.static_range(4):
         if segment == 0:  # the edge of the mask
             start, end = lo, (collect_lo if ANYWHERE else tl.minimum(full, collect_lo))
@@ -339,51 +333,19 @@ def dkdv_kernel(
                 dk,
                 dv,
                 dprior,
-                k,
-                v,
-                visual,
-                real,
-                prior,
-                q_ptr,
-                dout_ptr,
-                lse_ptr,
-                delta_ptr,
-                first_ptr,
-                end_ptr,
-                bits_ptr,
-                tiles_ptr,
-                row_mean_ptr,
-                row_slope_ptr,
-                row_gain_ptr,
+                held,
+                queries,
+                edges,
+                mask,
                 start,
                 end,
-                group,
-                first_key,
-                keys,
-                num_rows,
-                num_keys,
-                stride_qs,
-                stride_qh,
-                stride_dos,
-                stride_doh,
-                stride_lse_h,
-                stride_bits_s,
-                window_left,
-                window_right,
-                scale,
-                scale_log2,
-                cap,
+                softmax,
                 HEAD_DIM,
                 HEAD_DIM_V,
                 BLOCK_D,
                 BLOCK_DV,
                 BLOCK_M,
                 BLOCK_N,
-                HAS_PADDING,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_BITS,
-                HAS_SOFTCAP,
                 ANYWHERE or segment == 0 or segment == 2,  # MASKED
                 segment == 2,  # COLLECT
                 SELECT,
@@ -391,9 +353,9 @@ def dkdv_kernel(
                 PRECISION,
             )
 
-    store_tile(dk_ptr, dk * scale, first_key, num_keys, stride_dks, BLOCK_N, BLOCK_D, HEAD_DIM)
+    store_tile(dk_matrix, dk * scale, first_key, num_keys, BLOCK_N, BLOCK_D, HEAD_DIM)
     if dv_ptr is not None:
-        store_tile(dv_ptr, dv, first_key, num_keys, stride_dvs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
+        store_tile(dv_matrix, dv, first_key, num_keys, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
     if STATISTICS:
         dprior_ptr += tl.cast(kv_head, tl.int64) * stride_dprior_h + start_k
         tl.store(dprior_ptr + keys, dprior, mask=keys < num_keys)

@@ -6,31 +6,34 @@ gradient of c P V asks for. From out_scaled = c * out comes delta = rowsum(dout 
 output is not needed.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from sar_kernels.primitives import (
     LEAST_WEIGHT,
-    LOG2_E,
+    base2_scale,
     edge_offset,
+    head_matrix,
     is_tile_seen,
     key_block_range,
-    load_bits,
     load_keys_mask,
     load_lse,
     load_lse2,
     load_real_tile,
     load_tile,
+    product_scores,
     row_edges,
     row_pointer,
     sequence_bounds,
-    sequence_pointer,
-    soft_cap,
+    shifted,
     soft_cap_slope,
     store_tile,
     visible_mask,
     visual_key_range,
 )
+from sar_kernels.structs import Edges, Mask, Softmax
 
 
 @triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "max_seqlen_q"])
@@ -67,12 +70,12 @@ def delta_kernel(
     first_row = block * BLOCK_M
     if first_row >= num_rows:
         return
-    dout_ptr = sequence_pointer(dout_ptr, batch, head, start, stride_dob, stride_dos, stride_doh, VARLEN)
-    out_ptr = sequence_pointer(out_ptr, batch, head, start, stride_ob, stride_os, stride_oh, VARLEN)
+    dout_matrix = head_matrix(dout_ptr, batch, head, start, stride_dob, stride_dos, stride_doh, VARLEN)
+    out_matrix = head_matrix(out_ptr, batch, head, start, stride_ob, stride_os, stride_oh, VARLEN)
     delta_ptr = row_pointer(delta_ptr, batch, head, start, stride_lse_b, stride_lse_h, VARLEN)
     rows = first_row + tl.arange(0, BLOCK_M)
-    dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
-    out = load_tile(out_ptr, first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    dout = load_tile(dout_matrix, first_row, num_rows, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    out = load_tile(out_matrix, first_row, num_rows, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
     delta = tl.sum(dout.to(ACC) * out.to(ACC), 1)  # [BM], 0 beyond the last row
     in_range = rows < num_rows
     index = tl.cast(batch, tl.int64) * tl.num_programs(1) + head
@@ -89,96 +92,72 @@ def delta_kernel(
     tl.store(delta_ptr + rows, delta, mask=in_range)
 
 
+class _Rows(NamedTuple):
+    """What a program holds of its row block."""
+
+    first: Any
+    q: Any  # [BM, D]
+    dout: Any  # [BM, DV]
+    lse: Any  # [BM], and the rest
+    delta: Any
+    mean: Any  # this and the next two None without statistics
+    slope: Any
+    gain: Any
+
+
 @triton.jit
 def _dq_segment(
     dq,
-    q,
-    dout,
-    lse,
-    delta,
-    row_mean,
-    row_slope,
-    row_gain,
-    k_ptr,
-    v_ptr,
-    padding_ptr,
-    bits_ptr,
-    tiles_ptr,
+    rows,
+    k_matrix,
+    v_matrix,
+    edges,
+    mask,
     visual_ptr,
     prior_ptr,
     start,
     end,
-    first_ptr,
-    end_ptr,
-    first_row,
-    num_rows,
-    num_keys,
-    stride_ks,
-    stride_vs,
-    stride_bits_s,
-    window_left,
-    window_right,
-    scale,
-    scale_log2,
-    cap,
+    softmax,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     COLLECT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the keys [start, end) to dq; COLLECT (which needs MASKED) adds the gradient through the statistics."""
-    rows = first_row + tl.arange(0, BLOCK_M)
+    index = rows.first + tl.arange(0, BLOCK_M)
     if MASKED:
-        row_first, row_last = row_edges(
-            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        row_first, row_last = row_edges(edges, index)
         row_first, row_last = row_first[:, None], row_last[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
-        seen = True
-        if HAS_BITS:
-            seen = is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M, BLOCK_N)
-        if seen:
-            if HAS_PADDING:
-                real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-                k = load_real_tile(k_ptr, first_key, real, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM)  # [BN, D]
-                v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
-            else:
-                k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
-                v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-            if HAS_SOFTCAP:
-                scores = soft_cap(scores * scale, cap)
+        if is_tile_seen(mask, edges, rows.first, first_key, BLOCK_M, BLOCK_N):
+            real = None
+            if mask.padding_ptr is not None:
+                real = load_keys_mask(mask.padding_ptr, first_key, edges.num_keys, BLOCK_N)  # [BN]
+            k = load_real_tile(k_matrix, first_key, edges.num_keys, real, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)
+            v = load_real_tile(v_matrix, first_key, edges.num_keys, real, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)
+            scores = product_scores(rows.q, k, softmax, PRECISION)  # [BM, BN]
             if MASKED:
                 keys = first_key + tl.arange(0, BLOCK_N)
-                visible = visible_mask(row_first, row_last, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
-                if HAS_PADDING:
-                    visible = visible & real[None, :]
-                if HAS_BITS:
-                    visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
+                visible = visible_mask(edges, mask, index, row_first, row_last, keys, real, first_key, BLOCK_N, False)
                 scores = tl.where(visible, scores, -float("inf"))
-            weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN]
-            dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+            weights = tl.exp2(scores * softmax.scale_log2 - rows.lse[:, None])  # [BM, BN]
+            dweights = tl.dot(rows.dout, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
             if COLLECT:
-                visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+                visual = load_keys_mask(visual_ptr, first_key, edges.num_keys, BLOCK_N)  # [BN]
                 prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
-                dweights += row_gain[:, None] * prior[None, :]
-            dscores = weights * (dweights - delta[:, None])
+                dweights += rows.gain[:, None] * prior[None, :]
+            dscores = weights * (dweights - rows.delta[:, None])
             if COLLECT:
                 dscores += tl.where(
-                    visual[None, :] & (scores > -float("inf")), row_slope[:, None] * (scores - row_mean[:, None]), 0.0
+                    visual[None, :] & (scores > -float("inf")), rows.slope[:, None] * (scores - rows.mean[:, None]), 0.0
                 )
-            if HAS_SOFTCAP:
-                dscores = dscores * soft_cap_slope(scores, cap)
+            if softmax.cap is not None:
+                dscores = dscores * soft_cap_slope(scores, softmax.cap)
             dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)  # [BM, D]
     return dq
 
@@ -265,56 +244,43 @@ def dq_kernel(
     if first_row >= num_rows:
         return
 
-    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
-    k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
-    v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
-    dout_ptr = sequence_pointer(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN)
-    dq_ptr = sequence_pointer(dq_ptr, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh, VARLEN)
+    q_matrix = head_matrix(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    k_matrix = head_matrix(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_matrix = head_matrix(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    dout_matrix = head_matrix(dout_ptr, batch, head, start_q, stride_dob, stride_dos, stride_doh, VARLEN)
+    dq_matrix = head_matrix(dq_ptr, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh, VARLEN)
     lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
     delta_ptr = row_pointer(delta_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
-    if HAS_PADDING:
-        padding_ptr += start_k
-
-    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
-    if HAS_BITS:
-        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
-        tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b
-
-    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or HAS_BITS
-    scale = tl.cast(softmax_scale, ACC)
-    cap = tl.cast(softcap, ACC)
-    if HAS_SOFTCAP:
-        scale_log2 = tl.cast(LOG2_E, ACC)
-    else:
-        scale_log2 = scale * LOG2_E
-    rows = first_row + tl.arange(0, BLOCK_M)
-    in_range = rows < num_rows
-    lo, full, hi = key_block_range(
-        first_ptr,
-        end_ptr,
-        first_row,
+    offset = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    edges = Edges(
         num_rows,
         num_keys,
-        window_left,
-        window_right,
-        BLOCK_M,
-        BLOCK_N,
-        HAS_LEFT,
-        HAS_RIGHT,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
     )
+    mask = Mask(
+        shifted(padding_ptr, start_k),
+        shifted(bits_ptr, tl.cast(batch, tl.int64) * stride_bits_b),
+        stride_bits_s,
+        shifted(tiles_ptr, tl.cast(batch, tl.int64) * stride_tiles_b),
+    )
+    ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or HAS_BITS
+    scale = tl.cast(softmax_scale, ACC)
+    softmax = Softmax(scale, base2_scale(scale, HAS_SOFTCAP), tl.cast(softcap, ACC) if HAS_SOFTCAP else None)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    in_range = rows < num_rows
+    lo, full, hi = key_block_range(edges, first_row, BLOCK_M, BLOCK_N)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
-    dout = load_tile(dout_ptr, first_row, num_rows, stride_dos, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
+    q = load_tile(q_matrix, first_row, num_rows, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+    dout = load_tile(dout_matrix, first_row, num_rows, BLOCK_M, BLOCK_DV, HEAD_DIM_V, True)  # [BM, DV]
     lse = load_lse2(lse_ptr, rows, num_rows)  # [BM]
     delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)  # [BM]
-    row_mean = delta
-    row_slope = delta
-    row_gain = delta
+    row_mean = None
+    row_slope = None
+    row_gain = None
     has_text = False
     if STATISTICS:
         visual_ptr += start_k
@@ -328,6 +294,7 @@ def dq_kernel(
         row_slope = tl.load(row_slope_ptr + rows, mask=in_range, other=0.0)
         row_gain = tl.load(row_gain_ptr + rows, mask=in_range, other=0.0)
 
+    held = _Rows(first_row, q, dout, lse, delta, row_mean, row_slope, row_gain)
     collect_lo, collect_hi = visual_key_range(ranges_ptr, batch, has_text, lo, full, hi, BLOCK_N, ANYWHERE, STATISTICS)
     for segment in tl.static_range(0 if STATISTICS else 2, 4):
         if segment == 0:
@@ -342,48 +309,24 @@ def dq_kernel(
         if not (ANYWHERE and segment == 2) and start < end:
             dq = _dq_segment(
                 dq,
-                q,
-                dout,
-                lse,
-                delta,
-                row_mean,
-                row_slope,
-                row_gain,
-                k_ptr,
-                v_ptr,
-                padding_ptr,
-                bits_ptr,
-                tiles_ptr,
+                held,
+                k_matrix,
+                v_matrix,
+                edges,
+                mask,
                 visual_ptr,
                 prior_ptr,
                 start,
                 end,
-                first_ptr,
-                end_ptr,
-                first_row,
-                num_rows,
-                num_keys,
-                stride_ks,
-                stride_vs,
-                stride_bits_s,
-                window_left,
-                window_right,
-                scale,
-                scale_log2,
-                cap,
+                softmax,
                 HEAD_DIM,
                 HEAD_DIM_V,
                 BLOCK_D,
                 BLOCK_DV,
                 BLOCK_M,
                 BLOCK_N,
-                HAS_PADDING,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_BITS,
-                HAS_SOFTCAP,
                 ANYWHERE or segment == 1 or segment == 3,  # MASKED
                 segment == 1,  # COLLECT
                 PRECISION,
             )
-    store_tile(dq_ptr, dq * scale, first_row, num_rows, stride_dqs, BLOCK_M, BLOCK_D, HEAD_DIM)
+    store_tile(dq_matrix, dq * scale, first_row, num_rows, BLOCK_M, BLOCK_D, HEAD_DIM)

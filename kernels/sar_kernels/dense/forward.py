@@ -1,27 +1,30 @@
 """Forward kernel: flash attention, and as a compile-time variant the SAR statistics of the text queries."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from sar_kernels.dense.statistics import visual_statistics
 from sar_kernels.primitives import (
     LN_2,
-    LOG2_E,
+    base2_scale,
     column_offset,
     edge_offset,
+    head_matrix,
     is_tile_seen,
     key_block_range,
-    load_bits,
     load_columns,
     load_keys_mask,
     load_real_tile,
     load_tile,
     mean_visual_key,
     online_softmax,
+    product_scores,
     row_edges,
     row_pointer,
     sequence_bounds,
-    sequence_pointer,
+    shifted,
     soft_cap,
     store_partials,
     store_tile,
@@ -29,51 +32,40 @@ from sar_kernels.primitives import (
     visible_mask,
     visual_key_range,
 )
+from sar_kernels.structs import Edges, Mask, Softmax
+
+
+class _Running(NamedTuple):
+    """What a row block has gathered of the keys behind it."""
+
+    acc: Any  # [BM, DV]
+    row_max: Any  # [BM], and the rest; in base 2
+    row_sum: Any
+    alignment: Any
+    m1: Any  # sums of the visual scores' deviations from the pivot, and of their squares
+    m2: Any
 
 
 @triton.jit
 def _attend(
-    acc,
-    row_max,
-    row_sum,
-    alignment,
-    m1,
-    m2,
+    running,
     q,
     pivot,
-    k_ptr,
-    v_ptr,
-    padding_ptr,
-    bits_ptr,
-    tiles_ptr,
+    k_matrix,
+    v_matrix,
+    edges,
+    mask,
     columns_ptr,
     start,
     end,
-    first_ptr,
-    end_ptr,
     first_row,
-    rows,
-    num_rows,
-    num_keys,
-    stride_ks,
-    stride_vs,
-    stride_bits_s,
-    window_left,
-    window_right,
-    scale,
-    scale_log2,
-    cap,
+    softmax,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     STATISTICS: tl.constexpr,
     COLLECT: tl.constexpr,
@@ -87,62 +79,52 @@ def _attend(
     outside it the statistics only follow the running maximum. They are those of rows that see all visual keys, so that
     what selects an entry is its column alone. Without MOMENTS the alignment is collected and the variance is not.
     """
+    HIDES_ANY: tl.constexpr = edges.right is not None or edges.left is not None or mask.padding_ptr is not None
+    acc, row_max, row_sum, alignment, m1, m2 = running
+    rows = first_row + tl.arange(0, BLOCK_M)
     if MASKED:  # here, so that the other stretches hold no edges in registers
-        row_first, row_last = row_edges(
-            first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        row_first, row_last = row_edges(edges, rows)
         row_first, row_last = row_first[:, None], row_last[:, None]  # [BM, 1]
     for first_key in range(start, end, BLOCK_N):
-        seen = True
-        if HAS_BITS:
-            seen = is_tile_seen(tiles_ptr, first_row, first_key, num_rows, num_keys, BLOCK_M, BLOCK_N)
-        if seen:
+        if is_tile_seen(mask, edges, first_row, first_key, BLOCK_M, BLOCK_N):
             if COLLECT and not MASKED:  # before the product, which hides the way from memory
                 selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
-            k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-            if HAS_SOFTCAP:
-                scores = soft_cap(scores * scale, cap)
+            k = load_tile(k_matrix, first_key, edges.num_keys, BLOCK_N, BLOCK_D, HEAD_DIM, MASKED)  # [BN, D]
+            scores = product_scores(q, k, softmax, PRECISION)  # [BM, BN]
             if COLLECT and MASKED:  # where registers are short
                 selected, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
             if COLLECT and MOMENTS:  # the moments first: their temporaries are dead before the softmax's are born
-                if MASKED and (HAS_RIGHT or HAS_LEFT or HAS_PADDING):  # what no text query sees need not be finite
+                if MASKED and HIDES_ANY:  # what no text query sees need not be finite
                     deviation = tl.where(selected[None, :] > 0.0, scores, pivot[:, None]) - pivot[:, None]  # [BM, BN]
                 else:
                     deviation = (scores - pivot[:, None]) * selected[None, :]  # [BM, BN]
-                if HAS_SOFTCAP:
+                if softmax.cap is not None:
                     m1 += tl.sum(deviation, 1)
                 m2 += tl.sum(deviation * deviation, 1)
+            real = None
             if MASKED:
                 keys = first_key + tl.arange(0, BLOCK_N)
-                visible = visible_mask(row_first, row_last, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
-                if HAS_PADDING:
-                    real = load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)  # [BN]
-                    visible = visible & real[None, :]
-                if HAS_BITS:
-                    visible = visible & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
+                if mask.padding_ptr is not None:
+                    real = load_keys_mask(mask.padding_ptr, first_key, edges.num_keys, BLOCK_N)  # [BN]
+                visible = visible_mask(edges, mask, rows, row_first, row_last, keys, real, first_key, BLOCK_N, False)
                 scores = tl.where(visible, scores, -float("inf"))
-            weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2, MASKED)
+            weights, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, softmax.scale_log2, MASKED)
             if STATISTICS:
                 alignment = alignment * rescale
             if COLLECT:
                 alignment += tl.sum(weights * prior[None, :], 1)
             acc = acc * rescale[:, None]
-            if HAS_PADDING:
-                v = load_real_tile(v_ptr, first_key, real, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V)  # [BN, DV]
-            else:
-                v = load_tile(v_ptr, first_key, num_keys, stride_vs, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)  # [BN, DV]
+            v = load_real_tile(v_matrix, first_key, edges.num_keys, real, BLOCK_N, BLOCK_DV, HEAD_DIM_V, MASKED)
             acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)  # [BM, DV]
-    return acc, row_max, row_sum, alignment, m1, m2
+    return _Running(acc, row_max, row_sum, alignment, m1, m2)
 
 
 @triton.jit
 def _mean_score(
-    q_ptr,
+    q_matrix,
     sums_ptr,
     first_row,
     num_rows,
-    stride_qs,
     first_key,
     end_key,
     num_visual,
@@ -162,7 +144,8 @@ def _mean_score(
         mean_key = mean_visual_key(sums_ptr, first_key, end_key, num_visual, piece, BLOCK_P, BLOCK_D, CHUNK, ACC)
         rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), num_rows - 1)[:, None]
         dims = piece + tl.arange(0, BLOCK_P)[None, :]
-        q = tl.load(q_ptr + rows * tl.cast(stride_qs, tl.int64) + dims, mask=dims < HEAD_DIM, other=0.0)  # [BM, BP]
+        ptrs = q_matrix.ptr + rows * tl.cast(q_matrix.stride, tl.int64) + dims
+        q = tl.load(ptrs, mask=dims < HEAD_DIM, other=0.0)  # [BM, BP]
         scores += tl.sum(q.to(ACC) * mean_key[None, :], 1)
     return scores
 
@@ -263,43 +246,31 @@ def forward_kernel(
     if first_row >= num_rows:
         return
 
-    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
-    k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
-    v_ptr = sequence_pointer(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
-    if HAS_PADDING:
-        padding_ptr += start_k
-    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
-    if HAS_BITS:
-        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
-        tiles_ptr += tl.cast(batch, tl.int64) * stride_tiles_b
+    q_matrix = head_matrix(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    k_matrix = head_matrix(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    v_matrix = head_matrix(v_ptr, batch, head // group, start_k, stride_vb, stride_vs, stride_vh, VARLEN)
+    offset = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    edges = Edges(
+        num_rows,
+        num_keys,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
+    )
+    mask = Mask(
+        shifted(padding_ptr, start_k),
+        shifted(bits_ptr, tl.cast(batch, tl.int64) * stride_bits_b),
+        stride_bits_s,
+        shifted(tiles_ptr, tl.cast(batch, tl.int64) * stride_tiles_b),
+    )
 
     scale = tl.cast(softmax_scale, ACC)
-    cap = tl.cast(softcap, ACC)
-    # The tile that is exponentiated is q.k itself, or the capped score; the factor to base-2 units goes into an FMA.
-    if HAS_SOFTCAP:
-        scale_log2 = tl.cast(LOG2_E, ACC)
-    else:
-        scale_log2 = scale * LOG2_E
+    softmax = Softmax(scale, base2_scale(scale, HAS_SOFTCAP), tl.cast(softcap, ACC) if HAS_SOFTCAP else None)
     # Only the right edge of the mask leaves a run of keys that every row sees; the others can hide a key anywhere.
     ANYWHERE: tl.constexpr = HAS_LEFT or HAS_PADDING or HAS_BITS
     rows = first_row + tl.arange(0, BLOCK_M)
-    lo, full, hi = key_block_range(
-        first_ptr,
-        end_ptr,
-        first_row,
-        num_rows,
-        num_keys,
-        window_left,
-        window_right,
-        BLOCK_M,
-        BLOCK_N,
-        HAS_LEFT,
-        HAS_RIGHT,
-    )
+    lo, full, hi = key_block_range(edges, first_row, BLOCK_M, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     row_max = tl.full([BLOCK_M], -float("inf"), ACC)
@@ -307,29 +278,15 @@ def forward_kernel(
     alignment = tl.zeros([BLOCK_M], ACC)
     m1 = tl.zeros([BLOCK_M], ACC)
     m2 = tl.zeros([BLOCK_M], ACC)
-    q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+    q = load_tile(q_matrix, first_row, num_rows, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
 
+    running = _Running(acc, row_max, row_sum, alignment, m1, m2)
     collects = False
     pivot = row_sum
     if STATISTICS:
         text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
-        collects, mixed = text_meets_visual(
-            text,
-            rows,
-            first_ptr,
-            end_ptr,
-            ranges_ptr,
-            num_visual,
-            batch,
-            num_rows,
-            num_keys,
-            window_left,
-            window_right,
-            HAS_LEFT,
-            HAS_RIGHT,
-            HAS_BITS,
-        )
+        collects, mixed = text_meets_visual(text, rows, edges, ranges_ptr, num_visual, batch, HAS_BITS)
         if CLOSED_FORM and collects:
             mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
             collects = mixed == 0
@@ -355,11 +312,10 @@ def forward_kernel(
             visual_hi = tl.load(ranges_ptr + 4 * batch + 1)
             num_visual = tl.load(num_visual_ptr + batch)
             pivot = _mean_score(
-                q_ptr,
+                q_matrix,
                 sums_ptr,
                 first_row,
                 num_rows,
-                stride_qs,
                 visual_lo,
                 visual_hi,
                 num_visual,
@@ -370,52 +326,29 @@ def forward_kernel(
                 ACC,
             )
             if HAS_SOFTCAP:
-                pivot = soft_cap(pivot * scale, cap)
+                pivot = soft_cap(pivot * scale, softmax.cap)
         # The guard keeps a skipped loop's accumulator from meeting one whose product is still under way: ptxas would
         # then let every wgmma of the kernel wait for the one before it.
         if not ((segment == 1 and not SPLIT) or (segment == 3 and ANYWHERE)) and start < end:
-            acc, row_max, row_sum, alignment, m1, m2 = _attend(
-                acc,
-                row_max,
-                row_sum,
-                alignment,
-                m1,
-                m2,
+            running = _attend(
+                running,
                 q,
                 pivot,
-                k_ptr,
-                v_ptr,
-                padding_ptr,
-                bits_ptr,
-                tiles_ptr,
+                k_matrix,
+                v_matrix,
+                edges,
+                mask,
                 columns_ptr,
                 start,
                 end,
-                first_ptr,
-                end_ptr,
                 first_row,
-                rows,
-                num_rows,
-                num_keys,
-                stride_ks,
-                stride_vs,
-                stride_bits_s,
-                window_left,
-                window_right,
-                scale,
-                scale_log2,
-                cap,
+                softmax,
                 HEAD_DIM,
                 HEAD_DIM_V,
                 BLOCK_D,
                 BLOCK_DV,
                 BLOCK_M,
                 BLOCK_N,
-                HAS_PADDING,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_BITS,
-                HAS_SOFTCAP,
                 ANYWHERE or segment == 2 or segment == 4,  # MASKED
                 STATISTICS,
                 segment == 1 or segment == 2,  # COLLECT
@@ -423,11 +356,12 @@ def forward_kernel(
                 PRECISION,
             )
 
+    acc, row_max, row_sum, alignment, m1, m2 = running
     unseen = row_sum == 0.0  # not a comparison that NaN fails: bad inputs must show in the output
     row_sum = tl.where(unseen, 1.0, row_sum)
-    out_ptr = sequence_pointer(out_ptr, batch, head, start_q, stride_ob, stride_os, stride_oh, VARLEN)
+    out_matrix = head_matrix(out_ptr, batch, head, start_q, stride_ob, stride_os, stride_oh, VARLEN)
     lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
-    store_tile(out_ptr, acc / row_sum[:, None], first_row, num_rows, stride_os, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
+    store_tile(out_matrix, acc / row_sum[:, None], first_row, num_rows, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
     lse = tl.where(unseen, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
     tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
     if STATISTICS:
@@ -435,22 +369,7 @@ def forward_kernel(
         text_ptr = row_pointer(text_ptr, batch, 0, start_q, stride_lse_h, 0, VARLEN)
         text = tl.load(text_ptr + rows, mask=rows < num_rows, other=0) != 0  # [BM]
         num_visual = tl.load(num_visual_ptr + batch)
-        collects, mixed = text_meets_visual(
-            text,
-            rows,
-            first_ptr,
-            end_ptr,
-            ranges_ptr,
-            num_visual,
-            batch,
-            num_rows,
-            num_keys,
-            window_left,
-            window_right,
-            HAS_LEFT,
-            HAS_RIGHT,
-            HAS_BITS,
-        )
+        collects, mixed = text_meets_visual(text, rows, edges, ranges_ptr, num_visual, batch, HAS_BITS)
         if CLOSED_FORM and collects:
             mixed = tl.load(closed_ptr + batch * tl.num_programs(1) + head) < 0.0
             collects = mixed == 0
@@ -464,36 +383,21 @@ def forward_kernel(
             count, _mean, m2, alignment = visual_statistics(
                 q,
                 lse,
-                k_ptr,
-                None,
-                bits_ptr,
+                k_matrix,
+                edges,
+                mask,
                 None,
                 None,
                 columns_ptr,
                 None,
                 start,
                 end,
-                first_ptr,
-                end_ptr,
                 first_row,
-                num_rows,
-                num_keys,
-                stride_ks,
-                stride_bits_s,
-                window_left,
-                window_right,
-                scale,
-                scale_log2,
-                cap,
+                softmax,
                 HEAD_DIM,
                 BLOCK_D,
                 BLOCK_M,
                 BLOCK_N,
-                HAS_PADDING,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_BITS,
-                HAS_SOFTCAP,
                 PRECISION,
             )
             counts = text & (count >= 2.0)

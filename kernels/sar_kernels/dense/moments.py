@@ -14,19 +14,21 @@ import triton.language as tl
 from sar_kernels.primitives import (
     column_offset,
     edge_offset,
+    head_matrix,
     load_columns,
     mean_visual_key,
     sequence_bounds,
-    sequence_pointer,
+    shifted,
     text_meets_visual,
 )
+from sar_kernels.structs import Edges
 
 
 @triton.jit
-def _load_rows(ptr, rows, stride_s, selected, first_dim, COLS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load_rows(ptr, rows, stride, selected, first_dim, COLS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Dims [first_dim, first_dim + COLS) of rows, zeros where not selected and beyond HEAD_DIM.  # [R, COLS]"""
     dims = first_dim + tl.arange(0, COLS)
-    ptrs = ptr + rows[:, None] * stride_s + dims[None, :]
+    ptrs = ptr + rows[:, None] * stride + dims[None, :]
     return tl.load(ptrs, mask=selected[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
 
@@ -119,7 +121,7 @@ def second_moments_kernel(
     if (end <= lo) | (first >= hi) | (num_visual < 2):
         return
     if is_keys:
-        k_ptr = sequence_pointer(k_ptr, batch, head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+        k_matrix = head_matrix(k_ptr, batch, head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
         sums_ptr += (tl.cast(batch, tl.int64) * num_kv_heads + head) * stride_sums_h
         columns_ptr += column_offset(start_k, batch)
         mean = mean_visual_key(sums_ptr, lo, hi, num_visual, 0, BLOCK_D, BLOCK_D, CHUNK, ACC)  # [D]
@@ -127,44 +129,33 @@ def second_moments_kernel(
         for first_key in range(first, end, BLOCK_N):
             keys = tl.arange(0, BLOCK_N)
             selected, _prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN]
-            tile_ptr = k_ptr + first_key * tl.cast(stride_ks, tl.int64)
+            tile_ptr = k_matrix.ptr + first_key * tl.cast(k_matrix.stride, tl.int64)
             visual = selected > 0.0
-            tile = _load_rows(tile_ptr, keys, stride_ks, visual, 0, BLOCK_D, HEAD_DIM)  # [BN, D]
-            panel = _load_rows(tile_ptr, keys, stride_ks, visual, first_dim, PANEL, HEAD_DIM)  # [BN, P]
+            tile = _load_rows(tile_ptr, keys, k_matrix.stride, visual, 0, BLOCK_D, HEAD_DIM)  # [BN, D]
+            panel = _load_rows(tile_ptr, keys, k_matrix.stride, visual, first_dim, PANEL, HEAD_DIM)  # [BN, P]
             tile = (tile.to(ACC) - mean[None, :]) * selected[:, None]
             panel = (panel.to(ACC) - mean_panel[None, :]) * selected[:, None]
             total = _add_outer(total, panel, tile, SPLIT, ACC)
     else:
-        q_ptr = sequence_pointer(q_ptr, batch, head - num_kv_heads, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
-        edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
-        if first_ptr is not None:
-            first_ptr += edges
-        if end_ptr is not None:
-            end_ptr += edges
+        q_matrix = head_matrix(q_ptr, batch, head - num_kv_heads, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+        offset = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+        edges = Edges(
+            num_rows,
+            num_keys,
+            window_left if HAS_LEFT else None,
+            window_right if HAS_RIGHT else None,
+            shifted(first_ptr, offset),
+            shifted(end_ptr, offset),
+        )
         for first_row in range(first, end, BLOCK_M):
             rows = first_row + tl.arange(0, BLOCK_M)
             text = tl.load(text_ptr + start_q + rows, mask=rows < num_rows, other=0) != 0  # [BM]
-            collects, _mixed = text_meets_visual(
-                text,
-                rows,
-                first_ptr,
-                end_ptr,
-                ranges_ptr,
-                num_visual,
-                batch,
-                num_rows,
-                num_keys,
-                window_left,
-                window_right,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_BITS,
-            )
+            collects, _mixed = text_meets_visual(text, rows, edges, ranges_ptr, num_visual, batch, HAS_BITS)
             taken = (text & collects) != 0  # Triton 3.9 in its interpreter takes no other mask
-            tile_ptr = q_ptr + first_row * tl.cast(stride_qs, tl.int64)
+            tile_ptr = q_matrix.ptr + first_row * tl.cast(q_matrix.stride, tl.int64)
             members = tl.arange(0, BLOCK_M)
-            tile = _load_rows(tile_ptr, members, stride_qs, taken, 0, BLOCK_D, HEAD_DIM)  # [BM, D]
-            panel = _load_rows(tile_ptr, members, stride_qs, taken, first_dim, PANEL, HEAD_DIM)  # [BM, P]
+            tile = _load_rows(tile_ptr, members, q_matrix.stride, taken, 0, BLOCK_D, HEAD_DIM)  # [BM, D]
+            panel = _load_rows(tile_ptr, members, q_matrix.stride, taken, first_dim, PANEL, HEAD_DIM)  # [BM, P]
             total += tl.dot(tl.trans(panel), tile, input_precision=PRECISION)
     index = (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * num_chunks + chunk
     moments_ptr += index * BLOCK_D * BLOCK_D

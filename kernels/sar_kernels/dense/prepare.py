@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sar_kernels.dense.weights import first_and_end, store_visual_tiles
-from sar_kernels.primitives import column_offset, sequence_bounds, sequence_pointer
+from sar_kernels.primitives import column_offset, head_matrix, sequence_bounds
 
 
 @triton.jit
@@ -78,8 +78,8 @@ def prepare_kernel(
         tl.store(columns, visual.to(ACC), mask=room)
         tl.store(columns + 128, prior, mask=room)
     else:
-        keys_ptr = sequence_pointer(k_ptr, batch, head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
-        keys_ptr += first_key * tl.cast(stride_ks, tl.int64)
+        k_matrix = head_matrix(k_ptr, batch, head, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+        keys_ptr = k_matrix.ptr + first_key * tl.cast(stride_ks, tl.int64)
         ROWS: tl.constexpr = 32
         dims = tl.arange(0, BLOCK_D)
         total = tl.zeros([ROWS, BLOCK_D], ACC)

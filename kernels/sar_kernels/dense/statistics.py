@@ -4,61 +4,48 @@ import triton
 import triton.language as tl
 
 from sar_kernels.primitives import (
-    LOG2_E,
+    base2_scale,
     column_offset,
     edge_offset,
+    head_matrix,
+    is_in_run,
     key_block_range,
     load_bits,
     load_columns,
     load_keys_mask,
     load_lse,
     load_tile,
+    product_scores,
     row_edges,
     row_pointer,
     sequence_bounds,
-    sequence_pointer,
-    soft_cap,
+    shifted,
     store_partials,
     text_meets_visual,
     update_moments,
-    visible_mask,
 )
+from sar_kernels.structs import Edges, Mask, Softmax
 
 
 @triton.jit
 def visual_statistics(
     q,
     lse,
-    k_ptr,
-    padding_ptr,
-    bits_ptr,
+    k_matrix,
+    edges,
+    mask,
     visual_ptr,
     prior_ptr,
     columns_ptr,
     tiles_ptr,
     start,
     end,
-    first_ptr,
-    end_ptr,
     first_row,
-    num_rows,
-    num_keys,
-    stride_ks,
-    stride_bits_s,
-    window_left,
-    window_right,
-    scale,
-    scale_log2,
-    cap,
+    softmax,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(count, mean, M2, alignment) per row over the visual keys that it sees in [start, end).  # [BM] each
@@ -69,9 +56,7 @@ def visual_statistics(
     """
     STEP: tl.constexpr = BLOCK_N if tiles_ptr is None else 1
     rows = first_row + tl.arange(0, BLOCK_M)
-    row_first, row_last = row_edges(
-        first_ptr, end_ptr, rows, num_rows, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
+    row_first, row_last = row_edges(edges, rows)
     row_first, row_last = row_first[:, None], row_last[:, None]  # [BM, 1]
     alignment = tl.zeros_like(lse)
     count = tl.zeros_like(lse)
@@ -81,26 +66,24 @@ def visual_statistics(
         first_key = step
         if tiles_ptr is not None:
             first_key = tl.load(tiles_ptr + step) * BLOCK_N
-        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        if HAS_SOFTCAP:
-            scores = soft_cap(scores * scale, cap)
+        k = load_tile(k_matrix, first_key, edges.num_keys, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+        scores = product_scores(q, k, softmax, PRECISION)  # [BM, BN]
         keys = first_key + tl.arange(0, BLOCK_N)
         if columns_ptr is not None:
             visual, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
             visual = visual > 0.0
         else:
-            visual = load_keys_mask(visual_ptr, first_key, num_keys, BLOCK_N)  # [BN]
+            visual = load_keys_mask(visual_ptr, first_key, edges.num_keys, BLOCK_N)  # [BN]
             prior = tl.load(prior_ptr + keys, mask=visual, other=0.0)  # [BN]
-        selected = visual[None, :] & visible_mask(row_first, row_last, keys[None, :], num_keys, HAS_LEFT, HAS_RIGHT)
-        if HAS_PADDING and columns_ptr is None:
-            selected = selected & load_keys_mask(padding_ptr, first_key, num_keys, BLOCK_N)[None, :]
-        if HAS_BITS:
-            selected = selected & load_bits(bits_ptr, rows, first_key, num_rows, stride_bits_s, BLOCK_N, False)
+        selected = visual[None, :] & is_in_run(edges, row_first, row_last, keys[None, :])
+        if mask.padding_ptr is not None and columns_ptr is None:
+            selected = selected & load_keys_mask(mask.padding_ptr, first_key, edges.num_keys, BLOCK_N)[None, :]
+        if mask.bits_ptr is not None:
+            selected = selected & load_bits(mask, rows, first_key, edges.num_rows, BLOCK_N, False)
         scores = tl.where(selected, scores, -float("inf"))
         # The mask is read back off the scores: a tile of predicates would have to stay in registers.
         count, mean, m2 = update_moments(scores, scores > -float("inf"), count, mean, m2)
-        weights = tl.exp2(scores * scale_log2 - lse[:, None])  # [BM, BN], 0 where not selected
+        weights = tl.exp2(scores * softmax.scale_log2 - lse[:, None])  # [BM, BN], 0 where not selected
         alignment += tl.sum(weights * prior[None, :], 1)
     return count, mean, m2, alignment
 
@@ -109,14 +92,13 @@ def visual_statistics(
 def visual_alignment(
     q,
     lse,
-    k_ptr,
+    k_matrix,
     columns_ptr,
     tiles_ptr,
     start,
     end,
     num_keys,
-    stride_ks,
-    scale_log2,
+    softmax,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -126,10 +108,10 @@ def visual_alignment(
     alignment = tl.zeros_like(lse)
     for index in range(start, end):
         first_key = tl.load(tiles_ptr + index) * BLOCK_N
-        k = load_tile(k_ptr, first_key, num_keys, stride_ks, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        k = load_tile(k_matrix, first_key, num_keys, BLOCK_N, BLOCK_D, HEAD_DIM, True)  # [BN, D]
+        scores = product_scores(q, k, softmax, PRECISION)  # [BM, BN]
         visual, prior = load_columns(columns_ptr, first_key, BLOCK_N)  # [BN] each
-        weights = tl.exp2(scores * scale_log2 - lse[:, None])
+        weights = tl.exp2(scores * softmax.scale_log2 - lse[:, None])
         # others' weights, of keys that a row does not see among them, may be infinite
         alignment += tl.sum(tl.where((visual > 0.0)[None, :], weights, 0.0) * prior[None, :], 1)
     return alignment
@@ -219,72 +201,46 @@ def statistics_kernel(
         if (first_row >= text_hi) | (first_row + BLOCK_M <= text_lo):
             return
 
-    q_ptr = sequence_pointer(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
-    k_ptr = sequence_pointer(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
+    q_matrix = head_matrix(q_ptr, batch, head, start_q, stride_qb, stride_qs, stride_qh, VARLEN)
+    k_matrix = head_matrix(k_ptr, batch, head // group, start_k, stride_kb, stride_ks, stride_kh, VARLEN)
     lse_ptr = row_pointer(lse_ptr, batch, head, start_q, stride_lse_b, stride_lse_h, VARLEN)
     visual_ptr += start_k
     prior_ptr += start_k
-    if HAS_PADDING:
-        padding_ptr += start_k
-    edges = edge_offset(batch, start_q, stride_edges_b, VARLEN)
-    if first_ptr is not None:
-        first_ptr += edges
-    if end_ptr is not None:
-        end_ptr += edges
-    if HAS_BITS:
-        bits_ptr += tl.cast(batch, tl.int64) * stride_bits_b
+    offset = edge_offset(batch, start_q, stride_edges_b, VARLEN)
+    edges = Edges(
+        num_rows,
+        num_keys,
+        window_left if HAS_LEFT else None,
+        window_right if HAS_RIGHT else None,
+        shifted(first_ptr, offset),
+        shifted(end_ptr, offset),
+    )
+    mask = Mask(
+        shifted(padding_ptr, start_k),
+        shifted(bits_ptr, tl.cast(batch, tl.int64) * stride_bits_b),
+        stride_bits_s,
+        None,
+    )
 
     scale = tl.cast(softmax_scale, ACC)
-    cap = tl.cast(softcap, ACC)
-    if HAS_SOFTCAP:
-        scale_log2 = tl.cast(LOG2_E, ACC)
-        unit = tl.cast(1.0, ACC)
-    else:
-        scale_log2 = scale * LOG2_E
-        unit = scale
+    softmax = Softmax(scale, base2_scale(scale, HAS_SOFTCAP), tl.cast(softcap, ACC) if HAS_SOFTCAP else None)
+    unit = tl.cast(1.0, ACC) if HAS_SOFTCAP else scale
     rows = first_row + tl.arange(0, BLOCK_M)
     in_range = rows < num_rows
     text = tl.load(text_ptr + start_q + rows, mask=in_range, other=0) != 0  # [BM]
     has_text = tl.max(text.to(tl.int32), 0) != 0
-    lo, _, hi = key_block_range(
-        first_ptr,
-        end_ptr,
-        first_row,
-        num_rows,
-        num_keys,
-        window_left,
-        window_right,
-        BLOCK_M,
-        BLOCK_N,
-        HAS_LEFT,
-        HAS_RIGHT,
-    )
+    lo, _, hi = key_block_range(edges, first_row, BLOCK_M, BLOCK_N)
     visual_tiles_ptr += batch * stride_visual_tiles_b
     start = tl.load(visual_tiles_ptr + tl.minimum(lo, num_keys) // BLOCK_N)
     end = tl.where(has_text, tl.load(visual_tiles_ptr + tl.cdiv(hi, BLOCK_N)), start)
     tiles_ptr = visual_tiles_ptr + 1 + tl.cdiv(num_keys, BLOCK_N)
 
-    q = load_tile(q_ptr, first_row, num_rows, stride_qs, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
+    q = load_tile(q_matrix, first_row, num_rows, BLOCK_M, BLOCK_D, HEAD_DIM, True)  # [BM, D]
     lse = load_lse(lse_ptr, rows, num_rows)  # [BM]
     sees_all = False
     if CLOSED_FORM:
         num_visual = tl.load(num_visual_ptr + batch)
-        sees_all, _ = text_meets_visual(
-            text,
-            rows,
-            first_ptr,
-            end_ptr,
-            ranges_ptr,
-            num_visual,
-            batch,
-            num_rows,
-            num_keys,
-            window_left,
-            window_right,
-            HAS_LEFT,
-            HAS_RIGHT,
-            HAS_BITS,
-        )
+        sees_all, _ = text_meets_visual(text, rows, edges, ranges_ptr, num_visual, batch, HAS_BITS)
         sees_all = sees_all & (tl.load(closed_ptr + batch * tl.num_programs(1) + head) >= 0.0)
     count = tl.zeros([BLOCK_M], ACC)
     mean = tl.zeros([BLOCK_M], ACC)
@@ -296,14 +252,13 @@ def statistics_kernel(
         alignment = visual_alignment(
             q,
             lse,
-            k_ptr,
+            k_matrix,
             columns_ptr,
             tiles_ptr,
             start,
             end,
             num_keys,
-            stride_ks,
-            scale_log2,
+            softmax,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
@@ -313,36 +268,21 @@ def statistics_kernel(
         count, mean, m2, alignment = visual_statistics(
             q,
             lse,
-            k_ptr,
-            padding_ptr,
-            bits_ptr,
+            k_matrix,
+            edges,
+            mask,
             visual_ptr,
             prior_ptr,
             None,
             tiles_ptr,
             start,
             end,
-            first_ptr,
-            end_ptr,
             first_row,
-            num_rows,
-            num_keys,
-            stride_ks,
-            stride_bits_s,
-            window_left,
-            window_right,
-            scale,
-            scale_log2,
-            cap,
+            softmax,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_M,
             BLOCK_N,
-            HAS_PADDING,
-            HAS_LEFT,
-            HAS_RIGHT,
-            HAS_BITS,
-            HAS_SOFTCAP,
             PRECISION,
         )
     counts = text & (count >= 2.0)

@@ -5,9 +5,9 @@ import triton.language as tl
 
 from sar_kernels.primitives import (
     LEAST_WEIGHT,
+    head_matrix,
     load_tile,
     sequence_bounds,
-    sequence_pointer,
     softmax_over_heads,
     store_tile,
 )
@@ -206,21 +206,21 @@ def unscale_heads_kernel(
     first_row = block * BLOCK_M
     if first_row >= num_rows:
         return
-    dout_ptr = sequence_pointer(dout_ptr, batch, head, start, stride_dob, stride_dos, stride_doh, VARLEN)
-    out_ptr = sequence_pointer(out_ptr, batch, head, start, stride_ob, stride_os, stride_oh, VARLEN)
-    dplain_ptr = sequence_pointer(dplain_ptr, batch, head, start, stride_pb, stride_ps, stride_ph, VARLEN)
-    plain_ptr = sequence_pointer(plain_ptr, batch, head, start, stride_pb, stride_ps, stride_ph, VARLEN)
+    dout_matrix = head_matrix(dout_ptr, batch, head, start, stride_dob, stride_dos, stride_doh, VARLEN)
+    out_matrix = head_matrix(out_ptr, batch, head, start, stride_ob, stride_os, stride_oh, VARLEN)
+    dplain_matrix = head_matrix(dplain_ptr, batch, head, start, stride_pb, stride_ps, stride_ph, VARLEN)
+    plain_matrix = head_matrix(plain_ptr, batch, head, start, stride_pb, stride_ps, stride_ph, VARLEN)
     index = tl.cast(batch, tl.int64) * tl.num_programs(1) + head
     c = tl.load(c_ptr + index)
     inverse = 1.0 / tl.maximum(c, LEAST_WEIGHT)
     total = tl.zeros([ROWS], ACC)
     for row in range(first_row, tl.minimum(first_row + BLOCK_M, num_rows), ROWS):  # few at once: registers
-        dout = load_tile(dout_ptr, row, num_rows, stride_dos, ROWS, BLOCK_DV, HEAD_DIM_V, True).to(ACC)  # [ROWS, DV]
-        out = load_tile(out_ptr, row, num_rows, stride_os, ROWS, BLOCK_DV, HEAD_DIM_V, True).to(ACC)
+        dout = load_tile(dout_matrix, row, num_rows, ROWS, BLOCK_DV, HEAD_DIM_V, True).to(ACC)  # [ROWS, DV]
+        out = load_tile(out_matrix, row, num_rows, ROWS, BLOCK_DV, HEAD_DIM_V, True).to(ACC)
         if sums_ptr is not None:
             total += tl.sum(dout * out, 1)
-        store_tile(dplain_ptr, dout * c, row, num_rows, stride_ps, ROWS, BLOCK_DV, HEAD_DIM_V)
-        store_tile(plain_ptr, out * inverse, row, num_rows, stride_ps, ROWS, BLOCK_DV, HEAD_DIM_V)
+        store_tile(dplain_matrix, dout * c, row, num_rows, ROWS, BLOCK_DV, HEAD_DIM_V)
+        store_tile(plain_matrix, out * inverse, row, num_rows, ROWS, BLOCK_DV, HEAD_DIM_V)
     if sums_ptr is not None:
         tl.store(sums_ptr + index * tl.num_programs(0) + block, tl.sum(total, 0))
 
