@@ -17,9 +17,22 @@ class ArgumentError(ValueError):
             {model}"``.
     """
 
-    def __init__(self, argument: str, came: object, needed: str) -> None:
-        self.argument, self.came, self.needed = argument, came, needed
-        super().__init__(self.worded({}))
+    # no __init__: torch.compile does not trace one of an exception
+
+    @property
+    def argument(self) -> str:
+        return self.args[0]
+
+    @property
+    def came(self) -> object:
+        return self.args[1]
+
+    @property
+    def needed(self) -> str:
+        return self.args[2]
+
+    def __str__(self) -> str:
+        return self.worded({})
 
     def worded(self, names: Mapping[str, str]) -> str:
         """One line, with a front end's own words for the arguments in ``names``."""

@@ -218,7 +218,8 @@ def test_compiles_for_a_variant_of_blackwell():
 
 ONE_COMPILATION_FOR_ALL_LENGTHS = """
 import torch
-from sar_kernels import configs, decode_aot
+from sar_kernels import configs
+from sar_kernels.tools import decode_aot
 from sar_kernels.tools.aot import PASSES, plan_attention
 from sar_kernels.tools.aot_measure import compile_key
 
