@@ -292,11 +292,11 @@ def test_no_tile_is_visited_that_nobody_sees(case, monkeypatch):
 
     inputs, seen = make(case), seen_of(case)
     call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.masks, configs=TILES)
-    softmax = Counted(monkeypatch, "forward", "online_softmax")
+    softmax = Counted(monkeypatch, "dense.forward", "online_softmax")
     (out, lse), launches = plan_attention_forward(call)
     run_all(launches)
     assert softmax.calls == case.heads * tiles_needed(seen, 32, 16)
-    lse_loads = Counted(monkeypatch, "dkdv", "load_lse2")
+    lse_loads = Counted(monkeypatch, "dense.dkdv", "load_lse2")
     run_all(plan_backward(call, torch.randn_like(out), out, lse)[1])
     assert lse_loads.calls == case.heads * tiles_needed(seen, 16, 32)
 
@@ -313,7 +313,10 @@ def test_a_packed_mask_leaves_out_tiles_that_are_empty(monkeypatch):
     inputs = make(case)
     tiles = {name: KernelConfig(64, 64, 4, 1) for name in TILES}
     call = Call(inputs.q, inputs.k, inputs.v, inputs.options, inputs.masks, configs=tiles)
-    softmax, lse_loads = Counted(monkeypatch, "forward", "online_softmax"), Counted(monkeypatch, "dkdv", "load_lse2")
+    softmax, lse_loads = (
+        Counted(monkeypatch, "dense.forward", "online_softmax"),
+        Counted(monkeypatch, "dense.dkdv", "load_lse2"),
+    )
     (out, lse), launches = plan_attention_forward(call)
     run_all(launches)
     run_all(plan_backward(call, torch.randn_like(out), out, lse)[1])
@@ -324,7 +327,7 @@ def test_a_packed_mask_leaves_out_tiles_that_are_empty(monkeypatch):
 def test_a_decode_step_over_a_window_reads_the_window(monkeypatch):
     case = BASE.but(seqlen_q=1, seqlen_k=400, images=(((5, 45),),) * 2, visibility=Visibility(chunk=100))
     inputs = make(case)
-    softmax = Counted(monkeypatch, "decode", "softmax_weights")
+    softmax = Counted(monkeypatch, "decode.kernels", "softmax_weights")
     lengths = torch.tensor([400, 330], dtype=torch.int32)  # the second is shorter than its edges say
     out, lse = decode_forward(inputs.q, inputs.k, inputs.v, lengths, **inputs.kwargs(weights=False), num_splits=2)
     keys = [(300, 400), (300, 330)]
