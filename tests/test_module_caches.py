@@ -123,7 +123,7 @@ def test_compiled_decode_step_on_a_static_cache(mode, side, form):
 def test_compiled_step_takes_masks_over_the_whole_static_cache_only():
     torch._dynamo.reset()
     step = torch.compile(make("running"), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match=f"attention_mask.* cover the whole static cache, {CAPACITY} positions"):
+    with pytest.raises(Exception, match=f"attention_mask.*cover the whole static cache, {CAPACITY} positions"):
         decode(make("running"), static(), real_tokens("left"), "2d", step=step)
 
 
