@@ -19,7 +19,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("mode", [cost.FORWARD, cost.THROUGH])
+@pytest.mark.parametrize("mode", [pytest.param(cost.FORWARD, marks=pytest.mark.slow), cost.THROUGH])
 def test_records(mode, monkeypatch, tmp_path, capsys, device):
     monkeypatch.setattr(cost, "MODES", {mode: NAMES})
     path = tmp_path / "cost.json"

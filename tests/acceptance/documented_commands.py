@@ -40,6 +40,7 @@ INSTEAD = [  # (pattern in a command, what stands there here); experiments of fu
     (r"\bFILE\.yaml\b", BENCHMARK),
     (r"my_rules\.py:Mine", "my_rules.py:Above"),
     (r"--use_sar --sar_weighting", "--use_sar --sar_activation_layer_k 4 --sar_weighting"),
+    (r"--use_sar (?=--output_dir)", "--use_sar --sar_activation_layer_k 4 "),
     (r"--weighting my_rules", "--k 4 --weighting my_rules"),
     (r"train\.json --media_dir images", "experiments/data/shapes_llava.json --media_dir experiments/data"),
     (r"--model llava-hf/llava-1.5-7b-hf --max_length", "--model miniature --max_length"),
