@@ -97,7 +97,7 @@ def _borrowed(model: nn.Module, processor: Any, sar: SARConfig | None) -> Iterat
         if left is not None and left is not own:
             left.remove()
         if own is not None:
-            if left is None:
+            if handle_of(base) is None:
                 own.install()
             own.reconfigure(before)
         for part in training:
