@@ -44,6 +44,7 @@ INSTEAD = [  # (pattern in a command, what stands there here); experiments of fu
     (r"--weighting my_rules", "--k 4 --weighting my_rules"),
     (r"train\.json --media_dir images", "experiments/data/shapes_llava.json --media_dir experiments/data"),
     (r"--model llava-hf/llava-1.5-7b-hf --max_length", "--model miniature --max_length"),
+    (r"(experiments/launch/\w+\.sh)(?!.*--gpus)", r"\1 --gpus 8"),
     (r"(experiments/launch/\w+\.sh)", r"\1 --dry-run"),
     (r"--hostfile HOSTS", "--hostfile hosts"),
     (r"--head HOST\b", "--head node0"),
