@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -106,7 +107,12 @@ def main() -> None:
         folder = args.folder or temporary / "environments"
         folder.mkdir(parents=True, exist_ok=True)
         wheel = build_wheel(temporary)
-        wrong = [text for extra in args.extras for text in check(extra, environment(extra, wheel, folder), temporary)]
+        wrong = []
+        for extra in args.extras:
+            programs = environment(extra, wheel, folder)
+            wrong += check(extra, programs, temporary)
+            if args.folder is None:  # some gigabytes each
+                shutil.rmtree(programs.parent)
     if wrong:
         raise SystemExit("\n\n".join(wrong))
 
