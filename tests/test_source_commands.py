@@ -25,8 +25,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from sar_fast.lab.focus.grounding import GroundedMasks
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.miniature.checkpoint import load_miniature
-from tests.evaluation.test_focus_grounding import bert, detector, original_sam, segmenter, tiny_swin, write_config  # noqa: F401
-from tests.evaluation.test_focus_grounding import original as original_detector  # noqa: F401
+from tests.evaluation.original_models import bert, detector, original_sam, segmenter, tiny_swin, write_config  # noqa: F401
+from tests.evaluation.original_models import original as original_detector  # noqa: F401
 from tests.training.samples import DATA, REPOSITORY
 from tests.training.test_gradients import wandb_history
 
