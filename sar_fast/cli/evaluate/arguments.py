@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.cli.evaluate.task_flags import parse_with_task
 from sar_fast.config import DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.lab.benchmark.tasks import Task
@@ -154,7 +155,7 @@ class EvaluationArguments:
             if not is_original(self.sam_checkpoint_path):
                 refuse(self, ("sam_model_type",), "on a --sam_checkpoint_path that is no .pth")
             if self.sam_model_type not in SAM_WIDTHS:
-                raise ValueError(f"sam_model_type must be {', '.join(SAM_WIDTHS)}; got {self.sam_model_type!r}")
+                raise ArgumentError("sam_model_type", repr(self.sam_model_type), f"be {', '.join(SAM_WIDTHS)}")
 
     def sar_config(self, model_config: Any = None) -> SARConfig:
         """The options of SAR, with a rule for the model of a configuration; ``ValueError`` names a bad flag."""

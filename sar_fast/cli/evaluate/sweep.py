@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sar_fast.base.errors import arguments_named
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.cli.evaluate.arguments import EvaluationArguments, sar_flags_given
 from sar_fast.cli.evaluate.benchmark import asking_of, questions_of, report
 from sar_fast.cli.evaluate.loading import FLAGS, sar_config_of, session_of, subject_of
@@ -89,7 +89,7 @@ class SweepArguments(EvaluationArguments):
             if (needed and not values) or len(set(values)) != len(values):
                 raise ValueError(f"--{name} must be one or more different values; got {values}")
         if self.compare_batches < 0:
-            raise ValueError(f"compare_batches must be at least 0; got {self.compare_batches}")
+            raise ArgumentError("compare_batches", self.compare_batches, "be at least 0")
         with naming_flags(self.sar_flag_names):
             for k, beta in itertools.product(self.k, self.beta or [None]):
                 SARConfig(activation_layer_k=k, beta=beta)

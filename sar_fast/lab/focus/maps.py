@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.base.extras import need
 from sar_fast.lab.focus.grids import TokenGrid
 from sar_fast.lab.focus.samples import SMALLEST_SIDE
@@ -53,9 +54,9 @@ def attention_map(values: Tensor | np.ndarray, grids: Sequence[TokenGrid], size:
 def semantic_focus(attention: np.ndarray, mask: np.ndarray) -> float:
     """SFS: the share of ``attention`` (height, width), which sums to 1, inside ``mask`` (height, width) bool."""
     if attention.shape != mask.shape:
-        raise ValueError(f"mask must have the picture's shape {attention.shape}; got {mask.shape}")
+        raise ArgumentError("mask", mask.shape, f"have the picture's shape {attention.shape}")
     if mask.dtype != np.bool_:
-        raise TypeError(f"mask must be bool; got {mask.dtype}")
+        raise ArgumentTypeError("mask", mask.dtype, "be bool")
     if not mask.any():
         raise ValueError("mask is empty: no pixel to focus on")
     return float(attention[mask].sum())

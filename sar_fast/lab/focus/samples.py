@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.focus.run_lengths import decode_run_lengths
 from sar_fast.lab.io.pictures import PictureError, open_mask, open_picture, picture_name, shown_size
 from sar_fast.lab.io.skips import (
@@ -174,7 +175,7 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
     """
     width, height = size
     if len(box) != 4 or not all(math.isfinite(v) for v in box):
-        raise ValueError(f"bbox must be four finite numbers x1, y1, x2, y2 in pixels; got {list(box)}")
+        raise ArgumentError("bbox", list(box), "be four finite numbers x1, y1, x2, y2 in pixels")
     x1, y1, x2, y2 = map(float, box)
     if problem := box_problem(box, size):
         raise SampleSkipped(problem, f"{[x1, y1, x2, y2]} in {width} x {height}")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.lab.io.model_source import MINIATURE, MINIATURE_PATH
 from sar_fast.lab.run.results import read_json
@@ -63,18 +64,19 @@ class Paper:
     def __post_init__(self) -> None:
         layers = read_json(MINIATURE_PATH / "config.json")["text_config"]["num_hidden_layers"]
         if not 1 <= self.k <= layers:
-            raise ValueError(f"k must be 1 to {layers}, as many layers as the miniature has; got {self.k}")
+            raise ArgumentError("k", self.k, f"be 1 to {layers}, as many layers as the miniature has")
         if any(not 0 <= k <= layers for k in self.swept_k):
-            raise ValueError(f"swept_k must be 0 to {layers}, as many layers as the miniature has; got {self.swept_k}")
+            raise ArgumentError("swept_k", self.swept_k, f"be 0 to {layers}, as many layers as the miniature has")
         for beta in (self.beta, *self.swept_beta):
             SARConfig(beta=beta)
         if self.max_samples is not None and self.max_samples < FEWEST:
-            raise ValueError(
-                f"max_samples must be at least {FEWEST}: the probe needs two pictures, which have several samples; "
-                f"got {self.max_samples}"
+            raise ArgumentError(
+                "max_samples",
+                self.max_samples,
+                f"be at least {FEWEST}: the probe needs two pictures, which have several samples",
             )
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
-            raise ValueError(f"epochs must be more than 0; got {self.epochs}")
+            raise ArgumentError("epochs", self.epochs, "be more than 0")
 
     @property
     def groups(self) -> dict[str, tuple[str, list[str]]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import Normalize, SARConfig
 from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.datasets import is_file_name, split_names
@@ -255,7 +256,7 @@ class SFTArguments(AnalysisArguments, TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.warmup_ratio:
             if not 0 <= self.warmup_ratio < 1:
-                raise ValueError(f"warmup_ratio must be in [0, 1); got {self.warmup_ratio}")
+                raise ArgumentError("warmup_ratio", self.warmup_ratio, "be in [0, 1)")
             if self.warmup_steps:
                 raise ValueError("warmup_ratio and warmup_steps exclude each other; give one")
             self.warmup_steps = self.warmup_ratio  # below 1, the Trainer takes it for a ratio

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
 from sar_fast.lab.measure.eager import EagerSAR, eager_attention
@@ -40,9 +41,9 @@ def training_steps(
         ``memory_bytes``, the peak on a GPU, None on the CPU, where one process cannot tell modes apart.
     """
     if repeats < 1:
-        raise ValueError(f"repeats must be at least 1; got {repeats}")
+        raise ArgumentError("repeats", repeats, "be at least 1")
     if inputs["input_ids"].shape[0] != 1:
-        raise ValueError(f"inputs must hold one sample; got {inputs['input_ids'].shape[0]}")
+        raise ArgumentError("inputs", inputs["input_ids"].shape[0], "hold one sample")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     device, tokens = inputs["input_ids"].device, inputs["input_ids"].shape[1]
     flops = TrainingFlops(model, 1, tokens)
@@ -127,7 +128,7 @@ def sample_inputs(model: nn.Module, processor: Any, length: int) -> dict[str, Te
     }
     short = len(encoder(record(1))["input_ids"])
     if short > length:
-        raise ValueError(f"length must be at least {short}, the picture's tokens and a question; got {length}")
+        raise ArgumentError("length", length, f"be at least {short}, the picture's tokens and a question")
     encoded = encoder(record(1 + length - short))
     batch = Collator(encoder.tokenizer.pad_token_id or 0)([encoded])
     number = next(model.parameters()).dtype

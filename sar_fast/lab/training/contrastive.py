@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.structure import unwrap
 
 TEXT_POOLS = ("all", "prompt", "answer")
@@ -74,7 +75,7 @@ class ContrastiveHead(nn.Module):
     def __init__(self, temperature: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"visual_contrastive_temperature must be > 0; got {temperature}")
+            raise ArgumentError("visual_contrastive_temperature", temperature, "be > 0")
         self.log_scale = nn.Parameter(torch.full((1,), -math.log(temperature))) if learnable else None
         self.scale = 1 / temperature
 
@@ -109,7 +110,7 @@ class ContrastiveSupervision:
         self, model: nn.Module, head: ContrastiveHead, text_pool: str = "all", differentiable: bool = True
     ) -> None:
         if text_pool not in TEXT_POOLS:
-            raise ValueError(f"visual_contrastive_text_pool must be one of {', '.join(TEXT_POOLS)}; got {text_pool!r}")
+            raise ArgumentError("visual_contrastive_text_pool", repr(text_pool), f"be one of {', '.join(TEXT_POOLS)}")
         self.inner = unwrap(model)
         names = ("image_token_id", "video_token_id")
         self.visual_ids = [int(t) for n in names if (t := getattr(self.inner.config, n, None)) is not None]

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.wording import reason
 from sar_fast.lab.io.processors import ProcessorRefusal, call_processor
 from sar_fast.lab.io.records import IMAGE, RecordError, open_image
@@ -40,9 +41,9 @@ class Encoder:
 
     def __init__(self, processor: Any, max_length: int | None = None, too_long: str = "drop") -> None:
         if too_long not in TOO_LONG:
-            raise ValueError(f"too_long must be one of {', '.join(TOO_LONG)}; got {too_long!r}")
+            raise ArgumentError("too_long", repr(too_long), f"be one of {', '.join(TOO_LONG)}")
         if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1; got {max_length}")
+            raise ArgumentError("max_length", max_length, "be at least 1")
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if not self.tokenizer.is_fast:

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
+
 LIMIT = 1 << 22  # entries that are sorted at a time
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,9 +41,9 @@ def gini(values: Tensor | Sequence[Tensor], limit: int = LIMIT) -> float:
     tensors = [values] if isinstance(values, Tensor) else list(values)
     for tensor in tensors:
         if tensor.dtype not in _DTYPES:
-            raise TypeError(f"values must be float32, bfloat16 or float16; got {tensor.dtype}")
+            raise ArgumentTypeError("values", tensor.dtype, "be float32, bfloat16 or float16")
     if limit < 1:
-        raise ValueError(f"limit must be at least 1; got {limit}")
+        raise ArgumentError("limit", limit, "be at least 1")
     n = sum(tensor.numel() for tensor in tensors)
     if n == 0:
         raise ValueError("values has no entries")

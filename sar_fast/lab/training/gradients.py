@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.structure import unwrap
 from sar_fast.lab.training.gini import LIMIT, gini
 from sar_fast.lab.training.metrics_log import MetricsLog
@@ -57,7 +58,7 @@ class GradientSparsityCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer | None = None, every: int = 10, path: Path | None = None) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an int of at least 1; got {every!r}")
+            raise ArgumentError("every", repr(every), "be an int of at least 1")
         self.trainer, self.every, self.path = trainer, every, path
         self._undo: list[Any] = []
         self._measuring = False

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.extras import need
 from sar_fast.hf import apply_sar
 from sar_fast.hf.families import known_family
@@ -99,7 +100,7 @@ def _dtype(options: ModelArguments, training: SFTArguments) -> torch.dtype:
         return torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
     if options.torch_dtype in models.DTYPES:
         return models.DTYPES[options.torch_dtype]
-    raise ValueError(f"torch_dtype must be auto, {', '.join(models.DTYPES)}; got {options.torch_dtype!r}")
+    raise ArgumentError("torch_dtype", repr(options.torch_dtype), f"be auto, {', '.join(models.DTYPES)}")
 
 
 def _load_trainable(options: ModelArguments, dtype: torch.dtype) -> nn.Module:
@@ -132,7 +133,7 @@ def set_trainable(model: nn.Module, options: ModelArguments) -> nn.Module:
         layers = find_decoder_layers(model)
         count = options.freeze_trainable_layers
         if not 1 <= count <= len(layers):
-            raise ValueError(f"freeze_trainable_layers must be 1 to {len(layers)}, the number of layers; got {count}")
+            raise ArgumentError("freeze_trainable_layers", count, f"be 1 to {len(layers)}, the number of layers")
         model.requires_grad_(False)
         for layer in layers[-count:]:
             layer.requires_grad_(True)

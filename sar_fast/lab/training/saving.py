@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, Trainer
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.weight_files import open_to_readers
 from sar_fast.hf.structure import unwrap
 
@@ -24,7 +25,7 @@ class PlainModels:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if model is None:
-            raise ValueError("model must be given: what it was before training is restored on saving; got None")
+            raise ArgumentError("model", "None", "be given: what it was before training is restored on saving")
         config = unwrap(model).config
         configs: list[PretrainedConfig] = [config, config.get_text_config()]
         self._given = [(c, vars(c)[USE_CACHE]) if USE_CACHE in vars(c) else (c, None) for c in configs]

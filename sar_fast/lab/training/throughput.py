@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.structure import find_attention_modules, unwrap
 from sar_fast.lab.measure.timing import seconds_now
 from sar_fast.lab.training.metrics_log import MetricsLog
@@ -39,7 +40,7 @@ class ThroughputCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, peak_flops: float | None = None) -> None:
         if peak_flops is not None and not peak_flops > 0:
-            raise ValueError(f"peak_flops must be > 0; got {peak_flops}")
+            raise ArgumentError("peak_flops", peak_flops, "be > 0")
         self.trainer = trainer
         self.peak = peak_flops or known_peak(trainer.args.device)
         self.log = MetricsLog(trainer, Path(trainer.args.output_dir) / FILE_NAME)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.training.contrastive import OUTPUT_NAME, ContrastiveHead, ContrastiveSupervision
 
 
@@ -42,7 +43,7 @@ class VisualSupervision:
     ) -> None:
         weight = visual_contrastive_loss_weight
         if not weight >= 0:
-            raise ValueError(f"visual_contrastive_loss_weight must be >= 0; got {weight}")
+            raise ArgumentError("visual_contrastive_loss_weight", weight, "be >= 0")
         if weight == 0 and learnable_temperature:
             raise ValueError("learnable_temperature needs visual_contrastive_loss_weight > 0; got 0")
         model = kwargs.get("model", args[0] if args else None)
