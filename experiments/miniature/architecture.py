@@ -1,8 +1,11 @@
-"""What is trained: a LLaVA-1.5 of 1.2 million parameters, its word-level tokenizer and its processor."""
+"""What is trained: LLaVA-1.5 models of a few million parameters, their word-level tokenizers and processors."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -19,7 +22,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sar_fast.lab.miniature.drawing import COLOURS, SHAPES
 from sar_fast.lab.miniature.questions import BOX_BINS, POSITIONS, WORDINGS, build_prompt
 
-IMAGE_SIZE, PATCH_SIZE = 64, 8
+PATCH_SIZE = 8
+IMAGE_SIZE = 64
 GRID = IMAGE_SIZE // PATCH_SIZE
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
@@ -34,18 +38,45 @@ CHAT_TEMPLATE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """A model: side of its square picture in pixels, options of ``LlamaConfig`` and ``CLIPVisionConfig``."""
+
+    side: int
+    text: dict[str, Any]
+    vision: dict[str, Any]
+
+
+MINIATURE = Design(
+    side=IMAGE_SIZE,
+    text={
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.08,  # 0.02 is meant for widths from 768 on: at 128 colour and shape never bind
+    },
+    vision={"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6},
+)
+
+
 def vocabulary() -> list[str]:
-    """Every word and punctuation mark of the prompts and the answers, after the special tokens."""
+    """Every word and punctuation mark of the miniature's prompts and answers."""
     fill = {"colour": " ".join(COLOURS), "shape": " ".join(SHAPES)}
     texts = [build_prompt(w.format(**fill)) for wordings in WORDINGS.values() for w in wordings]
-    texts += [*POSITIONS, "yes no", *map(str, range(BOX_BINS))]
-    words = {w for t in texts for w in re.findall(r"\w+|[^\w\s]", t.replace("<image>", "").lower())}
-    return [*SPECIAL_TOKENS, *sorted(words)]
+    return words_of([*texts, *POSITIONS, "yes no", *map(str, range(BOX_BINS))])
 
 
-def build_processor() -> LlavaProcessor:
-    """The processor: any picture to (3, 64, 64), any text to the vocabulary's words and ``<unk>``."""
-    words = vocabulary()
+def words_of(texts: Iterable[str]) -> list[str]:
+    """The words and punctuation marks of texts, sorted, in lower case."""
+    return sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t.replace("<image>", "").lower())})
+
+
+def build_processor(vocabulary: Iterable[str], design: Design, *, longest: int = 256) -> LlavaProcessor:
+    """The processor: any picture to (3, side, side), any text to the vocabulary's words and ``<unk>``."""
+    words = [*SPECIAL_TOKENS, *vocabulary]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolor\b"), "colour")]
@@ -62,10 +93,10 @@ def build_processor() -> LlavaProcessor:
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
-        model_max_length=256,
+        model_max_length=longest,
         model_input_names=["input_ids", "attention_mask"],
     )
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    side = {"height": design.side, "width": design.side}
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False),
         tokenizer=tokenizer,
@@ -76,42 +107,24 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def grid_sinusoids(width: int) -> torch.Tensor:
-    """(64, width) sines and cosines of every patch's column and row, at width / 4 wavelengths from 6 to 600 patches."""
+def grid_sinusoids(grid: int, width: int) -> torch.Tensor:
+    """(grid * grid, width) sines and cosines of every patch's column and row, at width / 4 wavelengths from 6 to 600
+    patches."""
     rates = 100.0 ** (-torch.arange(width // 4) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     angles = [place.reshape(-1, 1) * rates for place in (column, row)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def build_model(tokenizer: PreTrainedTokenizerFast, design: Design) -> LlavaForConditionalGeneration:
     """A fresh model in fp32, initialised from torch's global random state."""
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.08,  # 0.02 is meant for widths from 768 on: at 128 colour and shape never bind
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    vision = CLIPVisionConfig(
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-    )
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    grid = design.side // PATCH_SIZE
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=CLIPVisionConfig(image_size=design.side, patch_size=PATCH_SIZE, **design.vision),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **design.text, **special),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=GRID**2,
+        image_seq_length=grid**2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -121,10 +134,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
             layer.weight.normal_(0, layer.in_features**-0.5)
             layer.bias.zero_()
         # A learned position embedding that starts as noise far below the patches leaves neighbours hard to find.
-        model.model.vision_tower.embeddings.position_embedding.weight[1:] = 0.3 * grid_sinusoids(vision.hidden_size)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.max_new_tokens = 8
-    model.generation_config.do_sample = False
+        embedding = model.model.vision_tower.embeddings.position_embedding.weight
+        embedding[1:] = 0.3 * grid_sinusoids(grid, embedding.shape[1])
+    model.generation_config.update(**special, max_new_tokens=8, do_sample=False)
     return model

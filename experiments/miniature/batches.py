@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ def training_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
 
 
 def pixel_values(scenes: list[Scene], processor: LlavaProcessor) -> torch.Tensor:
-    """(B, 3, 64, 64) fp32: what the processor makes of pictures that already have its size, batched."""
+    """(B, 3, side, side) fp32: what the processor makes of pictures that already have its size, batched."""
     images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
     settings = processor.image_processor
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (settings.image_mean, settings.image_std))
@@ -35,27 +36,38 @@ def pixel_values(scenes: list[Scene], processor: LlavaProcessor) -> torch.Tensor
 
 @dataclass
 class PatchTargets:
-    """What every patch of B pictures shows; ``colour`` and ``shape`` (B, 64) int64, 0 is the background; ``box``
-    (B, 64, 4) fp32, the box (x1, y1, x2, y2) of the patch's object as fractions of the side, 0 for the background."""
+    """What every patch of B pictures shows; ``colour`` and ``shape`` (B, N) int64, 0 is the background; ``box``
+    (B, N, 4) fp32, the box (x1, y1, x2, y2) of the patch's object as fractions of the side, 0 for the background."""
 
     colour: torch.Tensor
     shape: torch.Tensor
     box: torch.Tensor
 
+    def to(self, device: torch.device) -> PatchTargets:
+        return PatchTargets(*(x.to(device) for x in (self.colour, self.shape, self.box)))
 
-def patch_targets(scenes: list[Scene]) -> PatchTargets:
-    colour = np.zeros((len(scenes), GRID * GRID), dtype=np.int64)
+
+def patch_targets(
+    scenes: list[Scene],
+    colours: Sequence[str] = tuple(COLOURS),
+    shapes: Sequence[str] = SHAPES,
+    coverage: float = FOREGROUND_COVERAGE,
+) -> PatchTargets:
+    """What the patches of square pictures of one size show; an object from the share ``coverage`` of a patch on."""
+    side = scenes[0].image.shape[0]
+    grid = side // PATCH_SIZE
+    colour = np.zeros((len(scenes), grid * grid), dtype=np.int64)
     shape = np.zeros_like(colour)
-    box = np.zeros((len(scenes), GRID * GRID, 4), dtype=np.float32)
+    box = np.zeros((len(scenes), grid * grid, 4), dtype=np.float32)
     for b, scene in enumerate(scenes):
-        masks = np.stack([o.mask for o in scene.objects]).reshape(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE)
-        coverage = masks.mean((2, 4)).reshape(len(scene.objects), -1)
-        owner = np.where(coverage.max(0) >= FOREGROUND_COVERAGE, coverage.argmax(0), -1)
+        masks = np.stack([o.mask for o in scene.objects]).reshape(-1, grid, PATCH_SIZE, grid, PATCH_SIZE)
+        covered = masks.mean((2, 4)).reshape(len(scene.objects), -1)
+        owner = np.where(covered.max(0) >= coverage, covered.argmax(0), -1)
         for index, item in enumerate(scene.objects):
             own = owner == index
-            colour[b, own] = 1 + list(COLOURS).index(item.colour)
-            shape[b, own] = 1 + SHAPES.index(item.shape)
-            box[b, own] = np.divide(item.box, IMAGE_SIZE)
+            colour[b, own] = 1 + list(colours).index(item.colour)
+            shape[b, own] = 1 + list(shapes).index(item.shape)
+            box[b, own] = np.divide(item.box, side)
     return PatchTargets(*(torch.from_numpy(a) for a in (colour, shape, box)))
 
 

@@ -24,6 +24,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (60, 205, 220),
 }
 SHAPES = ("circle", "square", "triangle")
+# What can be drawn: the miniature knows the first six and the first three of it, the miniature of places all.
+PALETTE: dict[str, tuple[int, int, int]] = COLOURS | {"orange": (245, 140, 30), "pink": (250, 130, 190)}
+FORMS = (*SHAPES, "diamond", "cross", "ring", "bar", "crescent")
 BACKGROUNDS = ("plain", "gradient", "texture", "photograph")
 
 # All of them are files of scikit-image's wheel (no download). The second group is never drawn on in training.
@@ -61,10 +64,10 @@ class ObjectSpec:
     rgb: tuple[int, int, int] | None = None
 
     def __post_init__(self):
-        if self.colour not in COLOURS:
-            raise ValueError(f"colour is {self.colour!r}, needed one of {', '.join(COLOURS)}")
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape is {self.shape!r}, needed one of {', '.join(SHAPES)}")
+        if self.colour not in PALETTE:
+            raise ValueError(f"colour is {self.colour!r}, needed one of {', '.join(PALETTE)}")
+        if self.shape not in FORMS:
+            raise ValueError(f"shape is {self.shape!r}, needed one of {', '.join(FORMS)}")
         if not (0 < self.half_extent <= 0.5):
             raise ValueError(f"half_extent is {self.half_extent}, needed a fraction in (0, 0.5]")
         if not all(0 <= c <= 1 for c in self.centre):
@@ -107,10 +110,11 @@ def compose(background: np.ndarray, specs: Sequence[ObjectSpec], kind: str = "pl
     canvas = background.astype(np.float32)
     masks: list[np.ndarray] = []
     for spec in specs:
-        coverage = _coverage(spec, width, height)
-        rgb = np.asarray(spec.rgb or COLOURS[spec.colour], dtype=np.float32)
-        canvas += coverage[..., None] * (rgb - canvas)
-        visible = coverage >= 0.5
+        window, coverage = _coverage(spec, width, height)
+        rgb = np.asarray(spec.rgb or PALETTE[spec.colour], dtype=np.float32)
+        canvas[window] += coverage[..., None] * (rgb - canvas[window])
+        visible = np.zeros((height, width), dtype=bool)
+        visible[window] = coverage >= 0.5
         masks = [mask & ~visible for mask in masks] + [visible]
     objects = tuple(DrawnObject(s.colour, s.shape, _tight_box(m, s), m) for s, m in zip(specs, masks))
     return Scene(np.rint(canvas).astype(np.uint8), objects, kind)
@@ -204,18 +208,39 @@ def photograph(name: str) -> np.ndarray:
     return pixels
 
 
-def _coverage(spec: ObjectSpec, width: int, height: int) -> np.ndarray:
-    """Fraction of every pixel that the object covers, from the signed distance of the pixel's centre to its edge."""
+def _coverage(spec: ObjectSpec, width: int, height: int) -> tuple[tuple[slice, slice], np.ndarray]:
+    """The part of the picture that an object can reach, and the fraction (h, w) of every pixel there that it covers,
+    from the signed distance of the pixel's centre to its edge."""
     r = spec.half_extent * min(width, height)
-    x = np.abs(np.arange(width, dtype=np.float32) + 0.5 - spec.centre[0] * width)[None, :]
-    y = (np.arange(height, dtype=np.float32) + 0.5 - spec.centre[1] * height)[:, None]
-    if spec.shape == "circle":
-        distance = np.hypot(x, y) - r
-    elif spec.shape == "square":
-        distance = np.maximum(x, np.abs(y)) - r
-    else:  # apex up; the sides climb two pixels per pixel
-        distance = np.maximum(y - r, (2 * x - y - r) / np.sqrt(5.0))
-    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    spans = []
+    for centre, side in ((spec.centre[1] * height, height), (spec.centre[0] * width, width)):
+        spans.append(slice(max(int(centre - r) - 1, 0), min(int(centre + r) + 2, side)))
+    y, x = (np.arange(span.start, span.stop, dtype=np.float32) + 0.5 for span in spans)
+    x = (x - spec.centre[0] * width)[None, :]
+    y = (y - spec.centre[1] * height)[:, None]
+    return tuple(spans), np.clip(0.5 - _DISTANCES[spec.shape](x, y, r), 0, 1).astype(np.float32)
+
+
+def _box_distance(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def _crescent(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    return np.maximum(np.hypot(x, y) - r, 0.75 * r - np.hypot(x - 0.5 * r, y))
+
+
+# Signed distance in pixels to the edge, negative inside; x (1, w), y (h, 1) from the centre, r half the extent.
+_DISTANCES = {
+    "circle": lambda x, y, r: np.hypot(x, y) - r,
+    "square": lambda x, y, r: _box_distance(x, y, r, r),
+    # Apex up; the sides climb two pixels per pixel.
+    "triangle": lambda x, y, r: np.maximum(y - r, (2 * np.abs(x) - y - r) / np.sqrt(5.0)),
+    "diamond": lambda x, y, r: (np.abs(x) + np.abs(y) - r) / np.sqrt(2.0),
+    "cross": lambda x, y, r: np.minimum(_box_distance(x, y, r, 0.34 * r), _box_distance(x, y, 0.34 * r, r)),
+    "ring": lambda x, y, r: np.abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r,
+    "bar": lambda x, y, r: _box_distance(x, y, r, 0.36 * r),
+    "crescent": _crescent,
+}
 
 
 def _tight_box(mask: np.ndarray, spec: ObjectSpec) -> tuple[int, int, int, int]:
