@@ -19,10 +19,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sar_fast.lab.miniature.drawing import COLOURS, SHAPES
+from sar_fast.lab.miniature.drawing import COLOURS, PATCH_SIZE, SHAPES
 from sar_fast.lab.miniature.questions import BOX_BINS, POSITIONS, WORDINGS, build_prompt
 
-PATCH_SIZE = 8
 IMAGE_SIZE = 64
 GRID = IMAGE_SIZE // PATCH_SIZE
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from architecture import GRID, IMAGE_SIZE, PATCH_SIZE
+from architecture import GRID, IMAGE_SIZE
 from transformers import LlavaProcessor
 
-from sar_fast.lab.miniature.drawing import BACKGROUNDS, COLOURS, SHAPES, TRAINING_PHOTOGRAPHS, Scene, draw_scene
+from sar_fast.lab.miniature.drawing import (
+    BACKGROUNDS,
+    COLOURS,
+    PATCH_SIZE,
+    SHAPES,
+    TRAINING_PHOTOGRAPHS,
+    Scene,
+    draw_scene,
+)
 from sar_fast.lab.miniature.questions import Question, ask, build_prompt
 
 BACKGROUND_SHARES = (0.25, 0.15, 0.25, 0.35)  # of BACKGROUNDS, in its order

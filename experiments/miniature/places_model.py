@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from architecture import PATCH_SIZE, Design, words_of
+from architecture import Design, words_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from sar_fast.lab.miniature.drawing import FORMS, PALETTE
+from sar_fast.lab.miniature.drawing import FORMS, PALETTE, PATCH_SIZE
 from sar_fast.lab.miniature.places.habits import PLACES
 from sar_fast.lab.miniature.places.questions import RELATIONS, WORDINGS, plural
 from sar_fast.lab.miniature.places.scenes import SIDE

@@ -31,7 +31,7 @@ from sar_fast.lab.miniature.drawing import FORMS, PALETTE
 from sar_fast.lab.miniature.places.questions import KINDS
 from sar_fast.lab.miniature.places.scenes import SIDE
 
-SIDES = {96: 0.84, 144: 0.12, 192: 0.04}  # of pictures in pixels, and their shares of the batches
+SIDES = {96: 0.9, 144: 0.07, 192: 0.03}  # of pictures in pixels, and their shares of the batches
 KEEP_EVERY = 200  # steps
 END_WEIGHT = 0.3  # of an answer's tokens behind its first one
 
@@ -103,9 +103,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder that the checkpoint replaces")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vision_steps", type=int, default=900)
+    parser.add_argument("--vision_steps", type=int, default=700)
     parser.add_argument("--vision_batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2400, help="of projector and language model")
+    parser.add_argument("--steps", type=int, default=2000, help="of projector and language model")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=20, help="most questions behind one image")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

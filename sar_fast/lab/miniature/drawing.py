@@ -27,6 +27,7 @@ SHAPES = ("circle", "square", "triangle")
 # What can be drawn: the miniature knows the first six and the first three of it, the miniature of places all.
 PALETTE: dict[str, tuple[int, int, int]] = COLOURS | {"orange": (245, 140, 30), "pink": (250, 130, 190)}
 FORMS = (*SHAPES, "diamond", "cross", "ring", "bar", "crescent")
+PATCH_SIZE = 8  # pixels, of both miniatures' towers
 BACKGROUNDS = ("plain", "gradient", "texture", "photograph")
 
 # All of them are files of scikit-image's wheel (no download). The second group is never drawn on in training.

@@ -18,8 +18,8 @@ def at_side(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Copies of a model and its processor for pictures of ``side`` x ``side`` pixels.
 
-    The tower's position embeddings are interpolated (bicubic), as CLIP's are with ``interpolate_pos_encoding``. Training
-    saw all of ``SIDES``; ``ArgumentError`` for another one.
+    The tower's position embeddings are interpolated (bicubic), as CLIP's are with ``interpolate_pos_encoding``.
+    Training saw all of ``SIDES``; ``ArgumentError`` for another one.
     """
     if side not in SIDES:
         raise ArgumentError("side", side, f"be one of {', '.join(map(str, SIDES))} pixels, which training saw")
