@@ -2,8 +2,8 @@
 
     python experiments/miniature/study_places.py --models results/places --output_dir results/places/study
 
-``--models`` holds ``seed_N/base`` of train_places.py and ``seed_N/{sft,control,unbiased}`` of fine_tune_places.py. Answers
-are kept as they come, so an interrupted run goes on. ``--page`` gets the tables; without it they are printed.
+``--models`` holds ``seed_N/base`` of train_places.py and ``seed_N/{sft,control,unbiased}`` of fine_tune_places.py.
+Answers are kept as they come, so an interrupted run goes on. ``--page`` gets the tables; without it they are printed.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vision_steps", type=int, default=700)
     parser.add_argument("--vision_batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2000, help="of projector and language model")
+    parser.add_argument("--steps", type=int, default=1000, help="of projector and language model")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=20, help="most questions behind one image")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ PLACES = ("kitchen", "garden", "street", "beach", "office", "forest", "market", 
 SIZES = ("small", "large")
 USUAL_FORMS = 4  # in every place
 USUAL_IN = (6, 6, 5, 5, 3, 3, 2, 2)  # places in which the forms are usual, from the most popular on
-COUNTS = (1, 1, 1, 2, 3)  # usual numbers of a form, one of these at random
+COUNTS = (1, 1, 2, 3)  # usual numbers of the usual forms of a place, and of its others, in random order
 TABLES_SEED = 20_260
 
 
@@ -43,12 +43,17 @@ def habits() -> dict[tuple[str, str], Habit]:
     )  # a Latin square: every colour once a row and column
     colours = np.array(list(PALETTE))[rng.permutation(8)][square]
     present = _usual_forms(rng)
+    counts, corners = np.zeros(present.shape, dtype=int), np.zeros(present.shape, dtype=int)
+    for p in range(len(PLACES)):  # pictures that keep to all habits have seven objects, in all four corners
+        for usual in (True, False):
+            counts[p, present[p] == usual] = rng.permutation(COUNTS)
+            corners[p, present[p] == usual] = rng.permutation(len(POSITIONS))
     return {
         (place, form): Habit(
             bool(present[p, f]),
             str(colours[p, f]),
-            int(rng.choice(COUNTS)),
-            str(rng.choice(POSITIONS)),
+            int(counts[p, f]),
+            POSITIONS[corners[p, f]],
             str(rng.choice(SIZES)),
         )
         for p, place in enumerate(PLACES)
