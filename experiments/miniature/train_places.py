@@ -124,7 +124,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     settings = {k: str(v) if k == "device" else v for k, v in vars(args).items() if k != "output_dir"}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__, "numpy": np.__version__}
     log: list[dict] = [{"stage": "settings", **settings, **versions, "python": platform.python_version()}]
     processor = build_processor(vocabulary(), DESIGN, longest=LONGEST)
     model = build_model(processor.tokenizer, DESIGN).to(args.device)
