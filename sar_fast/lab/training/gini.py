@@ -46,13 +46,13 @@ def gini(values: Tensor | Sequence[Tensor], limit: int = LIMIT) -> float:
         raise ArgumentError("limit", limit, "be at least 1")
     n = sum(tensor.numel() for tensor in tensors)
     if n == 0:
-        raise ValueError("values has no entries")
+        raise ArgumentError("values", "none", "have entries")
     device = tensors[0].device
     counts = torch.zeros(1 << 15, dtype=torch.int64, device=device)
     for bits in _pieces(tensors, limit):
         counts += torch.bincount(bits >> 16, minlength=1 << 15)
     if counts[0x7F80:].any():
-        raise ValueError("values has an entry that is not finite")
+        raise ArgumentError("values", "an entry that is not", "be finite")
     total = weighted = 0.0  # sum x and sum rank * x, ranks from 1
     rank = 0
     for first, last, size in _groups(counts.tolist(), limit):

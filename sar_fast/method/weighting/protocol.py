@@ -57,7 +57,11 @@ def check_weighting(weighting: object) -> Weighting:
     if not isinstance(needs_statistics(weighting), bool):
         raise ArgumentTypeError("weighting.needs_statistics", repr(weighting.needs_statistics), "be a bool")
     if not needs_statistics(weighting) and getattr(weighting, "row_statistics", ()):
-        raise ValueError(f"weighting: {name_of(weighting)} has row_statistics, and needs_statistics is False")
+        raise ArgumentError(
+            "weighting",
+            f"{name_of(weighting)} with needs_statistics False",
+            "have needs_statistics True beside row_statistics",
+        )
     return weighting
 
 
@@ -96,7 +100,9 @@ def head_weights(weighting: Weighting, statistics: Statistics | StatisticsWithRo
     else:
         c = weighting(given, layer)
     if _versions(given) != before:
-        raise ValueError(f"weighting: {name_of(weighting)} must not change the statistics that it is given")
+        raise ArgumentError(
+            "weighting", f"{name_of(weighting)}, which does", "not change the statistics that it is given"
+        )
     batch, heads = statistics.av.shape
     rule = f"weighting: {name_of(weighting)}"
     if not isinstance(c, Tensor):
