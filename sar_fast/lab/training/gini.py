@@ -60,9 +60,9 @@ def gini(values: Tensor | Sequence[Tensor], limit: int = LIMIT) -> float:
             inside, within = _sum_by_value(_members(tensors, first, last, limit), first, device)
         else:
             ordered = torch.cat(list(_members(tensors, first, last, limit))).sort().values
-            x = ordered.to(torch.int32).view(torch.float32).double()
+            x = ordered.view(torch.float32).double()
             inside = x.sum().item()
-            within = (x * torch.arange(1, size + 1, device=device, dtype=torch.float64)).sum().item()
+            within = x.mul_(torch.arange(1, size + 1, dtype=torch.int32, device=device)).sum().item()
         total += inside
         weighted += within + rank * inside
         rank += size
@@ -70,11 +70,11 @@ def gini(values: Tensor | Sequence[Tensor], limit: int = LIMIT) -> float:
 
 
 def _pieces(tensors: Sequence[Tensor], limit: int) -> Iterator[Tensor]:
-    """Bit patterns of |x| as int64, at most ``limit`` at a time; x may be strided."""
+    """Bit patterns of |x| as int32, so few at a time that what they need is little beside a group; x may be strided."""
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        for piece in flat.split(limit):
-            yield piece.float().abs().view(torch.int32).long()
+        for piece in flat.split(max(1, limit // 4)):
+            yield piece.float().abs().view(torch.int32)
 
 
 def _groups(counts: list[int], limit: int) -> Iterator[tuple[int, int, int]]:

@@ -25,6 +25,13 @@ from sar_fast.lab.training.run import Inputs, build, run
 
 RECORDS = "records"  # the name of a dataset that the caller has in memory
 OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "do_eval", "gradient_analysis")
+NAMES = {  # by those of the command
+    "custom_trainer": "control",
+    "model_name_or_path": "model",
+    "output_dir": "folder",
+    "overwrite_output_dir": "overwrite",
+    "resume_from_checkpoint": "resume",
+}
 SPLITTING = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config")  # the caller's model would be in pieces after it
 
 
@@ -96,7 +103,9 @@ def train(
     options = Arguments(None, _data_arguments(found, max_length, packing, max_samples), _control(control), training)
     inputs = Inputs(learner, lambda: found["dataset"], lambda: found["eval_dataset"])
     with lent(model, training.gradient_checkpointing):
-        trainer, checkpoint = build(options, inputs)
+        with arguments_named(NAMES):
+            check(options)
+            trainer, checkpoint = build(options, inputs)
         run(trainer, options, checkpoint, want_weights=True)
     if dist.is_initialized():
         dist.barrier()

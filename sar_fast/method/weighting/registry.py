@@ -161,6 +161,11 @@ def _from_file(name: str) -> Any:
     return rule
 
 
+def is_registered(weighting: Weighting) -> bool:
+    """Whether :func:`weighting_to_dict` has a name for it."""
+    return any(rule is weighting or rule is type(weighting) for rule in _rules.values())
+
+
 def weighting_to_dict(weighting: Weighting) -> dict[str, Any]:
     """``{"name": ..., "options": {...}}`` of a registered rule, JSON's values; ``find_weighting`` inverts it."""
     for name, rule in _rules.items():
