@@ -162,7 +162,7 @@ def _run_trunk(handle: SARHandle, call: Callable[[], Any], starts: set[int], *, 
         for hook in hooks:
             hook.remove()
     if trunk.embeddings is None:
-        raise ArgumentError("call", "none of its decoder layers run", "run the model that the handle belongs to")
+        raise ArgumentError("call", "a run of none of its decoder layers", "run the model that the handle belongs to")
     return trunk
 
 

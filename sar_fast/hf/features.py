@@ -227,8 +227,8 @@ def norms_on(output: Any, modality: str, source: str) -> Tensor:
     raise ArgumentError(
         f"mm_encoder_outputs[{modality!r}]",
         (
-            "one without the norms that it leaves there. prefill_chunk_size cuts them off: SAR's weights need the "
-            "whole prompt, so leave it None"
+            "one without the norms that it leaves there (prefill_chunk_size cuts them off: leave it None, since SAR's "
+            "weights need the whole prompt)"
         ),
         f"come whole from the model's own get_{modality}_features, called after apply_sar",
     )

@@ -110,7 +110,7 @@ def _read_dense(
     if mask.shape[0] not in (1, B) or mask.shape[1] != 1 or mask.shape[2] != S or keys < S:
         raise ArgumentError(
             "attention_mask of 4 dimensions",
-            (f"shape {tuple(mask.shape)}: SAR tells padding and sequences by it, which must be the same for all heads"),
+            f"shape {tuple(mask.shape)}: SAR tells padding and sequences by it, which must be the same for all heads",
             f"be ({B} or 1, 1, {S}, keys)",
         )
     visible = as_visible(mask)[:, 0].expand(B, -1, -1)  # [B, S, keys]

@@ -78,8 +78,8 @@ def refuse_unseen_cache(
             "that rides on the cache object"
         ),
         (
-            f"be a new cache (or one that cache.reset() empties), with the whole prompt and SAR applied; {PLAIN}; "
-            "or, for the prefix that an adapter learned, SAR be applied to the PEFT model"
+            "be new, or one that cache.reset() emptied, and come with the whole prompt and SAR applied; "
+            f"{PLAIN}; if it is the prefix that an adapter learned, apply SAR to the PEFT model"
         ),
     )
 

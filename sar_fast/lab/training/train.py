@@ -15,7 +15,7 @@ from sar_fast.config import SARConfig
 from sar_fast.lab.io.datasets import DatasetInfo, check_media_dir, find_datasets
 from sar_fast.lab.io.output_dir import unwritable
 from sar_fast.lab.io.records import Layout
-from sar_fast.lab.training.arguments import Arguments, ControlArguments, DataArguments, SFTArguments
+from sar_fast.lab.training.arguments import Arguments, ControlArguments, DataArguments, SFTArguments, check
 from sar_fast.lab.training.checkpoints import last_complete
 from sar_fast.lab.training.learner import Learner
 from sar_fast.lab.training.lending import lent

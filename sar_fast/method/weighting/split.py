@@ -53,8 +53,8 @@ class Split:
         if any(s.queries == "last" for s in self.row_statistics):
             raise ArgumentError(
                 "weighting",
-                "row statistics of the last query",
-                "have none of the last query alone where queries are split",
+                "some",
+                "have no row statistics of the last query where queries are split: they are not known there",
             )
         count = statistics.count[:, None]
         heads = _stacked(statistics)  # [S, B, H_local]
