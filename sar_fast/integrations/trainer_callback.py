@@ -59,9 +59,9 @@ class SARCallback(TrainerCallback):
         if is_trained(module_of(self.config.weighting)):
             raise ArgumentError(
                 "weighting",
-                "parameters that learn",
+                "some",
                 (
-                    "have none that learn, weighting.requires_grad_(False), in any Trainer but "
+                    "have no parameters that learn, after weighting.requires_grad_(False), in any Trainer but "
                     "sar_fast.lab.training.trainers.SFTTrainer, which alone trains and saves those"
                 ),
             )

@@ -225,14 +225,14 @@ def test_numbers_in_another_order_are_told_though_no_format_reads_them(order, un
     scores, (remark,) = read_as(in_force, replies, frame=None)
     assert scores["overall"]["accuracy"] < 100
     assert scores["box_format_mismatch"]["order"] == {"units": units, "order": order, "accuracy": 100}
-    end = f"read as {order} in the units of {units}, accuracy 100.00: no --box_format has this order"
+    end = f"read as {order} in the units of {units}, accuracy 100.00: no box_format has this order"
     assert remark.endswith(end)
 
 
 def test_formats_that_hold_the_numbers_equally_well_are_all_named():
     """Nothing is right in any of them: which is meant is not known."""
     _, (remark,) = read_as("fraction", ["[1, 90, 4, 99]"] * 4, frame=None)
-    assert "with --box_format percent: 4 of 4 boxes plausible, accuracy 0.00" in remark
+    assert "with box_format percent: 4 of 4 boxes plausible, accuracy 0.00" in remark
     assert "(thousandths, pixels, qwen3, internvl fit as well)" in remark
 
 

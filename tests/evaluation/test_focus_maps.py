@@ -79,7 +79,7 @@ class TestAttentionMap:
         np.testing.assert_allclose(attention, 1 / attention.size, rtol=1e-6)
 
     def test_bad_values(self):
-        with pytest.raises(ValueError, match="no attention on the picture"):
+        with pytest.raises(ValueError, match="values must put attention on the picture"):
             attention_map(np.zeros(4), [grid(2, 2)], SIZE)
         with pytest.raises(ValueError, match="finite and >= 0"):
             attention_map(np.array([1, -1, 0, 0.0]), [grid(2, 2)], SIZE)

@@ -170,7 +170,7 @@ def test_attention_that_is_not_causal_stays_so(one_thread):
     for mask in (None, torch.zeros(2, 1, 9, 9)):
         torch.testing.assert_close(new(x, embeddings, mask)[0], module(x, embeddings, mask)[0], rtol=1e-4, atol=1e-5)
     new(x, embeddings, is_causal=False)
-    with pytest.raises(ValueError, match=r"is_causal is not supported: the module's own is_causal holds.*got True"):
+    with pytest.raises(ValueError, match=r"is_causal must be left out: the module's own is_causal holds.*; got True"):
         new(x, embeddings, is_causal=True)
 
 

@@ -136,7 +136,9 @@ def test_an_interrupted_run_goes_on_with_the_model_as_it_is(miniature, tmp_path,
     assert equal(fresh.state_dict(), whole.state_dict())
     with torch.no_grad():
         fresh.model.multi_modal_projector.linear_1.bias.add_(1)
-    with pytest.raises(ArgumentError, match="resume must go on with the same run; .* as model and another folder; got .*: model is"):
+    with pytest.raises(
+        ArgumentError, match=r"resume must go on with the same run; .* as model and another folder; got .*: model is"
+    ):
         call(fresh, "stopped", resume=True)
 
 
@@ -170,7 +172,10 @@ def test_a_rule_is_trained_with_the_model_and_sar_that_was_on_stays(miniature, t
         ({"arguments": {"warmup_ratio": 0.1, "warmup_steps": 5}}, "warmup_steps must be 0 with warmup_ratio; got 5"),
         ({"arguments": {"do_predict": True}}, "do_predict must be False here: .*; got True"),
         ({"arguments": {"save_strategy": "best"}}, "metric_for_best_model must be eval_loss with save_strategy best"),
-        ({"arguments": {"metric_for_best_model": "loss"}}, "eval_strategy must be .* with metric_for_best_model; got no"),
+        (
+            {"arguments": {"metric_for_best_model": "loss"}},
+            "eval_strategy must be .* with metric_for_best_model; got no",
+        ),
         (
             {"arguments": {"metric_for_best_model": "accuracy", "eval_strategy": "steps", "logging_steps": 1}},
             "metric_for_best_model must be eval_loss, all that an evaluation measures; got accuracy",

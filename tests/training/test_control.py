@@ -155,8 +155,14 @@ def test_a_learnable_temperature_learns_and_is_saved(tmp_path):
     [
         ({"visual_contrastive_loss_weight": -1}, "visual_contrastive_loss_weight must be >= 0"),
         ({"visual_contrastive_temperature": 0}, "visual_contrastive_temperature must be > 0"),
-        ({"visual_contrastive_loss_weight": 0, "learnable_temperature": True}, "learnable_temperature needs"),
-        ({"finetuning_type": "lora", "learnable_temperature": True}, "use a fixed temperature"),
+        (
+            {"visual_contrastive_loss_weight": 0, "learnable_temperature": True},
+            "weight must be > 0 with learnable_temperature",
+        ),
+        (
+            {"finetuning_type": "lora", "learnable_temperature": True},
+            "learnable_temperature must be False for adapters",
+        ),
     ],
 )
 def test_bad_options_are_named(tmp_path, changes, message):

@@ -264,7 +264,7 @@ def _past_of(state: CacheState | None, layer: int, span: Span) -> Any:
     if not seen or state.packed:
         raise ArgumentError(
             "past_key_values",
-            f"{span.past} positions in layer {layer} that it did not, so their text queries were never counted",
+            f"{span.past} positions in layer {layer} that it did not, whose text queries were never counted",
             "hold positions that SAR saw one after the other; reset the cache and start with the whole prompt",
         )
     return past

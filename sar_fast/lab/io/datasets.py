@@ -119,7 +119,7 @@ def _entry(name: str, entries: dict[str, dict], dataset_dir: Path, media_dir: Pa
         near = difflib.get_close_matches(name, entries, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(
-            "dataset", f"{name!r}{hint}", f"be names in {dataset_dir / REGISTRY_NAME}, {', '.join(entries)}, or files"
+            "dataset", f"{name!r}{hint}", f"be names in {dataset_dir / REGISTRY_NAME} ({', '.join(entries)}) or files"
         )
     entry = entries[name]
     unsupported = sorted(set(entry) - set(SUPPORTED_KEYS))

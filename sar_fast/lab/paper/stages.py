@@ -59,8 +59,8 @@ def run_stage(
     if not known and folder.is_dir() and any(folder.iterdir()):
         raise ArgumentError(
             "output_dir",
-            f"one whose {folder.name} holds files that this command did not make",
-            "be another folder; or delete them",
+            f"{folder}, which holds files that this command did not make",
+            "be another folder",
         )
     if changed:
         shutil.rmtree(folder, ignore_errors=True)

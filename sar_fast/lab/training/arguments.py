@@ -346,7 +346,7 @@ def check(arguments: Arguments) -> None:
         raise ArgumentError(
             "train_sampling_strategy",
             training.train_sampling_strategy,
-            "need no lengths with {streaming}, which does not know those of all records",
+            "be another with {streaming}, which does not know the lengths of all records",
         )
     if training.train_sampling_strategy in BY_LENGTH and training.length_column_name != LENGTH:
         raise ArgumentError("length_column_name", repr(training.length_column_name), f"be {LENGTH!r}")

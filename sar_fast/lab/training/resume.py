@@ -74,7 +74,7 @@ def find_checkpoint(arguments: Arguments, places: Sequence[str]) -> str | None:
     found = Path(wanted) if asked and str(wanted).lower() != "true" else last_complete(output) if asked else None
     if found is not None and (inside := checkpoints(found)):
         raise ArgumentError(
-            "resume_from_checkpoint", f"{wanted}, a run's folder", f"be one of its checkpoints, {inside[-1].name}"
+            "resume_from_checkpoint", f"{wanted}, a run's folder", f"be a checkpoint, as {inside[-1].name} in it"
         )
     if found is not None and not (found / "trainer_state.json").is_file():
         raise ArgumentError("resume_from_checkpoint", wanted, "be a whole checkpoint")

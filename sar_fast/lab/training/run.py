@@ -212,7 +212,7 @@ def check_packing(model: nn.Module, needs_blank: str = "") -> None:
     if kind not in packable:
         raise ArgumentError("packing", True, f"be False for {kind}; it is known to be right for {', '.join(packable)}")
     if needs_blank:
-        instead = "; use ZeRO-2" if "ZeRO" in needs_blank else "; leave it out"
+        instead = "; or use ZeRO-2" if "ZeRO" in needs_blank else ""
         raise ArgumentError(
             "packing",
             True,
