@@ -422,7 +422,10 @@ def test_rules_alone_leave_out_the_default_beta(tmp_path):
         (["--k", "1", "--weighting", "equal", '{"name":  "equal"}'], "--weighting must be different rules; got equal"),
         (["--k", "0", "--weighting", "equal"], "--weighting must be left out with --k 0 alone"),
         (["--k", "1", "--sar_weighting", "equal"], "--sar_weighting must be left out, as a sweep varies it: give"),
-        (["--k", "1", "--weighting", "equal", "--sar_normalize", "standardize"], "--sar_normalize must be left out with --weigh"),
+        (
+            ["--k", "1", "--weighting", "equal", "--sar_normalize", "standardize"],
+            "--sar_normalize must be left out with --weighting alone; or add --beta; got standardize",
+        ),
         (["--k", "1", "--weighting", '{"name": "softmax", "options": {"beta": 0}}'], "--weighting {.*}: beta must be"),
     ],
 )  # fmt: skip

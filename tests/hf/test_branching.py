@@ -131,7 +131,7 @@ def test_settings_that_cannot_branch_are_errors(name):
     _, _, handle = setup(name)
     with pytest.raises(ValueError, match="configs must hold at least one"):
         list(run_branches(handle, [], lambda: None))
-    with pytest.raises(ValueError, match="prior_source is fixed"):
+    with pytest.raises(ValueError, match="prior_source must stay"):
         list(run_branches(handle, [SARConfig(activation_layer_k=1, prior_source="projected")], lambda: None))
     with pytest.raises(ValueError, match=f"at most the number of attention layers, {LAYERS}; got 7"):
         list(run_branches(handle, [SARConfig(activation_layer_k=7)], lambda: None))

@@ -287,7 +287,7 @@ def test_a_model_without_checkpoints_is_not_replaced_unasked(tmp_path):
     for resume in (None, "true", "false"):
         with pytest.raises(
             ValueError,
-            match=r"output_dir must be another folder, or come with .* overwrite_output_dir; got .*model.safetensors of an ear",
+            match=r"output_dir must be another folder, or .* overwrite_output_dir; got .*model.safetensors of an ear",
         ):
             build(parse(flags(tmp_path, max_steps=1, resume_from_checkpoint=resume)))
     assert contents(tmp_path) == before

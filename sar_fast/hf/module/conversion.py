@@ -43,7 +43,7 @@ def check_structure(module: nn.Module) -> None:
     if extra:
         raise ArgumentError(
             "module",
-            f"{name} with {', '.join(extra)}",
+            f"{name}, which also has {', '.join(extra)}",
             f"hold the projections {', '.join(PROJECTIONS)} and at most q_norm and k_norm",
         )
     _check_sees_everything(module)
@@ -245,6 +245,6 @@ def _compare(ours: nn.Module, theirs: nn.Module, embeddings: Any, ids: Tensor, g
     if not difference <= TOLERANCE:
         raise ArgumentError(
             "module",
-            f"a difference of {difference:.1e} of the largest output on random input from {name}",
+            f"{name}, which differs on random input by {difference:.1e} of the largest output",
             "compute what SARAttention does with the same projections, norms, scale and soft-cap",
         )
