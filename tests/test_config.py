@@ -72,7 +72,7 @@ def test_what_is_no_configuration_is_named():
         SARConfig.from_json("beta: 1")
     with pytest.raises(TypeError, match="values must be a dict of SARConfig fields; got list"):
         SARConfig.from_json("[1]")
-    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \[1, 'x'\]; known: "):
+    with pytest.raises(ValueError, match=r"values must hold fields of SARConfig, .*; got \[1, 'x'\]"):
         SARConfig.from_dict({"x": 1, 1: 2})
     with pytest.raises(ValueError, match=r"backend must be one of 'auto'.*got array"):
         SARConfig(backend=np.array(["auto", "torch"]))
@@ -144,7 +144,7 @@ def test_unknown_fields_list_the_known_ones():
         ValueError, match=r"values must hold fields of SARConfig, .*'beta'.*; got \['K', 'temperature'\]"
     ):
         SARConfig.from_dict({"temperature": 0.5, "K": 3})
-    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \['temperature'\]"):
+    with pytest.raises(ValueError, match=r"values must hold fields of SARConfig, .*; got \['temperature'\]"):
         SARConfig.from_json('{"temperature": 0.5}')
 
 

@@ -271,7 +271,7 @@ def test_a_cache_that_sar_did_not_fill_is_an_error():
     module.sar_config = PLAIN
     module(x[:, PROMPT:], None, None, cache)
     module.sar_config = SARConfig()
-    with pytest.raises(ValueError, match=r"past_key_values: .* holds 12 positions"):
+    with pytest.raises(ValueError, match=r"past_key_values must hold positions that SAR saw .*; got 12 positions"):
         module(x[:, PROMPT:], None, None, cache)
 
 
@@ -288,7 +288,7 @@ def test_a_full_or_sliding_cache_is_an_error_before_anything_is_written():
     assert int(cache.get_seq_length()) == 2 * PROMPT
     sliding = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
     sliding.sliding_window, sliding.layer_types = 8, ["sliding_attention"]
-    with pytest.raises(ValueError, match="past_key_values must keep all positions; layer 0"):
+    with pytest.raises(ValueError, match="past_key_values must keep all positions; got layer 0"):
         module(x, None, None, DynamicCache(config=sliding), **roles)
     with pytest.raises(TypeError, match="past_key_values must be a transformers cache; got tuple"):
         module(x, None, None, ((x, x),), **roles)

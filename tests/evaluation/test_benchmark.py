@@ -345,7 +345,9 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
     assert names("mmb", "dev", "en") == ["mmb/en/dev-0.parquet"]
     assert names("mmb/cn", "dev", "en") == ["mmb/cn/dev-0.parquet"]
     assert names("ref", "test") == ["ref/data/test-0.parquet"]  # testA is another split
-    with pytest.raises(ValueError, match=r"has dev in several folders, give one of them: .*cn, .*en"):
+    with pytest.raises(
+        ValueError, match=r"data_dir must have dev in one folder; got .* with several, give one of them: .*cn, .*en"
+    ):
         find_files(tmp_path / "mmb", "dev")
     with pytest.raises(FileNotFoundError, match=r"has no val-\*\.parquet; it has dev, test"):
         find_files(tmp_path / "mmb", "val", "en")
@@ -362,11 +364,17 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
         (["--tusk", "mme"], "error: unknown flag --tusk; did you mean --task?"),
         ([], "error: needed one of --task, --do_sfs_fi_eval, --do_layerwise_probe; got none"),
         (["--task", "mme", "--do_layerwise_probe"], "got --task and --do_layerwise_probe"),
-        (["--task", "mme", "--sar_beta", "0.1"], "error: --sar_beta must be left out without --use_sar; add it"),
+        (["--task", "mme", "--sar_beta", "0.1"], "error: --sar_beta must be left out without --use_sar"),
         (["--task", "mme", "--use_sar", "--sar_beta", "0"], "error: --sar_beta must be > 0"),
-        (["--task", "mme", "--dataset", "x"], "error: --dataset is for"),
-        (["--task", "mme", "--bf16", "--fp16"], "error: --bf16 and --fp16 exclude each other"),
-        (["--task", "mme", "--predict_with_generate", "--scoring", "first_token"], "exclude each other; give one"),
+        (
+            ["--task", "mme", "--dataset", "x"],
+            "error: --dataset must be left out with --task, which takes --data_dir; got x",
+        ),
+        (["--task", "mme", "--bf16", "--fp16"], "error: --bf16 must be False with --fp16; got True"),
+        (
+            ["--task", "mme", "--predict_with_generate", "--scoring", "first_token"],
+            "error: --predict_with_generate must be False with --scoring first_token; got True",
+        ),
         (
             ["--task", "mme", "--per_device_eval_batch_size", "0"],
             "per_device_eval_batch_size must be at least 1; got 0",

@@ -133,7 +133,10 @@ class TestFocusCommand:
             ("--gd_box_threshold 0.5", "--gd_box_threshold must be left out without"),
             ("--sam_mask_cache x", "--sam_mask_cache must be left out without"),
             ("--gd_checkpoint_path a/b --sam_checkpoint_path c.pth --sam_model_type vit_x", "vit_h; got 'vit_x'"),
-            ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --sam_model_type vit_b", "--sam_model_type has no ef"),
+            (
+                "--gd_checkpoint_path a/b --sam_checkpoint_path c/d --sam_model_type vit_b",
+                "--sam_model_type must be left out for",
+            ),
             (
                 "--gd_checkpoint_path a/b --sam_checkpoint_path c/d --gd_config_path x",
                 "--gd_config_path must be left out for",

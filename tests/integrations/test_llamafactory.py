@@ -183,7 +183,7 @@ def test_a_rule_is_used_as_it_is(file):
         ({"custom_trainer": "mine"}, "--custom_trainer"),
         ({"visual_contrastive_loss_weight": 0.2}, "without --custom_trainer control_sft"),
         ({"gradient_analysis_steps": 0}, "--gradient_analysis_steps must be at least 1"),
-        ({"stage": "pt"}, "--stage must be sft here; got pt"),
+        ({"stage": "pt"}, "--stage must be sft here; llamafactory-cli trains others; got pt"),
         ({"use_unsloth": True}, "--use_unsloth must be left out: it replaces what"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -182,7 +182,9 @@ def test_a_registered_task_is_known_by_its_name(tmp_path):
         ValueError, match=r"task must have a name that no other task has; got 'mine', which is that of .*Mine"
     ):
         register_task(type("Other", (MME,), {"name": "mine"}))
-    with pytest.raises(ValueError, match=r"name 'mme' is another task's: .*MME"):
+    with pytest.raises(
+        ValueError, match=r"task must have a name that no other task has; got 'mme', which is that of .*MME"
+    ):
         register_task(type("Other", (MME,), {}))
     given = ["--model_name_or_path", "miniature", "--output_dir", str(tmp_path), "--task", "mine"]
     assert parse([*given, "--prompt_suffix", ""]).task_options.prompt_suffix == ""

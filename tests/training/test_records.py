@@ -146,8 +146,8 @@ def test_the_registry(tmp_path):
         ("gone", FileNotFoundError, "gone.json does not exist"),
         ("ranked", ValueError, "ranking not supported"),
         ("none", ValueError, "num_samples must be a whole number, at least 1; got 0"),
-        ("odd", ValueError, "columns of sharegpt may be"),
-        ("", ValueError, "needed a name"),
+        ("odd", ValueError, "columns must be some of .* in sharegpt; got 'picture'"),
+        ("", ValueError, "dataset must be names of .*, or files; got ''"),
         ("missing.json", FileNotFoundError, "missing.json does not exist"),
     ):
         with pytest.raises(kind, match=message):

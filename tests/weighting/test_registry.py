@@ -203,7 +203,9 @@ def test_options_by_keyword_alone():
     rule = Keyword(scale=2.0)
     assert weighting_to_dict(rule) == {"name": "keyword", "options": {"scale": 2.0, "shift": 0.0}}
     del rule.scale
-    with pytest.raises(ValueError, match=r"Keyword takes scale, and does not say which it got; make it a datacl"):
+    with pytest.raises(
+        ValueError, match=r"weighting must say which options it got: .*; got .*Keyword, which takes scale"
+    ):
         weighting_to_dict(rule)
 
 
@@ -295,7 +297,7 @@ def test_the_same_source_may_register_again():
     assert type(find_weighting("cell of values")) is second
     register_weighting("slots", Slots(2.0))
     register_weighting("slots", Slots(2.0))
-    with pytest.raises(ValueError, match="'slots' is another weighting's"):
+    with pytest.raises(ValueError, match="name must be one that no other weighting has; got 'slots'"):
         register_weighting("slots", Slots(3.0))
 
 
@@ -319,10 +321,10 @@ def test_another_source_may_not():
     ]
     for n, (first, second) in enumerate(pairs):
         register_weighting(f"taken {n}", first)
-        with pytest.raises(ValueError, match=f"name 'taken {n}' is another weighting's"):
+        with pytest.raises(ValueError, match=f"name must be one that no other weighting has; got 'taken {n}'"):
             register_weighting(f"taken {n}", second)
         assert registry._rules[f"taken {n}"] is first
-    with pytest.raises(ValueError, match="name 'softmax' is another weighting's"):
+    with pytest.raises(ValueError, match="name must be one that no other weighting has; got 'softmax'"):
         register_weighting("softmax", Mine)
 
 

@@ -344,7 +344,10 @@ def test_layers():
     rule = ReinforceHeads({3: [0.1, 0.4], 1: [0.4, 0.1]})
     with pytest.raises(ValueError, match="must have a divergence of layer 2; got ReinforceHeads with layers 1, 3"):
         rule(of(1, 2), 2)
-    with pytest.raises(ValueError, match="ReinforceHeads has layers 1, 3, and this call has no layer index"):
+    with pytest.raises(
+        ValueError,
+        match="weighting must have no layers for a call without a layer index; got ReinforceHeads with layers 1, 3",
+    ):
         rule(of(1, 2), None)
     assert ReinforceHeads({3: [0.1, 0.4]})(of(1, 2), None).tolist() == [[1, 2]]
 

@@ -146,7 +146,7 @@ def find_files(data_dir: Path, split: str, folder: str | None = None) -> list[Pa
     if len(folders) > 1:
         raise ArgumentError(
             "data_dir",
-            f"{data_dir} with {split} in {', '.join(folders)}",
-            "have a split in one folder; give one of them",
+            f"{data_dir} with several, give one of them: {', '.join(folders)}",
+            f"have {split} in one folder",
         )
     return found
