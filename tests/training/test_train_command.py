@@ -13,6 +13,7 @@ import yaml
 from accelerate import ParallelismConfig
 from PIL import Image
 
+from sar_fast.cli.train import main
 from sar_fast.lab.training.arguments import parse
 from sar_fast.lab.training.checkpoints import COMPLETE, checkpoints, last_complete
 from sar_fast.lab.training.distributed import refuse_split_models
@@ -121,6 +122,23 @@ def test_wrong_flags(tmp_path, words, message):
 def test_wrong_values(tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         build(parse(flags(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"do_train": False}, "--do_train must be True, or --do_eval, or both: there is nothing to do; got False"),
+        ({"report_to": "nope"}, "--report_to must be trackers that can be started; got nope: "),
+        ({"eval_dataset": "nope", "do_eval": True}, "--eval_dataset must be names in "),
+        ({"lora_target": "nope", "finetuning_type": "lora"}, "--lora_target must be all, or of the decoder's layers, "),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be a whole checkpoint; got nowhere"),
+    ],
+)
+def test_the_command_names_flags_whenever_a_value_is_refused(tmp_path, monkeypatch, capsys, changes, line):
+    monkeypatch.setattr("sys.argv", ["train.py", *flags(tmp_path, **changes)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {line}")
 
 
 @pytest.mark.parametrize(

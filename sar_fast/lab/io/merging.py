@@ -33,7 +33,7 @@ def merge_into(source: ModelSource, output: Path, dtype: str = "auto", overwrite
 
     Raises:
         ModelError: no adapter, one that cannot be merged or does not fit, NaN, a quantized base.
-        ValueError: ``output`` cannot be taken.
+        ArgumentError: ``output`` cannot be taken.
     """
     if source.adapter is None:
         raise source.error("is no adapter: there is nothing to merge")
@@ -64,7 +64,7 @@ def merge_into(source: ModelSource, output: Path, dtype: str = "auto", overwrite
 
 
 def check_output(path: Path, source: ModelSource, overwrite: bool) -> None:
-    """``ValueError`` for a folder that must not be replaced."""
+    """``ArgumentError`` for a folder that must not be replaced."""
     if path.exists() and not path.is_dir():
         raise ArgumentError("output", f"{str(path)!r}, a file", "be a folder")
     for what, place in (("the adapter", source.adapter), ("its base", source.weights)):
