@@ -26,6 +26,7 @@ from sar_fast.lab.miniature.drawing import (
     draw_background,
     draw_scene,
     photograph,
+    sample_specs,
 )
 from sar_fast.lab.miniature.questions import (
     BOX_BINS,
@@ -145,6 +146,7 @@ def test_photographs_of_training_and_of_evaluation_are_apart():
         (lambda rng: ObjectSpec("red", "circle", (0.5, 1.5), 0.2), "centre must be .*; got"),
         (lambda rng: ObjectSpec("red", "circle", (0.5, 0.5), 20), "half_extent must be a fraction in .*; got 20"),
         (lambda rng: compose(GREY[..., 0], []), "background must be .* uint8; got .64, 64. uint8"),
+        (lambda rng: sample_specs(rng, 4), "count must be 1 to 3 objects; got 4"),
         (lambda rng: draw_questions(rng, 0, ("plain",)), "per_kind must be at least 1; got 0"),
         (lambda rng: build_prompt("What is <image>?"), "text must be a question in words: .*; got '<image>' in it"),
     ],

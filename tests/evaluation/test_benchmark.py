@@ -370,6 +370,11 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
             ["--task", "mme", "--dataset", "x"],
             "error: --dataset must be left out with --task, which takes --data_dir; got x",
         ),
+        (["--do_layerwise_probe"], "error: --dataset must be given with --do_layerwise_probe; got None"),
+        (
+            ["--do_layerwise_probe", "--dataset", "/x.json", "--dataset_dir", "y"],
+            "error: --dataset_dir must be left out for a file with an absolute path; got y",
+        ),
         (["--task", "mme", "--bf16", "--fp16"], "error: --bf16 must be False with --fp16; got True"),
         (
             ["--task", "mme", "--predict_with_generate", "--scoring", "first_token"],

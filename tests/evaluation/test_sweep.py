@@ -108,6 +108,7 @@ def test_close_values_of_beta_have_folders_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--compare_batches", "-1", "--k", "1"], "--compare_batches must be at least 0; got -1"),
         (["--use_sar", "--k", "1"], "--use_sar must be left out, as a sweep varies it: give --k and --beta"),
         (["--sar_beta", "0.1", "--k", "1"], "--sar_beta must be left out, as a sweep varies it"),
         (["--k", "1", "1"], "--k must be one or more different values"),

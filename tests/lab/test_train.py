@@ -192,8 +192,8 @@ def test_a_rule_is_trained_with_the_model_and_sar_that_was_on_stays(miniature, t
         ({"control": {}, "packing": True}, "packing must be False with control"),
         ({"dataset": []}, "dataset must be at least one record; got none"),
         ({"dataset": 3}, "dataset must be records as dictionaries, or names"),
-        ({"dataset": "nowhere"}, "^dataset must be names in .*dataset_info.json, .*, or files; got 'nowhere'"),
-        ({"eval_dataset": "nowhere"}, "^eval_dataset must be names in .*, or files; got 'nowhere'"),
+        ({"dataset": "nowhere"}, "^dataset must be names in .*dataset_info.json .* or files; got 'nowhere'"),
+        ({"eval_dataset": "nowhere"}, "^eval_dataset must be names in .* or files; got 'nowhere'"),
         ({"media_dir": "nowhere"}, "media_dir must be a folder; got 'nowhere'"),
         ({"max_samples": 0}, "max_samples must be at least 1; got 0"),
         ({"max_length": 0}, "max_length must be at least 1; got 0"),
@@ -226,6 +226,18 @@ def test_a_checkpoint_without_optimizer_state_is_refused(miniature, tmp_path):
     needed = r"^resume must go on from .* \(save_only_model\); or begin .* as model and another folder; got .*-1$"
     with pytest.raises(ArgumentError, match=needed):
         call(resume=True)
+
+
+def test_folders_that_cannot_be_taken(miniature, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArgumentError, match=r"^folder must be a folder to write into; got '.*/file': "):
+        train(*miniature, DATA, folder=tmp_path / "file")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    with pytest.raises(
+        ArgumentError, match=r"^resume must be False: .* holds model.safetensors .* no whole checkpoint"
+    ):
+        train(*miniature, DATA, folder=tmp_path / "run", resume=True)
 
 
 def test_a_model_with_nothing_to_learn_is_refused(miniature, tmp_path):

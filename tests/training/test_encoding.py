@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,9 @@ def test_templates_that_hide_answers_are_errors(byte_level, template, message):
 def test_no_template_and_bad_options(byte_level, processor):
     with pytest.raises(ValueError, match="must have a chat template"):
         Encoder(byte_level)
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(ValueError, match="processor must have a fast tokenizer; got SimpleNamespace, which has no off"):
+        Encoder(slow)
     with pytest.raises(ValueError, match="too_long must be one of"):
         Encoder(processor, 10, "cut")
     with pytest.raises(ValueError, match="max_length must be at least 1"):
