@@ -183,7 +183,7 @@ class SARConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known, key=str)
         if unknown:
-            raise ValueError(f"unknown SARConfig field(s) {unknown}; known: {sorted(known)}")
+            raise ArgumentError("values", unknown, f"hold fields of SARConfig, {sorted(known)}")
         if isinstance(values.get("weighting"), (str, dict)):
             from sar_fast.method.weighting.find import find_weighting
 
@@ -200,5 +200,5 @@ class SARConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"text is not JSON: {error}") from error
+            raise ArgumentError("text", f"{text[:40]!r} ({error})", "be JSON") from error
         return cls.from_dict(values)

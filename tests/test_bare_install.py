@@ -216,13 +216,13 @@ def test_all_commands_are_tried():
 @pytest.mark.parametrize(
     ("changes", "module", "message"),
     [
-        ({"finetuning_type": "lora"}, "peft", r"--finetuning_type lora needs peft: pip install 'sar_fast\[train\]'"),
-        ({"plot_loss": True}, "matplotlib", r"--plot_loss needs matplotlib: pip install 'sar_fast\[reports\]'"),
-        ({"report_to": "wandb"}, "wandb", r"--report_to wandb needs wandb: pip install 'sar_fast\[wandb\]'"),
+        ({"finetuning_type": "lora"}, "peft", r"finetuning_type lora needs peft: pip install 'sar_fast\[train\]'"),
+        ({"plot_loss": True}, "matplotlib", r"plot_loss needs matplotlib: pip install 'sar_fast\[reports\]'"),
+        ({"report_to": "wandb"}, "wandb", r"report_to wandb needs wandb: pip install 'sar_fast\[wandb\]'"),
         (
             {"report_to": "tensorboard"},
             "tensorboard",
-            r"--report_to tensorboard needs tensorboard: pip install 'sar_",
+            r"report_to tensorboard needs tensorboard: pip install 'sar_",
         ),
     ],
 )

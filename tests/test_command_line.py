@@ -83,7 +83,7 @@ def test_options_are_named_as_the_flags_of_the_scripts(name):
 def test_both_spellings_are_one_option(tmp_path, name):
     """Of commands, and of the scripts' flags, which one command passes on."""
     (tmp_path / "file").touch()
-    wanted = f"--output_dir '{tmp_path}/file' is no folder to write into: "
+    wanted = f"--output_dir must be a folder to write into; got '{tmp_path}/file': "
     assert fails("demo", f"--{name}", tmp_path / "file").startswith(wanted)
     assert fails("demo", f"--{name}={tmp_path}/file").startswith(wanted)
     assert fails("paper", f"--{name}", tmp_path / "file").startswith(wanted)
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "gradient_sparsity.jsonl").write_text('{"step": 1, "gradient_analysis/avg_text_token_grad_L1": 0.5}\n')
-    message = f"--output_dir '{place}' is no folder to write into: "
+    message = f"--output_dir must be a folder to write into; got '{place}': "
     for words in (["demo"], ["paper"], ["plot", tmp_path]):
         assert message in fails(*words, "--output_dir", place)
     base = ["--model_name_or_path", "miniature", "--task", "mme", "--output_dir", place]

@@ -68,11 +68,11 @@ def test_values_of_numpy_become_pythons():
 def test_what_is_no_configuration_is_named():
     with pytest.raises(ValueError, match=r"beta must be > 0 .*got nan"):
         SARConfig.from_json('{"beta": NaN}')
-    with pytest.raises(ValueError, match="text is not JSON: Expecting value"):
+    with pytest.raises(ValueError, match=r"text must be JSON; got 'beta: 1' .Expecting value"):
         SARConfig.from_json("beta: 1")
     with pytest.raises(TypeError, match="values must be a dict of SARConfig fields; got list"):
         SARConfig.from_json("[1]")
-    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \[1, 'x'\]; known: "):
+    with pytest.raises(ValueError, match=r"values must hold fields of SARConfig, .*; got \[1, 'x'\]"):
         SARConfig.from_dict({"x": 1, 1: 2})
     with pytest.raises(ValueError, match=r"backend must be one of 'auto'.*got array"):
         SARConfig(backend=np.array(["auto", "torch"]))
@@ -140,9 +140,11 @@ def test_wrong_values(changes, error, message):
 
 
 def test_unknown_fields_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \['K', 'temperature'\]; known: .*'beta'"):
+    with pytest.raises(
+        ValueError, match=r"values must hold fields of SARConfig, .*'beta'.*; got \['K', 'temperature'\]"
+    ):
         SARConfig.from_dict({"temperature": 0.5, "K": 3})
-    with pytest.raises(ValueError, match=r"unknown SARConfig field\(s\) \['temperature'\]"):
+    with pytest.raises(ValueError, match=r"values must hold fields of SARConfig, .*; got \['temperature'\]"):
         SARConfig.from_json('{"temperature": 0.5}')
 
 
@@ -160,7 +162,7 @@ def test_a_weighting_takes_the_place_of_the_papers_options():
 
 def test_a_rule_that_has_no_name_cannot_be_written():
     config = SARConfig(weighting=lambda statistics, layer: statistics.sav)
-    with pytest.raises(ValueError, match="is not registered, so that it cannot be written by name"):
+    with pytest.raises(ValueError, match="must be registered, so that it can be written by name"):
         config.to_dict()
 
 
@@ -176,13 +178,13 @@ def test_a_rule_that_cannot_be_pickled_says_so():
 def test_row_statistics_are_kept_by_name():
     config = SARConfig(record=True, row_statistics=["mass", Entropy()])
     assert [s.name for s in config.row_statistics] == ["mass", "entropy"]
-    with pytest.raises(ValueError, match=r"row_statistics: Entropy.* cannot be written by name"):
+    with pytest.raises(ValueError, match=r"row_statistics must be one of .*, to be written by name; got Entropy"):
         config.to_dict()
     named = SARConfig(record=True, row_statistics=("mass", "score_sum"))
     assert SARConfig.from_json(named.to_json()) == named
     with pytest.raises(ValueError, match="row_statistics must come with record=True"):
         SARConfig(row_statistics=("mass",))
-    with pytest.raises(ValueError, match="row_statistics: 'sink' is not known by name; known are mass, entropy"):
+    with pytest.raises(ValueError, match=r"row_statistics must be one of mass, entropy.*; got 'sink'"):
         SARConfig(record=True, row_statistics=("sink",))
     with pytest.raises(TypeError, match="row_statistics must be a tuple of names or RowStatistic; got str"):
         SARConfig(record=True, row_statistics="mass")

@@ -329,7 +329,7 @@ CACHE_ERRORS = {
         r"block_table\[1\] must hold pages between 0 and 5; got \[3, 4, 6\]",
     ),
     "softcap": ({"softcap": -1.0}, ValueError, r"softcap must be a finite number >= 0"),
-    "backend": ({"softcap": 1.0, "backend": "composed"}, ValueError, r"backend='composed' does not support softcap"),
+    "backend": ({"softcap": 1.0, "backend": "composed"}, ValueError, r"got 'composed', which does not support softcap"),
     "unknown backend": ({"backend": "cuda"}, ValueError, r"backend must be one of"),
 }
 SAR_CACHE_ERRORS = {
@@ -377,7 +377,7 @@ SAR_CACHE_ERRORS = {
     "state: one row for all": (
         {"state": dataclasses.replace(SARState.empty(B, H), sa_sum=zeros(1, H).expand(B, H))},
         ValueError,
-        r"state.sa_sum is written: .*got strides \(0, 1\)",
+        r"state.sa_sum must have entries that do not share memory, .*got strides \(0, 1\)",
     ),
     "state: device": ({"state": SARState.empty(B, H, meta)}, ValueError, r"state must be on q's device cpu; got meta"),
     "no prompt": ({"state": None, "decode": "prompt"}, ValueError, r"state must hold the prompt's weights.*got None"),
@@ -457,5 +457,7 @@ def test_running_state_has_no_backward():
     roles = Roles(x["visual_mask"], x["text_mask"], x["prior"])
     carried = Sums(zeros(B, H), zeros(B, H), zeros(B))
     call = Call(x["q"].requires_grad_(), x["k"], x["v"], Scores(0.25), roles, carried=carried)
-    with pytest.raises(ValueError, match=r"state: .*no backward; call it under torch.no_grad"):
+    with pytest.raises(
+        ValueError, match=r"state must come under torch.no_grad.*no backward; got inputs that require gradients"
+    ):
         ops.attention(call, SoftmaxOverHeads(), BACKENDS["torch"])

@@ -169,7 +169,7 @@ def test_deterministic_and_num_splits_are_accepted():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("alibi_slopes", torch.zeros(6), "alibi_slopes is not supported by these kernels: leave it None; got Tensor"),
+        ("alibi_slopes", torch.zeros(6), "alibi_slopes must be None: these kernels do not support it; got Tensor"),
         ("dropout_p", 0.5, "dropout_p must be 0.0: these kernels have no dropout; got 0.5"),
     ],
 )
@@ -191,5 +191,5 @@ def test_arguments_that_are_not_supported(name, value, message):
 
 
 def test_a_cache_knows_no_alibi():
-    with pytest.raises(ValueError, match="alibi_slopes is not supported by these kernels: leave it None; got Tensor"):
+    with pytest.raises(ValueError, match="alibi_slopes must be None: these kernels do not support it; got Tensor"):
         flash_attn_with_kvcache(*random_qkv(), alibi_slopes=torch.zeros(6))

@@ -92,8 +92,8 @@ def test_nothing_is_replaced_before_the_new_model_is_whole(adapter, tmp_path, mo
     merge_into(find_model(str(adapter)), out)  # an empty folder is taken
     before = (out / "model.safetensors").read_bytes()
     line = fails("merge", str(adapter), "--output_dir", str(out))
-    advice = "choose another folder, or give --overwrite_output_dir"
-    assert line == f"error: --output_dir {str(out)!r} is not empty: {advice}"
+    needed = "be an empty or a new folder, or come with --overwrite_output_dir"
+    assert line == f"error: --output_dir must {needed}; got {str(out)!r}, which is not empty"
     other = write_adapter(tmp_path / "other", lora(r=2))
 
     def fail(*_, **__):
@@ -102,7 +102,7 @@ def test_nothing_is_replaced_before_the_new_model_is_whole(adapter, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr("transformers.processing_utils.ProcessorMixin.save_pretrained", fail)
         line = fails("merge", str(other), "--output_dir", str(out), "--overwrite_output_dir")
-    assert line == f"error: --output_dir {str(out)!r} cannot be written: No space left on device"
+    assert line == f"error: --output_dir must be a folder to write into; got {str(out)!r}: No space left on device"
     assert (out / "model.safetensors").read_bytes() == before
     run("merge", str(other), "--output_dir", str(out), "--overwrite_output_dir")
     assert (out / "model.safetensors").read_bytes() != before
@@ -112,20 +112,23 @@ def test_nothing_is_replaced_before_the_new_model_is_whole(adapter, tmp_path, mo
 def test_folders_that_must_not_be_replaced(adapter, tmp_path):
     own = shutil.copytree(adapter, tmp_path / "runs" / "adapter")
     for output, message in (
-        (own, "holds the adapter: choose another folder"),
-        (tmp_path / "runs", "holds the adapter: choose another folder"),
-        (MINIATURE_PATH, "holds its base: choose another folder"),
-        (tmp_path, "holds the adapter"),
-        (own / CONFIG_FILE, "is a file, needed a folder"),
+        (own, "which holds the adapter"),
+        (tmp_path / "runs", "which holds the adapter"),
+        (MINIATURE_PATH, "which holds its base"),
+        (tmp_path, "which holds the adapter"),
+        (own / CONFIG_FILE, "--output_dir must be a folder; got "),
     ):
         assert message in fails("merge", str(own), "--output_dir", str(output), "--overwrite_output_dir")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("dear")
     line = fails("merge", str(own), "--output_dir", str(tmp_path / "letters"), "--overwrite_output_dir")
-    assert "holds no model that --overwrite_output_dir could replace" in line
+    assert (
+        "--output_dir must be an empty or a new folder, or one of a model that --overwrite_output_dir may replace"
+        in line
+    )
     assert (tmp_path / "letters" / "dear.txt").is_file()
     line = fails("merge", str(own), "--output_dir", str(own / CONFIG_FILE / "below"))
-    assert "Not a directory" in line or "cannot be written" in line
+    assert "--output_dir must be a folder" in line
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -161,5 +164,5 @@ def test_a_full_disk_is_named_and_leaves_nothing(adapter, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert "--output_dir" in line
-    assert "cannot be written" in line
+    assert "--output_dir must be a folder to write into; got " in line
     assert list(tmp_path.iterdir()) == []

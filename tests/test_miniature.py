@@ -26,6 +26,7 @@ from sar_fast.lab.miniature.drawing import (
     draw_background,
     draw_scene,
     photograph,
+    sample_specs,
 )
 from sar_fast.lab.miniature.questions import (
     BOX_BINS,
@@ -136,17 +137,18 @@ def test_photographs_of_training_and_of_evaluation_are_apart():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda rng: draw_scene(rng, objects=4), "objects is 4"),
-        (lambda rng: draw_scene(rng, background="sea"), "background is 'sea'"),
-        (lambda rng: draw_background(rng, "plain", 8), "size is 8"),
-        (lambda rng: photograph("lena"), "photograph is 'lena'"),
-        (lambda rng: ObjectSpec("pink", "circle", (0.5, 0.5), 0.2), "colour is 'pink'"),
-        (lambda rng: ObjectSpec("red", "star", (0.5, 0.5), 0.2), "shape is 'star'"),
-        (lambda rng: ObjectSpec("red", "circle", (0.5, 1.5), 0.2), "centre is"),
-        (lambda rng: ObjectSpec("red", "circle", (0.5, 0.5), 20), "half_extent is 20"),
-        (lambda rng: compose(GREY[..., 0], []), "background is \\(64, 64\\)"),
-        (lambda rng: draw_questions(rng, 0, ("plain",)), "per_kind is 0"),
-        (lambda rng: build_prompt("What is <image>?"), "text contains '<image>'"),
+        (lambda rng: draw_scene(rng, objects=4), "objects must be .*; got 4"),
+        (lambda rng: draw_scene(rng, background="sea"), "background must be one of .*; got 'sea'"),
+        (lambda rng: draw_background(rng, "plain", 8), "size must be at least 16 pixels; got 8"),
+        (lambda rng: photograph("lena"), "photograph must be one of .*; got 'lena'"),
+        (lambda rng: ObjectSpec("pink", "circle", (0.5, 0.5), 0.2), "colour must be one of .*; got 'pink'"),
+        (lambda rng: ObjectSpec("red", "star", (0.5, 0.5), 0.2), "shape must be one of .*; got 'star'"),
+        (lambda rng: ObjectSpec("red", "circle", (0.5, 1.5), 0.2), "centre must be .*; got"),
+        (lambda rng: ObjectSpec("red", "circle", (0.5, 0.5), 20), "half_extent must be a fraction in .*; got 20"),
+        (lambda rng: compose(GREY[..., 0], []), "background must be .* uint8; got .64, 64. uint8"),
+        (lambda rng: sample_specs(rng, 4), "count must be 1 to 3 objects; got 4"),
+        (lambda rng: draw_questions(rng, 0, ("plain",)), "per_kind must be at least 1; got 0"),
+        (lambda rng: build_prompt("What is <image>?"), "text must be a question in words: .*; got '<image>' in it"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -276,7 +278,7 @@ def test_a_batch_answers_as_one_by_one(miniature):
     images, texts = [s.image for s, _ in pairs], [q.text for _, q in pairs]
     together = answer(*miniature, images, texts)
     assert together == [answer(*miniature, [i], [t])[0] for i, t in zip(images, texts)]
-    with pytest.raises(ValueError, match="questions has 1 entries for 2 images"):
+    with pytest.raises(ValueError, match="questions must be one per image; got 1 for 2 images"):
         answer(*miniature, images[:2], texts[:1])
 
 

@@ -139,7 +139,7 @@ def test_bad_construction():
         SARAttention(64, 4, 3)
     with pytest.raises(ValueError, match="head_dim must be given"):
         SARAttention(65, 4)
-    with pytest.raises(ValueError, match="Linear lacks q_proj"):
+    with pytest.raises(ValueError, match="module must be a LLaMA/Qwen-style self-attention; got Linear without q_proj"):
         SARAttention.from_module(torch.nn.Linear(2, 2))
 
 
@@ -179,17 +179,17 @@ def test_dropin_keywords_without_effect_are_ignored():
         (
             "cu_seq_lens_q",
             torch.tensor([0, 5]),
-            "cu_seq_lens_q is not supported: packed rows need .*varlen_func",
+            "cu_seq_lens_q must be left out: packed rows need .*varlen_func; got Tensor",
         ),
-        ("cu_seq_lens_k", torch.tensor([0, 5]), "cu_seq_lens_k is not supported"),
-        ("max_length_q", 5, "max_length_q is not supported.*got 5"),
-        ("max_length_k", 5, "max_length_k is not supported"),
-        ("seq_idx", torch.zeros(1, 5), "seq_idx is not supported"),
-        ("output_attentions", True, "output_attentions is not supported: no attention matrix exists.*got True"),
-        ("sliding_window", 4, "sliding_window is not supported.*got 4"),
-        ("is_causal", False, "is_causal is not supported.*got False"),
-        ("softcap", 50.0, "softcap is not supported: it is given at construction; got 50.0"),
-        ("dropout", 0.1, "dropout is not supported"),
+        ("cu_seq_lens_k", torch.tensor([0, 5]), "cu_seq_lens_k must be left out"),
+        ("max_length_q", 5, "max_length_q must be left out: .*; got 5"),
+        ("max_length_k", 5, "max_length_k must be left out"),
+        ("seq_idx", torch.zeros(1, 5), "seq_idx must be left out"),
+        ("output_attentions", True, "output_attentions must be left out: no attention matrix exists.*; got True"),
+        ("sliding_window", 4, "sliding_window must be left out: .*; got 4"),
+        ("is_causal", False, "is_causal must be left out: .*; got False"),
+        ("softcap", 50.0, "softcap must be left out: it is given at construction; got 50.0"),
+        ("dropout", 0.1, "dropout must be left out"),
         ("position_ids", torch.tensor([[0, 1, 2, 0, 1]]), "position_ids must not start anew inside a row"),
     ],
 )

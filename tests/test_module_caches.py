@@ -220,7 +220,7 @@ def test_running_sums_with_gradients_are_refused_before_anything_is_written():
     module, cache, roles = make("running"), DynamicCache(), prompt_roles(torch.ones(B, PROMPT))
     x = torch.randn(B, PROMPT + 1, 64)
     module(x[:, :PROMPT], None, None, cache, **roles)
-    with pytest.raises(ValueError, match=r"past_key_values: .* torch.no_grad"):
+    with pytest.raises(ValueError, match=r"past_key_values must come under torch.no_grad.*no backward; got"):
         module(x[:, PROMPT:], None, None, cache)
     assert cache.get_seq_length() == PROMPT
 
@@ -263,7 +263,7 @@ def test_a_cache_that_sar_did_not_fill_is_an_error():
     module(x[:, :PROMPT], None, None, cache)
     module.sar_config = SARConfig()
     for named in (again, {}):
-        with pytest.raises(ValueError, match=r"past_key_values: .* holds 11 positions"):
+        with pytest.raises(ValueError, match=r"past_key_values must hold positions that SAR saw .*; got 11 positions"):
             module(x[:, PROMPT:], None, None, cache, **named)
 
     cache = DynamicCache()
@@ -271,7 +271,7 @@ def test_a_cache_that_sar_did_not_fill_is_an_error():
     module.sar_config = PLAIN
     module(x[:, PROMPT:], None, None, cache)
     module.sar_config = SARConfig()
-    with pytest.raises(ValueError, match=r"past_key_values: .* holds 12 positions"):
+    with pytest.raises(ValueError, match=r"past_key_values must hold positions that SAR saw .*; got 12 positions"):
         module(x[:, PROMPT:], None, None, cache)
 
 
@@ -281,12 +281,14 @@ def test_a_full_or_sliding_cache_is_an_error_before_anything_is_written():
     cache = static()
     module(x, None, None, cache, **roles)
     module(x, None, None, cache)
-    with pytest.raises(ValueError, match="past_key_values has room for 24 positions; got 22 cached and 11 new"):
+    with pytest.raises(
+        ValueError, match="past_key_values must have room for 22 cached and 11 new positions; got room for 24"
+    ):
         module(x, None, None, cache)
     assert int(cache.get_seq_length()) == 2 * PROMPT
     sliding = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
     sliding.sliding_window, sliding.layer_types = 8, ["sliding_attention"]
-    with pytest.raises(ValueError, match="past_key_values must keep all positions; layer 0"):
+    with pytest.raises(ValueError, match="past_key_values must keep all positions; got layer 0"):
         module(x, None, None, DynamicCache(config=sliding), **roles)
     with pytest.raises(TypeError, match="past_key_values must be a transformers cache; got tuple"):
         module(x, None, None, ((x, x),), **roles)

@@ -126,7 +126,8 @@ class TestStage:
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / "mine.txt").touch()
         with pytest.raises(
-            ValueError, match=r"work holds files that this command did not make; give another --output_dir"
+            ValueError,
+            match=r"output_dir must be another folder; got .*work, which holds files that this command did not make",
         ):
             stage({"--k": 2})
         assert (tmp_path / "work" / "mine.txt").is_file()

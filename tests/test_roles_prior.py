@@ -175,8 +175,13 @@ def test_a_batch_without_images(features):
 @pytest.mark.parametrize(
     ("features", "mask", "error", "message"),
     [
-        (torch.ones(4, 4), MASK, ValueError, r"features must hold one vector per visual token: mask has 5, got 4"),
-        ([torch.ones(3, 4)] * 2, MASK, ValueError, r"features must hold one vector .*mask has 5, got 6"),
+        (
+            torch.ones(4, 4),
+            MASK,
+            ValueError,
+            r"features must hold one vector per visual token, of which mask has 5; got 4",
+        ),
+        ([torch.ones(3, 4)] * 2, MASK, ValueError, r"features must hold one vector .*mask has 5; got 6"),
         (torch.ones(2, 5, 4), MASK, ValueError, r"features must be .*mask's \(B, S\) = \(3, 5\); got \(2, 5, 4\)"),
         (torch.ones(5), MASK, ValueError, r"features must be \(total_visual, F\).*got \(5,\)"),
         (torch.ones(5, 4), MASK.long(), TypeError, r"mask must be a \(batch, seqlen\) bool tensor; got torch.int64"),

@@ -225,13 +225,13 @@ def test_packed_sequences_are_as_one_by_one(backend, monkeypatch):
     ("make", "error", "message"),
     [
         (lambda: Visibility(chunk=-1), ValueError, "chunk must be an int >= 0, 0 = off; got -1"),
-        (lambda: Visibility(chunk_start=torch.zeros(2).long()), ValueError, "chunk_start needs chunk"),
+        (lambda: Visibility(chunk_start=torch.zeros(2).long()), ValueError, "chunk must be > 0 with chunk_start"),
         (lambda: Visibility(blocks=torch.zeros(5)), TypeError, "blocks must be a tensor of integers; got torch.flo"),
         (lambda: Visibility(prefix=[3]), TypeError, "prefix must be a tensor of integers; got list"),
         (
             lambda: Visibility(prefix=torch.ones(2).long(), blocks=torch.ones(2, 5).long()),
             ValueError,
-            "prefix and blocks cannot be given together",
+            "prefix and blocks must not be given together",
         ),
         (lambda: attend(Visibility(prefix=torch.ones(3).long())), ValueError, r"prefix must have shape \(2,\); got"),
         (lambda: attend(Visibility(blocks=torch.ones(2, 4).long())), ValueError, r"blocks must have shape \(2, 5\) or"),

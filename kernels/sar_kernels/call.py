@@ -113,7 +113,10 @@ class Call:
         if q.dtype not in DTYPES:
             raise ValueError(f"q: got dtype {q.dtype}, need one of {DTYPES}")
         if k.shape[:-1] != v.shape[:-1] or (not self.varlen and k.shape[0] != q.shape[0]):
-            raise ValueError(f"k, v: got shapes {tuple(k.shape)} and {tuple(v.shape)} for q {tuple(q.shape)}")
+            raise ValueError(
+                f"k, v: got shapes {tuple(k.shape)} and {tuple(v.shape)} for q {tuple(q.shape)}, need them equal "
+                "but for the head dim, with q's batch size"
+            )
         if k.shape[-1] != q.shape[-1] or not 1 <= q.shape[-1] <= MAX_HEAD_DIM or not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(
                 f"head dim: got {q.shape[-1]} (q), {k.shape[-1]} (k), {v.shape[-1]} (v), need q's and k's equal "
@@ -126,7 +129,7 @@ class Call:
         if not self.varlen:
             return
         if cu_k is None or max_q is None or max_k is None:
-            raise ValueError("packed input needs all of cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
+            raise ValueError("cu_seqlens_k, max_seqlen_q, max_seqlen_k: got None, need all of them with cu_seqlens_q")
         for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
             if cu.dtype != torch.int32 or cu.shape != cu_q.shape or not cu.is_contiguous():
                 raise ValueError(f"{name}: got {cu.dtype} {tuple(cu.shape)}, need contiguous int32 (num_seqs + 1,)")

@@ -29,7 +29,7 @@ def _check_options(dropout_p: float, alibi_slopes: Tensor | None, return_attn_pr
 def _refuse_alibi(alibi_slopes: Tensor | None) -> None:
     if alibi_slopes is not None:
         kind = type(alibi_slopes).__name__
-        raise ValueError(f"alibi_slopes is not supported by these kernels: leave it None; got {kind}")
+        raise ArgumentError("alibi_slopes", kind, "be None: these kernels do not support it")
 
 
 def _parts(name: str, packed: Tensor, layout: str, parts: int) -> tuple[Tensor, ...]:

@@ -90,11 +90,11 @@ def _query_places(step: Step) -> int:
 def _check_rotary(step: Step, cos: Tensor | None, sin: Tensor | None) -> None:
     q, cache = step.q, step.cache
     if (cos is None) != (sin is None):
-        raise ValueError(
-            f"rotary_cos and rotary_sin must be given together; got only rotary_{'sin' if cos is None else 'cos'}"
+        raise ArgumentError(
+            "rotary_cos and rotary_sin", f"only rotary_{'sin' if cos is None else 'cos'}", "be given together"
         )
     if cache.new_k is None:
-        raise ValueError("k and v must be given with rotary_cos: FlashAttention rotates new keys; got None")
+        raise ArgumentError("k and v", "None", "be given with rotary_cos: FlashAttention rotates new keys")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         validation.check_tensor(name, x)
         if x.dim() != 2 or not 2 <= 2 * x.shape[1] <= q.shape[-1]:

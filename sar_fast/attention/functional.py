@@ -412,6 +412,6 @@ def check_state(state: SARState, batch: int, heads: int, device: torch.device, *
             raise ArgumentError("state", tensor.device, f"be on q's device {device}")
         shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
         if written and shared and name != "head_weights":
-            raise ValueError(
-                f"state.{name} is written: its entries must not share memory; got strides {tensor.stride()}"
+            raise ArgumentError(
+                f"state.{name}", f"strides {tensor.stride()}", "have entries that do not share memory, as it is written"
             )

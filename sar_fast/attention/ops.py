@@ -301,7 +301,11 @@ def _run(
     tensors, options = _tensors(call), _options(call, rule, backend)
     if call.carried is not None:
         if differentiates:
-            raise ValueError("state: decoding with running statistics has no backward; call it under torch.no_grad()")
+            raise ArgumentError(
+                "state",
+                "inputs that require gradients",
+                "come under torch.no_grad(): decoding with running statistics has no backward",
+            )
         out, lse, av, sa, c, count, av_sum, sa_sum = torch.ops.sar_fast.attention_continued(
             *tensors, *call.carried[:3], *options, need_lse, check_prior
         )

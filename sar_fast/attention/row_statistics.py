@@ -150,9 +150,10 @@ def _sample_sums(sample: _Sample, asked: list[_Asked]) -> Tensor:
         for i in wanted:
             value = asked[i](rows)
             if value.requires_grad:
-                raise TypeError(
-                    f"row statistic {asked[i].statistic.name!r} must have no parameters of its own: gradients flow to "
-                    "q and k alone; got a result that requires grad"
+                raise ArgumentTypeError(
+                    f"row statistic {asked[i].statistic.name!r}",
+                    "a result that requires grad",
+                    "have no parameters of its own: gradients flow to q and k alone",
                 )
             sums[i, rows.heads.start : rows.heads.stop] += value.sum(-1)
     return sums

@@ -118,7 +118,9 @@ def _first_that_supports(name: str, origin: str, request: Request) -> Backend:
     several = len(refused) > 1
     reasons = "; ".join(f"{reason} ({', '.join(names)})" if several else reason for reason, names in refused.items())
     others = [b.name for b in BACKENDS.values() if b not in candidates and b.unsupported(request) is None]
-    raise ValueError(f"{origin}={name!r} does not support {reasons}; use backend={' or '.join(map(repr, others))}")
+    raise ArgumentError(
+        origin, f"{name!r}, which does not support {reasons}", f"be {' or '.join(map(repr, others))} here"
+    )
 
 
 def _candidates(name: str, request: Request) -> Iterator[Backend]:

@@ -55,13 +55,13 @@ def check(
     * `sar-fast data check train.json --media_dir images --model llava-hf/llava-1.5-7b-hf --max_length 2048`
     """
     if max_length is not None and model is None:
-        raise UserError("--max_length has no effect without --model; add it")
+        raise UserError(f"--max_length must be left out without --model; got {max_length}")
     if max_length is not None and max_length < 1:
         raise UserError(f"--max_length must be at least 1; got {max_length}")
     if base_model is not None and model is None:
-        raise UserError("--base_model has no effect without --model; add it")
+        raise UserError(f"--base_model must be left out without --model; got {base_model}")
     if media_dir is not None and not media_dir.is_dir():
-        raise UserError(f"--media_dir {str(media_dir)!r} is no folder")
+        raise UserError(f"--media_dir must be a folder; got {str(media_dir)!r}")
     encoder = _encoder(model, base_model, max_length) if model else None
     try:
         found = summary(_check(file, _entry(file, dataset_info), media_dir or file.parent, encoder))
@@ -110,7 +110,7 @@ def _check(file: Path, entry: dict[str, Any], media_dir: Path, encoder: Any) -> 
     rows = itertools.chain([first], rows)
     if is_grounding(first[1], entry.get("columns", {})):
         if encoder is not None:
-            raise UserError(f"--model has no effect on a grounding table, which {file} is; leave it out")
+            raise UserError(f"--model must be left out for a grounding table, which {file} is")
         return grounding_verdicts(rows, entry.get("columns", {}), media_dir)
     described = Layout(entry.get("formatting", "alpaca"), entry.get("columns", {}), entry.get("tags", {}))
     return _verdicts(rows, described if entry else Layout(), media_dir, encoder)

@@ -47,7 +47,7 @@ def generate(
     }
     if not use_sar and any(value is not None for value in chosen.values()):
         name = next(name for name, value in chosen.items() if value is not None)
-        raise UserError(f"--{name} has no effect without --use_sar; add it")
+        raise UserError(f"--{name} must be left out without --use_sar; got {chosen[name]}")
     options.check_sar(**chosen)
     from sar_fast.cli import loading
     from sar_fast.lab.io.answering import build_inputs

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from sar_fast.base.errors import arguments_named
 from sar_fast.base.extras import need
 from sar_fast.cli import options
 from sar_fast.cli.errors import UserError
+
+OPTIONS = {"output": "--output_dir", "overwrite": "--overwrite_output_dir"}
 
 
 def merge(
@@ -39,7 +42,7 @@ def merge(
     from sar_fast.lab.io.models import find_model
 
     try:
-        with loading.options_named(model="ADAPTER"):
+        with loading.options_named(model="ADAPTER"), arguments_named(OPTIONS):
             typer.echo(merge_into(find_model(adapter, base_model), output_dir, dtype, overwrite_output_dir))
     except ValueError as error:
         raise UserError.of(error) from error

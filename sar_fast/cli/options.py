@@ -75,7 +75,7 @@ def make_folder(output_dir: Path) -> None:
     try:
         check_output_dir(output_dir)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError.of(error) from error
     output_dir.mkdir(parents=True, exist_ok=True)
 
 

@@ -9,10 +9,11 @@ import sys
 import torch.distributed as dist
 from transformers.utils import logging as hf_logging
 
+from sar_fast.base.errors import arguments_named
 from sar_fast.lab.run.flags import expand
 from sar_fast.lab.run.process_group import leave_process_group
 from sar_fast.lab.run.threads import one_thread_for
-from sar_fast.lab.training.arguments import main_arguments
+from sar_fast.lab.training.arguments import FLAGS, main_arguments
 from sar_fast.lab.training.checking import ending_at_a_bad_record
 from sar_fast.lab.training.distributed import asks_for_deepspeed, prepare_deepspeed
 from sar_fast.lab.training.models import source_of
@@ -39,7 +40,8 @@ def _train() -> None:
                 prepare_deepspeed()
             arguments = main_arguments()
             threads.enter_context(one_thread_for(source_of(arguments.model).base_name))
-            trainer, checkpoint = build(arguments)
+            with arguments_named(FLAGS):
+                trainer, checkpoint = build(arguments)
         except (ValueError, TypeError, ImportError, OSError) as error:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             raise SystemExit(2) from error

@@ -171,7 +171,9 @@ def _packed(layer: int | None, call: Call, running: Pass) -> Tensor:
     config, sar, here = running.config, {}, running.on(call.q.device)
     if layer is not None:
         if config.record_rows != "none":
-            raise ValueError(f"record_rows={config.record_rows!r}: rows of packed sequences are not kept; use 'none'")
+            raise ArgumentError(
+                "record_rows", repr(config.record_rows), "be 'none' with packed sequences, whose rows are not kept"
+            )
         if running.needs_roles:
             running.check_prior()
             call.roles = Roles(*here.roles, here.prior)

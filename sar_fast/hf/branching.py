@@ -91,9 +91,13 @@ def run_branches(
     if not configs:
         raise ArgumentError("configs", "none", "hold at least one SARConfig")
     if getattr(handle.model.config.get_text_config(), "num_kv_shared_layers", 0):
-        raise ValueError(
-            "model: its last layers read the keys and values of earlier ones (num_kv_shared_layers), so settings "
-            "cannot branch between them; run the settings one by one"
+        raise ArgumentError(
+            "model",
+            "one whose last layers read those of earlier ones (num_kv_shared_layers)",
+            (
+                "have keys and values of its own in every layer, or settings cannot branch between them; run them "
+                "one by one"
+            ),
         )
     for config in configs:
         handle.check_options(config)
@@ -138,7 +142,9 @@ def _run_trunk(handle: SARHandle, call: Callable[[], Any], starts: set[int], *, 
         cache = cache_in(kwargs)
         trunk.embeddings, trunk.layers = _hidden_states(args, kwargs), lambda: cache.layers
         if cache is not None and cache.get_seq_length() > 0 and not continues:
-            raise ValueError("call must start on an empty cache: settings share a prompt, not a conversation")
+            raise ArgumentError(
+                "call", "cached positions", "start on an empty cache: settings share a prompt, not a conversation"
+            )
         if end == 0:
             raise _Enough
 
@@ -156,7 +162,7 @@ def _run_trunk(handle: SARHandle, call: Callable[[], Any], starts: set[int], *, 
         for hook in hooks:
             hook.remove()
     if trunk.embeddings is None:
-        raise ValueError("call must run the model that the handle belongs to; none of its decoder layers ran")
+        raise ArgumentError("call", "a run of none of its decoder layers", "run the model that the handle belongs to")
     return trunk
 
 
@@ -175,9 +181,7 @@ def _shared_features(handle: SARHandle, features: dict[str, tuple[list[Tensor], 
                 return output
             first, output = features[modality]
             if len(first) != len(given) or not all(map(torch.equal, first, given)):
-                raise ValueError(
-                    f"call must run the model on the same inputs every time; it brought another {modality}"
-                )
+                raise ArgumentError("call", f"another {modality}", "run the model on the same inputs every time")
             give_features(modality, norms_on(output, modality, handle.config.prior_source))
             return copy.copy(output)
 
@@ -241,9 +245,11 @@ def _check_same_batch(hidden: Tensor, trunk: _Trunk) -> None:
         # the trunk of a shared prefix has zeros where prompts are padded
         same = trunk.padded and bool(((hidden == expected) | (expected == 0)).all())
     if not same:
-        raise ValueError(
-            f"call must run the model on the same inputs every time; its first layer got {tuple(hidden.shape)}, the "
-            f"shared layers {tuple(expected.shape)}" + (", with other values" if hidden.shape == expected.shape else "")
+        raise ArgumentError(
+            "call",
+            f"{tuple(hidden.shape)} in its first layer, {tuple(expected.shape)} in the shared ones"
+            + (", with other values" if hidden.shape == expected.shape else ""),
+            "run the model on the same inputs every time",
         )
 
 

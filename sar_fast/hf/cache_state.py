@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import PAPER_OPTIONS, SARConfig
 from sar_fast.method.state import SARState
 
@@ -72,9 +73,10 @@ class CacheState:
             other = {name: (getattr(self.config, name), getattr(config, name)) for name in filter(differs, SAME_CONFIG)}
             if other:
                 filled, now = (", ".join(f"{n}={both[i]!r}" for n, both in other.items()) for i in (0, 1))
-                raise ValueError(
-                    f"past_key_values: was filled under SARConfig({filled}) and is continued under SARConfig({now}). "
-                    "Needed: the same options, or a new cache and the whole prompt"
+                raise ArgumentError(
+                    "past_key_values",
+                    f"one filled under SARConfig({filled}), continued under SARConfig({now})",
+                    "be continued with the same options; or a new cache, and the whole prompt",
                 )
         self.config = config
 
@@ -143,14 +145,19 @@ class CacheState:
         ends = [n for n, _ in next(iter(self.snapshots.values()))]  # all layers'
         before = max((n for n in ends if n <= length), default=0)
         if self.decode == "running" and length != before:
-            raise ValueError(
-                f"cache.crop: SAR's running sums are known at the ends of calls, {ends}, not at length {length}; "
-                'crop to one of those, or use SARConfig(decode="prompt") or "step", which keep no sums'
+            raise ArgumentError(
+                "cache.crop's length",
+                length,
+                (
+                    f"be the end of a call, one of {ends}: SAR's running sums are known there; "
+                    'SARConfig(decode="prompt") or "step" keep none'
+                ),
             )
         if self.decode == "prompt" and bool(self.visual_mask[:, before:length].any()):
-            raise ValueError(
-                f"cache.crop: length {length} keeps some pictures of a call and cuts off others that its frozen "
-                f"weights are of too; crop to {before} or less, or keep them all"
+            raise ArgumentError(
+                "cache.crop's length",
+                length,
+                f"be {before} or less, or keep all pictures of a call, as its frozen weights are of them all",
             )
 
     def _changes(self, length: int) -> bool:

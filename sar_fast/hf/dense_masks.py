@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
+
 HIDES = -1e4  # an additive mask's value up to this leaves nothing of a score
 _looked_at = WeakTensorKeyDictionary()  # tensor -> what was not found in it, each with the tensor's version then
 
@@ -22,11 +24,12 @@ def as_visible(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
-        raise TypeError(f"attention_mask of 4 dimensions must be bool or additive floating point; got {mask.dtype}")
+        raise ArgumentTypeError("attention_mask of 4 dimensions", mask.dtype, "be bool or additive floating point")
     if has_values(mask, lambda m: (m != 0) & ~(m <= HIDES)):
-        raise ValueError(
-            f"attention_mask of 4 dimensions must be bool, or 0 where a key may be seen and at most {HIDES:g} where "
-            "not; got other values, and scores with a bias are not supported"
+        raise ArgumentError(
+            "attention_mask of 4 dimensions",
+            "other values, and scores with a bias are not supported",
+            f"be bool, or 0 where a key may be seen and at most {HIDES:g} where not",
         )
     return mask == 0
 

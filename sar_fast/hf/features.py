@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import PriorSource
 from sar_fast.hf.forward_pass import running_pass
 from sar_fast.hf.running import enter, innermost, leave
@@ -191,8 +192,10 @@ def encoded_norms(output: Any, modality: str, handle: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return norms
     if _mark_key(modality) not in output:
-        raise ValueError(
-            f"mm_encoder_outputs[{modality!r}] was encoded for the pass that it came from; encode it again"
+        raise ArgumentError(
+            f"mm_encoder_outputs[{modality!r}]",
+            "one that was encoded for the pass that it came from",
+            "be encoded again for another pass",
         )
     marks, now = output[_mark_key(modality)], _feature_norms(output, handle.layout.family.features)
     repeats = max(1, now.numel() // max(1, marks.numel()))
@@ -216,14 +219,18 @@ def norms_on(output: Any, modality: str, source: str) -> Tensor:
         return output[key]
     for other in get_args(PriorSource):
         if _norms_key(modality, other) in output:
-            raise ValueError(
-                f"mm_encoder_outputs[{modality!r}] was encoded under prior_source={other!r}, and SAR is on with "
-                f"prior_source={source!r}; call get_{modality}_features again"
+            raise ArgumentError(
+                f"mm_encoder_outputs[{modality!r}]",
+                f"one encoded under prior_source={other!r}",
+                f"be encoded under prior_source={source!r}, as SAR is on with; call get_{modality}_features again",
             )
-    raise ValueError(
-        f"mm_encoder_outputs[{modality!r}] must come whole from the model's own get_{modality}_features, called "
-        "after apply_sar; this one lacks the norms that it leaves there. prefill_chunk_size cuts them off: SAR's "
-        "weights need the whole prompt, so leave it None"
+    raise ArgumentError(
+        f"mm_encoder_outputs[{modality!r}]",
+        (
+            "one without the norms that it leaves there (prefill_chunk_size cuts them off: leave it None, since SAR's "
+            "weights need the whole prompt)"
+        ),
+        f"come whole from the model's own get_{modality}_features, called after apply_sar",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf.attention import ATTENTION_NAME
 from sar_fast.hf.cache_argument import cache_in, check_cache
@@ -130,7 +131,9 @@ def _continue(handle: Any, config: SARConfig, cache: Any, past_length: int | Ten
     """The cache must be one that this pass can go on from."""
     past = state_of(cache)
     if past is not None and past.packed:
-        raise ValueError("past_key_values: packed sequences filled this cache; it cannot be continued")
+        raise ArgumentError(
+            "past_key_values", "one that packed sequences filled, which cannot be continued", "be a new one"
+        )
     if past is not None and not torch.compiler.is_compiling():
         past.leave_inference_mode()
     if config.measures:

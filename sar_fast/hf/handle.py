@@ -70,8 +70,8 @@ class SARHandle:
                 f"be at most the number of attention layers, {self.layout.total_layers}",
             )
         if config.prior_source != self.config.prior_source:
-            raise ValueError(
-                f"prior_source is fixed while SAR is applied, {self.config.prior_source!r}; got {config.prior_source!r}"
+            raise ArgumentError(
+                "prior_source", repr(config.prior_source), f"stay {self.config.prior_source!r} while SAR is applied"
             )
 
     def reconfigure(self, config: SARConfig) -> None:
@@ -169,7 +169,11 @@ def apply_sar(model: nn.Module, config: SARConfig | None = None, *, shards: Shar
     if not isinstance(config, SARConfig):
         raise ArgumentTypeError("config", type(config).__name__, "be a SARConfig")
     if handle_of(unwrap(model).base_model) is not None:
-        raise ValueError("model: SAR is applied to it already; call remove_sar(model) or handle.remove() first")
+        raise ArgumentError(
+            "model",
+            "one that SAR is applied to already",
+            "be without SAR: call remove_sar(model) or handle.remove() first",
+        )
     handle = SARHandle(model, config, shards)
     handle.install()
     return handle
@@ -179,7 +183,7 @@ def remove_sar(model: nn.Module) -> None:
     """Take SAR off a model that ``apply_sar`` put it on."""
     handle = handle_of(unwrap(model).base_model)
     if handle is None:
-        raise ValueError("model: SAR is not applied to it")
+        raise ArgumentError("model", "one without SAR", "be one that SAR is applied to")
     handle.remove()
 
 

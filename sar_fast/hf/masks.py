@@ -83,10 +83,13 @@ def _columns(mask: Tensor, shape: torch.Size, past_length: int | Tensor, facts: 
     if mask.shape[0] != B:
         raise ArgumentError("attention_mask", f"shape {tuple(mask.shape)}", f"have the batch's {B} rows")
     if "padding" in facts and facts["padding"][1]:
-        raise ValueError(
-            "attention_mask of 2 dimensions must be 1 at real tokens and 0 at padding; got other values, which would "
-            "all count as real. If they number packed sequences: a (batch, 1, queries, keys) mask, or cu_seq_lens_q "
-            "and cu_seq_lens_k"
+        raise ArgumentError(
+            "attention_mask of 2 dimensions",
+            (
+                "other values, which would all count as real. If they number packed sequences: a (batch, "
+                "1, queries, keys) mask, or cu_seq_lens_q and cu_seq_lens_k"
+            ),
+            "be 1 at real tokens and 0 at padding",
         )
     if isinstance(past_length, Tensor):
         columns = past_length.to(mask.device) + torch.arange(S, device=mask.device)
@@ -105,9 +108,10 @@ def _read_dense(
     B, S = shape
     keys = mask.shape[-1]
     if mask.shape[0] not in (1, B) or mask.shape[1] != 1 or mask.shape[2] != S or keys < S:
-        raise ValueError(
-            f"attention_mask of 4 dimensions must be ({B} or 1, 1, {S}, keys); got shape {tuple(mask.shape)}: SAR "
-            "tells padding and sequences by it, which must be the same for all heads"
+        raise ArgumentError(
+            "attention_mask of 4 dimensions",
+            f"shape {tuple(mask.shape)}: SAR tells padding and sequences by it, which must be the same for all heads",
+            f"be ({B} or 1, 1, {S}, keys)",
         )
     visible = as_visible(mask)[:, 0].expand(B, -1, -1)  # [B, S, keys]
     if isinstance(past_length, Tensor):
@@ -144,10 +148,13 @@ def _sequences(visible: Tensor, real: Tensor, everywhere: bool) -> Packing | Non
     together = segment[:, :, None] == segment[:, None, :]
     told = visible & real[:, :, None]
     if bool((told & ~together).any()):
-        raise ValueError(
-            "attention_mask keeps some tokens from the ones before them, as packed sequences do, and others see "
-            "across; SAR cannot tell the sequences apart. Needed: sequences in a row one after the other, each seeing "
-            "itself alone, with padding only between them, or cu_seq_lens_q and cu_seq_lens_k"
+        raise ArgumentError(
+            "attention_mask",
+            "one that keeps some tokens from the ones before them, as packed sequences do, while others see across",
+            (
+                "tell packed sequences apart: in a row one after the other, each seeing itself alone, with padding "
+                "only between them; or cu_seq_lens_q and cu_seq_lens_k"
+            ),
         )
     causal = together & (position <= position[:, None])
     plain = everywhere and not bool(((told != causal) & real[:, :, None] & real[:, None, :]).any())

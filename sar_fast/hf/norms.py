@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.host_facts import HostFacts
 
 
@@ -83,7 +84,8 @@ class IncomingNorms:
 
 
 def _refuse_count(modality: str, placeholders: int, features: int) -> None:
-    raise ValueError(
-        f"input_ids (or inputs_embeds): {placeholders} visual placeholder tokens ({modality}), but the vision encoder "
-        f"gave {features} features"
+    raise ArgumentError(
+        "input_ids (or inputs_embeds)",
+        f"{placeholders} tokens ({modality}) for {features} features",
+        "hold as many visual placeholder tokens as the vision encoder gives features",
     )

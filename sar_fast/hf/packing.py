@@ -122,17 +122,21 @@ def _from_lengths(
         if not isinstance(lengths, Tensor):
             raise ArgumentTypeError(name, type(lengths).__name__, "be a tensor")
     if shape[0] != 1:
-        raise ValueError(f"cu_seq_lens_q describes one packed row; got a batch of {shape[0]}")
+        raise ArgumentError("cu_seq_lens_q", f"a batch of {shape[0]}", "describe one packed row")
     if not torch.compiler.is_compiling():
         if past_length:
-            raise ValueError(f"cu_seq_lens_q: SAR packs whole sequences, without a cache; {past_length} are cached")
+            raise ArgumentError(
+                "cu_seq_lens_q", f"{past_length} cached positions", "come without a cache: SAR packs whole sequences"
+            )
         ends, same = facts["cu_seq_lens_q"], facts["cu_seq_lens_k"]
         if ends[0] != 0 or ends[-1] != shape[1] or any(b < a for a, b in itertools.pairwise(ends)):
             raise ArgumentError("cu_seq_lens_q", ends, f"rise from 0 to the packed length {shape[1]}")
         if ends != same:
             raise ArgumentError("cu_seq_lens_k", same, "equal cu_seq_lens_q without a cache")
         if "packed padding" in facts and facts["packed padding"] != [0]:
-            raise ValueError("attention_mask must be None or all ones with cu_seq_lens_q: packed rows have no padding")
+            raise ArgumentError(
+                "attention_mask", "padding", "be None or all ones with cu_seq_lens_q: packed rows have none"
+            )
     longest = given.get("max_length_q")
     return Packing(cu_q.to(torch.int32), shape[1] if longest is None else int(longest))
 
@@ -148,9 +152,10 @@ def _from_positions(positions: Tensor, shape: torch.Size, facts: HostFacts) -> P
     count, longest, falls = facts["restarts"]
     if positions.dim() == 3 and positions.shape[0] == 3:
         if falls:  # positions of one sequence stand still inside a picture, but never fall
-            raise ValueError(
-                "position_ids of packed sequences must have four rows, the text positions and the three of the "
-                "rotary embedding; got three, from which the model cannot tell the sequences apart"
+            raise ArgumentError(
+                "position_ids of packed sequences",
+                "three, from which the model cannot tell the sequences apart",
+                "have four rows, the text positions and the three of the rotary embedding",
             )
         return None
     if count == shape[0]:  # every row begins, and none again

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.cache_state import CacheState
 from sar_fast.hf.structure import foreign_forward
 from sar_fast.method.value_checks import check_holds
@@ -39,9 +40,13 @@ def refuse_other_attention(came: str | None, needed: str) -> None:
 def refuse_output_attentions(asked: Any, config: Any) -> None:
     """``ValueError`` if attention matrices are asked for, in the call or by the model's configuration."""
     if getattr(config, "output_attentions", False) if asked is None else asked:
-        raise ValueError(
-            "output_attentions must be False with SAR: no attention matrix exists. SARConfig(record=True) keeps each "
-            "layer's statistics, record_rows='last_text' the rows over visual tokens"
+        raise ArgumentError(
+            "output_attentions",
+            True,
+            (
+                "be False with SAR: no attention matrix exists. SARConfig(record=True) keeps each layer's "
+                "statistics, record_rows='last_text' the rows over visual tokens"
+            ),
         )
 
 
@@ -65,20 +70,27 @@ def refuse_unseen_cache(
     if past is None and not tracing and past_length in learned:
         return
     filled = 0 if past is None else "not all" if cache.is_compileable else past.length
-    raise ValueError(
-        f"past_key_values: holds {'some' if tracing else int(past_length)} positions, but passes under SAR filled "
-        f"{filled} of them, so SAR does not know its pictures and their prior: it was filled without SAR, or rebuilt "
-        "without the state that rides on the cache object. Needed: a new cache (or one that cache.reset() empties) and "
-        f"the whole prompt with SAR applied; {PLAIN}. If it is the prefix that an adapter learned, apply SAR to the "
-        "PEFT model"
+    raise ArgumentError(
+        "past_key_values",
+        (
+            f"{'some' if tracing else int(past_length)} positions, of which passes under SAR filled {filled}, so SAR "
+            "does not know its pictures and their prior: it was filled without SAR, or rebuilt without the state "
+            "that rides on the cache object"
+        ),
+        (
+            "be new, or one that cache.reset() emptied, and come with the whole prompt and SAR applied; "
+            f"{PLAIN}; if it is the prefix that an adapter learned, apply SAR to the PEFT model"
+        ),
     )
 
 
 def refuse_ignored_features(base_model: nn.Module, encoded: Mapping[str, Any], parameters: Sequence[str]) -> None:
     """``ValueError`` if encoded features came to a model that takes none; ``parameters`` are its forward's."""
     if encoded and "mm_encoder_outputs" not in parameters:
-        raise ValueError(
-            f"mm_encoder_outputs: {type(base_model).__name__} of this transformers version would ignore it; pass pixels"
+        raise ArgumentError(
+            "mm_encoder_outputs",
+            f"{type(base_model).__name__} of this transformers version, which would ignore it",
+            "be left out: pass pixels",
         )
 
 
@@ -92,21 +104,29 @@ def refuse_merged_embeddings(given: Mapping[str, Any], new: int, peft_configs: M
         return
     if types is not None and not bool(types.any()):
         return
-    raise ValueError(
-        f"inputs_embeds: came without input_ids and without {' or '.join(PIXELS.values())}; embeddings that hold "
-        "pictures already look like any others, so SAR does not know where pictures are. Needed: input_ids and "
-        "pixel_values, or pixel_values and embeddings whose placeholders are still those of the embedding table; for "
-        f"text alone, mm_token_type_ids of zeros; {PLAIN}"
+    raise ArgumentError(
+        "inputs_embeds",
+        (
+            f"neither input_ids nor {' or '.join(PIXELS.values())}; embeddings that hold pictures already look like "
+            "any others, so SAR does not know where pictures are"
+        ),
+        (
+            "come with input_ids and pixel_values, or with pixel_values and placeholders that are still those of "
+            f"the embedding table; for text alone, with mm_token_type_ids of zeros; {PLAIN}"
+        ),
     )
 
 
 def refuse_unfilled(name: str, modality: str, count: int) -> None:
     """``ValueError`` if the argument ``name`` holds placeholders that no features fill."""
     if count:
-        raise ValueError(
-            f"{name}: holds {count} placeholders of {modality}s, but neither {PIXELS[modality]} nor "
-            f"mm_encoder_outputs[{modality!r}] came to fill them (prefill_chunk_size drops them). Needed: the "
-            f"{modality}s, or a prompt without their placeholders; {PLAIN}"
+        raise ArgumentError(
+            name,
+            f"{count} placeholders of {modality}s without them (prefill_chunk_size drops them)",
+            (
+                f"come with {PIXELS[modality]} or mm_encoder_outputs[{modality!r}] to fill its placeholders, or "
+                f"without placeholders; {PLAIN}"
+            ),
         )
 
 

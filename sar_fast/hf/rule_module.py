@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf.features import handle_of
 from sar_fast.hf.structure import unwrap
@@ -43,9 +44,10 @@ def put_on(model: nn.Module, rule: nn.Module, like: nn.Module) -> None:
     """
     base_model = model.base_model
     if hasattr(base_model, NAME):
-        raise ValueError(
-            f"model: its {type(base_model).__name__} has an attribute {NAME!r} already, and SAR keeps a rule that is a "
-            "module there; rename or delete it"
+        raise ArgumentError(
+            "model",
+            f"a {type(base_model).__name__} that has one",
+            f"have no attribute {NAME!r}, as SAR keeps a rule that is a module there; rename or delete it",
         )
     device = next(like.parameters()).device
     if device.type != "meta":  # an offloaded layer's weights: the rule is small and stays where it is

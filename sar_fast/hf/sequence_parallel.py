@@ -78,14 +78,20 @@ class SequenceSplit:
         if mask is None:
             return
         if mask.dim() != 2 or not torch.equal(mask != 0, (mask != 0).cummin(1).values):
-            raise ValueError(
-                "attention_mask must be (B, S) with padding on the right: no mask reaches the attention function of a "
-                "split sequence, and only later positions are out of sight without one"
+            raise ArgumentError(
+                "attention_mask",
+                "another",
+                (
+                    "be (B, S) with padding on the right: no mask reaches the attention function of a split "
+                    "sequence, and only later positions are out of sight without one"
+                ),
             )
 
     def _slice_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if cache_in(kwargs) is not None or kwargs.get("use_cache"):
-            raise ValueError("use_cache must be False under sequence parallelism: it is for training and scoring")
+            raise ArgumentError(
+                "use_cache", True, "be False under sequence parallelism: it is for training and scoring"
+            )
         masks = kwargs.get("attention_mask")
         for mask in masks.values() if isinstance(masks, dict) else [masks]:
             if mask is not None and mask.dim() != 2:
@@ -112,9 +118,10 @@ def _check_layers(model: nn.Module) -> None:
     if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         kinds = {"sliding_attention"}
     if kinds - {"full_attention"}:
-        raise ValueError(
-            f"model has layers of {', '.join(sorted(kinds - {'full_attention'}))}; a split sequence needs plain causal "
-            "attention in all of them"
+        raise ArgumentError(
+            "model",
+            f"layers of {', '.join(sorted(kinds - {'full_attention'}))}",
+            "have plain causal attention in all layers, for a split sequence",
         )
 
 
@@ -122,9 +129,13 @@ def _check_shards(model: nn.Module, group: ProcessGroup) -> None:
     """SAR must know the ranks that share the sequence: it would take a slice for the whole."""
     handle = handle_of(model.base_model)
     if handle is not None and (handle.shards is None or group not in (handle.shards.queries, handle.shards.heads)):
-        raise ValueError(
-            "group: SAR on this model does not know it; apply_sar(model, config, shards=Shards(queries=group)), or "
-            "Shards(heads=group) for Ulysses"
+        raise ArgumentError(
+            "group",
+            "one that SAR on this model does not know",
+            (
+                "be given to SAR: apply_sar(model, config, shards=Shards(queries=group)), or Shards(heads=group) "
+                "for Ulysses"
+            ),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from sar_fast.base.errors import ArgumentTypeError
+from sar_fast.base.errors import ArgumentError, ArgumentTypeError
 from sar_fast.config import SARConfig
 from sar_fast.hf import SARHandle, apply_sar
 from sar_fast.hf.features import handle_of
@@ -44,20 +44,26 @@ class SARCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         if model is None:
-            raise ValueError("model: the Trainer has none that SARCallback could put SAR on")
+            raise ArgumentError("model", "None", "be one that SARCallback can put SAR on")
         there = handle_of(unwrap(model).base_model)
         if there is not None and there.config != self.config:
             fields = [f.name for f in dataclasses.fields(SARConfig)]
             other = [n for n in fields if getattr(there.config, n) != getattr(self.config, n)]
-            raise ValueError(f"model: SAR is on it already, with another {', '.join(other)} than SARCallback's")
+            raise ArgumentError(
+                "model", f"one with another {', '.join(other)}", "be without SAR, or have the SARCallback's"
+            )
         self.handle = apply_sar(model, self.config) if there is None else there
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check(kwargs["model"])
         if is_trained(module_of(self.config.weighting)):
-            raise ValueError(
-                "weighting: its parameters learn, and sar_fast.lab.training.trainers.SFTTrainer alone trains and saves "
-                "those; for any other Trainer freeze them, weighting.requires_grad_(False)"
+            raise ArgumentError(
+                "weighting",
+                "some",
+                (
+                    "have no parameters that learn, after weighting.requires_grad_(False), in any Trainer but "
+                    "sar_fast.lab.training.trainers.SFTTrainer, which alone trains and saves those"
+                ),
             )
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,4 +74,6 @@ class SARCallback(TrainerCallback):
         if self.handle is None:
             raise ValueError("SARCallback must be one of the Trainer's callbacks when it is made; add_callback is late")
         if handle_of(unwrap(model).base_model) is not self.handle:
-            raise ValueError("model: it is not the one, or not as it was, that SARCallback put SAR on (model_init?)")
+            raise ArgumentError(
+                "model", "another, or one that was changed (model_init?)", "be the one that SARCallback put SAR on"
+            )

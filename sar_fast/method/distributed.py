@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sar_fast.base.errors import ArgumentError
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
@@ -25,7 +27,7 @@ class Shards:
 
     def __post_init__(self) -> None:
         if self.heads is None and self.queries is None:
-            raise ValueError("heads or queries must be a process group; got None for both")
+            raise ArgumentError("heads or queries", "None for both", "be a process group")
 
     def __deepcopy__(self, memo: dict) -> Shards:
         return self  # process groups belong to the process, not to the model
@@ -34,7 +36,7 @@ class Shards:
         """``ValueError`` unless a layer's ``total`` heads divide evenly over the ranks that share them."""
         ranks = 1 if self.heads is None else dist.get_world_size(self.heads)
         if total % ranks:
-            raise ValueError(f"shards.heads has {ranks} ranks, which do not share {total} heads evenly")
+            raise ArgumentError("shards.heads", ranks, f"have ranks that share {total} heads evenly")
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -167,7 +167,7 @@ def check_cache(
         check_block_table(block_table, batch, q.device)
     cache_seqlens = _check_lengths(cache_seqlens, batch)
     if (k is None) != (v is None):
-        raise ValueError(f"k and v must be given together; got only {'v' if k is None else 'k'}")
+        raise ArgumentError("k and v", f"only {'v' if k is None else 'k'}", "be given together")
     for name, x in (("k", k), ("v", v)):
         if x is not None:
             validation.check_tensor(name, x)

@@ -53,7 +53,7 @@ def prior_from_norms(norms: Tensor, mask: Tensor) -> Tensor:
     _check_mask(mask)
     total = int(mask.sum())
     if norms.numel() != total:
-        raise ValueError(f"features must hold one vector per visual token: mask has {total}, got {norms.numel()}")
+        raise ArgumentError("features", norms.numel(), f"hold one vector per visual token, of which mask has {total}")
     weights = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     weights = weights.masked_scatter(mask, norms.to(weights))
     sums = weights.sum(-1, keepdim=True)

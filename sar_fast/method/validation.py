@@ -66,10 +66,10 @@ def check_qkv(
         raise ArgumentError(value, f"shape {_shape(v)}", f"have {key}'s batch, length and heads {_shape(k)[:-1]}")
     H, Hkv = q.shape[-2], k.shape[-2]
     if H == 0 or Hkv == 0 or H % Hkv != 0:
-        raise ValueError(f"q's number of heads must be a multiple of {key}'s; got {H} query and {Hkv} key/value heads")
+        raise ArgumentError("q's number of heads", f"{H} query and {Hkv} key/value heads", f"be a multiple of {key}'s")
     for name, x in (("q", q), (value, v)):
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}'s head dim must be between 1 and {MAX_HEAD_DIM}; got {x.shape[-1]}")
+            raise ArgumentError(f"{name}'s head dim", x.shape[-1], f"be between 1 and {MAX_HEAD_DIM}")
 
 
 def check_mask(name: str, mask: object, shape: tuple[int, ...], device: torch.device) -> None:

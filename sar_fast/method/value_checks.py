@@ -58,7 +58,7 @@ def check_prior_range(low: float, high: float, when: str = "") -> None:
 def check_weights_range(low: float, high: float, when: str = "", *, rule: str) -> None:
     """Raise unless both are finite."""
     if not (low > -float("inf") and high < float("inf")):
-        raise ValueError(f"weighting: {rule} must return finite weights; got values from {low} to {high}{when}")
+        raise ArgumentError("weighting", f"values from {low} to {high}{when} of {rule}", "return finite weights")
 
 
 def _check_all(low: float, high: float, when: str = "", *, error: str) -> None:

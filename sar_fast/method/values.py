@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError
+
 
 class Roles(NamedTuple):
     """What the tokens of a call are. Packed calls have no batch dimension."""
@@ -138,7 +140,7 @@ class Call:
         left, right = self.scores.window
         for name, given, limited in zip(Bounds._fields, self.bounds, (left >= 0, right >= 0 or self.scores.causal)):
             if given is not None and limited:
-                raise ValueError(f"bounds.{name} and scores limit the same side; one must be open")
+                raise ArgumentError(f"bounds.{name}", "both", "be open where scores limit that side")
 
     def plain(self) -> Call:
         """The same without roles."""

@@ -43,9 +43,11 @@ class Visibility:
         if not is_integer(chunk) or chunk < 0:
             raise ArgumentError("chunk", repr(chunk), "be an int >= 0, 0 = off")
         if self.chunk_start is not None and chunk == 0:
-            raise ValueError("chunk_start needs chunk; got chunk=0")
+            raise ArgumentError("chunk", 0, "be > 0 with {chunk_start}")
         if self.prefix is not None and self.blocks is not None:
-            raise ValueError("prefix and blocks cannot be given together: a prefix is a block; give it a number there")
+            raise ArgumentError(
+                "prefix and blocks", "both", "not be given together: a prefix is a block; give it a number there"
+            )
         for name in ("chunk_start", "prefix", "blocks"):
             given = getattr(self, name)
             if given is None:

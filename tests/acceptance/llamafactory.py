@@ -311,7 +311,7 @@ def errors(work: Work, model: str) -> str:
     wrong = {
         "unknown key sar_betta; did you mean sar_beta?": [file, "sar_betta=0.5"],
         "unknown flag --sar_betas; did you mean sar_beta?": [*flags, "--sar_betas", "0.5"],
-        "--sar_beta has no effect without --use_sar": [file, "sar_beta=0.1"],
+        "--sar_beta must be left out without --use_sar": [file, "sar_beta=0.1"],
         "--sar_beta must be > 0": [file, "use_sar=true", "sar_beta=0"],
         "--sar_activation_layer_k must be at most the number of attention layers, 4": [
             file, "use_sar=true", "sar_activation_layer_k=9",

@@ -321,11 +321,11 @@ def test_flags_that_do_not_fit_the_task_are_errors(tmp_path):
     with pytest.raises(ValueError, match="--scoring must be generate for textvqa; got 'first_token'"):
         benchmark.run(arguments(tmp_path, task="textvqa", data_dir=str(DATA / "textvqa"), scoring="first_token"))
     given = ["--model_name_or_path", "miniature", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="--box_format has no effect on --task mme; leave it out"):
+    with pytest.raises(ValueError, match="--box_format must be left out with --task mme; got"):
         parse([*given, "--task", "mme", "--box_format", "pixels"])
-    with pytest.raises(ValueError, match="--choice_format has no effect on --task mme; leave it out"):
+    with pytest.raises(ValueError, match="--choice_format must be left out with --task mme; got"):
         parse([*given, "--task=mme", "--choice-format=cloze"])
-    with pytest.raises(ValueError, match="--prompt_suffix has no effect without --task; add it"):
+    with pytest.raises(ValueError, match="--prompt_suffix must be left out without --task; got"):
         parse([*given, "--do_layerwise_probe", "--prompt_suffix", "x"])
 
 
@@ -345,7 +345,9 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
     assert names("mmb", "dev", "en") == ["mmb/en/dev-0.parquet"]
     assert names("mmb/cn", "dev", "en") == ["mmb/cn/dev-0.parquet"]
     assert names("ref", "test") == ["ref/data/test-0.parquet"]  # testA is another split
-    with pytest.raises(ValueError, match=r"has dev in several folders, give one of them: .*cn, .*en"):
+    with pytest.raises(
+        ValueError, match=r"data_dir must have dev in one folder; got .* with several, give one of them: .*cn, .*en"
+    ):
         find_files(tmp_path / "mmb", "dev")
     with pytest.raises(FileNotFoundError, match=r"has no val-\*\.parquet; it has dev, test"):
         find_files(tmp_path / "mmb", "val", "en")
@@ -362,21 +364,38 @@ def test_files_of_a_split_are_found_in_the_published_layouts(tmp_path):
         (["--tusk", "mme"], "error: unknown flag --tusk; did you mean --task?"),
         ([], "error: needed one of --task, --do_sfs_fi_eval, --do_layerwise_probe; got none"),
         (["--task", "mme", "--do_layerwise_probe"], "got --task and --do_layerwise_probe"),
-        (["--task", "mme", "--sar_beta", "0.1"], "error: --sar_beta has no effect without --use_sar; add it"),
+        (["--task", "mme", "--sar_beta", "0.1"], "error: --sar_beta must be left out without --use_sar"),
         (["--task", "mme", "--use_sar", "--sar_beta", "0"], "error: --sar_beta must be > 0"),
-        (["--task", "mme", "--dataset", "x"], "error: --dataset is for"),
-        (["--task", "mme", "--bf16", "--fp16"], "error: --bf16 and --fp16 exclude each other"),
-        (["--task", "mme", "--predict_with_generate", "--scoring", "first_token"], "exclude each other; give one"),
+        (
+            ["--task", "mme", "--dataset", "x"],
+            "error: --dataset must be left out with --task, which takes --data_dir; got x",
+        ),
+        (["--do_layerwise_probe"], "error: --dataset must be given with --do_layerwise_probe; got None"),
+        (
+            ["--do_layerwise_probe", "--dataset", "/x.json", "--dataset_dir", "y"],
+            "error: --dataset_dir must be left out for a file with an absolute path; got y",
+        ),
+        (["--task", "mme", "--bf16", "--fp16"], "error: --bf16 must be False with --fp16; got True"),
+        (
+            ["--task", "mme", "--predict_with_generate", "--scoring", "first_token"],
+            "error: --predict_with_generate must be False with --scoring first_token; got True",
+        ),
         (
             ["--task", "mme", "--per_device_eval_batch_size", "0"],
             "per_device_eval_batch_size must be at least 1; got 0",
         ),
         (
             ["--task", "mme", "--scoring", "first_token", "--max_new_tokens", "5"],
-            "error: --max_new_tokens has no effect on --scoring first_token",
+            "error: --max_new_tokens must be left out with --scoring first_token",
         ),
-        (["--task", "mme", "--media_dir", "x"], "error: --media_dir has no effect on --task"),
-        (["--task", "mme", "--dataset_dir", "x"], "error: --dataset_dir has no effect on --task"),
+        (
+            ["--task", "mme", "--media_dir", "x"],
+            "error: --media_dir must be left out with --task, which takes --data_dir",
+        ),
+        (
+            ["--task", "mme", "--dataset_dir", "x"],
+            "error: --dataset_dir must be left out with --task, which takes --data_dir",
+        ),
         (["--task", "mme", "--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0; got -1"),
         (["--task", "mme", "--scoring", "last"], "error: argument --scoring: invalid choice: 'last'"),
         (["--task", "mme", "--data_dir", "nowhere"], "error: data_dir nowhere is no folder"),

@@ -30,7 +30,7 @@ def test_a_bad_template_is_named_before_anything_is_written(tmp_path, template, 
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path / "out", template=str(tmp_path / "t.jinja"))
-    with pytest.raises(ValueError, match=r"template is '.*gone\.jinja', needed a Jinja file"):
+    with pytest.raises(ValueError, match=r"template must be a Jinja file; .*; got '.*gone\.jinja'"):
         arguments(tmp_path / "out", template=str(tmp_path / "gone.jinja"))
 
 

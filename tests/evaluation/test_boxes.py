@@ -60,7 +60,10 @@ def test_the_first_box_counts():
 
 
 def test_pixels_of_the_resized_picture_need_its_size():
-    with pytest.raises(ValueError, match="box_format resized_pixels needs a model whose processor reports"):
+    with pytest.raises(
+        ValueError,
+        match=r"box_format must be another one for a model whose processor does not report .*; got resized_pixels",
+    ):
         FORMATS["resized_pixels"].read("[1, 2, 3, 4]", SIZE, None)
 
 
@@ -72,7 +75,7 @@ def test_families_have_their_format_and_a_flag_overrules_it():
     assert choose_format(None, "qwen2_5_vl") == "resized_pixels"
     assert choose_format(None, "llava") == "fraction"
     assert choose_format("pixels", "llava") == "pixels"
-    with pytest.raises(ValueError, match="box_format is 'permille', needed one of fraction"):
+    with pytest.raises(ValueError, match=r"box_format must be one of fraction, .*; got 'permille'"):
         choose_format("permille", "llava")
 
 
@@ -193,8 +196,8 @@ def test_the_format_that_replies_are_written_in_is_named(written, expected):
     assert found["better"] == ALIKE.get(written, [written])
     assert found["accuracy"][written] == 100
     (remark,) = remarks
-    assert f"do not seem to write boxes as --box_format {expected}: numbers from" in remark
-    assert f"with --box_format {written}: 4 of 4 boxes plausible, accuracy 100.00" in remark
+    assert f"do not seem to write boxes as box_format {expected}: numbers from" in remark
+    assert f"with box_format {written}: 4 of 4 boxes plausible, accuracy 100.00" in remark
 
 
 def test_a_mismatch_shows_also_where_the_model_finds_nothing():
@@ -202,11 +205,11 @@ def test_a_mismatch_shows_also_where_the_model_finds_nothing():
     scores, (remark,) = read_as("fraction", ["[700, 650, 900, 990]"] * 4, frame=None)
     assert scores["box_format_mismatch"]["better"] == ["thousandths", "qwen3", "internvl"]
     assert "resized_pixels" not in scores["box_format_mismatch"]["accuracy"]  # the processor reports no frame
-    assert "numbers from 650 to 990, 0 of 4 boxes plausible, accuracy 0.00; with --box_format thousandths" in remark
+    assert "numbers from 650 to 990, 0 of 4 boxes plausible, accuracy 0.00; with box_format thousandths" in remark
     _, (remark,) = read_as("thousandths", ["[0.7, 0.6, 0.9, 0.99]"] * 3, BOXES[:3])
     assert "numbers from 0.6 to 0.99" in remark
     _, (remark,) = read_as("pixels", ["[70000, 65000, 90000, 99000]"])
-    assert remark.endswith("accuracy 0.00; no other --box_format fits")
+    assert remark.endswith("accuracy 0.00; no other box_format fits")
 
 
 SWAPPED = {
@@ -225,14 +228,14 @@ def test_numbers_in_another_order_are_told_though_no_format_reads_them(order, un
     scores, (remark,) = read_as(in_force, replies, frame=None)
     assert scores["overall"]["accuracy"] < 100
     assert scores["box_format_mismatch"]["order"] == {"units": units, "order": order, "accuracy": 100}
-    end = f"read as {order} in the units of {units}, accuracy 100.00: no --box_format has this order"
+    end = f"read as {order} in the units of {units}, accuracy 100.00: no box_format has this order"
     assert remark.endswith(end)
 
 
 def test_formats_that_hold_the_numbers_equally_well_are_all_named():
     """Nothing is right in any of them: which is meant is not known."""
     _, (remark,) = read_as("fraction", ["[1, 90, 4, 99]"] * 4, frame=None)
-    assert "with --box_format percent: 4 of 4 boxes plausible, accuracy 0.00" in remark
+    assert "with box_format percent: 4 of 4 boxes plausible, accuracy 0.00" in remark
     assert "(thousandths, pixels, qwen3, internvl fit as well)" in remark
 
 

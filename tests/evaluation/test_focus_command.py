@@ -120,19 +120,27 @@ class TestFocusCommand:
         assert set(found["c_weighted"]) >= {"semantic_focus_score", "focus_instability"}
 
     def test_half_a_grounding_pair_is_an_error(self, tmp_path):
-        with pytest.raises(ValueError, match="--sam_checkpoint_path is missing"):
+        with pytest.raises(
+            ValueError, match="--sam_checkpoint_path must be given: masks by grounding need a detector and a segmenter"
+        ):
             focus.run(arguments(FOCUS, tmp_path, "--gd_checkpoint_path", "x"))
 
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            ("--gd_config_path x.py", "--gd_config_path has no effect without --gd_checkpoint_path and --sam_check"),
-            ("--sam_model_type vit_x", "--sam_model_type has no effect without"),
-            ("--gd_box_threshold 0.5", "--gd_box_threshold has no effect without"),
-            ("--sam_mask_cache x", "--sam_mask_cache has no effect without"),
+            ("--gd_config_path x.py", "--gd_config_path must be left out without --gd_checkpoint_path and --sam_check"),
+            ("--sam_model_type vit_x", "--sam_model_type must be left out without"),
+            ("--gd_box_threshold 0.5", "--gd_box_threshold must be left out without"),
+            ("--sam_mask_cache x", "--sam_mask_cache must be left out without"),
             ("--gd_checkpoint_path a/b --sam_checkpoint_path c.pth --sam_model_type vit_x", "vit_h; got 'vit_x'"),
-            ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --sam_model_type vit_b", "--sam_model_type has no ef"),
-            ("--gd_checkpoint_path a/b --sam_checkpoint_path c/d --gd_config_path x", "--gd_config_path has no effect"),
+            (
+                "--gd_checkpoint_path a/b --sam_checkpoint_path c/d --sam_model_type vit_b",
+                "--sam_model_type must be left out for",
+            ),
+            (
+                "--gd_checkpoint_path a/b --sam_checkpoint_path c/d --gd_config_path x",
+                "--gd_config_path must be left out for",
+            ),
             (
                 "--gd_checkpoint_path /nope --sam_checkpoint_path c/d",
                 "--gd_checkpoint_path must be a folder on",

@@ -79,7 +79,7 @@ class TestAttentionMap:
         np.testing.assert_allclose(attention, 1 / attention.size, rtol=1e-6)
 
     def test_bad_values(self):
-        with pytest.raises(ValueError, match="no attention on the picture"):
+        with pytest.raises(ValueError, match="values must put attention on the picture"):
             attention_map(np.zeros(4), [grid(2, 2)], SIZE)
         with pytest.raises(ValueError, match="finite and >= 0"):
             attention_map(np.array([1, -1, 0, 0.0]), [grid(2, 2)], SIZE)
@@ -120,8 +120,14 @@ class TestScores:
         attention = np.full((40, 96), 1 / 3840)
         with pytest.raises(ValueError, match="picture's shape"):
             semantic_focus(attention, np.ones((96, 40), bool))
-        with pytest.raises(ValueError, match="empty"):
+        with pytest.raises(ValueError, match="mask must have a pixel to focus on; got an empty one"):
             semantic_focus(attention, np.zeros((40, 96), bool))
+        with pytest.raises(TypeError, match="mask must be bool; got float64"):
+            semantic_focus(attention, np.ones((40, 96)))
+        with pytest.raises(ValueError, match=r"attention must have \d x \d pixels or more for SSIM; got 9 x 1"):
+            structural_similarities(attention[:1, :9], [attention[:1, :9]])
+        with pytest.raises(ValueError, match="values and groups must have the same length > 0; got 2 and 3"):
+            interval_of_mean([0.5, 0.5], [0, 1, 2])
         with pytest.raises(ValueError, match="at least two prompts"):
             focus_instability(attention, [])
 

@@ -132,7 +132,7 @@ class TestFeatures:
 
     def test_right_padding_is_refused(self):
         model, inputs = CASES["llava"].make(), CASES["llava"].batch([1, 0], side="right")
-        with pytest.raises(ValueError, match="padded on the left"):
+        with pytest.raises(ValueError, match="must pad prompts on the left"):
             layer_features(model, inputs)
 
     def test_hooks_are_gone_afterwards(self):

@@ -259,17 +259,23 @@ def test_results_of_a_revision_without_rules_continue(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nope"], "--sar_weighting: 'nope' is not known; known are "),
+        (["nope"], "--sar_weighting must be one of .*; got 'nope'"),
         (["{rules}:nope"], "--sar_weighting: .*rules.py has no 'nope'"),
-        (["gone.py:f"], "--sar_weighting: 'gone.py:f' must be FILE.py:NAME; no such Python file 'gone.py'"),
+        (["gone.py:f"], "--sar_weighting must be FILE.py:NAME; got 'gone.py:f': no such Python file 'gone.py'"),
         (["{broken"], "--sar_weighting must be a name, FILE.py:NAME, or "),
         (['{"name": "softmax", "options": {"beta": 0}}'], r"--sar_weighting \{.*\}: beta must be > 0"),
-        (['{"name": "softmax", "options": {"bet": 1}}'], "--sar_weighting: 'softmax' has no option bet; it takes beta"),
-        (["{rules}:Silent"], "--sar_weighting: Silent takes exponent, and does not say which it got"),
-        (["equal", "--sar_beta", "0.5"], "--sar_weighting must come without --sar_beta, of the paper's rule"),
+        (
+            ['{"name": "softmax", "options": {"bet": 1}}'],
+            "--sar_weighting must have options that 'softmax' takes, beta, .*; got bet",
+        ),
+        (["{rules}:Silent"], "--sar_weighting must say which options it got: .*; got Silent, which takes exponent"),
+        (
+            ["equal", "--sar_beta", "0.5"],
+            "--sar_weighting must come without options of the paper's rule; got --sar_beta",
+        ),
         (
             ["equal", "--sar_normalize", "standardize", "--sar_beta", "1"],
-            "--sar_weighting must come without --sar_beta, --sar_normalize, of the paper's rule",
+            "--sar_weighting must come without options of the paper's rule; got --sar_beta, --sar_normalize",
         ),
     ],
 )
@@ -282,7 +288,7 @@ def test_bad_flags(tmp_path, rules, words, message):
 
 
 def test_a_rule_needs_sar(tmp_path):
-    with pytest.raises(ValueError, match="--sar_weighting has no effect without --use_sar; add it"):
+    with pytest.raises(ValueError, match="sar_weighting must be left out without use_sar; got equal"):
         arguments(tmp_path, sar_weighting="equal")
     arguments(tmp_path, sar_beta=0.5, sar_normalize="none")  # what SAR would do by itself: as good as not given
 
@@ -301,7 +307,7 @@ def test_only_the_model_tells_whether_its_sizes_fit(tmp_path, rules):
     spec = lambda **options: json.dumps({"name": f"{rules}:Small", "options": options})
     with pytest.raises(ValueError, match=r"^--sar_weighting .*: layers must be at least 2; got 1"):
         ruled(tmp_path, spec(layers=1))
-    with pytest.raises(ValueError, match=r"^--sar_weighting: .* has no option heads; it takes layers"):
+    with pytest.raises(ValueError, match=r"^--sar_weighting must have options that .* takes, layers; got heads"):
         ruled(tmp_path, spec(heads=1))
 
 
@@ -412,11 +418,14 @@ def test_rules_alone_leave_out_the_default_beta(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--k", "1", "--weighting", "nope"], "--weighting: 'nope' is not known"),
+        (["--k", "1", "--weighting", "nope"], "--weighting must be one of .*; got 'nope'"),
         (["--k", "1", "--weighting", "equal", '{"name":  "equal"}'], "--weighting must be different rules; got equal"),
-        (["--k", "0", "--weighting", "equal"], "--weighting has no effect on --k 0"),
-        (["--k", "1", "--sar_weighting", "equal"], "--sar_weighting is what a sweep varies; give"),
-        (["--k", "1", "--weighting", "equal", "--sar_normalize", "standardize"], "--sar_normalize has no effect"),
+        (["--k", "0", "--weighting", "equal"], "--weighting must be left out with --k 0 alone"),
+        (["--k", "1", "--sar_weighting", "equal"], "--sar_weighting must be left out, as a sweep varies it: give"),
+        (
+            ["--k", "1", "--weighting", "equal", "--sar_normalize", "standardize"],
+            "--sar_normalize must be left out with --weighting alone; or add --beta; got standardize",
+        ),
         (["--k", "1", "--weighting", '{"name": "softmax", "options": {"beta": 0}}'], "--weighting {.*}: beta must be"),
     ],
 )  # fmt: skip

@@ -52,7 +52,7 @@ def test_every_setting_equals_a_separate_run(swept, tmp_path, name):
 
 
 def test_beta_without_a_re_weighted_setting_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--beta has no effect on --k 0"):
+    with pytest.raises(ValueError, match="--beta must be left out with --k 0 alone"):
         sweep.parse(words(tmp_path, "mme", "--k", "0", "--beta", "0.3", "0.4"))
     sweep.parse(words(tmp_path, "mme", "--k", "0"))
 
@@ -108,8 +108,9 @@ def test_close_values_of_beta_have_folders_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--use_sar", "--k", "1"], "--use_sar is what a sweep varies; give --k and --beta"),
-        (["--sar_beta", "0.1", "--k", "1"], "--sar_beta is what a sweep varies"),
+        (["--compare_batches", "-1", "--k", "1"], "--compare_batches must be at least 0; got -1"),
+        (["--use_sar", "--k", "1"], "--use_sar must be left out, as a sweep varies it: give --k and --beta"),
+        (["--sar_beta", "0.1", "--k", "1"], "--sar_beta must be left out, as a sweep varies it"),
         (["--k", "1", "1"], "--k must be one or more different values"),
         (["--k", "1", "--beta", "0"], "--beta must be > 0"),
         (["--k", "-1"], "--k must be >= 0; got -1"),

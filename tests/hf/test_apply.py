@@ -260,10 +260,10 @@ def test_too_many_layers():
 def test_applied_twice():
     model = llava()
     apply_sar(model, SARConfig(activation_layer_k=1))
-    with pytest.raises(ValueError, match="applied to it already"):
+    with pytest.raises(ValueError, match="that SAR is applied to already"):
         apply_sar(model, SARConfig(activation_layer_k=1))
     remove_sar(model)
-    with pytest.raises(ValueError, match="not applied"):
+    with pytest.raises(ValueError, match="model must be one that SAR is applied to; got one without"):
         remove_sar(model)
 
 

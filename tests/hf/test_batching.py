@@ -306,6 +306,7 @@ def test_packed_cache_cannot_be_continued():
     [
         ({"cu_seq_lens_k": None}, "cu_seq_lens_k must be given together"),
         ({"cu_seq_lens_k": torch.tensor([0, 5, 52], dtype=torch.int32)}, "cu_seq_lens_k must equal cu_seq_lens_q"),
+        ({"cu_seq_lens_q": [0, 52]}, "cu_seq_lens_q must be a tensor; got list"),
         ({"attention_mask": torch.zeros(1, 1).long()}, "attention_mask must be None or all ones"),
         (
             {"cu_seq_lens_q": torch.tensor([0, 9], dtype=torch.int32)} | {"both": True},
@@ -320,6 +321,20 @@ def test_packing_that_contradicts_itself_is_an_error(change, message):
         packed["attention_mask"] = torch.zeros_like(packed["input_ids"])
     with apply_sar(llava(), SARConfig(activation_layer_k=2)) as handle, pytest.raises(ValueError, match=message):
         logits(handle.model, packed)
+
+
+def test_lengths_of_several_rows_or_of_a_continued_cache_are_errors():
+    batch, ends = llava_batch(IMAGES), torch.tensor([0, 3], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    with apply_sar(llava(), SARConfig(activation_layer_k=2)) as handle, torch.no_grad():
+        rows = batch["input_ids"].shape[0]
+        with pytest.raises(ValueError, match=f"cu_seq_lens_q must describe one packed row; got a batch of {rows}"):
+            handle.model(**batch, **lengths)
+        prompt = row_of(llava_batch, IMAGES, 0)
+        cache = handle.model(**prompt, use_cache=True).past_key_values
+        needed = r"cu_seq_lens_q must come without a cache: SAR packs whole sequences; got \d+ cached positions"
+        with pytest.raises(ValueError, match=needed):
+            handle.model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache, **lengths)
 
 
 def test_record_rows_of_packed_sequences_is_an_error():

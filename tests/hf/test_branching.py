@@ -109,6 +109,9 @@ def test_calls_that_cannot_branch_are_errors(name):
     model, inputs, handle = setup(name)
     config, runs = SARConfig(activation_layer_k=2), iter((inputs, MODELS[name][1]([1, 2, 0], first_image=3)))
     static = lambda: model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    filled = {"past_key_values": cache, "attention_mask": inputs["attention_mask"].repeat(1, 2)}
     changed = iter(({}, {"input_ids": torch.where(inputs["input_ids"] == 5, 15, inputs["input_ids"])}))
     for call, message in (
         (lambda: model(**next(runs)), "must run the model on the same inputs every time"),
@@ -117,6 +120,7 @@ def test_calls_that_cannot_branch_are_errors(name):
         ),  # which fail on what a stopped run leaves
         (lambda: model(**{**inputs, **next(changed)}), "must run the model on the same inputs every time"),
         (lambda: None, "must run the model that the handle belongs to"),
+        (lambda: model(**{**inputs, **filled}), "call must start on an empty cache: .*; got cached positions"),
     ):
         with pytest.raises(ValueError, match=message):
             list(run_branches(handle, [config], call))
@@ -131,7 +135,7 @@ def test_settings_that_cannot_branch_are_errors(name):
     _, _, handle = setup(name)
     with pytest.raises(ValueError, match="configs must hold at least one"):
         list(run_branches(handle, [], lambda: None))
-    with pytest.raises(ValueError, match="prior_source is fixed"):
+    with pytest.raises(ValueError, match="prior_source must stay"):
         list(run_branches(handle, [SARConfig(activation_layer_k=1, prior_source="projected")], lambda: None))
     with pytest.raises(ValueError, match=f"at most the number of attention layers, {LAYERS}; got 7"):
         list(run_branches(handle, [SARConfig(activation_layer_k=7)], lambda: None))

@@ -17,7 +17,7 @@ from tests.hf.test_wrappers import tuned
 from tests.hf.tiny import IMAGE, VERSION, llava, llava_batch
 
 KEEPS_LENGTH = "a dynamic cache that was reset keeps its length"
-UNSEEN = r"past_key_values: holds \d+ positions?.*reset"
+UNSEEN = r"past_key_values must be new, .*reset.*; got \d+ positions"
 
 
 @pytest.fixture

@@ -120,11 +120,11 @@ def model_off(model, ids):
 
 
 def test_a_sar_attention_is_refused(one_thread):
-    with pytest.raises(ValueError, match="it is a SARAttention already: set its sar_config"):
+    with pytest.raises(ValueError, match="got a SARAttention already: set its sar_config"):
         SARAttention.from_module(SARAttention(64, 4))
 
 
-DIFFERS = r"on random input {} differs by \d"
+DIFFERS = r"got {}, which differs on random input by \d"
 REFUSED = [
     ("cohere", {}, DIFFERS.format("CohereAttention")),  # interleaved rotary
     ("helium", {}, DIFFERS.format("HeliumAttention")),
@@ -141,16 +141,20 @@ REFUSED = [
         DIFFERS.format("Ministral3Attention"),  # queries scaled by position, from the 32nd on
     ),
     ("gemma3_text", {**FULL, "attn_logit_softcapping": 5.0}, DIFFERS.format("Gemma3Attention")),  # it ignores it
-    ("diffllama", {}, "DiffLlamaAttention also has lambda_k1, lambda_k2, lambda_q1, lambda_q2"),
-    ("bitnet", {}, "BitNetAttention also has attn_sub_norm.weight"),
+    ("diffllama", {}, "DiffLlamaAttention, which also has lambda_k1, lambda_k2, lambda_q1, lambda_q2"),
+    ("bitnet", {}, "BitNetAttention, which also has attn_sub_norm.weight"),
     ("hunyuan_v1_dense", rope("default"), "also has key_layernorm.weight, query_layernorm.weight"),
-    ("doge", {}, "DogeAttention also has A, dt_proj.weight"),
-    ("gpt_oss", {**MOE, **FULL}, "GptOssAttention also has sinks"),
-    ("olmo2", {}, "comparing Olmo2Attention with SARAttention .* raised RuntimeError: The size of tensor a"),
-    ("qwen3_next", {**MOE, **FULL, "shared_expert_intermediate_size": 32}, "config.*Qwen3NextAttention.q_proj gives 8"),
-    ("mistral", {"sliding_window": 8}, "module must attend to all positions; it has sliding_window=8"),
-    ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "layer 0 is of type 'sliding_attention'"),
-    ("phi3", {}, "Phi3Attention lacks q_proj, k_proj, v_proj"),
+    ("doge", {}, "DogeAttention, which also has A, dt_proj.weight"),
+    ("gpt_oss", {**MOE, **FULL}, "GptOssAttention, which also has sinks"),
+    ("olmo2", {}, "to compare Olmo2Attention with .*; got RuntimeError .*: The size of tensor a"),
+    (
+        "qwen3_next",
+        {**MOE, **FULL, "shared_expert_intermediate_size": 32},
+        "config.*; got 8 from Qwen3NextAttention.q_proj",
+    ),
+    ("mistral", {"sliding_window": 8}, "module must attend to all positions; got sliding_window=8"),
+    ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "layer 0 of type 'sliding_attention'"),
+    ("phi3", {}, "got Phi3Attention without q_proj, k_proj, v_proj"),
 ]
 
 
@@ -170,7 +174,7 @@ def test_attention_that_is_not_causal_stays_so(one_thread):
     for mask in (None, torch.zeros(2, 1, 9, 9)):
         torch.testing.assert_close(new(x, embeddings, mask)[0], module(x, embeddings, mask)[0], rtol=1e-4, atol=1e-5)
     new(x, embeddings, is_causal=False)
-    with pytest.raises(ValueError, match=r"is_causal is not supported: the module's own is_causal holds.*got True"):
+    with pytest.raises(ValueError, match=r"is_causal must be left out: the module's own is_causal holds.*; got True"):
         new(x, embeddings, is_causal=True)
 
 
@@ -179,7 +183,7 @@ def test_chunked_attention_is_refused(one_thread):
     from transformers.models.llama4.modeling_llama4 import Llama4TextAttention
 
     config = Llama4TextConfig(**{**SMALL, "num_hidden_layers": 4})
-    for layer, message in ((0, "layer 0 is of type 'chunked_attention'"), (3, "comparing Llama4TextAttention")):
+    for layer, message in ((0, "layer 0 of type 'chunked_attention'"), (3, "to compare Llama4TextAttention")):
         with pytest.raises(ValueError, match=message):
             SARAttention.from_module(Llama4TextAttention(config, layer))
 
@@ -200,7 +204,7 @@ def test_weights_hide_nothing(hide, model_type, taken, one_thread):
         assert new.q_proj is module.q_proj
         assert new.k_norm is module.k_norm
     else:
-        with pytest.raises(ValueError, match="differs by"):
+        with pytest.raises(ValueError, match="differs on random input by"):
             SARAttention.from_module(module, PLAIN)
 
 
@@ -240,7 +244,7 @@ def test_the_callers_context_does_not_matter(context, one_thread):
             if taken:
                 new = SARAttention.from_module(module, PLAIN)
             else:
-                with pytest.raises(ValueError, match="differs by"):
+                with pytest.raises(ValueError, match="differs on random input by"):
                     SARAttention.from_module(module, PLAIN)
     new(torch.randn(1, 5, 64))[0].sum().backward()  # its positions are no inference tensors
 
@@ -318,7 +322,7 @@ def test_positions_that_are_not_known_are_an_error(one_thread):
     """A module without a config: its model's rotary embedding cannot be built."""
     module = tiny("llama").model.layers[0].self_attn
     del module.config
-    with pytest.raises(ValueError, match="raised AttributeError"):
+    with pytest.raises(ValueError, match=r"must run as .*; got AttributeError from LlamaAttention"):
         SARAttention.from_module(module)
 
     class Own(type(module)):
@@ -365,7 +369,7 @@ def test_dropout_in_training_is_an_error(one_thread):
 def test_a_forward_of_its_own_is_refused(one_thread):
     module = tiny("llama").model.layers[0].self_attn
     module.forward = lambda *args, **kwargs: None
-    with pytest.raises(ValueError, match="LlamaAttention has a forward of its own"):
+    with pytest.raises(ValueError, match="got a LlamaAttention with a forward of its own"):
         SARAttention.from_module(module)
 
 
@@ -374,7 +378,7 @@ def test_a_ranks_share_of_the_heads_is_refused(one_thread):
     half = copy.deepcopy(module)
     half.q_proj, half.k_proj, half.v_proj = nn.Linear(64, 32), nn.Linear(64, 16), nn.Linear(64, 16)
     half.o_proj = nn.Linear(32, 64)
-    with pytest.raises(ValueError, match=r"all heads of its layer, 4 by its config.*gives 2"):
+    with pytest.raises(ValueError, match=r"heads of its layer, 4 by its config.*; got 2 from LlamaAttention.q_proj"):
         SARAttention.from_module(half)
     new = SARAttention.from_module(module, PLAIN)
     new.q_proj, new.k_proj, new.v_proj, new.o_proj = half.q_proj, half.k_proj, half.v_proj, half.o_proj

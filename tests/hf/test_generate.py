@@ -162,7 +162,7 @@ def test_crop_into_the_middle_of_a_call_is_an_error_with_running_sums():
     model, batch = llava(), llava_batch([1])
     with apply_sar(model, SARConfig(activation_layer_k=2, beta=BETA)):
         cache = prefill(model, batch)
-        with pytest.raises(ValueError, match=r"ends of calls.*decode=\"prompt\""):
+        with pytest.raises(ValueError, match=r"be the end of a call, .*decode=\"prompt\".*; got"):
             cache.crop(-1)
     with apply_sar(model, SARConfig(activation_layer_k=2, beta=BETA, decode="prompt")):
         cache = prefill(model, batch)

@@ -41,14 +41,17 @@ def test_placeholders_without_pixels_are_an_error(family):
     ids = batch_of([1, 0])["input_ids"]
     with apply_sar(model, config_of("running")):
         for call in (model, lambda **row: model.generate(**row, max_new_tokens=2)):
-            with torch.no_grad(), pytest.raises(ValueError, match=r"input_ids: holds \d+ placeholders.*pixel_values"):
+            with (
+                torch.no_grad(),
+                pytest.raises(ValueError, match=r"must come with pixel_values or .*; got \d+ placeholders"),
+            ):
                 call(input_ids=ids)
 
 
 def test_placeholders_of_a_clip_without_frames_are_an_error():
     model = qwen2_5_vl()
     row = {"input_ids": torch.tensor([[*TEXT, VIDEO, VIDEO, 8]])}
-    error = pytest.raises(ValueError, match=r"input_ids: holds 2 placeholders.*pixel_values_videos")
+    error = pytest.raises(ValueError, match=r"input_ids must come with pixel_values_videos or .*; got 2 placeholders")
     with apply_sar(model, config_of("running")), torch.no_grad(), error:
         model(**row)
 
@@ -73,7 +76,7 @@ def test_a_second_turn_without_its_pixels_is_an_error(model):
     with apply_sar(model, config_of("running")), torch.no_grad():
         cache = model(**row_of(llava_batch, [1], 0), use_cache=True).past_key_values
         turn = row_of(llava_batch, [1, 1], 1)["input_ids"]
-        with pytest.raises(ValueError, match=r"input_ids: holds 16 placeholders"):
+        with pytest.raises(ValueError, match=r"input_ids must come with .*; got 16 placeholders"):
             model(input_ids=turn, past_key_values=cache)
 
 
@@ -112,7 +115,9 @@ def test_embeddings_that_hold_the_pictures_already_are_an_error(family):
         hook.remove()
         with apply_sar(model, config_of("running")):
             for call in (model, lambda **row: model.generate(**row, max_new_tokens=2)):
-                with pytest.raises(ValueError, match=r"inputs_embeds: .*input_ids.*pixel_values"):
+                with pytest.raises(
+                    ValueError, match=r"inputs_embeds must come with input_ids and pixel_values.*; got neither"
+                ):
                     call(inputs_embeds=merged[0])
         with apply_sar(model, SARConfig(activation_layer_k=0)):
             assert model(inputs_embeds=merged[0]).logits.isfinite().all()
@@ -121,7 +126,7 @@ def test_embeddings_that_hold_the_pictures_already_are_an_error(family):
 def test_merged_embeddings_with_pixels_say_that_no_placeholder_is_left(model):
     row = row_of(llava_batch, [1], 0)
     embeds = torch.randn(1, row["input_ids"].shape[1], 64)
-    error = pytest.raises(ValueError, match=r"0 visual placeholder tokens.*16 features|tokens: 0, features")
+    error = pytest.raises(ValueError, match=r"got 0 tokens .* for 16 features|tokens: 0, features")
     with apply_sar(model, config_of("running")), torch.no_grad(), error:
         model(inputs_embeds=embeds, pixel_values=row["pixel_values"])
 

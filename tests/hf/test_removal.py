@@ -104,7 +104,7 @@ def test_use_sar_false_means_without_sar():
     patch_model_for_sar(model, sar_activation_layer_k=2, sar_beta=0.02)
     assert patch_model_for_sar(model, use_sar=False) is None
     assert torch.equal(logits(model, batch), plain)
-    with pytest.raises(ValueError, match="not applied"):
+    with pytest.raises(ValueError, match="model must be one that SAR is applied to; got one without"):
         remove_sar(model)
 
 

@@ -89,7 +89,10 @@ def refusals(world):
     batch, _ = padded_batch()
     model, group = llava(), dist.group.WORLD
     handle = apply_sar(model, CONFIG)
-    with pytest.raises(ValueError, match=r"SAR on this model does not know it; apply_sar.*Shards\(queries=group\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"group must be given to SAR: apply_sar.*Shards\(queries=group\).*; got one that SAR",
+    ):
         split_sequence(model, group)
     ids = batch["input_ids"].clone()
     mesh = init_device_mesh("cpu", (world,))
@@ -99,7 +102,7 @@ def refusals(world):
             model(input_ids=ids, pixel_values=batch["pixel_values"])
     model(**batch)  # not for good
     handle.remove()
-    with pytest.raises(ValueError, match="layers of sliding_attention; a split sequence needs plain causal"):
+    with pytest.raises(ValueError, match=r"plain causal attention in all layers, .*; got layers of sliding_attention"):
         split_sequence(CASES["gemma3"].make(), group)
 
     prefix = CASES["paligemma"]
@@ -110,7 +113,7 @@ def refusals(world):
     with pytest.raises(ValueError, match=r"given a mask .* that is not plain causal"):
         model(**even, use_cache=False)
     three = llava(hidden_size=48, num_attention_heads=3, num_key_value_heads=3)
-    with pytest.raises(ValueError, match=r"shards\.heads has 2 ranks, which do not share 3 heads evenly"):
+    with pytest.raises(ValueError, match=r"shards\.heads must have ranks that share 3 heads evenly; got 2"):
         apply_sar(three, CONFIG, shards=Shards(heads=group))
 
 
@@ -176,7 +179,7 @@ def uneven_ulysses_worker(rank, world):
         UlyssesSPAttentionHF.register_with_transformers(
             text, text.config._attn_implementation, sequence_parallel_size=world, micro_batch_size=3
         )
-    with pytest.raises(ValueError, match=r"shards\.heads has 2 ranks, which do not share 3 heads evenly"):
+    with pytest.raises(ValueError, match=r"shards\.heads must have ranks that share 3 heads evenly; got 2"):
         apply_sar(model, CONFIG, shards=Shards(heads=dist.group.WORLD))
 
 

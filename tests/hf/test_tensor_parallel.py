@@ -132,7 +132,7 @@ def tensor_parallel_worker(rank, world, path, uneven):
     with pytest.raises(RuntimeError, match=r"attends with 27 of 27 positions.* split_sequence\(model, group\)"):
         split(**llava_batch([1]))
     split = LlavaForConditionalGeneration.from_pretrained(uneven, **split_over_ranks())
-    with pytest.raises(ValueError, match=r"shards\.heads has 2 ranks, which do not share 3 heads evenly"):
+    with pytest.raises(ValueError, match=r"shards\.heads must have ranks that share 3 heads evenly; got 2"):
         apply_sar(split, CONFIG)
 
 

@@ -176,5 +176,5 @@ def test_compiled_steps_without_sar_are_seen_on_a_static_cache():
         for _ in range(3):
             step()
         assert counter.frame_count == 1
-        with apply_sar(model, config), pytest.raises(ValueError, match="SAR filled not all of them"):
+        with apply_sar(model, config), pytest.raises(ValueError, match="SAR filled not all, so"):
             model(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)

@@ -76,7 +76,7 @@ def test_the_rule_is_a_submodule_until_removal(kind, split):
 def test_another_attribute_of_that_name_is_left_alone():
     model = llava()
     model.model.sar_weighting = own = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"LlavaModel has an attribute 'sar_weighting' already.*rename"):
+    with pytest.raises(ValueError, match=r"no attribute 'sar_weighting', .*rename .*; got a LlavaModel that has one"):
         apply_sar(model, config(drawn()))
     assert handle_of(model.model) is None
     assert model.model.config.text_config._attn_implementation != "sar"

@@ -204,7 +204,10 @@ def test_equal_weights_leave_the_model_as_it_is():
 
 def test_a_table_that_does_not_fit_the_model_is_an_error():
     model, batch = case_of("llava", (1, 1))
-    for c, message in ((torch.ones(3, H), "has weights of 3 layers; got layer 3"), (torch.ones(5), "of 4 heads")):
+    for c, message in (
+        (torch.ones(3, H), "must have weights of layer 3; got Fixed with weights of 3 layers"),
+        (torch.ones(5), "of 4 heads"),
+    ):
         with (
             apply_sar(model, SARConfig(activation_layer_k=1, weighting=Fixed(c))),
             pytest.raises(ValueError, match=message),
@@ -219,7 +222,7 @@ def test_positions_that_came_under_given_weights_have_no_statistics(record, befo
     model, batch = case_of("llava", (1, 1))
     measured, given = SARConfig(activation_layer_k=2), fixed(2, record=record)
     token = batch["input_ids"][:, -1:]
-    refused = pytest.raises(ValueError, match=r"past_key_values: (holds .* passes under SAR filled|was filled under)")
+    refused = pytest.raises(ValueError, match=r"past_key_values must .*; got (.* under SAR filled|one filled under)")
     with torch.no_grad(), apply_sar(model, given if before == "nothing" else measured) as handle:
         cache = model(**batch).past_key_values
         handle.reconfigure(given)

@@ -138,9 +138,9 @@ def test_a_resumed_run_goes_on_as_it_began(file, tmp_path):
     invoke("train", file(**saving | SAR))
     checkpoint = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
     for changes, message in (
-        (SAR | {"sar_beta": 0.5}, "--sar_beta is 0.5, and"),
-        ({}, "--use_sar is False, and"),
-        (SAR | {"custom_trainer": "control_sft"}, "--custom_trainer is control_sft, and"),
+        (SAR | {"sar_beta": 0.5}, "--sar_beta must be 0.001 as in "),
+        ({}, "--use_sar must be True as in "),
+        (SAR | {"custom_trainer": "control_sft"}, "--custom_trainer must be None as in "),
     ):
         result = invoke("train", file(**saving | checkpoint | changes))
         assert result.exit_code == 2
@@ -148,7 +148,7 @@ def test_a_resumed_run_goes_on_as_it_began(file, tmp_path):
     assert invoke("train", file(**saving | checkpoint | SAR | {"max_steps": 2})).exit_code == 0
     assert trained().state.global_step == 2
     (tmp_path / "out" / "checkpoint-1" / "sar_options.json").unlink()  # llamafactory-cli's
-    assert "--use_sar is True, and" in invoke("train", file(**saving | checkpoint | SAR)).stderr
+    assert "--use_sar must be False as in " in invoke("train", file(**saving | checkpoint | SAR)).stderr
 
 
 def test_a_rule_is_used_as_it_is(file):
@@ -163,25 +163,28 @@ def test_a_rule_is_used_as_it_is(file):
     [
         ({"sar_betta": 0.5}, "unknown key sar_betta; did you mean sar_beta?"),
         ({"learning_rat": 0.5}, "did you mean learning_rate?"),
-        ({"sar_beta": 0.1}, "--sar_beta has no effect without --use_sar"),
+        ({"sar_beta": 0.1}, "--sar_beta must be left out without --use_sar"),
         ({"use_sar": True, "sar_beta": 0}, "--sar_beta must be > 0"),
         ({"use_sar": "perhaps"}, "argument --use_sar"),
         ({"use_sar": True, "sar_activation_layer_k": 5}, "--sar_activation_layer_k must be at most"),
         ({"use_sar": True, "sar_backend": "cuda"}, "--sar_backend must be one of"),
         ({"use_sar": True, "sar_activation_layer_k": 2, "sar_weighting": "head_scales"}, "parameters that learn"),
-        ({"use_sar": True, "flash_attn": "fa2"}, "leave out --flash_attn"),
-        ({"use_sar": True, "neat_packing": True}, "--neat_packing puts samples into one row, --use_sar"),
-        ({"custom_trainer": "control_sft", "packing": True}, "--packing puts samples into one row, --custom_trainer"),
-        ({"custom_trainer": "control_sft", "use_dft_loss": True}, "leave out --use_dft_loss"),
+        ({"use_sar": True, "flash_attn": "fa2"}, "--flash_attn must be left out with --use_sar"),
+        ({"use_sar": True, "neat_packing": True}, "--neat_packing must be left out with --use_sar"),
+        ({"custom_trainer": "control_sft", "packing": True}, "--packing must be left out with --custom_trainer"),
+        (
+            {"custom_trainer": "control_sft", "use_dft_loss": True},
+            "--custom_trainer must come without other losses: it adds to the model's own; got control_sft with --use_d",
+        ),
         (
             {"custom_trainer": "control_sft", "learnable_temperature": True, "finetuning_type": "lora"},
-            "--learnable_temperature: checkpoints of --finetuning_type lora do not hold it",
+            "--learnable_temperature must be left out with --finetuning_type lora",
         ),
         ({"custom_trainer": "mine"}, "--custom_trainer"),
         ({"visual_contrastive_loss_weight": 0.2}, "without --custom_trainer control_sft"),
         ({"gradient_analysis_steps": 0}, "--gradient_analysis_steps must be at least 1"),
-        ({"stage": "pt"}, "--stage must be sft here; got pt"),
-        ({"use_unsloth": True}, "--use_unsloth replaces what"),
+        ({"stage": "pt"}, "--stage must be sft here; llamafactory-cli trains others; got pt"),
+        ({"use_unsloth": True}, "--use_unsloth must be left out: it replaces what"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -195,7 +198,7 @@ def test_errors_come_before_anything_else(file, tmp_path, changes, message):
 
 def test_gradients_under_fsdp(file, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "--gradient_analysis does not know how FSDP keeps gradients" in invoke("train", file()).stderr
+    assert "--gradient_analysis must be false under FSDP" in invoke("train", file()).stderr
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,7 @@ def test_a_model_without_pictures(file, tmp_path):
 
     LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path / "text")
     for changes, message in (
-        ({}, "--gradient_analysis tells visual tokens from text, and llama has no image_token_id"),
+        ({}, "--gradient_analysis must be false for llama, which has no image_token_id"),
         ({"use_sar": True, "gradient_analysis": False}, "SAR does not know model_type 'llama'"),
     ):
         result = invoke("train", file(model_name_or_path=str(tmp_path / "text"), **changes))

@@ -217,7 +217,7 @@ def test_operator_checks():
 def test_what_the_kernels_lack_names_the_backend_to_use():
     q = torch.randn(1, 5, 2, 16).to(torch.bfloat16 if INTERPRETED else torch.float64)
     marks = torch.zeros(1, 5, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"float.*: the kernels take .*use backend=.*'torch'"):
+    with pytest.raises(ValueError, match=r"backend must be .*'torch' here; got 'triton', .*: the kernels take .*float"):
         sar_attn_func(q, q, q, marks, marks, torch.zeros(1, 5), **TRITON)
 
 
@@ -342,7 +342,7 @@ def test_a_captured_graph_reads_its_mask_itself(monkeypatch):
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match=r"cpu tensors.*use backend='composed' or 'torch'"):
+    with pytest.raises(ValueError, match=r"backend must be 'composed' or 'torch' here; got 'triton', .*cpu tensors"):
         sar_attn_func(*(t.cpu() for t in inputs(dtype=torch.float32)), **TRITON)
 
 

@@ -98,7 +98,7 @@ def test_plain_packed_attention(packed):
 
 def test_packed_arguments_come_together(packed):
     q, k, v, *_, lengths = packed
-    with pytest.raises(ValueError, match="packed input needs all of"):
+    with pytest.raises(ValueError, match="max_seqlen_k: got None, need all of them with cu_seqlens_q"):
         attention_forward(q, k, v, options=OPTIONS[0], cu_seqlens_q=lengths["cu_seqlens_q"])
     lengths["cu_seqlens_k"] = lengths["cu_seqlens_k"].long()
     with pytest.raises(ValueError, match=r"cu_seqlens_k: got torch\.int64"):

@@ -229,8 +229,6 @@ def test_what_is_no_model_or_no_task(miniature, no_traces):
         evaluate(model, processor, Skip, **FEW)
     with pytest.raises(ValueError, match="activation_layer_k must be at most the number of attention layers, 4; got 9"):
         evaluate(model, processor, "mme", sar=SARConfig(activation_layer_k=9), **FEW)
-    with pytest.raises(ValueError, match="is not registered"), lent(model, processor):
-        evaluate(model, processor, "mme", sar=SARConfig(activation_layer_k=1, weighting=lambda s, layer: s.sav), **FEW)
 
 
 def test_options_of_a_task(miniature, no_traces):
@@ -243,6 +241,21 @@ def test_options_of_a_task(miniature, no_traces):
     assert plain.metadata["settings"]["box_format"] == "fraction"  # by the family
     changed = evaluate(*miniature, "mme", prompt_suffix=" Yes or no?", **FEW)
     assert all(record["prompt"].endswith(" Yes or no?") for record in changed.records)
+
+
+def test_a_rule_without_a_name_leaves_no_folder(miniature, tmp_path):
+    rule = lambda statistics, layer: statistics.sav
+    config = SARConfig(activation_layer_k=1, weighting=rule)
+    needed = r"weighting must be registered, .* register_weighting\('its name', .*<lambda>\) .*; got .*<lambda>"
+    with pytest.raises(ArgumentError, match=needed), lent(*miniature):
+        evaluate(*miniature, "mme", sar=config, folder=tmp_path / "run", **FEW)
+    assert not list(tmp_path.iterdir())
+    found = evaluate(*miniature, "mme", sar=config, **FEW)
+    settings = found.metadata["settings"]["sar"]
+    assert settings["weighting"] == repr(rule)
+    assert settings.keys() == SARConfig(activation_layer_k=1, weighting=Fixed([1.0])).to_dict().keys()
+    scale = Fixed([1.0] * 8)
+    assert found.records != evaluate(*miniature, "mme", sar=config.replace(weighting=scale), **FEW).records
 
 
 def test_a_rule_is_named_in_the_settings(miniature, no_traces):

@@ -114,7 +114,7 @@ K1 = SARConfig(activation_layer_k=1)
         ({"configs": [K1, SARConfig(prior_source="projected")]}, "configs must be of one prior_source; got several"),
         ({"k": [1], "compare_batches": -1}, "compare_batches must be a whole number, at least 0; got -1"),
         ({"k": [1], "beta": [0.0]}, "beta must be > 0"),
-        ({"k": [1], "weightings": ["nope"]}, "weighting: 'nope' is not known"),
+        ({"k": [1], "weightings": ["nope"]}, "weighting must be one of .*; got 'nope'"),
         ({"k": [9]}, "activation_layer_k must be at most the number of attention layers, 4; got 9"),
     ],
 )

@@ -153,7 +153,7 @@ def test_flags_are_those_of_the_task_that_is_asked_for(installed, tmp_path, caps
     for words, message in (
         (["colours", "--their_opton", "x"], r"unknown flag --their_opton; did you mean --their_option\?"),
         (["colours", "--their_option", "x"], "argument --their_option: invalid choice: 'x'"),
-        (["colours", "--box_format", "pixels"], "--box_format has no effect on --task colours; leave it out"),
+        (["colours", "--box_format", "pixels"], "--box_format must be left out with --task colours; got pixels"),
         (["mme", "--their_option", "loud"], "unknown flag --their_option"),
         (["colour"], "--task must be one of mme, .*, colours.*; got 'colour'; did you mean 'colours'"),
         (["broken"], "task 'broken' of the package their-benchmarks cannot be imported"),
@@ -178,9 +178,13 @@ def test_a_registered_task_is_known_by_its_name(tmp_path):
     assert find_task("mine") is Mine
     again = type("Mine", (MME,), {"name": "mine", "__module__": Mine.__module__, "__qualname__": Mine.__qualname__})
     assert register_task(again) is again  # a cell that ran again
-    with pytest.raises(ValueError, match=r"name 'mine' is another task's: .*Mine"):
+    with pytest.raises(
+        ValueError, match=r"task must have a name that no other task has; got 'mine', which is that of .*Mine"
+    ):
         register_task(type("Other", (MME,), {"name": "mine"}))
-    with pytest.raises(ValueError, match=r"name 'mme' is another task's: .*MME"):
+    with pytest.raises(
+        ValueError, match=r"task must have a name that no other task has; got 'mme', which is that of .*MME"
+    ):
         register_task(type("Other", (MME,), {}))
     given = ["--model_name_or_path", "miniature", "--output_dir", str(tmp_path), "--task", "mine"]
     assert parse([*given, "--prompt_suffix", ""]).task_options.prompt_suffix == ""
@@ -201,17 +205,23 @@ class Open(Task.Options):
     [
         ("mme", "task must be a subclass of Task; got 'mme'"),
         (dict, "task must be a subclass of Task"),
-        (type("Bare", (Task,), {"name": "bare"}), "task Bare lacks headline, judge, samples, scores, split, columns"),
+        (
+            type("Bare", (Task,), {"name": "bare"}),
+            "task must have headline, judge, samples, scores, split, columns; got Bare without",
+        ),
         (type("Empty", (MME,), {"name": ""}), "name of Empty must be a text; got ''"),
         (type("Loose", (MME,), {"name": "x", "Options": dict}), "Options of Loose must be a frozen dataclass"),
         (
             type("Plain", (MME,), {"name": "x", "Options": type("Options", (Task.Options,), {})}),
             "Options of Plain must be a frozen dataclass that extends Task.Options",
         ),
-        (type("Needy", (MME,), {"name": "x", "Options": Open}), "Options of Needy must have defaults; level has none"),
+        (
+            type("Needy", (MME,), {"name": "x", "Options": Open}),
+            "Options of Needy must have defaults; got none for level",
+        ),
         (
             type("Clash", (MME,), {"name": "x", "Options": Seeded}),
-            "Options of Clash must have names of their own; seed is an argument of evaluate or sweep",
+            "Options of Clash must have names of their own, .*; got .'seed'",
         ),
     ],
 )
@@ -227,7 +237,9 @@ def test_names_that_options_must_not_have_are_the_arguments_there_are(tmp_path):
         "Options", [("bf16", bool, option(False, ""))], bases=(Task.Options,), frozen=True
     )
     register_task(type("Flagged", (MME,), {"name": "flagged", "Options": flagged}))
-    with pytest.raises(ValueError, match="--task flagged: its option bf16 has the name of another flag; rename it"):
+    with pytest.raises(
+        ValueError, match="--task must have options whose names no other flag has; got flagged with bf16"
+    ):
         parse(["--model_name_or_path", "miniature", "--output_dir", str(tmp_path), "--task", "flagged"])
 
 

@@ -136,7 +136,9 @@ def test_an_interrupted_run_goes_on_with_the_model_as_it_is(miniature, tmp_path,
     assert equal(fresh.state_dict(), whole.state_dict())
     with torch.no_grad():
         fresh.model.multi_modal_projector.linear_1.bias.add_(1)
-    with pytest.raises(ArgumentError, match="resume must be False: in another run model is"):
+    with pytest.raises(
+        ArgumentError, match=r"resume must go on with the same run; .* as model and another folder; got .*: model is"
+    ):
         call(fresh, "stopped", resume=True)
 
 
@@ -165,12 +167,34 @@ def test_a_rule_is_trained_with_the_model_and_sar_that_was_on_stays(miniature, t
         ({"arguments": {"learning_rat": 1}}, "arguments must be fields of transformers.TrainingArguments; got learn"),
         ({"arguments": {"output_dir": "x"}}, "arguments must be without output_dir, .*; got output_dir"),
         ({"arguments": {"deepspeed": "x"}}, "arguments must be without what splits a model"),
+        ({"arguments": {"max_steps": 0}}, "max_steps must be at least 1, or -1 for num_train_epochs; got 0"),
+        ({"arguments": {"fp16": True, "use_cpu": True}}, "fp16 must be False without a GPU: .*; bf16 works; got True"),
+        ({"arguments": {"warmup_ratio": 0.1, "warmup_steps": 5}}, "warmup_steps must be 0 with warmup_ratio; got 5"),
+        ({"arguments": {"do_predict": True}}, "do_predict must be False here: .*; got True"),
+        ({"arguments": {"save_strategy": "best"}}, "metric_for_best_model must be eval_loss with save_strategy best"),
+        (
+            {"arguments": {"metric_for_best_model": "loss"}},
+            "eval_strategy must be .* with metric_for_best_model; got no",
+        ),
+        (
+            {"arguments": {"metric_for_best_model": "accuracy", "eval_strategy": "steps", "logging_steps": 1}},
+            "metric_for_best_model must be eval_loss, all that an evaluation measures; got accuracy",
+        ),
+        (
+            {"arguments": {"train_sampling_strategy": "group_by_length", "length_column_name": "size"}},
+            "length_column_name must be '.*'; got 'size'",
+        ),
+        ({"arguments": {"report_to": "nothing"}}, "report_to must be trackers that can be started; got nothing: "),
+        ({"arguments": {"optim": "adamw_anyprecision"}}, "optim must be one that can be made; got adamw_any.*: "),
+        ({"control": {"visual_contrastive_loss_weight": -1.0}}, "visual_contrastive_loss_weight must be >= 0 and fini"),
         ({"arguments": {"learning_rate": -1.0}}, "learning_rate must be at least 0; got -1"),
         ({"control": {"weight": 1}}, "control must be a dictionary of visual_contrastive_loss_weight"),
         ({"control": {}, "packing": True}, "packing must be False with control"),
         ({"dataset": []}, "dataset must be at least one record; got none"),
         ({"dataset": 3}, "dataset must be records as dictionaries, or names"),
-        ({"dataset": "nowhere"}, "dataset 'nowhere' is not in"),
+        ({"dataset": "nowhere"}, "^dataset must be names in .*dataset_info.json .* or files; got 'nowhere'"),
+        ({"eval_dataset": "nowhere"}, "^eval_dataset must be names in .* or files; got 'nowhere'"),
+        ({"media_dir": "nowhere"}, "media_dir must be a folder; got 'nowhere'"),
         ({"max_samples": 0}, "max_samples must be at least 1; got 0"),
         ({"max_length": 0}, "max_length must be at least 1; got 0"),
         ({"resume": True, "overwrite": True}, "overwrite must be False with resume"),
@@ -187,11 +211,33 @@ def test_bad_arguments_change_and_write_nothing(miniature, tmp_path, given, mess
     before, state = _facts(model, processor), weights(model)
     dataset = given.get("dataset", DATA)
     more = {name: value for name, value in given.items() if name != "dataset"}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message) as refused:
         train(model, processor, dataset, folder=tmp_path / "run", **{"max_samples": 4, **more})
+    assert "--" not in str(refused.value)
     assert _facts(model, processor) == before
     assert equal(weights(model), state)
     assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_checkpoint_without_optimizer_state_is_refused(miniature, tmp_path):
+    call = lambda **more: train(*miniature, DATA, folder=tmp_path, max_samples=4, arguments=arguments, **more)
+    arguments = {**STEPS, "max_steps": 1, "save_steps": 1, "save_only_model": True}
+    call()
+    needed = r"^resume must go on from .* \(save_only_model\); or begin .* as model and another folder; got .*-1$"
+    with pytest.raises(ArgumentError, match=needed):
+        call(resume=True)
+
+
+def test_folders_that_cannot_be_taken(miniature, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArgumentError, match=r"^folder must be a folder to write into; got '.*/file': "):
+        train(*miniature, DATA, folder=tmp_path / "file")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    with pytest.raises(
+        ArgumentError, match=r"^resume must be False: .* holds model.safetensors .* no whole checkpoint"
+    ):
+        train(*miniature, DATA, folder=tmp_path / "run", resume=True)
 
 
 def test_a_model_with_nothing_to_learn_is_refused(miniature, tmp_path):

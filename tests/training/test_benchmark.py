@@ -61,8 +61,8 @@ def test_the_command():
     assert found["note"].startswith("100 tokens are too few to tell SAR from the eager formulation")
     shown = CliRunner().invoke(app, ["bench", "train", "--steps", "1", "--k", "2"])
     assert shown.output.splitlines()[-1].startswith("note: 200 tokens are too few")
-    assert "Give a --model that takes more" in shown.output
-    assert "Give --length 512 or more" in remark(300, 4096)
+    assert "Give a model that takes more" in shown.output
+    assert "Give a length of 512 or more" in remark(300, 4096)
     assert remark(512, 4096) is None
     wrong = CliRunner().invoke(app, ["bench", "train", "--length", "9999"])
     assert wrong.exit_code == 2

@@ -62,6 +62,24 @@ def test_pools():
     assert torch.equal(pool(hidden, mask & False), torch.zeros(1, 3))
 
 
+def test_what_the_supervision_cannot_work_with(processor):
+    model, head = load_miniature()[0], ContrastiveHead(0.5)
+    with pytest.raises(ValueError, match=r"visual_contrastive_text_pool must be one of .*; got 'most'"):
+        ContrastiveSupervision(model, head, "most")
+    with pytest.raises(ValueError, match="visual_contrastive_temperature must be > 0; got 0"):
+        ContrastiveHead(0)
+    supervision = ContrastiveSupervision(model, head)
+    batch = Collator(0)([Encoder(processor)(conversation("Where is it?", "top left"))])
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    batch.pop("pixel_values")
+    with pytest.raises(ValueError, match=r"input_ids must be given: .*; got None"), torch.no_grad():
+        model(inputs_embeds=embeddings, **batch)
+    supervision.remove()
+    model.config.image_token_id = None
+    with pytest.raises(ValueError, match=r"model must have an image_token_id in its config, .*; got none"):
+        ContrastiveSupervision(model, head)
+
+
 @pytest.mark.parametrize("text_pool", ["all", "prompt", "answer"])
 def test_what_the_model_returns(processor, text_pool):
     """Pooled by hand from the last hidden state, sample by sample without padding."""
@@ -155,8 +173,14 @@ def test_a_learnable_temperature_learns_and_is_saved(tmp_path):
     [
         ({"visual_contrastive_loss_weight": -1}, "visual_contrastive_loss_weight must be >= 0"),
         ({"visual_contrastive_temperature": 0}, "visual_contrastive_temperature must be > 0"),
-        ({"visual_contrastive_loss_weight": 0, "learnable_temperature": True}, "learnable_temperature needs"),
-        ({"finetuning_type": "lora", "learnable_temperature": True}, "use a fixed temperature"),
+        (
+            {"visual_contrastive_loss_weight": 0, "learnable_temperature": True},
+            "weight must be > 0 with learnable_temperature",
+        ),
+        (
+            {"finetuning_type": "lora", "learnable_temperature": True},
+            "learnable_temperature must be False for adapters",
+        ),
     ],
 )
 def test_bad_options_are_named(tmp_path, changes, message):

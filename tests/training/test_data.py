@@ -139,8 +139,8 @@ def test_a_mix_of_stored_datasets(tmp_path, encoder, processor, caplog):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--mix_strategy interleave_over", "--mix_strategy interleave_over has no effect on one dataset"),
-        ("--dataset a,b --interleave_probs 0.7,0.3", "no effect on --mix_strategy concat"),
+        ("--mix_strategy interleave_over", "--mix_strategy must be left out for one dataset, .*; got interleave_over"),
+        ("--dataset a,b --interleave_probs 0.7,0.3", "must be an interleave one with --interleave_probs; got concat"),
         (
             "--dataset a,b --mix_strategy interleave_over --interleave_probs 1",
             "must be 2 numbers, one a dataset; got 1",
@@ -149,7 +149,7 @@ def test_a_mix_of_stored_datasets(tmp_path, encoder, processor, caplog):
         ("--dataset a,b --mix_strategy interleave_over --interleave_probs 1.5,-0.5", "must be above 0"),
         ("--dataset a,b --mix_strategy interleave_over --interleave_probs much", "numbers like 0.7,0.3; got 'much'"),
         ("--dataset a,b --mix_strategy both", "argument --mix_strategy"),
-        ("--buffer_size 10", "--buffer_size has no effect without --streaming"),
+        ("--buffer_size 10", "--buffer_size must be left out without --streaming; got 10"),
     ],
 )
 def test_wrong_mixes(tmp_path, words, message):
@@ -384,7 +384,7 @@ def test_relative_files_are_looked_for_in_dataset_dir(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"a\.jsonl does not exist"):
         find_datasets("a.jsonl", None)
     absolute = str(tmp_path / "data" / "a.jsonl")
-    with pytest.raises(ValueError, match="--dataset_dir has no effect on files with absolute paths"):
+    with pytest.raises(ValueError, match="--dataset_dir must be left out for files with absolute paths"):
         parse(flags(tmp_path / "out", dataset=absolute, dataset_dir=tmp_path))
     assert parse(flags(tmp_path / "out", dataset=f"{absolute},shapes_llava", dataset_dir=DATA)).data.dataset_dir
 

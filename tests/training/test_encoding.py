@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,8 +150,11 @@ def test_templates_that_hide_answers_are_errors(byte_level, template, message):
 
 
 def test_no_template_and_bad_options(byte_level, processor):
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="must have a chat template"):
         Encoder(byte_level)
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(ValueError, match="processor must have a fast tokenizer; got SimpleNamespace, which has no off"):
+        Encoder(slow)
     with pytest.raises(ValueError, match="too_long must be one of"):
         Encoder(processor, 10, "cut")
     with pytest.raises(ValueError, match="max_length must be at least 1"):
@@ -241,7 +245,7 @@ def test_a_packed_row_has_the_loss_of_its_samples(processor, beta):
         got = model(**packed, use_cache=False).loss
         expected = model(**Collator(0)(samples)).loss
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="packing leaves no padding"):
+    with pytest.raises(ValueError, match=r"packing must be False with .*: it leaves no padding"):
         Collator(0, packing=True, pad_to_multiple_of=8)
 
 

@@ -27,16 +27,18 @@ NOT_HERE = [name for name in ("bitsandbytes", "liger_kernel", "mlflow") if impor
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--lr_scheduler_kwargs x", "--lr_scheduler_kwargs 'x' does not fit --lr_scheduler_type linear: "),
-        ('--lr_scheduler_kwargs {"cycles":2}', "does not fit --lr_scheduler_type linear: .*'cycles'"),
-        ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: .*min_lr"),
-        ("--optim galore_adamw", "--optim galore_adamw: "),
-        ("--deepspeed nowhere.json", "--deepspeed nowhere.json does not exist"),
-        ("--media_dir nowhere", "media_dir 'nowhere' is no folder"),
-        ("--report_to nope", "--report_to nope: nope is not supported"),
-        *[("--optim adamw_bnb_8bit", "--optim adamw_bnb_8bit: .*bitsandbytes")] * ("bitsandbytes" in NOT_HERE),
-        *[("--use_liger_kernel", "--use_liger_kernel needs liger_kernel")] * ("liger_kernel" in NOT_HERE),
-        *[("--report_to mlflow", "--report_to mlflow: .*pip install mlflow")] * ("mlflow" in NOT_HERE),
+        ("--lr_scheduler_kwargs x", "lr_scheduler_type must be one that can be made; got linear of 'x': "),
+        ('--lr_scheduler_kwargs {"cycles":2}', "must be one that can be made; got linear of .*'cycles'"),
+        ("--lr_scheduler_type cosine_with_min_lr", "must be one that can be made; got cosine_with_min_lr: .*min_lr"),
+        ("--optim galore_adamw", "optim must be one that can be made; got galore_adamw: "),
+        ("--deepspeed nowhere.json", "--deepspeed must be a file that exists; got nowhere.json"),
+        ("--media_dir nowhere", "media_dir must be a folder; got 'nowhere'"),
+        ("--report_to nope", "report_to must be trackers that can be started; got nope: nope is not supported"),
+        *[("--optim adamw_bnb_8bit", "optim must be one that can be made; got adamw_bnb_8bit: .*bitsandbytes")]
+        * ("bitsandbytes" in NOT_HERE),
+        *[("--use_liger_kernel", "use_liger_kernel needs liger_kernel")] * ("liger_kernel" in NOT_HERE),
+        *[("--report_to mlflow", "trackers that can be started; got mlflow: .*pip install mlflow")]
+        * ("mlflow" in NOT_HERE),
     ],
 )
 def test_what_the_trainer_would_find_at_the_first_step_is_found_before_an_earlier_run_moves(tmp_path, words, message):
@@ -91,13 +93,22 @@ def test_numbers_that_make_no_sense(tmp_path, words, message):
     [
         ("--metric_for_best_model eval_los --eval_strategy steps", "must be eval_loss, all .* measures; got eval_los"),
         ("--metric_for_best_model accuracy --eval_strategy steps", "must be eval_loss.*; got accuracy"),
-        ("--metric_for_best_model loss", "--metric_for_best_model needs evaluations while training"),
-        ("--load_best_model_at_end true", "--load_best_model_at_end needs evaluations while training"),
-        ("--save_strategy best --eval_strategy steps", "--save_strategy best needs --metric_for_best_model eval_loss"),
-        ("--do_predict", "--do_predict has no effect here: experiments/evaluate.py"),
-        ("--streaming --train_sampling_strategy group_by_length", "group_by_length needs the lengths of all records"),
+        ("--metric_for_best_model loss", "--eval_strategy must be steps or epoch with --metric_for_best_model; got no"),
+        (
+            "--load_best_model_at_end true",
+            "--eval_strategy must be steps or epoch with --load_best_model_at_end; got no",
+        ),
+        (
+            "--save_strategy best --eval_strategy steps",
+            "--metric_for_best_model must be eval_loss with --save_strategy best; got None",
+        ),
+        ("--do_predict", "--do_predict must be False here: experiments/evaluate.py .*; got True"),
+        (
+            "--streaming --train_sampling_strategy group_by_length",
+            "--train_sampling_strategy must be another with --streaming, .*; got group_by_length",
+        ),
         ("--train_sampling_strategy group_by_length --length_column_name n", "length_column_name must be 'length'"),
-        ("--template llava", "template is 'llava', needed a Jinja file"),
+        ("--template llava", "--template must be a Jinja file; .*; got 'llava'"),
     ],
 )
 def test_flags_that_would_fail_late(tmp_path, words, message):
@@ -170,7 +181,7 @@ def test_sars_errors_name_the_flag_before_data_are_read(tmp_path, words, message
 def test_a_backend_that_cannot_run_names_its_flag_before_data_are_read(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     words = flags(tmp_path, dataset="nowhere", use_sar=True, sar_activation_layer_k=2, use_cpu=True)
-    with pytest.raises(ValueError, match=r"^--sar_backend='triton' does not support cpu"):
+    with pytest.raises(ValueError, match=r"^--sar_backend must be .* here; got 'triton', which does not support cpu"):
         build(parse([*words, "--sar_backend", "triton"]))
 
 
@@ -206,7 +217,7 @@ def test_evaluate_names_sars_flags_before_it_asks_anything(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"^--sar_activation_layer_k must be at most .* layers, 4; got 10"):
         benchmark.run(evaluation.parse(late))
     asks = [*words, "--task", "mme", "--data_dir", str(DATA / "benchmarks" / "mme"), "--sar_activation_layer_k", "2"]
-    with pytest.raises(ValueError, match=r"^--sar_backend='triton' does not support cpu"):
+    with pytest.raises(ValueError, match=r"^--sar_backend must be .* here; got 'triton', which does not support cpu"):
         benchmark.run(evaluation.parse([*asks, "--sar_backend", "triton"]))
     assert not (tmp_path / "out").exists()
 

@@ -94,7 +94,9 @@ def test_commands_take_adapters(run_folder, picture_file):
     assert [mode["mode"] for mode in timed["modes"]] == ["sar off", "sar on", "eager"]
     checked = run("data", "check", str(DATA / "shapes_train.parquet"), *model, "--max-length", "200")
     assert "0 bad" in checked
-    assert "--base_model has no effect without --model" in fails("data", "check", "x.json", "--base_model", "miniature")
+    assert "--base_model must be left out without --model" in fails(
+        "data", "check", "x.json", "--base_model", "miniature"
+    )
     assert "--base_model 'miniature' has no effect on --model" in fails("generate", "--base_model", "miniature", *given)
 
 
@@ -169,11 +171,14 @@ def test_a_relative_base_is_saved_as_it_is_found_from_anywhere(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 8}, r"--lora_rank is 8, and the adapter .* has 4: leave it out to go on"),
-        ({"lora_alpha": 9}, "--lora_alpha is 9, and the adapter .* has 8"),
-        ({"lora_dropout": 0.5}, r"--lora_dropout is 0\.5, and the adapter .* has 0\.0"),
-        ({"lora_target": "q_proj"}, r"--lora_target is q_proj, and the adapter .* is on 8 layers \(q_proj, v_proj\)"),
-        ({"lora_target": "all"}, "not the same 28"),
+        ({"lora_rank": 8}, r"lora_rank must be 4 as in the adapter .*, or left out, to go on with it; got 8"),
+        ({"lora_alpha": 9}, "lora_alpha must be 8 as in the adapter .*; got 9"),
+        ({"lora_dropout": 0.5}, r"lora_dropout must be 0\.0 as in the adapter .*; got 0\.5"),
+        (
+            {"lora_target": "q_proj"},
+            r"lora_target must name the layers of the adapter .*, 8 \(q_proj, v_proj\), .*; got q_proj",
+        ),
+        ({"lora_target": "all"}, "got all, which is 28 layers"),
         ({"base_model": "/gone"}, "--base_model '/gone' is no folder on this machine"),
     ],
 )
@@ -189,7 +194,10 @@ def test_flags_that_the_adapter_confirms(run_folder, tmp_path):
 
 def test_an_adapter_of_another_kind_is_not_gone_on_with(tmp_path):
     folder = write_adapter(tmp_path / "ia3", peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match=r"--finetuning_type lora goes on with LoRA adapters; .*ia3 is IA3"):
+    with pytest.raises(
+        ValueError,
+        match=r"finetuning_type must be full, .* for an adapter that is no LoRA; .*; got lora for .*ia3, IA3",
+    ):
         build(parse(flags(tmp_path / "out", model_name_or_path=folder, finetuning_type="lora")))
 
 

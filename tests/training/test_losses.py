@@ -66,7 +66,9 @@ def test_a_model_with_a_loss_of_its_own_cannot_be_smoothed():
     model = llava()
     batch = llava_batch([1])
     with (
-        pytest.raises(ValueError, match=r"label_smoothing_factor: LlavaForCond.* has a loss of its own"),
+        pytest.raises(
+            ValueError, match=r"label_smoothing_factor must be 0 for a LlavaForCond.*, which has a loss of its own"
+        ),
         SmoothedLoss(0.1).on(model),
     ):
         model.base_model(**batch)

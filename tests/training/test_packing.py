@@ -65,5 +65,7 @@ def test_a_packed_row_trains_as_its_samples_alone(name, reweighted):
 
 
 def test_other_families_are_refused():
-    with pytest.raises(ValueError, match=r"--packing is not known to be right for qwen2_5_vl; it is for .*llava, "):
+    with pytest.raises(
+        ValueError, match=r"packing must be False for qwen2_5_vl; it is known to be right for .*llava, "
+    ):
         check_packing(qwen2_5_vl())

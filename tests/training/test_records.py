@@ -139,6 +139,7 @@ def test_the_registry(tmp_path):
         "none": {"file_name": "rows.jsonl", "num_samples": 0},
         "odd": {"file_name": "rows.jsonl", "formatting": "sharegpt", "columns": {"picture": "images"}},
     }
+    entries["tagged"] = {"file_name": "rows.jsonl", "formatting": "sharegpt", "tags": {"speaker": "from"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
     assert len(load_records(find_datasets("rows", tmp_path))) == 2
     for name, kind, message in (
@@ -146,8 +147,9 @@ def test_the_registry(tmp_path):
         ("gone", FileNotFoundError, "gone.json does not exist"),
         ("ranked", ValueError, "ranking not supported"),
         ("none", ValueError, "num_samples must be a whole number, at least 1; got 0"),
-        ("odd", ValueError, "columns of sharegpt may be"),
-        ("", ValueError, "needed a name"),
+        ("odd", ValueError, "columns must be some of .* in sharegpt; got 'picture'"),
+        ("tagged", ValueError, "tags must be some of .*; got 'speaker'"),
+        ("", ValueError, "dataset must be names of .*, or files; got ''"),
         ("missing.json", FileNotFoundError, "missing.json does not exist"),
     ):
         with pytest.raises(kind, match=message):

@@ -63,7 +63,10 @@ def contents(folder):
 )
 def test_another_run_is_no_resume(half, changes, named):
     before = contents(half)
-    with pytest.raises(ValueError, match=f"(?s)a resumed run is the same run.*{named}.*--model_name_or_path .*another"):
+    with pytest.raises(
+        ValueError,
+        match=f"(?s)must go on with the same run; .*model_name_or_path and another output_dir; got .*{named}",
+    ):
         build(parse(flags(half, **{**HALF, **changes})))
     assert contents(half) == before
 
@@ -199,8 +202,8 @@ def test_a_run_that_was_stopped_before_its_results_gets_them(finished, tmp_path)
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere", "resume_from_checkpoint is nowhere, which is no whole checkpoint"),
-        ("{run}", "resume_from_checkpoint is {run}, a run's folder: name one of its checkpoints, checkpoint-4"),
+        ("nowhere", "resume_from_checkpoint must be a whole checkpoint; got nowhere"),
+        ("{run}", "resume_from_checkpoint must be a checkpoint, as checkpoint-4 in it; got {run}, a run's folder"),
     ],
 )
 def test_what_is_no_checkpoint_is_named_whatever_the_folder_holds(finished, tmp_path, place, message):
@@ -213,7 +216,10 @@ def test_what_is_no_checkpoint_is_named_whatever_the_folder_holds(finished, tmp_
 def test_weights_alone_are_no_resume(tmp_path):
     common = {**RUN, "max_steps": 2, "save_only_model": True}
     train(tmp_path, **common)
-    with pytest.raises(ValueError, match=r"checkpoint-2 holds no optimizer state \(--save_only_model\).*--model_name"):
+    with pytest.raises(
+        ValueError,
+        match=r"must go on from .* optimizer state, .* \(save_only_model\); or .*model_name.*; got .*checkpoint-2",
+    ):
         build(parse(flags(tmp_path, **common, resume_from_checkpoint="true")))
 
 
@@ -279,7 +285,10 @@ def test_a_model_without_checkpoints_is_not_replaced_unasked(tmp_path):
     train(tmp_path, max_steps=1)
     before = contents(tmp_path)
     for resume in (None, "true", "false"):
-        with pytest.raises(ValueError, match=r"output_dir .* holds model.safetensors of an earlier .*overwrite_output"):
+        with pytest.raises(
+            ValueError,
+            match=r"output_dir must be another folder, or .* overwrite_output_dir; got .*model.safetensors of an ear",
+        ):
             build(parse(flags(tmp_path, max_steps=1, resume_from_checkpoint=resume)))
     assert contents(tmp_path) == before
     train(tmp_path, max_steps=2, overwrite_output_dir=True)

@@ -63,7 +63,7 @@ def test_plot_refuses_a_run_given_twice_and_a_file_to_write_into(tmp_path):
     assert (code, "is given twice" in output) == (2, True), output
     for out in (log, "/proc/x"):
         code, output = command("plot", tmp_path, "--output_dir", out)
-        assert (code, f"--output_dir '{out}' is no folder to write into" in output) == (2, True), output
+        assert (code, f"--output_dir must be a folder to write into; got '{out}'" in output) == (2, True), output
 
 
 def test_data_check_names_bad_records(tmp_path):
@@ -89,7 +89,7 @@ def test_data_check_names_bad_records(tmp_path):
         (["{folder}"], "is a folder, needed a file"),
         (["{utf16}"], "utf16.json is not UTF-8 text"),
         (["{empty}"], "empty.json has no rows"),
-        (["{grounding}", "--model", "miniature"], "--model has no effect on a grounding table"),
+        (["{grounding}", "--model", "miniature"], "--model must be left out for a grounding table"),
     ],
 )
 def test_data_check_names_what_is_wrong_with_its_arguments(tmp_path, words, message):

@@ -13,6 +13,7 @@ import yaml
 from accelerate import ParallelismConfig
 from PIL import Image
 
+from sar_fast.cli.train import main
 from sar_fast.lab.training.arguments import parse
 from sar_fast.lab.training.checkpoints import COMPLETE, checkpoints, last_complete
 from sar_fast.lab.training.distributed import refuse_split_models
@@ -79,20 +80,20 @@ def test_files_and_flags(tmp_path):
         ("--learning_rat 1", r"unknown flag --learning_rat; did you mean --learning_rate\?"),
         ("--custom_traner control_sft", r"did you mean --custom_trainer\?"),
         ("stray", "cannot make sense of stray"),
-        ("--sar_beta 0.1", "--sar_beta has no effect without --use_sar"),
-        ("--sav_grad", "--sav_grad has no effect without --use_sar"),
-        ("--lora_rank 4", "--lora_rank has no effect without --finetuning_type lora"),
-        ("--freeze_trainable_layers 1", "no effect without --finetuning_type freeze"),
-        ("--visual_contrastive_loss_weight 0.3", "no effect without --custom_trainer control_sft"),
+        ("--sar_beta 0.1", "--sar_beta must be left out without --use_sar"),
+        ("--sav_grad", "--sav_grad must be left out without --use_sar"),
+        ("--lora_rank 4", "--lora_rank must be left out without --finetuning_type lora; got 4"),
+        ("--freeze_trainable_layers 1", "must be left out without --finetuning_type freeze"),
+        ("--visual_contrastive_loss_weight 0.3", "must be left out without --custom_trainer control_sft"),
         ("--use_sar --sar_beta 0", "beta must be > 0"),
-        ("--use_sar --attn_implementation eager", "--use_sar sets the attention itself"),
-        ("--streaming --max_steps -1", "--streaming has no length"),
-        ("--max_length 5 --cutoff_len 6", "max_length is 5 and cutoff_len 6"),
-        ("--packing --custom_trainer control_sft", "--packing puts samples into one row"),
-        ("--fp16 --use_cpu", "--fp16 needs a GPU"),
+        ("--use_sar --attn_implementation eager", "must be left out with --use_sar, which sets the attention itself"),
+        ("--streaming --max_steps -1", "--max_steps must be at least 1 with --streaming, which has no length"),
+        ("--max_length 5 --cutoff_len 6", "--cutoff_len must be 5, as --max_length, .*; got 6"),
+        ("--packing --custom_trainer control_sft", "--packing must be False with --custom_trainer control_sft"),
+        ("--fp16 --use_cpu", "--fp16 must be False without a GPU"),
         ("--warmup_ratio 2", "warmup_ratio must be in"),
-        ("--warmup_ratio 0.1 --warmup_steps 5", "exclude each other"),
-        ("--do_eval", "--do_eval needs --eval_dataset"),
+        ("--warmup_ratio 0.1 --warmup_steps 5", "must be 0 with --warmup_ratio; got 5"),
+        ("--do_eval", "--eval_dataset must be given with --do_eval"),
         ("--do_train false", "nothing to do"),
     ],
 )
@@ -106,18 +107,38 @@ def test_wrong_flags(tmp_path, words, message):
     [
         ({"use_sar": True, "sar_activation_layer_k": 9}, "activation_layer_k must be at most .* 4"),
         ({"finetuning_type": "freeze", "freeze_trainable_layers": 5}, "freeze_trainable_layers must be 1 to 4"),
-        ({"finetuning_type": "lora", "lora_target": "q_proj,nope"}, "lora_target nope not in the decoder"),
+        (
+            {"finetuning_type": "lora", "lora_target": "q_proj,nope"},
+            "lora_target must be all, or of the decoder's layers, .*; got nope",
+        ),
         ({"dataset": "shapes_tran"}, "did you mean 'shapes_train'"),
         ({"dataset": "llava_instruct_50k"}, "llava_instruct_50k.json does not exist"),
-        ({"template": "llava"}, "needed a Jinja file"),
+        ({"template": "llava"}, "must be a Jinja file"),
         ({"torch_dtype": "half"}, "torch_dtype must be auto"),
         ({"max_length": 10}, "all 32 records are longer"),
-        ({"resume_from_checkpoint": "nowhere"}, "no whole checkpoint"),
+        ({"resume_from_checkpoint": "nowhere"}, "must be a whole checkpoint"),
     ],
 )
 def test_wrong_values(tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         build(parse(flags(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"do_train": False}, "--do_train must be True, or --do_eval, or both: there is nothing to do; got False"),
+        ({"report_to": "nope"}, "--report_to must be trackers that can be started; got nope: "),
+        ({"eval_dataset": "nope", "do_eval": True}, "--eval_dataset must be names in "),
+        ({"lora_target": "nope", "finetuning_type": "lora"}, "--lora_target must be all, or of the decoder's layers, "),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint must be a whole checkpoint; got nowhere"),
+    ],
+)
+def test_the_command_names_flags_whenever_a_value_is_refused(tmp_path, monkeypatch, capsys, changes, line):
+    monkeypatch.setattr("sys.argv", ["train.py", *flags(tmp_path, **changes)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {line}")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +232,7 @@ def test_what_a_run_leaves_behind(tmp_path):
 def test_a_run_shorter_than_logging_steps_has_no_loss_to_plot(tmp_path, caplog):
     (tmp_path / "training_loss.png").write_bytes(b"of an earlier run")
     train(tmp_path, max_steps=1, logging_steps=10, plot_loss=True)
-    assert "no loss to plot: 1 steps, and one is logged every --logging_steps 10" in caplog.text
+    assert "no loss to plot: 1 steps, and one is logged every 10" in caplog.text
     assert not (tmp_path / "training_loss.png").exists()
     assert (tmp_path / "model.safetensors").is_file()
 
@@ -223,7 +244,9 @@ def test_wandb_without_a_key_is_an_error_before_anything_is_written(tmp_path, mo
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     wandb.teardown()
     try:
-        with pytest.raises(ValueError, match=r"--report_to wandb has no key: set WANDB_API_KEY.*WANDB_MODE=offline"):
+        with pytest.raises(
+            ValueError, match=r"report_to must come with a key for wandb: set WANDB_API_KEY.*WANDB_MODE=offline"
+        ):
             build(parse(flags(tmp_path / "out", report_to="wandb")))
     finally:
         wandb.teardown()
@@ -254,7 +277,9 @@ def test_counted_flops_are_those_of_the_shapes(tmp_path):
 def test_an_earlier_run_is_not_mixed_in(tmp_path):
     common = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     train(tmp_path, **common)
-    with pytest.raises(ValueError, match=r"holds checkpoint-2 of an earlier run: give --resume_from_checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"come with resume_from_checkpoint true or .*; got .* holds checkpoint-2 of an earlier run"
+    ):
         build(parse(flags(tmp_path, **common)))
     train(tmp_path, overwrite_output_dir=True, **{**common, "max_steps": 1})
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1"]

@@ -79,7 +79,9 @@ def test_sar_that_is_there_already(make):
     callback = SARCallback(CONFIG)
     make(callback, model=model)
     assert callback.handle is handle
-    with pytest.raises(ValueError, match="SAR is on it already, with another beta, sav_grad than SARCallback's"):
+    with pytest.raises(
+        ValueError, match="be without SAR, or have the SARCallback's; got one with another beta, sav_grad"
+    ):
         make(SARCallback(CONFIG.replace(beta=2.0, sav_grad=False)), model=model)
 
 
@@ -88,7 +90,7 @@ def test_what_cannot_have_sar(make):
         SARCallback({"beta": 0.5})
     with pytest.raises(ValueError, match="activation_layer_k must be at most the number of attention layers, 4"):
         make(SARCallback(SARConfig(activation_layer_k=5)))
-    with pytest.raises(ValueError, match="the Trainer has none"):
+    with pytest.raises(ValueError, match="model must be one that SARCallback can put SAR on; got None"):
         SARCallback().on_init_end(None, None, None, model=None)
 
 
@@ -103,7 +105,7 @@ def test_too_late_is_an_error(make, run):
 def test_another_model_is_an_error(make):
     """``model_init`` makes one anew whenever training begins."""
     trainer = make(SARCallback(CONFIG), model=None, model_init=lambda: load_miniature()[0])
-    with pytest.raises(ValueError, match=r"not the one.*model_init"):
+    with pytest.raises(ValueError, match=r"model must be the one that SARCallback put SAR on; .*model_init"):
         trainer.train()
 
 
@@ -111,12 +113,12 @@ def test_a_rule_that_learns_is_refused_in_training_alone(make):
     scales = HeadScales(layers=4, heads=8)
     trainer = make(SARCallback(SARConfig(activation_layer_k=2, weighting=scales)))
     assert trainer.evaluate()["eval_loss"] > 0
-    with pytest.raises(ValueError, match="its parameters learn"):
+    with pytest.raises(ValueError, match="must have no parameters that learn"):
         trainer.train()
     scales.requires_grad_(False)
     trainer.train()
 
 
 def test_a_trainer_that_is_not_there():
-    with pytest.raises(ValueError, match="give it to the callback"):
+    with pytest.raises(ValueError, match="trainer must be given to the callback"):
         trainer_of(TrainerState())

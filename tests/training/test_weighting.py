@@ -179,7 +179,9 @@ def test_a_batch_without_pictures_changes_nothing_that_learns_from_them(tmp_path
     train(tmp_path / "run", **{**SCALES, **changes})
     assert (scales_of(tmp_path / "run") == 1).all()
     assert all(loss > 0 for loss in history(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"--packing with .*learn from statistics has no place for the blank image"):
+    with pytest.raises(
+        ValueError, match=r"packing must be False with .*learn from statistics: it has no place for the blank image"
+    ):
         build(parse(flags(tmp_path / "packed", **{**SCALES, "sar_weighting": SLOPES, "packing": True})))
 
 
@@ -257,14 +259,23 @@ def test_an_earlier_runs_rule_goes_with_it(tmp_path):
     ("changes", "message"),
     [
         ({"use_sar": None, "sar_activation_layer_k": None, "finetuning_type": "full"}, "--sar_weighting .*--use_sar"),
-        ({"sar_weighting": None}, "--finetuning_type rule needs --use_sar and --sar_weighting"),
-        ({"sar_weighting": "equal"}, "--finetuning_type rule trains the parameters of --sar_weighting; 'equal' has no"),
-        ({"sar_beta": 0.1}, "--sar_weighting must come without --sar_beta"),
-        ({"sar_normalize": "standardize"}, "--sar_weighting must come without --sar_normalize"),
-        ({"sar_weighting": "head_scale"}, "--sar_weighting: 'head_scale' is not known; known are .*head_scales"),
-        ({"sar_weighting": "./no/run"}, "--sar_weighting: './no/run' is no folder"),
-        ({"sar_weighting": "no.py:Rule"}, "--sar_weighting: 'no.py:Rule' must be FILE.py:NAME"),
-        ({"sar_weighting": '{"name": "head_scales", "options": {"rows": 2}}'}, "--sar_weighting: .*no option rows"),
+        ({"sar_weighting": None}, "--sar_weighting must be given, with --use_sar, for --finetuning_type rule"),
+        (
+            {"sar_weighting": "equal"},
+            "sar_weighting must have parameters with finetuning_type rule, which trains them; got 'equal'",
+        ),
+        ({"sar_beta": 0.1}, "--sar_weighting must come without .*; got --sar_beta"),
+        ({"sar_normalize": "standardize"}, "--sar_weighting must come without .*; got --sar_normalize"),
+        ({"sar_weighting": "head_scale"}, "--sar_weighting must be one of .*head_scales.*; got 'head_scale'"),
+        (
+            {"sar_weighting": "./no/run"},
+            "--sar_weighting must be a name, .* or a folder on this machine; got './no/run'",
+        ),
+        ({"sar_weighting": "no.py:Rule"}, "--sar_weighting must be FILE.py:NAME; got 'no.py:Rule'"),
+        (
+            {"sar_weighting": '{"name": "head_scales", "options": {"rows": 2}}'},
+            "--sar_weighting must have options that .*; got rows",
+        ),
         ({"finetuning_type": "scales"}, "invalid choice: 'scales'"),
     ],
     ids=str,
@@ -291,7 +302,7 @@ def test_a_rule_without_a_name_is_refused_before_it_is_trained(tmp_path):
     model = load_miniature()[0]
     apply_sar(model, SARConfig(activation_layer_k=K, weighting=Mine(LAYERS, HEADS)))
     arguments = parse(flags(tmp_path))
-    with pytest.raises(ValueError, match=r"Mine is not registered"):
+    with pytest.raises(ValueError, match=r"must be registered, .*; got .*Mine"):
         SFTTrainer(model=model, args=arguments.training)
 
 

@@ -58,10 +58,10 @@ def in_place(statistics, layer):
 def test_a_rule_that_changes_its_statistics_is_an_error(learns):
     case = without_beta(make_case(18, H=H, D=16))
     case.q.requires_grad_(learns)
-    with pytest.raises(ValueError, match="weighting: in_place must not change the statistics that it is given"):
+    with pytest.raises(ValueError, match="weighting must not change the statistics that it is given; got in_place"):
         case.run("torch", weighting=in_place)
     roles = {"visual_mask": case.visual, "prior": case.prior, "state": SARState.empty(3, H)}
-    with torch.no_grad(), pytest.raises(ValueError, match="weighting: in_place must not change"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weighting must not change the statistics .*; got in_place"):
         sar_attn_with_kvcache(case.q[:, -1:], case.k, case.v, cache_seqlens=18, weighting=in_place, **roles)
 
 
@@ -123,7 +123,7 @@ class Contradictory:
 
 def test_row_statistics_need_statistics():
     case = without_beta(make_case(18, H=H, D=16))
-    message = "weighting: Contradictory has row_statistics, and needs_statistics is False"
+    message = "weighting must have needs_statistics True beside row_statistics; got Contradictory"
     with pytest.raises(ValueError, match=message):
         case.run("torch", weighting=Contradictory())
     with pytest.raises(ValueError, match=message):

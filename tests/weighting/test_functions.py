@@ -287,7 +287,7 @@ def test_fixed_weights_in_decode_neither_read_nor_write_the_state(backend, mode)
 BAD = {
     "class": (Fixed, TypeError, r"weighting must be a rule, not a class; got Fixed"),
     "name": ("equal", TypeError, r"weighting must be a callable .*; got str"),
-    "no tensor": (lambda s, layer: [1.0] * H, TypeError, r"weighting: <lambda> must return a tensor; got list"),
+    "no tensor": (lambda s, layer: [1.0] * H, TypeError, r"weighting must return a tensor; got list from <lambda>"),
     "integers": (
         lambda s, layer: torch.ones(H, dtype=torch.int64),
         TypeError,
@@ -300,12 +300,16 @@ BAD = {
     "nan": (
         lambda s, layer: s.sav * torch.nan,
         ValueError,
-        r"weighting: <lambda> must return finite weights; got .*nan",
+        r"weighting must return finite weights; got .*nan of <lambda>",
     ),
     "inf": (lambda s, layer: torch.full((H,), torch.inf), ValueError, r"must return finite weights; got .*inf"),
-    "heads": (Fixed(torch.ones(5)), ValueError, r"Fixed must have weights of 4 heads; got \(5,\)"),
-    "per layer": (Fixed(torch.ones(7, H)), ValueError, r"a call without a layer index; got \(7, 4\)"),
-    "told per layer": (Fixed(torch.ones(3, H), per_layer=True), ValueError, r"; this call has no layer"),
+    "heads": (Fixed(torch.ones(5)), ValueError, r"weighting must have weights of 4 heads; got Fixed with \(5,\)"),
+    "per layer": (Fixed(torch.ones(7, H)), ValueError, r"a call without a layer index; got Fixed with \(7, 4\)"),
+    "told per layer": (
+        Fixed(torch.ones(3, H), per_layer=True),
+        ValueError,
+        r"must be without tables per layer for a call without a layer",
+    ),
 }
 
 
@@ -356,7 +360,9 @@ def test_a_rule_that_uses_statistics_it_said_it_needs_none_of_is_an_error():
             return statistics.sav
 
     case = without_beta(make_case(12, H=H, D=16))
-    with pytest.raises(ValueError, match="Careless must return finite weights; got values from nan to nan"):
+    with pytest.raises(
+        ValueError, match="weighting must return finite weights; got values from nan to nan of Careless"
+    ):
         sar_attn_func(*case.tensors, weighting=Careless())
 
 

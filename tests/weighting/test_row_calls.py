@@ -215,13 +215,17 @@ def test_keys_of_the_prompt_in_the_kernels(kernel_calls):
         ((Mass,), TypeError, "row_statistics must be instances of RowStatistic; got Mass"),
         ((len,), TypeError, "got builtin_function_or_method"),
         ((Mass(), Mass()), ValueError, "names that differ; got 'mass' twice"),
-        ((Mass(name=""),), TypeError, "Mass.name must be a text; got ''"),
+        ((Mass(name=""),), TypeError, "row_statistics must have a name that is a text; got '' from Mass"),
         (
             (type("Nameless", (Mass,), {"__init__": lambda self: None})(),),
             TypeError,
-            "Nameless.name must be a text; got None",
+            "row_statistics must have a name that is a text; got None from Nameless",
         ),
-        ((Mass(queries="first"),), ValueError, "queries of 'mass' must be 'text' or 'last'; got 'first'"),
+        (
+            (Mass(queries="first"),),
+            ValueError,
+            "row_statistics must have queries 'text' or 'last'; got 'first' from 'mass'",
+        ),
     ],
 )
 def test_statistics_that_are_none(statistics, error, message):

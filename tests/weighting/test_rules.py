@@ -129,7 +129,7 @@ def test_statistics_that_are_no_numbers_decide_nothing(rule, bad):
 
 
 def test_more_heads_than_there_are():
-    with pytest.raises(ValueError, match=r"^weighting: keep must be at most the layer's number of heads, 6; got 7"):
+    with pytest.raises(ValueError, match=r"^weighting must keep at most the layer's number of heads, 6; got keep=7"):
         TopHeads(7)(measured())
 
 
@@ -161,9 +161,11 @@ def test_unknown_statistics(rule):
     for by in ("SA", "count", "", None, "rows"):
         with pytest.raises(ValueError, match=r"by must be one of 'sav', 'av', 'sa', .* got"):
             rule(0.5, by=by)
-    with pytest.raises(ValueError, match="needs the row statistic 'mass'; the call computed none"):
+    with pytest.raises(
+        ValueError, match="must be given the row statistic 'mass', which the call did not compute; got none"
+    ):
         rule(0.5, by="mass")(of(1, 2))
-    with pytest.raises(ValueError, match="needs the row statistic 'entropy'; the call computed 'score_sum', 'mass'"):
+    with pytest.raises(ValueError, match=r"must be given the row statistic 'entropy', .*; got 'score_sum', 'mass'"):
         rule(0.5, by="entropy")(measured())
 
 
@@ -258,7 +260,9 @@ def test_rules_ask_for_the_row_statistics_that_they_read():
             (statistic,) = rule(0.5, by=name).row_statistics
             assert (statistic.name, statistic.queries) == (name, "text")
         assert [rule(0.5, by=by).row_statistics for by in ("av", "sa", "sav")] == [()] * 3
-    with pytest.raises(ValueError, match="needs the row statistic 'score_sum'; the call computed none"):
+    with pytest.raises(
+        ValueError, match="must be given the row statistic 'score_sum', which the call did not compute; got none"
+    ):
         SuppressHeads()(of(1, 2))
 
 
@@ -336,18 +340,23 @@ def test_head_scales_start_as_plain_attention_and_learn():
 
 def test_head_scales_without_a_layer():
     assert HeadScales(1, HEADS)(measured()).tolist() == [1] * 6
-    with pytest.raises(ValueError, match="HeadScales has scales of 2 layers, and this call has no layer"):
+    with pytest.raises(
+        ValueError,
+        match="must have scales of one layer for a call without a layer index; got HeadScales with scales of 2",
+    ):
         HeadScales(2, HEADS)(measured())
 
 
 @pytest.mark.parametrize("layer", [3, -1])
 def test_head_scales_of_a_layer_that_they_lack(layer):
-    with pytest.raises(ValueError, match=f"HeadScales has scales of 3 layers; got layer {layer}"):
+    with pytest.raises(
+        ValueError, match=f"weighting must have scales of layer {layer}; got HeadScales with scales of 3 layers"
+    ):
         HeadScales(3, HEADS)(measured(), layer)
 
 
 def test_head_scales_of_other_heads():
-    with pytest.raises(ValueError, match="HeadScales has scales of 4 heads; this layer has 6"):
+    with pytest.raises(ValueError, match="must have scales of the layer's 6 heads; got HeadScales with scales of 4"):
         HeadScales(3, 4)(measured(), 0)
 
 
@@ -384,7 +393,11 @@ def test_fixed_weights_come_back_from_json_as_they_were(dtype):
 def test_a_table_of_one_layer_is_of_that_layer():
     statistics, table = measured(), torch.rand(1, HEADS)
     assert torch.equal(Fixed(table, per_layer=True)(statistics, 0), table[0].double())
-    for layer, message in ((1, "weights of 1 layers; got layer 1"), (-1, "got layer -1"), (None, "has no layer index")):
+    for layer, message in (
+        (1, "must have weights of layer 1; got Fixed with weights of 1 layers"),
+        (-1, "must have weights of layer -1; got Fixed with weights of 1 layers"),
+        (None, "must be without tables per layer for a call without a layer index"),
+    ):
         with pytest.raises(ValueError, match=message):
             Fixed(table, per_layer=True)(statistics, layer)
     for layer in (None, 0, 5):
@@ -416,7 +429,7 @@ def test_fixed_tables():
     assert torch.equal(Fixed(table)(statistics, 1), table[1])  # layers
     assert torch.equal(Fixed(table, per_layer=False)(statistics, 1), table)
     assert torch.equal(Fixed(table[0])(statistics, 1), table[0])
-    with pytest.raises(ValueError, match="Fixed must have weights of 6 heads"):
+    with pytest.raises(ValueError, match="weighting must have weights of 6 heads"):
         Fixed(table[:, :5])(statistics)
     leaf = table.clone().requires_grad_()
     head_weights(Fixed(leaf), statistics, 2).sum().backward()

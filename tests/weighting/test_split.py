@@ -93,7 +93,9 @@ def queries_worker(rank, world):
         assert max_error(total, grads[1]) <= 1e-11
         dist.all_reduce(rule.mix.grad)
         assert max_error(rule.mix.grad, whole) <= 1e-11
-    with pytest.raises(ValueError, match="row statistics of the last query are not known where queries are split"):
+    with pytest.raises(
+        ValueError, match="weighting must have no row statistics of the last query where queries are split"
+    ):
         attend(local, SuppressHeads(keep=3), "torch", False, weight[:, rows], shards=Shards(queries=group))
 
 

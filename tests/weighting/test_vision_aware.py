@@ -276,7 +276,7 @@ def test_other_samples():
         ({}, ValueError, "inputs must have input_ids or inputs_embeds"),
         ([], TypeError, "inputs must be a mapping"),
         ({"attention_mask": torch.ones(2, 4)}, ValueError, r"must have shape .*\(2, 3\) like the tokens; got \(2, 4\)"),
-        ({"attention_mask": torch.ones(2, 1, 3, 3)}, ValueError, "attention_mask must have shape"),
+        ({"attention_mask": torch.ones(2, 1, 3, 3)}, ValueError, r"attention_mask'\] must have shape"),
         ({"attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}, ValueError, "a sample that is all padding"),
     ],
 )
@@ -342,16 +342,19 @@ def test_a_divergence_for_any_sample():
 
 def test_layers():
     rule = ReinforceHeads({3: [0.1, 0.4], 1: [0.4, 0.1]})
-    with pytest.raises(ValueError, match="ReinforceHeads has no divergence of layer 2; it has layers 1, 3"):
+    with pytest.raises(ValueError, match="must have a divergence of layer 2; got ReinforceHeads with layers 1, 3"):
         rule(of(1, 2), 2)
-    with pytest.raises(ValueError, match="ReinforceHeads has layers 1, 3, and this call has no layer index"):
+    with pytest.raises(
+        ValueError,
+        match="weighting must have no layers for a call without a layer index; got ReinforceHeads with layers 1, 3",
+    ):
         rule(of(1, 2), None)
     assert ReinforceHeads({3: [0.1, 0.4]})(of(1, 2), None).tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(3, 4), (2, 5), (1, 4)])
 def test_calls_that_the_divergence_does_not_fit(batch, heads):
-    message = rf"needs a divergence of {heads} heads, for each of the {batch} samples or for any; .* shape \(2, 4\)"
+    message = rf"must have a divergence of {heads} heads, for each of the {batch} samples or for any; got .*\(2, 4\)"
     with pytest.raises(ValueError, match=message):
         ReinforceHeads({0: torch.rand(2, 4)})(of(batch, heads), 0)
 

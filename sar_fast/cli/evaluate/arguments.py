@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sar_fast.base.errors import ArgumentError
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.cli.evaluate.task_flags import parse_with_task
 from sar_fast.config import DecodeMode, Normalize, PriorSource, SARConfig
 from sar_fast.lab.benchmark.tasks import Task
@@ -116,22 +116,22 @@ class EvaluationArguments:
         need(self, "do_sfs_fi_eval", True, [n for n in vars(self) if n.startswith(("gd_", "sam_", "focus_"))])
         need(self, "do_layerwise_probe", True, [n for n in vars(self) if n.startswith(("probe_", "layerwise_"))])
         if self.task and self.dataset:
-            raise ValueError("--dataset is for --do_sfs_fi_eval and --do_layerwise_probe; --task takes --data_dir")
+            raise ArgumentError("dataset", self.dataset, "be left out with {task}, which takes {data_dir}")
         if self.task:
-            refuse(self, ("dataset_dir", "media_dir"), "on --task, which takes --data_dir; leave it out")
+            refuse(self, ("dataset_dir", "media_dir"), "with {task}, which takes {data_dir}")
         else:
-            refuse(self, BENCHMARK_FLAGS, "without --task; add it")
+            refuse(self, BENCHMARK_FLAGS, "without {task}")
             if not self.dataset:
-                raise ValueError(f"--{wanted[0]} needs --dataset")
+                raise ArgumentError("dataset", self.dataset, f"be given with {{{wanted[0]}}}")
             if self.dataset_dir is not None and is_file_name(self.dataset) and Path(self.dataset).is_absolute():
-                raise ValueError("--dataset_dir has no effect on a file with an absolute path; leave it out")
+                raise ArgumentError("dataset_dir", self.dataset_dir, "be left out for a file with an absolute path")
         self._check_grounding()
         if self.bf16 and self.fp16:
-            raise ValueError("--bf16 and --fp16 exclude each other; give one")
+            raise ArgumentError("bf16", True, "be False with {fp16}")
         if self.predict_with_generate and self.scoring == "first_token":
-            raise ValueError("--predict_with_generate and --scoring first_token exclude each other; give one")
+            raise ArgumentError("predict_with_generate", True, "be False with {scoring} first_token")
         if self.scoring == "first_token":
-            refuse(self, ("max_new_tokens",), "on --scoring first_token, which decodes nothing; leave it out")
+            refuse(self, ("max_new_tokens",), "with {scoring} first_token, which decodes nothing")
         at_least(self, 0, "dataloader_num_workers", "seed", "gd_box_threshold", "gd_text_threshold")
         at_least(self, 1, "per_device_eval_batch_size", "max_new_tokens", "max_samples")
         at_least(self, 1, "probe_epochs", "probe_batch_size", "probe_seeds")
@@ -145,15 +145,15 @@ class EvaluationArguments:
         """``ValueError`` for flags of grounding models that are not asked for, or that theirs do not use."""
         names = [n for n in vars(self) if n.startswith(("gd_", "sam_")) and not n.endswith("_checkpoint_path")]
         if self.gd_checkpoint_path is None and self.sam_checkpoint_path is None:
-            refuse(self, names, "without --gd_checkpoint_path and --sam_checkpoint_path; add them")
+            refuse(self, names, "without {gd_checkpoint_path} and {sam_checkpoint_path}")
         elif self.gd_checkpoint_path is None or self.sam_checkpoint_path is None:
-            missing = "--gd_checkpoint_path" if self.gd_checkpoint_path is None else "--sam_checkpoint_path"
-            raise ValueError(f"masks by grounding need a detector and a segmenter: {missing} is missing")
+            missing = "gd_checkpoint_path" if self.gd_checkpoint_path is None else "sam_checkpoint_path"
+            raise ArgumentError(missing, None, "be given: masks by grounding need a detector and a segmenter")
         else:
             if not is_original(self.gd_checkpoint_path):
-                refuse(self, ("gd_config_path", "gd_text_encoder"), "on a --gd_checkpoint_path that is no .pth")
+                refuse(self, ("gd_config_path", "gd_text_encoder"), "for a {gd_checkpoint_path} that is no .pth")
             if not is_original(self.sam_checkpoint_path):
-                refuse(self, ("sam_model_type",), "on a --sam_checkpoint_path that is no .pth")
+                refuse(self, ("sam_model_type",), "for a {sam_checkpoint_path} that is no .pth")
             if self.sam_model_type not in SAM_WIDTHS:
                 raise ArgumentError("sam_model_type", repr(self.sam_model_type), f"be {', '.join(SAM_WIDTHS)}")
 
@@ -177,5 +177,6 @@ def sar_flags_given(group: Any) -> list[str]:
 def parse(argv: Sequence[str]) -> EvaluationArguments:
     """Arguments from a command line: YAML files, then flags; ``ValueError`` for a bad one."""
     arguments = parse_with_task(EvaluationArguments, argv)
-    check_output_dir(arguments.output_dir)
+    with arguments_named({"output_dir": "--output_dir"}):
+        check_output_dir(arguments.output_dir)
     return arguments

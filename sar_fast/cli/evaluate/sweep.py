@@ -67,11 +67,13 @@ class SweepArguments(EvaluationArguments):
 
     def __post_init__(self) -> None:
         if not self.task:
-            raise ValueError("a sweep needs --task")
+            raise ArgumentError("task", self.task, "be given for a sweep")
         given = [*(["use_sar"] if self.use_sar else []), *sar_flags_given(self)]
         for name in _VARIED:
             if name in given:
-                raise ValueError(f"--{name} is what a sweep varies; give --k and --beta or --weighting")
+                raise ArgumentError(
+                    name, getattr(self, name), "be left out, as a sweep varies it: give {k} and {beta} or {weighting}"
+                )
         self.sar_beta = None
         self._check_values()
         self.use_sar, self.sar_activation_layer_k = True, max(self.k)
@@ -82,12 +84,12 @@ class SweepArguments(EvaluationArguments):
         """``ValueError`` for values that are none, come twice or change nothing."""
         for name in ("weighting", "beta"):
             if not any(self.k) and getattr(self, name) not in ([], [_DEFAULT_BETA]):
-                raise ValueError(f"--{name} has no effect on --k 0, which is the model without SAR; leave it out")
+                raise ArgumentError(name, getattr(self, name), "be left out with {k} 0 alone, the model without SAR")
         self.beta = self.beta or ([] if self.weighting else [_DEFAULT_BETA])
         for name, needed in (("k", True), ("beta", not self.weighting)):
             values = getattr(self, name)
             if (needed and not values) or len(set(values)) != len(values):
-                raise ValueError(f"--{name} must be one or more different values; got {values}")
+                raise ArgumentError(name, values, "be one or more different values")
         if self.compare_batches < 0:
             raise ArgumentError("compare_batches", self.compare_batches, "be at least 0")
         with naming_flags(self.sar_flag_names):
@@ -96,9 +98,11 @@ class SweepArguments(EvaluationArguments):
             for spec in self.weighting:
                 SARConfig(weighting=check_rule(spec)).to_dict()
         if len(set(map(canonical, self.weighting))) != len(self.weighting):
-            raise ValueError(f"--weighting must be different rules; got {', '.join(self.weighting)}")
+            raise ArgumentError("weighting", ", ".join(self.weighting), "be different rules")
         if not self.beta and "sar_normalize" in sar_flags_given(self):
-            raise ValueError("--sar_normalize has no effect on --weighting alone; leave it out, or add --beta")
+            raise ArgumentError(
+                "sar_normalize", self.sar_normalize, "be left out with {weighting} alone; or add {beta}"
+            )
 
     def settings(self) -> list[EvaluationArguments]:
         """The arguments of a separate run of every setting, in order of K, then beta, then the rules as given."""
@@ -129,7 +133,8 @@ def flags() -> list[tuple[str, str]]:
 def parse(argv: Sequence[str]) -> SweepArguments:
     """Arguments from a command line; ``ValueError`` for a bad one."""
     arguments = parse_with_task(SweepArguments, argv)
-    check_output_dir(arguments.output_dir)
+    with arguments_named({"output_dir": "--output_dir"}):
+        check_output_dir(arguments.output_dir)
     return arguments
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from sar_fast.base.errors import arguments_named
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.lab.benchmark.tasks import TASKS, Task, find_task
 from sar_fast.lab.run.flags import expand, parse_words
 
@@ -75,10 +75,10 @@ def _refuse_others(kind: type, task: type[Task] | None, words: Sequence[str]) ->
     common = {field.name for field in dataclasses.fields(kind)}
     own = set() if task is None else {field.name for field in dataclasses.fields(task.Options)}
     if clash := sorted(common & own):
-        raise ValueError(f"--task {task.name}: its option {clash[0]} has the name of another flag; rename it")
+        raise ArgumentError("--task", f"{task.name} with {clash[0]}", "have options whose names no other flag has")
     others = task_flags().keys() - common - own
     for word in words:
         name = word.split("=", 1)[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in others:
-            why = "without --task; add it" if task is None else f"on --task {task.name}; leave it out"
-            raise ValueError(f"--{name} has no effect {why}")
+            why = "without --task" if task is None else f"with --task {task.name}"
+            raise ArgumentError(f"--{name}", _value_of(f"--{name}", words), f"be left out {why}")

@@ -133,7 +133,9 @@ def register_family(family: Family, *, replace: bool = False) -> None:
     """
     taken = [t for t in family.model_types if t in _REGISTRY]
     if taken and not replace:
-        raise ValueError(f"model_types {taken} are registered already; pass replace=True to override")
+        raise ArgumentError(
+            "model_types", f"{taken}, registered already", "be new ones, or {replace} be True to override"
+        )
     for model_type in family.model_types:
         _REGISTRY[model_type] = family
 

@@ -109,9 +109,7 @@ class SARAttention(nn.Module):
                 module has beside, or by how much the outputs differ.
         """
         if isinstance(module, SARAttention):
-            raise ValueError(
-                "module must be a transformers attention; it is a SARAttention already: set its sar_config"
-            )
+            raise ArgumentError("module", "a SARAttention already: set its sar_config", "be a transformers attention")
         conversion.check_structure(module)
         head_dim = module.head_dim
         with conversion.isolated(), torch.device("meta"):
@@ -202,12 +200,16 @@ class SARAttention(nn.Module):
             position_embeddings = self._rotary(position_ids, span.past, hidden_states)
         q, k, v = self._project(hidden_states, position_embeddings)
         if roles is not None and roles.needs_no_grad(self.sar_config, q, k, v):
-            raise ValueError("past_key_values: running statistics have no backward; call it under torch.no_grad()")
+            raise ArgumentError(
+                "past_key_values",
+                "inputs that require gradients",
+                "come under torch.no_grad(): running statistics have no backward",
+            )
         if past_key_values is not None:  # the first write: everything was checked before
             k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = (x[:, :, : span.keys].transpose(1, 2) for x in (k, v))  # a static cache has unfilled slots
             if k.shape[1] != span.keys:
-                raise ValueError(f"past_key_values must keep all positions, {span.keys}; it gave {k.shape[1]}")
+                raise ArgumentError("past_key_values", k.shape[1], f"keep all positions, {span.keys}")
         scores = Scores(self.scaling, causal=self.is_causal and dense is None, softcap=self.softcap)
         call = Call(q, k, v, scores, key_padding_mask=padding, attn_mask=dense)
         if not weighs:
@@ -225,9 +227,10 @@ class SARAttention(nn.Module):
         q, k, v = (p(hidden_states).view(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if (q.shape[2], k.shape[2], v.shape[2]) != heads:
-            raise ValueError(
-                f"q_proj, k_proj and v_proj must give all heads, {heads}: SAR weighs them against each other; "
-                f"got {q.shape[2]}, {k.shape[2]} and {v.shape[2]}"
+            raise ArgumentError(
+                "q_proj, k_proj and v_proj",
+                f"{q.shape[2]}, {k.shape[2]} and {v.shape[2]}",
+                f"give all heads, {heads}: SAR weighs them against each other",
             )
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)

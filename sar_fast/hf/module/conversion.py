@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf.module.positions import ModelPositions, half_split, layer_type_of, model_positions
 
@@ -35,21 +36,23 @@ def check_structure(module: nn.Module) -> None:
         if n not in missing and not hasattr(getattr(module, n), size)
     ]
     if missing:
-        raise ValueError(f"module must be a LLaMA/Qwen-style self-attention; {name} lacks {', '.join(missing)}")
+        raise ArgumentError("module", f"{name} without {', '.join(missing)}", "be a LLaMA/Qwen-style self-attention")
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's wrapper calls the class's
-        raise ValueError(f"module must run its class's forward; this {name} has a forward of its own")
+        raise ArgumentError("module", f"a {name} with a forward of its own", "run its class's forward")
     extra = _extra_state(module)
     if extra:
-        raise ValueError(
-            f"module must hold the projections {', '.join(PROJECTIONS)} and at most q_norm and k_norm; {name} also has "
-            f"{', '.join(extra)}"
+        raise ArgumentError(
+            "module",
+            f"{name}, which also has {', '.join(extra)}",
+            f"hold the projections {', '.join(PROJECTIONS)} and at most q_norm and k_norm",
         )
     _check_sees_everything(module)
     heads, total = module.q_proj.out_features // module.head_dim, _heads_of(module)
     if total is not None and heads != total:
-        raise ValueError(
-            f"module must hold all heads of its layer, {total} by its config: SAR weighs them against each other; "
-            f"{name}.q_proj gives {heads} (a rank's share, or more than queries)"
+        raise ArgumentError(
+            "module",
+            f"{heads} from {name}.q_proj (a rank's share, or more than queries)",
+            f"hold all heads of its layer, {total} by its config: SAR weighs them against each other",
         )
 
 
@@ -72,13 +75,13 @@ def _check_sees_everything(module: nn.Module) -> None:
     """Windows and chunks live in the mask that the model makes: the module computes the same with and without."""
     kind = layer_type_of(module)
     if kind is not None and kind not in FULL_ATTENTION:
-        raise ValueError(f"module must attend to all positions; layer {module.layer_idx} is of type {kind!r}")
+        raise ArgumentError("module", f"layer {module.layer_idx} of type {kind!r}", "attend to all positions")
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
     else:
         window = None if kind is not None else getattr(getattr(module, "config", None), "sliding_window", None)
     if window is not None:
-        raise ValueError(f"module must attend to all positions; it has sliding_window={window}")
+        raise ArgumentError("module", f"sliding_window={window}", "attend to all positions")
 
 
 @contextlib.contextmanager
@@ -228,16 +231,20 @@ def _compare(ours: nn.Module, theirs: nn.Module, embeddings: Any, ids: Tensor, g
         try:
             outs.append(_run(module, x, embeddings, ids))
         except Exception as error:
-            raise ValueError(
-                f"module must run as a LLaMA/Qwen-style self-attention; comparing {name} with SARAttention on random "
-                f"input, {type(module).__name__} raised {type(error).__name__}: {error}"
+            raise ArgumentError(
+                "module",
+                f"{type(error).__name__} from {type(module).__name__}: {error}",
+                f"run as a LLaMA/Qwen-style self-attention, to compare {name} with SARAttention on random input",
             ) from error
     want, got = outs
     if got.shape != want.shape:
-        raise ValueError(f"module must give {tuple(got.shape)} for {tuple(x.shape)}; {name} gave {tuple(want.shape)}")
+        raise ArgumentError(
+            "module", f"{tuple(want.shape)} from {name}", f"give {tuple(got.shape)} for {tuple(x.shape)}"
+        )
     difference = ((got - want).abs().max() / want.abs().max()).item()
     if not difference <= TOLERANCE:
-        raise ValueError(
-            "module must compute what SARAttention does with the same projections, norms, scale and soft-cap; on "
-            f"random input {name} differs by {difference:.1e} of the largest output"
+        raise ArgumentError(
+            "module",
+            f"{name}, which differs on random input by {difference:.1e} of the largest output",
+            "compute what SARAttention does with the same projections, norms, scale and soft-cap",
         )

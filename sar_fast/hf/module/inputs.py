@@ -47,7 +47,7 @@ REFUSED = {
 def one_cache(past_key_values: Any, cache: Any) -> Any:
     """The cache under either of its names."""
     if past_key_values is not None and cache is not None:
-        raise ValueError("cache and past_key_values are two names of one argument; both came, needed one")
+        raise ArgumentError("cache and past_key_values", "both", "come as one: they are two names of one argument")
     return cache if past_key_values is None else past_key_values
 
 
@@ -59,7 +59,7 @@ def check_keywords(keywords: dict[str, Any], *, causal: bool) -> None:
             continue
         if name in REFUSED:
             got = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
-            raise ValueError(f"{name} is not supported: {REFUSED[name]}; got {got}")
+            raise ArgumentError(name, got, f"be left out: {REFUSED[name]}")
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else "pass only what attention needs"
         raise TypeError(f"forward() got an unknown keyword {name!r}; {hint}")
@@ -113,14 +113,16 @@ def cache_span(cache: Any, layer: int, length: int) -> Span:
     layers = getattr(cache, "layers", ())
     kept = layers[layer] if layer < len(layers) else None
     if getattr(kept, "is_sliding", False):
-        raise ValueError(f"past_key_values must keep all positions; layer {layer} is a {type(kept).__name__}")
+        raise ArgumentError("past_key_values", f"layer {layer}, a {type(kept).__name__}", "keep all positions")
     past, capacity = cache.get_seq_length(layer), getattr(kept, "max_cache_len", None)
     if isinstance(past, Tensor):  # a static cache's live counter, which update() advances
         if torch.compiler.is_compiling():
             return Span(past.clone(), capacity, capacity)
         past = int(past)
     if capacity is not None and past + length > capacity:
-        raise ValueError(f"past_key_values has room for {capacity} positions; got {past} cached and {length} new")
+        raise ArgumentError(
+            "past_key_values", f"room for {capacity}", f"have room for {past} cached and {length} new positions"
+        )
     return Span(past, past + length, capacity)
 
 
@@ -181,7 +183,7 @@ def check_not_packed(position_ids: Tensor | None, attention_mask: Any) -> None:
     if position_ids.dim() != 2 or position_ids.shape[1] < 2:
         return
     if has_values(position_ids, lambda p: p.diff(dim=-1) < 0):
-        raise ValueError(f"position_ids must not start anew inside a row: {_PACKED}")
+        raise ArgumentError("position_ids", "a row that does", f"not start anew inside a row: {_PACKED}")
 
 
 class RolesOfCall(NamedTuple):
@@ -223,9 +225,10 @@ def roles_of_call(
         if prior is not None:
             raise ArgumentError("visual_mask", "None", "be given together with prior")
         if past is None:
-            raise ValueError(
-                "visual_mask, text_mask and prior must be given for a prompt (an all-False visual_mask for text only); "
-                "got visual_mask=None"
+            raise ArgumentError(
+                "visual_mask, text_mask and prior",
+                "visual_mask=None",
+                "be given for a prompt (an all-False visual_mask for text only)",
             )
         missing = (0, span.keys - state.visual_mask.shape[1])
         visual_mask, prior = (torch.nn.functional.pad(t, missing) for t in (state.visual_mask, state.norms))
@@ -236,9 +239,11 @@ def roles_of_call(
         given = False
     else:
         if text_mask is None or prior is None:
-            raise ValueError("text_mask and prior must be given together with visual_mask; got None")
+            raise ArgumentError("text_mask and prior", "None", "be given together with visual_mask")
         if span.traced:
-            raise ValueError("visual_mask must be None in a compiled call on a static cache: run the prompt uncompiled")
+            raise ArgumentError(
+                "visual_mask", "a tensor", "be None in a compiled call on a static cache: run the prompt uncompiled"
+            )
         given = True
     _check_masks(visual_mask, text_mask, prior, like, span.keys)
     if not given or past is None:
@@ -257,9 +262,10 @@ def _past_of(state: CacheState | None, layer: int, span: Span) -> Any:
     # a static cache's positions are not counted: compiled steps cannot. Earlier layers have counted the new ones
     seen = past is not None and (span.capacity is not None or state.length in (span.past, span.keys))
     if not seen or state.packed:
-        raise ValueError(
-            f"past_key_values: layer {layer} holds {span.past} positions that SAR did not see one after the other, so "
-            "their text queries were never counted; reset the cache and start with the whole prompt"
+        raise ArgumentError(
+            "past_key_values",
+            f"{span.past} positions in layer {layer} that it did not, whose text queries were never counted",
+            "hold positions that SAR saw one after the other; reset the cache and start with the whole prompt",
         )
     return past
 
@@ -285,7 +291,8 @@ def _check_kept(visual_mask: Tensor, state: CacheState, past: int) -> None:
     differs = (visual_mask[:, :past] != known).nonzero()
     if len(differs):
         row, position = differs[0].tolist()
-        raise ValueError(
-            f"visual_mask must keep the cached positions' visual tokens as earlier calls gave them, beside the new "
-            f"ones; row {row} differs at position {position}"
+        raise ArgumentError(
+            "visual_mask",
+            f"another in row {row} at position {position}",
+            "keep the cached positions' visual tokens as earlier calls gave them, beside the new ones",
         )

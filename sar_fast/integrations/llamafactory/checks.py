@@ -8,6 +8,7 @@ import torch
 from llamafactory.extras.misc import is_env_enabled
 from llamafactory.model import load_config
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf.families import find_family
 from sar_fast.integrations.llamafactory.options import Options
@@ -37,11 +38,15 @@ def check(options: Options, model: Any, data: Any, training: Any, finetuning: An
         model, data, training, finetuning: LLaMA-Factory's arguments, as it has parsed them.
     """
     if finetuning.stage != "sft":
-        raise ValueError(f"--stage must be sft here; got {finetuning.stage}, which llamafactory-cli trains")
+        raise ArgumentError("--stage", finetuning.stage, "be sft here; llamafactory-cli trains others")
     groups = {"model": model, "training": training, "finetuning": finetuning}
     for name, group in OTHER_ENGINES.items():
         if getattr(groups[group], name):
-            raise ValueError(f"--{name} replaces what SAR and the gradient analysis work on; leave it out")
+            raise ArgumentError(
+                f"--{name}",
+                getattr(groups[group], name),
+                "be left out: it replaces what SAR and the gradient analysis work on",
+            )
     control, sar = options.control.custom_trainer, options.sar.use_sar
     if control:
         _check_control(options, training, finetuning)
@@ -49,12 +54,17 @@ def check(options: Options, model: Any, data: Any, training: Any, finetuning: An
         _refuse_packing(data, "--use_sar" if sar else "--custom_trainer control_sft")
     measures = training.do_train and options.analysis.gradient_analysis
     if measures and (training.fsdp or is_env_enabled("ACCELERATE_USE_FSDP")):
-        raise ValueError("--gradient_analysis does not know how FSDP keeps gradients: --gradient_analysis false")
+        raise ArgumentError("--gradient_analysis", True, "be false under FSDP: how that keeps gradients is not known")
     config = load_config(model)
     if (measures or control) and not any(getattr(config, name, None) is not None for name in VISUAL_IDS):
-        flag = f"--custom_trainer {control}" if control else "--gradient_analysis"
-        off = "leave it out" if control else "--gradient_analysis false"
-        raise ValueError(f"{flag} tells visual tokens from text, and {config.model_type} has no {VISUAL_IDS[0]}: {off}")
+        flag, came, off = (
+            ("--custom_trainer", control, "left out") if control else ("--gradient_analysis", True, "false")
+        )
+        raise ArgumentError(
+            flag,
+            came,
+            f"be {off} for {config.model_type}, which has no {VISUAL_IDS[0]} to tell visual tokens from text by",
+        )
     deepspeed = getattr(training, "hf_deepspeed_config", None)
     refuse_split_models(deepspeed.config if deepspeed else None, getattr(training, "parallelism_config", None))
     return _check_sar(options, model, training, config) if sar else None
@@ -64,32 +74,45 @@ def _check_control(options: Options, training: Any, finetuning: Any) -> None:
     others = [f"--{name}" for name in OTHER_LOSSES if getattr(finetuning, name)]
     others += ["--label_smoothing_factor"] if training.label_smoothing_factor else []
     if others:
-        raise ValueError(f"--custom_trainer control_sft adds to the model's own loss; leave out {', '.join(others)}")
+        raise ArgumentError(
+            "--custom_trainer",
+            f"control_sft with {', '.join(others)}",
+            "come without other losses: it adds to the model's own",
+        )
     if options.control.learnable_temperature and finetuning.finetuning_type not in ("full", "freeze"):
-        raise ValueError(
-            f"--learnable_temperature: checkpoints of --finetuning_type {finetuning.finetuning_type} do not hold it; "
-            "leave it out"
+        raise ArgumentError(
+            "--learnable_temperature",
+            True,
+            f"be left out with --finetuning_type {finetuning.finetuning_type}, whose checkpoints do not hold it",
         )
 
 
 def _refuse_packing(data: Any, flag: str) -> None:
     for name in ("neat_packing", "packing"):
         if getattr(data, name):
-            raise ValueError(f"--{name} puts samples into one row, {flag} tells them apart by rows; leave one out")
+            raise ArgumentError(
+                f"--{name}", getattr(data, name), f"be left out with {flag}, which tells samples apart by rows"
+            )
 
 
 def _check_sar(options: Options, model: Any, training: Any, config: Any) -> SARConfig:
     flags = options.sar
     check_sar_flags(flags)
     if model.flash_attn != "auto":
-        raise ValueError("--use_sar sets the attention itself; leave out --flash_attn")
+        raise ArgumentError(
+            "--flash_attn", model.flash_attn, "be left out with --use_sar, which sets the attention itself"
+        )
     find_family(config)
     check_layers(flags, config)
     check_backend(flags, training.device, model.compute_dtype or torch.float32)
     found = flags.sar_config(config)
     if training.do_train and is_trained(module_of(found.weighting)):
-        raise ValueError(
-            f"--sar_weighting {flags.sar_weighting} has parameters that learn, which LLaMA-Factory would decay and not "
-            "save: experiments/train.py trains it"
+        raise ArgumentError(
+            "--sar_weighting",
+            flags.sar_weighting,
+            (
+                "have no parameters that learn, which LLaMA-Factory would decay and not save: experiments/train.py "
+                "trains it"
+            ),
         )
     return found

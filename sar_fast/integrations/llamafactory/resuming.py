@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.integrations.llamafactory.options import PLAIN, Options
 
 FILE = "sar_options.json"
@@ -35,9 +36,13 @@ def check_resume(options: Options, checkpoint: str | None) -> None:
         was |= json.loads(file.read_text(encoding="utf-8"))
     for name, value in _kept(options).items():
         if value != was[name]:
-            raise ValueError(
-                f"--{name} is {value}, and {checkpoint} was trained with {was[name]}: a run goes on as it began; give "
-                "another --output_dir, or --overwrite_output_dir"
+            raise ArgumentError(
+                f"--{name}",
+                value,
+                (
+                    f"be {was[name]} as in {checkpoint}, since a run goes on as it began; or give another "
+                    "--output_dir, or --overwrite_output_dir"
+                ),
             )
 
 

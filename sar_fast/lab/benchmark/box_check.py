@@ -69,14 +69,14 @@ def describe_mismatch(mismatch: Mapping[str, Any]) -> str:
     name, better, boxes = mismatch["in_force"], mismatch["better"], mismatch["boxes"]
     low, high = mismatch["numbers"]
     of = lambda n: f"{mismatch['plausible'][n]} of {boxes} boxes plausible, accuracy {mismatch['accuracy'][n]:.2f}"
-    found = f"replies do not seem to write boxes as --box_format {name}: numbers from {low:g} to {high:g}, {of(name)}"
+    found = f"replies do not seem to write boxes as box_format {name}: numbers from {low:g} to {high:g}, {of(name)}"
     if order := mismatch["order"]:
         read = f"read as {order['order']} in the units of {order['units']}, accuracy {order['accuracy']:.2f}"
-        return f"{found}; {read}: no --box_format has this order"
+        return f"{found}; {read}: no box_format has this order"
     if not better:
-        return f"{found}; no other --box_format fits"
+        return f"{found}; no other box_format fits"
     alike = f" ({', '.join(better[1:])} fit{'s' if len(better) == 2 else ''} as well)" if better[1:] else ""
-    return f"{found}; with --box_format {better[0]}: {of(better[0])}{alike}"
+    return f"{found}; with box_format {better[0]}: {of(better[0])}{alike}"
 
 
 def _read(

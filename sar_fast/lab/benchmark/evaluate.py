@@ -47,7 +47,7 @@ def evaluate(
         data_dir: folder of the benchmark's parquet files; None = from the hub.
         split: None = the one that papers report.
         folder: where records go as they come; the same call continues it after an interruption. None: nothing is left
-            on disk, except in the cache of ``datasets``.
+            on disk, except in the cache of ``datasets``. A rule needs a registered name in a folder alone.
         overwrite: delete the results of other settings in the folder.
         batch_size: samples per batch; those about one picture share its encoding.
         scoring: ``"generate"``, or ``"first_token"``: the most probable first token of the answers, nothing is decoded.
@@ -66,7 +66,7 @@ def evaluate(
         FileNotFoundError, ConnectionError, ValueError: the data is not there, or not as the benchmark has it.
     """
     asking = Asking(scoring, max_new_tokens, batch_size, workers, seed)
-    subject = Subject.of(model, processor, sar)
+    subject = Subject.of(model, processor, sar, lasting=folder is not None)
     asked = task_of(task, options, subject)
     state = processes_of(model)
     with folder_or_none(folder, overwrite, state) as place:

@@ -144,5 +144,9 @@ def find_files(data_dir: Path, split: str, folder: str | None = None) -> list[Pa
         found = preferred or found
     folders = sorted({str(f.parent) for f in found})
     if len(folders) > 1:
-        raise ValueError(f"data_dir {data_dir} has {split} in several folders, give one of them: {', '.join(folders)}")
+        raise ArgumentError(
+            "data_dir",
+            f"{data_dir} with several, give one of them: {', '.join(folders)}",
+            f"have {split} in one folder",
+        )
     return found

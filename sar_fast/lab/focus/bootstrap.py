@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from sar_fast.base.errors import ArgumentError
+
 RESAMPLES = 2000
 
 
@@ -18,7 +20,7 @@ def interval_of_mean(
         values: one per sample. groups: the picture, or whatever samples share, of each.
     """
     if len(values) != len(groups) or len(values) == 0:
-        raise ValueError(f"values and groups must have the same length > 0; got {len(values)} and {len(groups)}")
+        raise ArgumentError("values and groups", f"{len(values)} and {len(groups)}", "have the same length > 0")
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     number = np.array([index[group] for group in groups])
     sums = np.bincount(number, weights=np.asarray(values, dtype=np.float64))

@@ -34,7 +34,9 @@ def attention_map(values: Tensor | np.ndarray, grids: Sequence[TokenGrid], size:
     """
     values = np.asarray(values.detach().to("cpu").float() if isinstance(values, Tensor) else values, dtype=np.float64)
     if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError("values must be finite and >= 0: attention after the softmax")
+        raise ArgumentError(
+            "values", f"{values.min():g} to {values.max():g}", "be finite and >= 0: attention after the softmax"
+        )
     width, height = size
     total = np.zeros((height, width))
     for grid in grids:
@@ -47,7 +49,7 @@ def attention_map(values: Tensor | np.ndarray, grids: Sequence[TokenGrid], size:
         inside = fine[top - y1 : height - y1, left - x1 : width - x1]  # a region may reach beyond the picture
         total[top : top + inside.shape[0], left : left + inside.shape[1]] += inside
     if not total.sum() > 0:
-        raise ValueError("values put no attention on the picture")
+        raise ArgumentError("values", "none", "put attention on the picture")
     return total / total.sum()
 
 
@@ -58,7 +60,7 @@ def semantic_focus(attention: np.ndarray, mask: np.ndarray) -> float:
     if mask.dtype != np.bool_:
         raise ArgumentTypeError("mask", mask.dtype, "be bool")
     if not mask.any():
-        raise ValueError("mask is empty: no pixel to focus on")
+        raise ArgumentError("mask", "an empty one", "have a pixel to focus on")
     return float(attention[mask].sum())
 
 
@@ -73,7 +75,9 @@ def structural_similarities(attention: np.ndarray, others: Sequence[np.ndarray])
     side = min(attention.shape)
     if side < SMALLEST_SIDE:
         height, width = attention.shape
-        raise ValueError(f"SSIM needs {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels or more; got {width} x {height}")
+        raise ArgumentError(
+            "attention", f"{width} x {height}", f"have {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels or more for SSIM"
+        )
     window = min(SSIM_WINDOW, side - 1 + side % 2)
     return [
         float(structural_similarity(attention, other, data_range=max(attention.max(), other.max()), win_size=window))
@@ -84,5 +88,5 @@ def structural_similarities(attention: np.ndarray, others: Sequence[np.ndarray])
 def focus_instability(attention: np.ndarray, paraphrases: Sequence[np.ndarray]) -> float:
     """FI: 1 - mean SSIM of ``attention`` to the maps of the paraphrases; 0 for identical maps."""
     if not paraphrases:
-        raise ValueError("paraphrases is empty: focus instability compares at least two prompts")
+        raise ArgumentError("paraphrases", "none", "be one or more: focus instability compares at least two prompts")
     return 1.0 - float(np.mean(structural_similarities(attention, paraphrases)))

@@ -126,9 +126,10 @@ def first_tokens(tokenizer: Any, options: Sequence[Sequence[str]]) -> list[tuple
         others = set().union(*(ids for n, ids in enumerate(found) if n != number))
         if not mine - others:
             names = ", ".join(repr(wordings[0]) for wordings in options)
-            raise ValueError(
-                f"scoring first_token cannot tell option {options[number][0]!r} from the others by its first token "
-                f"({names}); use generate"
+            raise ArgumentError(
+                "scoring",
+                f"first_token for {names}, which does not tell {options[number][0]!r} from the others",
+                "be generate for options that begin alike",
             )
         own.append(tuple(sorted(mine - others)))
     return own

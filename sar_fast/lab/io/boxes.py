@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sar_fast.base.errors import ArgumentError
+
 BOX_BINS = 16  # of the miniature's boxes
 
 Box = tuple[float, float, float, float]
@@ -70,7 +72,11 @@ def _square(size: Size, frame: Size | None) -> tuple[tuple[float, float], tuple[
 
 def _frame(size: Size, frame: Size | None) -> tuple[tuple[float, float], tuple[float, float]]:
     if frame is None:
-        raise ValueError("box_format resized_pixels needs a model whose processor reports the resized picture's grid")
+        raise ArgumentError(
+            "box_format",
+            "resized_pixels",
+            "be another one for a model whose processor does not report the resized picture's grid",
+        )
     return (size[0] / frame[0], size[1] / frame[1]), (0.0, 0.0)
 
 
@@ -109,7 +115,7 @@ def choose_format(name: str | None, model_type: str) -> str:
         family = known_family(model_type)
         return "fraction" if family is None else family.box_formats.get(model_type, "fraction")
     if name not in FORMATS:
-        raise ValueError(f"box_format is {name!r}, needed one of {', '.join(FORMATS)}")
+        raise ArgumentError("box_format", repr(name), f"be one of {', '.join(FORMATS)}")
     return name
 
 

@@ -54,7 +54,7 @@ def tokenizer_of(processor: Any) -> Any:
 def read_template(path: str) -> str:
     """The template in a file; ``ValueError`` unless it renders a picture's question with the words in it."""
     if not Path(path).is_file():
-        raise ValueError(f"template is {path!r}, needed a Jinja file; the model's own is used without the flag")
+        raise ArgumentError("template", repr(path), "be a Jinja file; without it the model's own is used")
     try:
         template = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.records import SUFFIXES, Layout
 from sar_fast.lab.io.stamps import file_stamp
 
@@ -56,7 +57,7 @@ def find_datasets(
     wanted = split_names(names)
     folder = dataset_dir or DEFAULT_DIR
     if not wanted:
-        raise ValueError(f"dataset is {names!r}, needed a name of {folder / REGISTRY_NAME} or a file")
+        raise ArgumentError("dataset", repr(names), f"be names of {folder / REGISTRY_NAME}, or files")
     check_media_dir(media_dir)
     found = [
         _file(find_file(name, dataset_dir), media_dir)
@@ -73,7 +74,7 @@ def find_datasets(
 def check_media_dir(media_dir: str | Path | None) -> None:
     """``ValueError`` if pictures are to be found in a folder that is none."""
     if media_dir is not None and not Path(media_dir).is_dir():
-        raise ValueError(f"media_dir {str(media_dir)!r} is no folder")
+        raise ArgumentError("media_dir", repr(str(media_dir)), "be a folder")
 
 
 def split_names(names: str | None) -> list[str]:
@@ -116,8 +117,10 @@ def _file(path: Path, media_dir: Path | None) -> DatasetInfo:
 def _entry(name: str, entries: dict[str, dict], dataset_dir: Path, media_dir: Path | None) -> DatasetInfo:
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"dataset {name!r} is not in {dataset_dir / REGISTRY_NAME}; {hint}known: {', '.join(entries)}")
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ArgumentError(
+            "dataset", f"{name!r}{hint}", f"be names in {dataset_dir / REGISTRY_NAME} ({', '.join(entries)}) or files"
+        )
     entry = entries[name]
     unsupported = sorted(set(entry) - set(SUPPORTED_KEYS))
     if unsupported:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.weight_files import open_to_readers, whole_folder
 from sar_fast.lab.io import adapters
 from sar_fast.lab.io.model_errors import ModelError
@@ -32,7 +33,7 @@ def merge_into(source: ModelSource, output: Path, dtype: str = "auto", overwrite
 
     Raises:
         ModelError: no adapter, one that cannot be merged or does not fit, NaN, a quantized base.
-        ValueError: ``output`` cannot be taken.
+        ArgumentError: ``output`` cannot be taken.
     """
     if source.adapter is None:
         raise source.error("is no adapter: there is nothing to merge")
@@ -58,27 +59,29 @@ def merge_into(source: ModelSource, output: Path, dtype: str = "auto", overwrite
                 shutil.copy(file, folder)
             open_to_readers(folder)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"output_dir {str(output)!r} cannot be written: {error}") from error
+        raise ArgumentError("output", f"{str(output)!r}: {error}", "be a folder to write into") from error
     return path
 
 
 def check_output(path: Path, source: ModelSource, overwrite: bool) -> None:
-    """``ValueError`` for a folder that must not be replaced."""
+    """``ArgumentError`` for a folder that must not be replaced."""
     if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir {str(path)!r} is a file, needed a folder")
+        raise ArgumentError("output", f"{str(path)!r}, a file", "be a folder")
     for what, place in (("the adapter", source.adapter), ("its base", source.weights)):
         read = Path(os.path.realpath(place)) if place and Path(place).is_dir() else None
         if read is not None and (path == read or path in read.parents):
-            raise ValueError(f"output_dir {str(path)!r} holds {what}: choose another folder")
+            raise ArgumentError("output", f"{str(path)!r}, which holds {what}", "be another folder")
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise ValueError(
-            f"output_dir {str(path)!r} is not empty: choose another folder, or give --overwrite_output_dir"
+        raise ArgumentError(
+            "output", f"{str(path)!r}, which is not empty", "be an empty or a new folder, or come with {overwrite}"
         )
     if not (path / "config.json").is_file():
-        raise ValueError(
-            f"output_dir {str(path)!r} holds no model that --overwrite_output_dir could replace: choose another folder"
+        raise ArgumentError(
+            "output",
+            f"{str(path)!r}, which holds none",
+            "be an empty or a new folder, or one of a model that {overwrite} may replace",
         )
 
 

@@ -6,11 +6,13 @@ import os
 import tempfile
 from pathlib import Path
 
+from sar_fast.base.errors import ArgumentError
+
 
 def check_output_dir(path: str | Path) -> None:
-    """``ValueError`` that names ``--output_dir`` where :func:`unwritable` has a reason."""
+    """``ArgumentError`` where :func:`unwritable` has a reason."""
     if (why := unwritable(path)) is not None:
-        raise ValueError(f"--output_dir {str(path)!r} is no folder to write into: {why}")
+        raise ArgumentError("output_dir", f"{str(path)!r}: {why}", "be a folder to write into")
 
 
 def unwritable(path: str | Path) -> str | None:

@@ -55,7 +55,7 @@ class PromptFormat:
             if self.visual_ids.isdisjoint(first) and self.visual_ids:
                 raise ValueError(
                     f"the prompt of picture {number} has no visual token: {type(self.processor).__name__} wrote none "
-                    f"of the ids {sorted(self.visual_ids)} of this model; its chat template, or that of --template, "
+                    f"of the ids {sorted(self.visual_ids)} of this model; its chat template, or the template given, "
                     f"must write the picture's placeholder; the prompt is {texts[number][0][:80]!r}"
                 )
         groups = [

@@ -69,10 +69,10 @@ class Layout:
         known = KNOWN_COLUMNS[self.formatting]
         for name in self.columns:
             if name not in known:
-                raise ValueError(f"columns of {self.formatting} may be {', '.join(known)}; got {name!r}")
+                raise ArgumentError("columns", repr(name), f"be some of {', '.join(known)} in {self.formatting}")
         for name in self.tags:
             if name not in DEFAULT_TAGS:
-                raise ValueError(f"tags may be {', '.join(DEFAULT_TAGS)}; got {name!r}")
+                raise ArgumentError("tags", repr(name), f"be some of {', '.join(DEFAULT_TAGS)}")
 
     def column(self, row: Mapping[str, Any], name: str) -> Any:
         """The row's value for a column's role, None where the row has none.

@@ -46,14 +46,17 @@ def head_divergence(
         UnsupportedModelError: an attention module whose output projection or heads cannot be found.
     """
     if model.training:
-        raise ValueError("model must be in eval mode, dropout would count as divergence; call model.eval()")
+        raise ArgumentError(
+            "model", "training mode", "be in eval mode, as dropout would count as divergence; call model.eval()"
+        )
     seen, blind = (last_head_outputs(model, inputs) for inputs in (with_picture, without_picture))
     divergence = {}
     for layer, outputs in seen.items():
         if outputs.shape != blind[layer].shape:
-            raise ValueError(
-                "with_picture and without_picture must hold the same samples; got batches of "
-                f"{outputs.shape[0]} and {blind[layer].shape[0]}"
+            raise ArgumentError(
+                "with_picture and without_picture",
+                f"batches of {outputs.shape[0]} and {blind[layer].shape[0]}",
+                "hold the same samples",
             )
         distance = (outputs - blind[layer]).norm(dim=-1)
         if zero_surges:
@@ -89,13 +92,14 @@ def last_positions(inputs: Mapping[str, Any]) -> Tensor:
     if mask is None:
         return torch.full((batch,), length - 1, device=tokens.device)
     if mask.shape != (batch, length):
-        raise ValueError(
-            f"inputs: attention_mask must have shape (batch, positions), {(batch, length)} like the tokens; got "
-            f"{tuple(mask.shape)}"
+        raise ArgumentError(
+            "inputs['attention_mask']",
+            tuple(mask.shape),
+            f"have shape (batch, positions), {(batch, length)} like the tokens",
         )
     real = mask != 0
     if not bool(real.any(1).all()):
-        raise ValueError("inputs: attention_mask must leave each sample a position; got a sample that is all padding")
+        raise ArgumentError("inputs['attention_mask']", "a sample that is all padding", "leave each sample a position")
     return (real * torch.arange(length, device=mask.device)).amax(1)
 
 

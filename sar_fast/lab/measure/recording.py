@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf import SARHandle, apply_sar
 from sar_fast.lab.show.overlay import head_average
@@ -60,7 +61,7 @@ def record_with(handle: SARHandle, model: nn.Module, inputs: Mapping[str, Tensor
     try:
         model(**inputs, use_cache=False)
         if handle.roles is None or not handle.roles.visual_mask.any():
-            raise ValueError("inputs hold no visual token: SAR has nothing to look at")
+            raise ArgumentError("inputs", "none", "hold visual tokens, for SAR to look at")
         return Recording(dict(handle.stats), dict(handle.rows), *handle.roles, handle.prior)
     finally:
         handle.reconfigure(before)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.model_source import MINIATURE_PATH
 from sar_fast.lab.io.models import load_miniature_processor
 from sar_fast.lab.miniature.questions import build_prompt
@@ -45,7 +46,7 @@ def answer(
     ``ValueError`` if there are not as many questions as images.
     """
     if len(images) != len(questions):
-        raise ValueError(f"questions has {len(questions)} entries for {len(images)} images, needed one per image")
+        raise ArgumentError("questions", f"{len(questions)} for {len(images)} images", "be one per image")
     replies: list[str] = []
     for start in range(0, len(images), batch_size):
         inputs = processor(

@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.extras import need
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -66,13 +67,13 @@ class ObjectSpec:
 
     def __post_init__(self):
         if self.colour not in PALETTE:
-            raise ValueError(f"colour is {self.colour!r}, needed one of {', '.join(PALETTE)}")
+            raise ArgumentError("colour", repr(self.colour), f"be one of {', '.join(PALETTE)}")
         if self.shape not in FORMS:
-            raise ValueError(f"shape is {self.shape!r}, needed one of {', '.join(FORMS)}")
+            raise ArgumentError("shape", repr(self.shape), f"be one of {', '.join(FORMS)}")
         if not (0 < self.half_extent <= 0.5):
-            raise ValueError(f"half_extent is {self.half_extent}, needed a fraction in (0, 0.5]")
+            raise ArgumentError("half_extent", self.half_extent, "be a fraction in (0, 0.5]")
         if not all(0 <= c <= 1 for c in self.centre):
-            raise ValueError(f"centre is {self.centre}, needed (x, y) as fractions in [0, 1]")
+            raise ArgumentError("centre", self.centre, "be (x, y) as fractions in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def compose(background: np.ndarray, specs: Sequence[ObjectSpec], kind: str = "pl
     visible pixel.
     """
     if background.ndim != 3 or background.shape[2] != 3 or background.dtype != np.uint8:
-        raise ValueError(f"background is {background.shape} {background.dtype}, needed (H, W, 3) uint8")
+        raise ArgumentError("background", f"{background.shape} {background.dtype}", "be (H, W, 3) uint8")
     height, width = background.shape[:2]
     canvas = background.astype(np.float32)
     masks: list[np.ndarray] = []
@@ -137,7 +138,7 @@ def draw_scene(
     from, and ``recolour`` permutes the channels of a photograph or tints a grey one (an augmentation for training).
     """
     if objects not in (None, 1, 2, 3):
-        raise ValueError(f"objects is {objects!r}, needed 1, 2, 3 or None")
+        raise ArgumentError("objects", repr(objects), "be 1, 2, 3 or None")
     count = objects or int(rng.choice((1, 2, 3), p=(0.35, 0.5, 0.15)))
     ground = draw_background(rng, background, size, photographs=photographs, recolour=recolour)
     return compose(ground, sample_specs(rng, count), background)
@@ -146,7 +147,7 @@ def draw_scene(
 def sample_specs(rng: np.random.Generator, count: int) -> list[ObjectSpec]:
     """Samples ``count`` objects that do not touch, all inside the picture, each a distinct pair of colour and shape."""
     if not 1 <= count <= 3:
-        raise ValueError(f"count is {count}, needed 1 to 3 objects")
+        raise ArgumentError("count", count, "be 1 to 3 objects")
     pairs = rng.permutation(len(COLOURS) * len(SHAPES))[:count]
     names = list(COLOURS)
     while True:  # three of the largest objects always fit, so a rejected layout only needs another draw
@@ -175,7 +176,7 @@ def draw_background(
 ) -> np.ndarray:
     """Draws a background (size, size, 3) uint8. Arguments as in :func:`draw_scene`."""
     if size < 16:
-        raise ValueError(f"size is {size}, needed at least 16 pixels")
+        raise ArgumentError("size", size, "be at least 16 pixels")
     if kind == "plain":
         pixels = np.broadcast_to(_pale(rng), (size, size, 3))
     elif kind == "gradient":
@@ -188,7 +189,7 @@ def draw_background(
     elif kind == "photograph":
         return _crop(rng, photograph(str(rng.choice(photographs))), size, recolour)
     else:
-        raise ValueError(f"background is {kind!r}, needed one of {', '.join(BACKGROUNDS)}")
+        raise ArgumentError("background", repr(kind), f"be one of {', '.join(BACKGROUNDS)}")
     return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
 
 
@@ -197,7 +198,7 @@ def photograph(name: str) -> np.ndarray:
     """The photograph (H, W, 3) uint8, read-only, out of scikit-image's wheel; ``ImportError`` without scikit-image."""
     if name not in TRAINING_PHOTOGRAPHS + HELD_OUT_PHOTOGRAPHS:
         known = ", ".join(TRAINING_PHOTOGRAPHS + HELD_OUT_PHOTOGRAPHS)
-        raise ValueError(f"photograph is {name!r}, needed one of {known}")
+        raise ArgumentError("photograph", repr(name), f"be one of {known}")
     need("a photographic background", "skimage")
     from skimage import data
 

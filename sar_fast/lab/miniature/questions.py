@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.boxes import BOX_BINS, box_iou
 from sar_fast.lab.io.chat_template import llava_prompt
 from sar_fast.lab.miniature.drawing import COLOURS, HELD_OUT_PHOTOGRAPHS, SHAPES, Scene, draw_scene
@@ -81,7 +82,7 @@ def draw_questions(
     The background of a scene is one of ``backgrounds``; ``size`` and ``photographs`` as in ``draw_scene``.
     """
     if per_kind < 1:
-        raise ValueError(f"per_kind is {per_kind}, needed at least 1")
+        raise ArgumentError("per_kind", per_kind, "be at least 1")
     found: dict[str, list[tuple[Scene, Question]]] = {kind: [] for kind in KINDS}
     while min(map(len, found.values())) < per_kind:
         scene = draw_scene(rng, size=size, background=str(rng.choice(backgrounds)), photographs=photographs)
@@ -94,7 +95,7 @@ def draw_questions(
 def build_prompt(text: str) -> str:
     """The LLaVA-1.5 prompt for one image and one question in free words; the answer follows it."""
     if "<image>" in text:
-        raise ValueError("text contains '<image>', needed a question in words: the prompt adds the image itself")
+        raise ArgumentError("text", "'<image>' in it", "be a question in words: the prompt adds the image itself")
     return llava_prompt(text)
 
 

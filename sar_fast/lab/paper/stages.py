@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.run.results import read_json, write_json
 from sar_fast.lab.run.run_metadata import commit
 
@@ -56,8 +57,10 @@ def run_stage(
         say(f"{title}: kept")
         return Stage(title, command, known["seconds"], known["results"], known["commit"])
     if not known and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            f"{folder} holds files that this command did not make; give another --output_dir, or delete it"
+        raise ArgumentError(
+            "output_dir",
+            f"{folder}, which holds files that this command did not make",
+            "be another folder",
         )
     if changed:
         shutil.rmtree(folder, ignore_errors=True)

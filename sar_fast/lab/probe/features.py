@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.structure import find_decoder_layers
 
 DONE = "features_done.bin"  # a byte per sample, 1 if its features are there
@@ -46,7 +47,11 @@ def layer_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """
     mask = inputs.get("attention_mask")
     if mask is not None and not mask[:, -1].all():
-        raise ValueError("attention_mask: prompts must be padded on the left, so that each ends at the last position")
+        raise ArgumentError(
+            "inputs['attention_mask']",
+            "padding there",
+            "pad prompts on the left, so that each ends at the last position",
+        )
     with last_token_states(model) as states:
         model.base_model(**inputs, use_cache=False)
     return torch.stack([states[i] for i in sorted(states)], dim=1)
@@ -81,8 +86,10 @@ class FeatureStore:
             done = folder / DONE
             worked = done.is_file() and any(done.read_bytes())
             if differing and worked and not overwrite:
-                raise ValueError(
-                    f"{folder} holds features with another {', '.join(differing)}; delete it or name another output_dir"
+                raise ArgumentError(
+                    "folder",
+                    f"{folder} with features of another {', '.join(differing)}",
+                    "be a new one; or delete them, or {overwrite} be True",
                 )
             if differing:
                 path.unlink()

@@ -96,20 +96,20 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def need(group: Any, flag: str, value: Any, names: Sequence[str]) -> None:
-    """``ValueError`` for the first of ``names`` that is set although ``flag`` is not ``value``."""
+    """``ArgumentError`` for the first of ``names`` that is set although ``flag`` is not ``value``."""
     if getattr(group, flag) != value:
-        refuse(group, names, f"without --{flag}{'' if value is True else f' {value}'}; add it")
+        refuse(group, names, f"without {{{flag}}}{'' if value is True else f' {value}'}")
 
 
 def refuse(group: Any, names: Sequence[str], why: str) -> None:
-    """``ValueError``, "``--name`` has no effect ``why``", for the first of ``names`` that is not at its default."""
+    """``ArgumentError``, "must be left out ``why``", for the first of ``names`` that is not at its default."""
     missing = dataclasses.MISSING
     defaults = {
         f.name: f.default if f.default_factory is missing else f.default_factory() for f in dataclasses.fields(group)
     }
     for name in names:
         if getattr(group, name) != defaults[name]:
-            raise ValueError(f"--{name} has no effect {why}")
+            raise ArgumentError(name, getattr(group, name), f"be left out {why}")
 
 
 def at_least(group: Any, least: int, *names: str) -> None:

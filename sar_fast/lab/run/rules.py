@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sar_fast.config import SARConfig
+from sar_fast.config import PAPER_OPTIONS, SARConfig
 from sar_fast.lab.io.stamps import file_stamp
+from sar_fast.method.weighting.registry import is_registered
 
 PLAIN = r"[a-z0-9][a-z0-9_.]{0,39}"  # names that are their own folder's; beta is the word for other settings
 LONGEST = 40  # characters
@@ -34,8 +35,15 @@ def rule_settings(spec: str | Mapping[str, Any], config: SARConfig) -> dict[str,
     return values
 
 
-def config_settings(config: SARConfig) -> dict[str, Any]:
-    """:func:`rule_settings` of a config whose rule goes by the name that it is registered under."""
+def config_settings(config: SARConfig, lasting: bool = True) -> dict[str, Any]:
+    """:func:`rule_settings` of a config whose rule goes by the name that it is registered under.
+
+    One that is not registered is an ``ArgumentError``; for settings that no folder keeps (``lasting`` False) it goes by
+    its ``repr``.
+    """
+    if not (lasting or config.weighting is None or is_registered(config.weighting)):
+        values = config.replace(weighting=None).to_dict()
+        return {**{n: v for n, v in values.items() if n not in PAPER_OPTIONS}, "weighting": repr(config.weighting)}
     values = config.to_dict()
     return values if config.weighting is None else rule_settings(values["weighting"], config)
 

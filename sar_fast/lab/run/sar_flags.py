@@ -12,7 +12,7 @@ import torch
 
 from sar_fast.backends.protocol import Request
 from sar_fast.backends.select import choose_backend
-from sar_fast.base.errors import ArgumentError
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.config import PAPER_OPTIONS, SARConfig
 from sar_fast.method.weighting import Weighting, find_weighting
 
@@ -63,7 +63,7 @@ def _config(group: Any, find: Callable[[str], Weighting | None]) -> SARConfig:
 def refuse_papers(flag: str, given: Sequence[str]) -> None:
     """``ValueError`` if flags of the paper's rule are given beside ``flag``, that of another rule."""
     if given:
-        raise ValueError(f"{flag} must come without {', '.join(given)}, of the paper's rule")
+        raise ArgumentError(flag, ", ".join(given), "come without options of the paper's rule")
 
 
 def find_rule(spec: str | Mapping[str, Any], model_config: Any = None) -> Weighting:
@@ -106,11 +106,10 @@ def _find(spec: str | Mapping[str, Any], sizes: Mapping[str, int]) -> Weighting:
 def naming_flags(flags: Mapping[str, str], dashes: str = "--") -> Iterator[None]:
     """An error that begins with the name of an argument begins with the flag that sets it instead."""
     try:
-        yield
-    except ArgumentError as error:
-        if error.argument not in flags:
-            raise
-        raise type(error)(f"{dashes}{flags[error.argument]}", error.came, error.needed) from error
+        with arguments_named({name: f"{dashes}{flag}" for name, flag in flags.items()}):
+            yield
+    except ArgumentError:
+        raise
     except (ValueError, TypeError) as error:
         name = re.match(r"\w*", str(error)).group()
         if name not in flags:
@@ -133,8 +132,8 @@ def check_layers(group: Any, config: Any) -> None:
     layers = count_attention_layers(config)
     k = group.sar_activation_layer_k
     if layers and k > layers:
-        flag = flags_of(group)["activation_layer_k"]
-        raise ValueError(f"--{flag} must be at most the number of attention layers, {layers}; got {k}")
+        with naming_flags(flags_of(group)):
+            raise ArgumentError("activation_layer_k", k, f"be at most the number of attention layers, {layers}")
 
 
 def count_attention_layers(config: Any) -> int:

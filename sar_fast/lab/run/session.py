@@ -106,7 +106,9 @@ def start_processes(device: str) -> PartialState:
     if state.num_processes != started:
         raise ValueError(f"WORLD_SIZE is {started}, but {state.num_processes} process(es) found each other")
     if state.num_processes > 1 and device not in ("auto", "cpu"):
-        raise ValueError(f"device is {device!r} with {state.num_processes} processes: each needs its own; auto")
+        raise ArgumentError(
+            "device", f"{device!r} for {state.num_processes} processes", "be auto: each process needs its own"
+        )
     return state
 
 

@@ -47,13 +47,14 @@ class Subject:
     reports_frames: Callable[[], bool]
 
     @classmethod
-    def of(cls, model: nn.Module, processor: Any, sar: SARConfig | None = None) -> Subject:
+    def of(cls, model: nn.Module, processor: Any, sar: SARConfig | None = None, lasting: bool = True) -> Subject:
         """A model and a processor that the caller has; both are the caller's again after each experiment.
 
         Args:
             model: of transformers, PEFT-wrapped or not; in eval mode while it is looked at.
             processor: its processor, which is copied.
             sar: SAR while it is looked at. None: the model as it is, with the SAR that may be on it.
+            lasting: whether a folder keeps the settings, which then need a name for a rule.
 
         Raises:
             ArgumentError: ``sar`` on a model that has SAR; no chat template.
@@ -73,7 +74,7 @@ class Subject:
                 "model": unwrap(model).config.name_or_path or type(unwrap(model)).__name__,
                 "weights": live_stamp(model),
                 "dtype": str(model.dtype).removeprefix("torch."),
-                "sar": None if config is None else config_settings(config),
+                "sar": None if config is None else config_settings(config, lasting),
                 "template": stamp(processor.chat_template),
             }
 

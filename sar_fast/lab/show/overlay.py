@@ -51,7 +51,7 @@ def visual_grid(inputs: Mapping[str, Tensor], visual_tokens: int, merge_size: in
             return rows, columns
     elif math.isqrt(visual_tokens) ** 2 == visual_tokens and visual_tokens > 0:
         return math.isqrt(visual_tokens), math.isqrt(visual_tokens)
-    raise ValueError(f"the {visual_tokens} visual tokens of this prompt do not form one rectangle of the picture")
+    raise ArgumentError("visual_tokens", f"{visual_tokens} of this prompt", "form one rectangle of the picture")
 
 
 def seen_region(image_processor: object, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from sar_fast.base.errors import ArgumentError
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.config import Normalize, SARConfig
 from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.datasets import is_file_name, split_names
@@ -103,7 +103,11 @@ class ModelArguments(SARArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.finetuning_type == "rule" and self.sar_weighting is None:
-            raise ValueError("--finetuning_type rule needs --use_sar and --sar_weighting, whose parameters it trains")
+            raise ArgumentError(
+                "sar_weighting",
+                None,
+                "be given, with {use_sar}, for {finetuning_type} rule, which trains its parameters",
+            )
         need(self, "finetuning_type", "lora", ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"))
         need(self, "finetuning_type", "freeze", ("freeze_trainable_layers",))
         at_least(self, 1, "lora_rank", "lora_alpha", "freeze_trainable_layers")
@@ -164,7 +168,9 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.cutoff_len is not None and self.max_length != self.cutoff_len:
-            raise ValueError(f"max_length is {self.max_length} and cutoff_len {self.cutoff_len}: give one")
+            raise ArgumentError(
+                "cutoff_len", self.cutoff_len, f"be {self.max_length}, as {{max_length}}, whose other name it is"
+            )
         at_least(self, 1, "max_length", "cutoff_len", "max_samples", "buffer_size", "preprocessing_num_workers")
         self.max_length = self.max_length if self.max_length is not None else self.cutoff_len
         if self.template is not None:
@@ -174,7 +180,7 @@ class DataArguments:
         self.mix().check(len(names) or 1)
         names += split_names(self.eval_dataset)
         if self.dataset_dir is not None and names and all(is_file_name(n) and Path(n).is_absolute() for n in names):
-            raise ValueError("--dataset_dir has no effect on files with absolute paths; leave it out")
+            raise ArgumentError("dataset_dir", self.dataset_dir, "be left out for files with absolute paths")
 
     def mix(self) -> Mix:
         """How the training datasets are mixed; ``ValueError`` for flags that make no mix."""
@@ -199,8 +205,8 @@ class ControlArguments:
         names = ("visual_contrastive_loss_weight", "visual_contrastive_temperature", "learnable_temperature")
         need(self, "custom_trainer", "control_sft", (*names, "visual_contrastive_text_pool"))
         if not 0 <= self.visual_contrastive_loss_weight < math.inf:
-            raise ValueError(
-                f"--visual_contrastive_loss_weight must be >= 0 and finite; got {self.visual_contrastive_loss_weight}"
+            raise ArgumentError(
+                "visual_contrastive_loss_weight", self.visual_contrastive_loss_weight, "be >= 0 and finite"
             )
         above(self, 0, "visual_contrastive_temperature")
 
@@ -242,12 +248,16 @@ class SFTArguments(AnalysisArguments, TrainingArguments):
     def __post_init__(self) -> None:
         self._check_numbers()
         if str(self.deepspeed).endswith(".json") and not Path(self.deepspeed).is_file():
-            raise ValueError(f"--deepspeed {self.deepspeed} does not exist")
+            raise ArgumentError("deepspeed", self.deepspeed, "be a file that exists")
         if not (torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()):
             self.use_cpu = True  # otherwise --bf16 is refused on such a machine
             self.dataloader_pin_memory = False
         if self.fp16 and self.use_cpu:
-            raise ValueError("--fp16 needs a GPU: on the CPU accelerate trains in fp32 without a word; --bf16 works")
+            raise ArgumentError(
+                "fp16",
+                True,
+                "be False without a GPU: on the CPU accelerate trains in fp32 without a word; {bf16} works",
+            )
         if (
             self.accelerator_config is None
         ):  # a streamed batch cannot be dealt out by rows: images have rows of their own
@@ -258,15 +268,15 @@ class SFTArguments(AnalysisArguments, TrainingArguments):
             if not 0 <= self.warmup_ratio < 1:
                 raise ArgumentError("warmup_ratio", self.warmup_ratio, "be in [0, 1)")
             if self.warmup_steps:
-                raise ValueError("warmup_ratio and warmup_steps exclude each other; give one")
+                raise ArgumentError("warmup_steps", self.warmup_steps, "be 0 with {warmup_ratio}")
             self.warmup_steps = self.warmup_ratio  # below 1, the Trainer takes it for a ratio
         metric = self.metric_for_best_model
         if self.save_strategy == "best" and metric is None:
-            raise ValueError("--save_strategy best needs --metric_for_best_model eval_loss")
+            raise ArgumentError("metric_for_best_model", None, "be eval_loss with {save_strategy} best")
         TrainingArguments.__post_init__(self)  # sets the metric itself for flags that need one
         if self.metric_for_best_model is not None and self.eval_strategy == "no":
-            flag = "--metric_for_best_model" if metric else "--load_best_model_at_end"
-            raise ValueError(f"{flag} needs evaluations while training: add --eval_strategy steps or epoch")
+            wanted_by = "metric_for_best_model" if metric else "load_best_model_at_end"
+            raise ArgumentError("eval_strategy", "no", f"be steps or epoch with {{{wanted_by}}}")
 
     def _check_numbers(self) -> None:
         """``ValueError`` for a number that makes no sense, which the Trainer would find late, or take for another."""
@@ -278,7 +288,7 @@ class SFTArguments(AnalysisArguments, TrainingArguments):
         above(self, 0, "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "peak_flops")
         below_one(self, "adam_beta1", "adam_beta2", "label_smoothing_factor")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"--max_steps must be at least 1, or -1 for --num_train_epochs; got {self.max_steps}")
+            raise ArgumentError("max_steps", self.max_steps, "be at least 1, or -1 for {num_train_epochs}")
 
 
 @dataclasses.dataclass
@@ -297,52 +307,63 @@ class Arguments:
         return {**groups, "training": self.training.to_sanitized_dict()}
 
 
+GROUPS = (ModelArguments, DataArguments, ControlArguments, SFTArguments)
+FLAGS = {field.name: f"--{field.name}" for group in GROUPS for field in dataclasses.fields(group)}
+
+
 def parse(argv: Sequence[str]) -> Arguments:
     """Arguments from a command line: YAML or JSON files, then flags; a later value replaces an earlier one.
 
     ``ValueError`` for a bad flag, or for flags that do not go together.
     """
-    groups = (ModelArguments, DataArguments, ControlArguments, SFTArguments)
-    arguments = Arguments(*parse_groups(groups, argv))
-    check(arguments)
-    check_output_dir(arguments.training.output_dir)
+    arguments = Arguments(*parse_groups(GROUPS, argv))
+    with arguments_named(FLAGS):
+        check(arguments)
+        check_output_dir(arguments.training.output_dir)
     return arguments
 
 
 def check(arguments: Arguments) -> None:
-    """``ValueError`` for flags that do not go together."""
+    """``ArgumentError`` for arguments that do not go together."""
     model, data, training = arguments.model, arguments.data, arguments.training
     if training.do_predict:
-        raise ValueError("--do_predict has no effect here: experiments/evaluate.py generates and scores answers")
+        raise ArgumentError("do_predict", True, "be False here: experiments/evaluate.py generates and scores answers")
     metrics = EVAL_METRICS if arguments.control.custom_trainer else EVAL_METRICS[:1]
     metric = training.metric_for_best_model
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
-        raise ValueError(
-            f"--metric_for_best_model must be {', '.join(metrics)}, all that an evaluation measures; got {metric}"
+        raise ArgumentError(
+            "metric_for_best_model", metric, f"be {', '.join(metrics)}, all that an evaluation measures"
         )
     if not (training.do_train or training.do_eval):
-        raise ValueError("nothing to do: give --do_train, --do_eval or both")
+        raise ArgumentError("do_train", False, "be True, or {do_eval}, or both: there is nothing to do")
     if training.do_train and not data.dataset:
-        raise ValueError("--do_train needs --dataset")
+        raise ArgumentError("dataset", None, "be given with {do_train}")
     if training.do_eval and not data.eval_dataset:
-        raise ValueError("--do_eval needs --eval_dataset")
+        raise ArgumentError("eval_dataset", None, "be given with {do_eval}")
     if data.streaming and training.do_train and training.max_steps <= 0:
-        raise ValueError("--streaming has no length: it needs --max_steps")
+        raise ArgumentError("max_steps", training.max_steps, "be at least 1 with {streaming}, which has no length")
     if data.streaming and training.train_sampling_strategy in BY_LENGTH:
-        raise ValueError(
-            f"--train_sampling_strategy {training.train_sampling_strategy} needs the lengths of all records, which "
-            "--streaming does not know; leave one out"
+        raise ArgumentError(
+            "train_sampling_strategy",
+            training.train_sampling_strategy,
+            "be another with {streaming}, which does not know the lengths of all records",
         )
     if training.train_sampling_strategy in BY_LENGTH and training.length_column_name != LENGTH:
-        raise ValueError(f"--length_column_name must be {LENGTH!r}; got {training.length_column_name!r}")
+        raise ArgumentError("length_column_name", repr(training.length_column_name), f"be {LENGTH!r}")
     if data.packing and arguments.control.custom_trainer == "control_sft":
-        raise ValueError("--packing puts samples into one row, --custom_trainer control_sft tells them apart by rows")
+        raise ArgumentError(
+            "packing", True, "be False with {custom_trainer} control_sft, which tells samples apart by rows"
+        )
     deepspeed = getattr(training, "hf_deepspeed_config", None)
     refuse_split_models(deepspeed.config if deepspeed else None, training.parallelism_config)
     if model is not None and model.use_sar:
         check_sar_flags(model)
         if model.attn_implementation is not None:
-            raise ValueError("--use_sar sets the attention itself; leave out --attn_implementation")
+            raise ArgumentError(
+                "attn_implementation",
+                model.attn_implementation,
+                "be left out with {use_sar}, which sets the attention itself",
+            )
 
 
 def main_arguments() -> Arguments:

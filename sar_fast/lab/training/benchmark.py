@@ -79,11 +79,11 @@ def remark(tokens: int, limit: int | None = None) -> str | None:
     """What to know of times at so many tokens, and what to run instead; ``limit`` is the model's. None if nothing."""
     if tokens >= TELLING:
         return None
-    longer = "a --model that takes more" if limit is not None and limit < TELLING else f"--length {TELLING} or more"
+    longer = "a model that takes more" if limit is not None and limit < TELLING else f"a length of {TELLING} or more"
     return (
         f"{tokens} tokens are too few to tell SAR from the eager formulation: fixed costs of each layer decide, and "
-        f"eager's matrices grow with the square of the length. Give {longer}, for example on a GPU --model "
-        "llava-hf/llava-1.5-7b-hf --length 2048 --dtype bfloat16; `make bench` of a checkout times attention on a CPU"
+        f"eager's matrices grow with the square of the length. Give {longer}, for example 2048 "
+        "of llava-hf/llava-1.5-7b-hf in bfloat16 on a GPU; `make bench` of a checkout times attention on a CPU"
     )
 
 

@@ -115,7 +115,9 @@ class ContrastiveSupervision:
         names = ("image_token_id", "video_token_id")
         self.visual_ids = [int(t) for n in names if (t := getattr(self.inner.config, n, None)) is not None]
         if not self.visual_ids:
-            raise ValueError("model: its config has no image_token_id, so its visual positions are not known")
+            raise ArgumentError(
+                "model", "none", "have an image_token_id in its config, by which its visual positions are known"
+            )
         self.text_pool, self.differentiable = text_pool, differentiable
         self._hidden: Tensor | None = None
         device = next(self.inner.parameters()).device
@@ -140,7 +142,9 @@ class ContrastiveSupervision:
         if labels is None:
             return output
         if ids is None:
-            raise ValueError("the contrastive loss needs input_ids, to tell visual tokens from text")
+            raise ArgumentError(
+                "input_ids", None, "be given: the contrastive loss tells visual tokens from text by them"
+            )
         mask = kwargs.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
         visual = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device)) & real

@@ -17,6 +17,7 @@ from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.datasets import DatasetInfo
 from sar_fast.lab.io.records import RecordError, id_in_messages, read_rows, to_record
 from sar_fast.lab.training.checking import LENGTH, bad, check_records, encode, pictures_stamp, records_stamp
@@ -149,7 +150,7 @@ def training_stream(
         names = ", ".join(info.name for info in infos)
         logger.info("stream of %s: %s, shuffled in a buffer of %d records", names, mix.describe(), buffer_size)
         if len(infos) > 1 and mix.strategy == "concat":
-            logger.warning("stream: concat reads one dataset after the other; --mix_strategy interleave_... mixes them")
+            logger.warning("stream: concat reads one dataset after the other; mix_strategy interleave_... mixes them")
     records = _stream(infos, mix=mix, seed=seed, buffer_size=buffer_size, endless=True, announce=announce)
     return encode_dataset(records, encoder)
 
@@ -226,7 +227,7 @@ class Collator:
         blank: Mapping[str, Any] | None = None,
     ) -> None:
         if packing and (blank is not None or pad_to_multiple_of is not None):
-            raise ValueError("packing leaves no padding: it goes with neither blank nor pad_to_multiple_of")
+            raise ArgumentError("packing", True, "be False with {blank} or {pad_to_multiple_of}: it leaves no padding")
         self.pad_token_id, self.multiple, self.blank = pad_token_id, pad_to_multiple_of or 1, blank
         self.packing = packing
 

@@ -47,9 +47,11 @@ class Encoder:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if not self.tokenizer.is_fast:
-            raise ValueError(f"processor: {type(self.tokenizer).__name__} has no offsets, needed a fast tokenizer")
+            raise ArgumentError(
+                "processor", f"{type(self.tokenizer).__name__}, which has no offsets", "have a fast tokenizer"
+            )
         if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise ValueError("processor: no chat template; save one with it (chat_template.jinja)")
+            raise ArgumentError("processor", "none", "have a chat template; save one with it (chat_template.jinja)")
         self.max_length, self.too_long = max_length, too_long
         self.image_token = getattr(processor, "image_token", IMAGE)
         self.visual_ids = visual_token_ids(processor)

@@ -46,13 +46,13 @@ def gini(values: Tensor | Sequence[Tensor], limit: int = LIMIT) -> float:
         raise ArgumentError("limit", limit, "be at least 1")
     n = sum(tensor.numel() for tensor in tensors)
     if n == 0:
-        raise ValueError("values has no entries")
+        raise ArgumentError("values", "none", "have entries")
     device = tensors[0].device
     counts = torch.zeros(1 << 15, dtype=torch.int64, device=device)
     for bits in _pieces(tensors, limit):
         counts += torch.bincount(bits >> 16, minlength=1 << 15)
     if counts[0x7F80:].any():
-        raise ValueError("values has an entry that is not finite")
+        raise ArgumentError("values", "an entry that is not", "be finite")
     total = weighted = 0.0  # sum x and sum rank * x, ranks from 1
     rank = 0
     for first, last, size in _groups(counts.tolist(), limit):
@@ -60,9 +60,9 @@ def gini(values: Tensor | Sequence[Tensor], limit: int = LIMIT) -> float:
             inside, within = _sum_by_value(_members(tensors, first, last, limit), first, device)
         else:
             ordered = torch.cat(list(_members(tensors, first, last, limit))).sort().values
-            x = ordered.to(torch.int32).view(torch.float32).double()
+            x = ordered.view(torch.float32).double()
             inside = x.sum().item()
-            within = (x * torch.arange(1, size + 1, device=device, dtype=torch.float64)).sum().item()
+            within = x.mul_(torch.arange(1, size + 1, dtype=torch.int32, device=device)).sum().item()
         total += inside
         weighted += within + rank * inside
         rank += size
@@ -70,11 +70,11 @@ def gini(values: Tensor | Sequence[Tensor], limit: int = LIMIT) -> float:
 
 
 def _pieces(tensors: Sequence[Tensor], limit: int) -> Iterator[Tensor]:
-    """Bit patterns of |x| as int64, at most ``limit`` at a time; x may be strided."""
+    """Bit patterns of |x| as int32, so few at a time that what they need is little beside a group; x may be strided."""
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        for piece in flat.split(limit):
-            yield piece.float().abs().view(torch.int32).long()
+        for piece in flat.split(max(1, limit // 4)):
+            yield piece.float().abs().view(torch.int32)
 
 
 def _groups(counts: list[int], limit: int) -> Iterator[tuple[int, int, int]]:

@@ -79,7 +79,11 @@ class GradientSparsityCallback(TrainerCallback):
             if (token := getattr(model.config, name, None)) is not None
         ]
         if not self.visual_ids:
-            raise ValueError("model: its config has no image_token_id; gradients of visual tokens cannot be told apart")
+            raise ArgumentError(
+                "model",
+                "none",
+                "have an image_token_id in its config, by which gradients of visual tokens are told apart",
+            )
         self._install(model)
         if state.is_world_process_zero:
             self.log.start(state.global_step)
@@ -151,7 +155,9 @@ class GradientSparsityCallback(TrainerCallback):
         if ids is None:
             ids = next((a for a in args if isinstance(a, Tensor) and not a.is_floating_point()), None)
         if ids is None:
-            raise ValueError("GradientSparsityCallback needs input_ids, to tell visual tokens from text")
+            raise ArgumentError(
+                "input_ids", None, "be given: GradientSparsityCallback tells visual tokens from text by them"
+            )
         visual = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
         mask = kwargs.get("attention_mask")
         real = mask != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(visual)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.structure import find_decoder_layers
 from sar_fast.lab.io import adapters
 from sar_fast.lab.io.model_source import ModelSource
@@ -48,15 +49,15 @@ def with_defaults(options: ModelArguments) -> dict[str, Any]:
 
 
 def lora_targets(model: nn.Module, wanted: str) -> list[str]:
-    """Full names of the decoder's linear layers that ``--lora_target`` names; ``ValueError`` for an unknown one."""
+    """Full names of the decoder's linear layers that ``lora_target`` names; ``ValueError`` for an unknown one."""
     decoder = find_decoder_layers(model)
     linear = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
     names = None if wanted == "all" else {t.strip() for t in wanted.split(",")}
     known = {name.split(".")[-1] for name in linear}
     unknown = sorted((names or set()) - known)
     if unknown:
-        raise ValueError(
-            f"lora_target {', '.join(unknown)} not in the decoder layers; known: {', '.join(sorted(known))}"
+        raise ArgumentError(
+            "lora_target", ", ".join(unknown), f"be all, or of the decoder's layers, {', '.join(sorted(known))}"
         )
     inside = {id(m) for n, m in linear.items() if names is None or n.split(".")[-1] in names}
     return [name for name, module in model.named_modules() if id(module) in inside]
@@ -66,14 +67,20 @@ def check_lora_flags(source: ModelSource, options: ModelArguments) -> None:
     """``ValueError`` for an adapter that is no LoRA, and for a flag that says otherwise than the adapter."""
     config = adapters.read_config(source.adapter)
     if config["peft_type"] != "LORA":
-        raise ValueError(
-            f"--finetuning_type lora goes on with LoRA adapters; {source.name} is {config['peft_type']}: "
-            "`sar-fast merge` makes a model of it, --finetuning_type full trains the merged one"
+        raise ArgumentError(
+            "finetuning_type",
+            f"lora for {source.name}, {config['peft_type']}",
+            (
+                "be full, which trains the merged model, for an adapter that is no LoRA; or train what `sar-fast "
+                "merge` makes of it"
+            ),
         )
     for flag, field in FLAGS.items():
         wanted, has = getattr(options, flag), config.get(field)
         if wanted is not None and wanted != has:
-            raise ValueError(f"--{flag} is {wanted}, and the adapter {source.name} has {has}: leave it out to go on")
+            raise ArgumentError(
+                flag, wanted, f"be {has} as in the adapter {source.name}, or left out, to go on with it"
+            )
 
 
 def go_on_with_lora(model: nn.Module, source: ModelSource, options: ModelArguments) -> PeftModel:
@@ -84,9 +91,13 @@ def go_on_with_lora(model: nn.Module, source: ModelSource, options: ModelArgumen
     has = {name.removeprefix("model.") for name in wrapped.targeted_module_names}
     if targets is not None and {name.removeprefix("model.") for name in targets} != has:
         ends = sorted({name.rpartition(".")[2] for name in has})
-        raise ValueError(
-            f"--lora_target is {options.lora_target}, and the adapter {source.name} is on {len(has)} layers "
-            f"({', '.join(ends)}), not the same {len(targets)}: leave it out to go on"
+        raise ArgumentError(
+            "lora_target",
+            f"{options.lora_target}, which is {len(targets)} layers",
+            (
+                f"name the layers of the adapter {source.name}, {len(has)} ({', '.join(ends)}), or be left out, to "
+                "go on with it"
+            ),
         )
     logger.info(
         "lora goes on with %s: rank %d, alpha %g, dropout %g",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.training.encoding import IGNORED
 
 
@@ -61,7 +62,9 @@ class SmoothedLoss:
             else:
                 model.loss_function = before
         if not self.called:
-            raise ValueError(f"label_smoothing_factor: {type(model).__name__} has a loss of its own; leave it at 0")
+            raise ArgumentError(
+                "label_smoothing_factor", "one > 0", f"be 0 for a {type(model).__name__}, which has a loss of its own"
+            )
 
 
 def shifted(labels: Tensor, ignore_index: int = IGNORED) -> Tensor:

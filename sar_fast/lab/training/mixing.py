@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from sar_fast.base.errors import ArgumentError
+
 Item = TypeVar("Item")
 STRATEGIES = ("concat", "interleave_under", "interleave_over")
 _END = object()
@@ -29,14 +31,14 @@ class Mix:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ValueError(f"--mix_strategy must be one of {', '.join(STRATEGIES)}; got {self.strategy!r}")
+            raise ArgumentError("mix_strategy", repr(self.strategy), f"be one of {', '.join(STRATEGIES)}")
         shares = self.probabilities
         if shares is None:
             return
         if self.strategy == "concat":
-            raise ValueError("--interleave_probs has no effect on --mix_strategy concat; needed an interleave one")
+            raise ArgumentError("mix_strategy", "concat", "be an interleave one with {interleave_probs}")
         if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-            raise ValueError(f"--interleave_probs must be above 0 and add up to 1; got {self._shares()}")
+            raise ArgumentError("interleave_probs", self._shares(), "be above 0 and add up to 1")
 
     @classmethod
     def of(cls, strategy: str, probabilities: str | None) -> Mix:
@@ -44,15 +46,15 @@ class Mix:
         try:
             shares = None if probabilities is None else tuple(map(float, probabilities.split(",")))
         except ValueError as error:
-            raise ValueError(f"--interleave_probs must be numbers like 0.7,0.3; got {probabilities!r}") from error
+            raise ArgumentError("interleave_probs", repr(probabilities), "be numbers like 0.7,0.3") from error
         return cls(strategy, shares)
 
     def check(self, datasets: int) -> None:
         """``ValueError`` unless this is a way to mix so many datasets."""
         if self.strategy != "concat" and datasets == 1:
-            raise ValueError(f"--mix_strategy {self.strategy} has no effect on one dataset; leave it out")
+            raise ArgumentError("mix_strategy", self.strategy, "be left out for one dataset, on which it has no effect")
         if self.probabilities is not None and len(self.probabilities) != datasets:
-            raise ValueError(f"--interleave_probs must be {datasets} numbers, one a dataset; got {self._shares()}")
+            raise ArgumentError("interleave_probs", self._shares(), f"be {datasets} numbers, one a dataset")
 
     def describe(self) -> str:
         """For the log."""

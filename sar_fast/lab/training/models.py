@@ -40,14 +40,18 @@ def source_of(options: ModelArguments) -> ModelSource:
 def check_model(options: ModelArguments, training: SFTArguments) -> None:
     """What can be wrong with the model before weights are read: ``ValueError``, ``ImportError`` for a package."""
     if options.finetuning_type == "lora":
-        need("--finetuning_type lora", "peft")
+        need("finetuning_type lora", "peft")
     source = source_of(options)
     if source.adapter is not None and options.finetuning_type == "lora":
         check_lora_flags(source, options)
     elif source.adapter is not None and is_deepspeed_zero3_enabled():
-        raise ValueError(
-            f"--finetuning_type {options.finetuning_type} trains the merged model of an adapter, and ZeRO-3 splits the "
-            "weights before they can be merged: make a model of it first, with `sar-fast merge`"
+        raise ArgumentError(
+            "finetuning_type",
+            options.finetuning_type,
+            (
+                "be lora for an adapter under ZeRO-3, which splits the weights before they can be merged; or make a "
+                "model of it first, with `sar-fast merge`"
+            ),
         )
     if options.use_sar:
         check_model_layers(options)
@@ -61,13 +65,15 @@ def check_model_layers(options: ModelArguments) -> None:
     check_layers(options, config)
     weighting = options.sar_config(config).weighting
     if options.finetuning_type == "rule" and not is_trained(module_of(weighting)):
-        raise ValueError(
-            f"--finetuning_type rule trains the parameters of --sar_weighting; {options.sar_weighting!r} has none"
+        raise ArgumentError(
+            "sar_weighting",
+            repr(options.sar_weighting),
+            "have parameters with {finetuning_type} rule, which trains them",
         )
 
 
 def load_processor(arguments: Arguments) -> Any:
-    """The model's processor, with ``--template`` as its chat template if there is one."""
+    """The model's processor, with ``template`` as its chat template if there is one."""
     with flags_named():
         source = source_of(arguments.model)
         processor = models.load_processor(source, trust_remote_code=arguments.model.trust_remote_code)
@@ -89,7 +95,7 @@ def load_model(arguments: Arguments) -> nn.Module:
         p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in model.parameters() if p.requires_grad
     )
     if not trained:
-        raise ValueError(f"finetuning_type {options.finetuning_type!r} leaves no parameter to train")
+        raise ArgumentError("finetuning_type", options.finetuning_type, "leave a parameter to train")
     logger.info("%s: %d parameters are trained", options.finetuning_type, trained)
     return model
 

@@ -52,7 +52,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of a gradient_sparsity.jsonl (or the run's folder); ``ValueError`` if it holds no measurement."""
     path = log_path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a run with --gradient_analysis writes it")
+        raise FileNotFoundError(f"{path} does not exist; a run that measures gradients writes it")
     lines = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -62,7 +62,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(lines[-1], dict) or "step" not in lines[-1]:
-            raise ValueError(f"{path}, line {number} has no step; needed a line that --gradient_analysis writes")
+            raise ValueError(f"{path}, line {number} has no step; needed a line of gradient measurements")
     wanted = [*(L1.format(kind) for kind in ("visual", "text")), AGGREGATE.format("total", "q")]
     if not any(line.get(key) is not None for line in lines for key in wanted):
         raise ValueError(f"{path} holds no gradient measurement ({', '.join(wanted)}) in {len(lines)} lines")

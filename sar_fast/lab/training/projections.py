@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.hf.structure import find_attention_modules, unwrap
 
 SEPARATE = {"q": ("q_proj", "q_b_proj", "query"), "k": ("k_proj", "kv_b_proj", "key")}
@@ -53,9 +54,10 @@ def _shares(attention: nn.Module, kind: str) -> list[Share]:
         if isinstance(fused, nn.Module):
             rows = _fused_rows(attention, fused, arrangement)[kind]
             return [Share(p, rows) for n, p in _named_weights(fused) if p.requires_grad and "lora_A" not in n]
-    raise ValueError(
-        f"model: {type(attention).__name__} has no {kind} projection that is known "
-        f"({', '.join(SEPARATE[kind])}; fused: {', '.join(FUSED)})"
+    raise ArgumentError(
+        "model",
+        type(attention).__name__,
+        f"have a {kind} projection that is known ({', '.join(SEPARATE[kind])}; fused: {', '.join(FUSED)})",
     )
 
 
@@ -76,9 +78,10 @@ def _fused_rows(attention: nn.Module, fused: nn.Module, arrangement: str) -> dic
     total = (heads + 2 * groups) * size
     base = getattr(fused, "base_layer", fused)
     if base.out_features != total:
-        raise ValueError(
-            f"model: a fused projection of {base.out_features} rows, needed {total} for {heads} query and {groups} "
-            f"key/value heads of size {size}"
+        raise ArgumentError(
+            "model",
+            base.out_features,
+            f"have fused projections of {total} rows, for {heads} query and {groups} key/value heads of size {size}",
         )
     arrange: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
         "blocks": lambda r: (r[: heads * size], r[heads * size : (heads + groups) * size]),

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.lab.io.chat_template import read_template
 from sar_fast.lab.io.datasets import DatasetInfo
 from sar_fast.lab.io.stamps import content_stamp
@@ -61,7 +62,7 @@ IN_DEEPSPEED = ("optimizer", "scheduler", "gradient_clipping", "train_batch_size
 
 
 def find_checkpoint(arguments: Arguments, places: Sequence[str]) -> str | None:
-    """Where ``--resume_from_checkpoint`` says: a folder, or with ``true`` the newest whole one of the output folder.
+    """Where ``resume_from_checkpoint`` says: a folder, or with ``true`` the newest whole one of the output folder.
 
     Nothing is changed. ``ValueError`` if the output folder holds an earlier run and neither resume nor overwriting is
     asked, or the model itself (``places`` that it is read from), or if the checkpoint is no whole one that a run can
@@ -72,11 +73,11 @@ def find_checkpoint(arguments: Arguments, places: Sequence[str]) -> str | None:
     asked = wanted is not None and str(wanted).lower() != "false"
     found = Path(wanted) if asked and str(wanted).lower() != "true" else last_complete(output) if asked else None
     if found is not None and (inside := checkpoints(found)):
-        raise ValueError(
-            f"resume_from_checkpoint is {wanted}, a run's folder: name one of its checkpoints, {inside[-1].name}"
+        raise ArgumentError(
+            "resume_from_checkpoint", f"{wanted}, a run's folder", f"be a checkpoint, as {inside[-1].name} in it"
         )
     if found is not None and not (found / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint is {wanted}, which is no whole checkpoint")
+        raise ArgumentError("resume_from_checkpoint", wanted, "be a whole checkpoint")
     if found is None or found.resolve().parent != output.resolve():
         _refuse_earlier_run(arguments, places, asked)
     if found is None:
@@ -84,9 +85,14 @@ def find_checkpoint(arguments: Arguments, places: Sequence[str]) -> str | None:
             logger.info("resuming from nothing: no whole checkpoint yet")
         return None
     if not any(found.glob("optimizer*")) and not any(found.glob("global_step*")):
-        raise ValueError(
-            f"resume_from_checkpoint: {found} holds no optimizer state (--save_only_model): learning rate and moments "
-            f"would start anew. As a new run from its weights: --model_name_or_path {found} and another --output_dir"
+        raise ArgumentError(
+            "resume_from_checkpoint",
+            found,
+            (
+                "go on from a checkpoint with optimizer state, as learning rate and moments would start anew "
+                "without ({save_only_model}); or begin a new run with its weights as {model_name_or_path} and "
+                "another {output_dir}"
+            ),
         )
     logger.info("resuming from %s", found)
     return str(found)
@@ -98,18 +104,22 @@ def _refuse_earlier_run(arguments: Arguments, places: Sequence[str], asked: bool
         return
     for read in (Path(place).resolve() for place in places):
         if output.resolve() in (read, *read.parents):
-            raise ValueError(f"output_dir {output} holds the model that is trained, {read}: give another one")
+            raise ArgumentError(
+                "output_dir", f"{output}, which holds the model that is trained, {read}", "be another folder"
+            )
     if training.overwrite_output_dir:
         return
     if asked and not old.startswith("checkpoint-"):
-        raise ValueError(
-            f"output_dir {output} holds {old} of an earlier run and no whole checkpoint to resume from: give another "
-            "one, or --overwrite_output_dir"
+        raise ArgumentError(
+            "output_dir",
+            f"{output}, which holds {old} of an earlier run and no whole checkpoint to resume from",
+            "be another folder, or come with {overwrite_output_dir}",
         )
     if not asked or str(training.resume_from_checkpoint).lower() != "true":
-        raise ValueError(
-            f"output_dir {output} holds {old} of an earlier run: give --resume_from_checkpoint true, or "
-            "--overwrite_output_dir"
+        raise ArgumentError(
+            "output_dir",
+            f"{output}, which holds {old} of an earlier run",
+            "be another folder, or come with {resume_from_checkpoint} true or {overwrite_output_dir}",
         )
 
 
@@ -148,19 +158,8 @@ def _deepspeed(config: Any) -> dict[str, Any] | None:
     return {name: values.get(name) for name in IN_DEEPSPEED}
 
 
-class OtherRun(ValueError):
-    """A checkpoint of another run than the one that would resume from it; ``differing`` names each setting."""
-
-    def __init__(self, checkpoint: str | Path, differing: Sequence[str]) -> None:
-        self.differing = differing
-        super().__init__(
-            f"a resumed run is the same run, and these differ from {checkpoint}: {'; '.join(differing)}. Give what it "
-            f"was; or begin a new run from its weights: --model_name_or_path {checkpoint} and another --output_dir"
-        )
-
-
 def check_same_run(settings: Mapping[str, Any], checkpoint: str | Path) -> None:
-    """:class:`OtherRun` if settings differ from those of the run that wrote the checkpoint.
+    """``ArgumentError`` if settings differ from those of the run that wrote the checkpoint.
 
     A setting that only one of the two knows (another version wrote the checkpoint) is not compared; a checkpoint
     without settings is resumed after a warning.
@@ -176,7 +175,14 @@ def check_same_run(settings: Mapping[str, Any], checkpoint: str | Path) -> None:
         if name in before and before[name] != value
     ]
     if differing:
-        raise OtherRun(checkpoint, differing)
+        raise ArgumentError(
+            "resume_from_checkpoint",
+            f"{checkpoint}, from which these differ: {'; '.join(differing)}",
+            (
+                "go on with the same run; or begin a new one with its weights as {model_name_or_path} and another "
+                "{output_dir}"
+            ),
+        )
 
 
 def _short(value: Any) -> str:

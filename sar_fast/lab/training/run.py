@@ -16,6 +16,7 @@ from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sar_fast.base import json_text
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.hf.families import packable_model_types
 from sar_fast.hf.structure import unwrap
 from sar_fast.lab.io.datasets import DatasetInfo, find_datasets
@@ -62,8 +63,12 @@ class Inputs:
         """Those that the flags name."""
         data = arguments.data
         folder, media = (Path(path) if path else None for path in (data.dataset_dir, data.media_dir))
-        find = lambda names: find_datasets(names, folder, media, data.max_samples)
-        return cls(Learner.named(arguments), lambda: find(data.dataset), lambda: find(data.eval_dataset))
+
+        def find(name: str) -> list[DatasetInfo]:
+            with arguments_named({"dataset": name}):
+                return find_datasets(getattr(data, name), folder, media, data.max_samples)
+
+        return cls(Learner.named(arguments), lambda: find("dataset"), lambda: find("eval_dataset"))
 
 
 def build(arguments: Arguments, inputs: Inputs | None = None) -> tuple[Trainer, str | None]:
@@ -188,7 +193,7 @@ def draw_loss(trainer: Trainer, path: Path) -> None:
     if not plot_loss(trainer.state.log_history, path):
         path.unlink(missing_ok=True)  # an earlier run's would pass for this one's
         logger.warning(
-            "--plot_loss: no loss to plot: %d steps, and one is logged every --logging_steps %g",
+            "plot_loss: no loss to plot: %d steps, and one is logged every %g (logging_steps)",
             trainer.state.global_step,
             trainer.args.logging_steps,
         )
@@ -198,17 +203,21 @@ def needs_pictures(model: nn.Module) -> str:
     """Why every batch must have a picture, or ''."""
     if is_deepspeed_zero3_enabled():
         return "with ZeRO-3"
-    return "with parameters of --sar_weighting that learn from statistics" if learns_from_statistics(model) else ""
+    return "with a rule whose parameters learn from statistics" if learns_from_statistics(model) else ""
 
 
 def check_packing(model: nn.Module, needs_blank: str = "") -> None:
     """``ValueError`` for a model whose rows must not hold several samples."""
     kind, packable = unwrap(model).config.model_type, packable_model_types()
     if kind not in packable:
-        raise ValueError(f"--packing is not known to be right for {kind}; it is for {', '.join(packable)}")
+        raise ArgumentError("packing", True, f"be False for {kind}; it is known to be right for {', '.join(packable)}")
     if needs_blank:
-        instead = "; use ZeRO-2" if "ZeRO" in needs_blank else "; leave it out"
-        raise ValueError(f"--packing {needs_blank} has no place for the blank image of a batch without any{instead}")
+        instead = "; or use ZeRO-2" if "ZeRO" in needs_blank else ""
+        raise ArgumentError(
+            "packing",
+            True,
+            f"be False {needs_blank}: it has no place for the blank image of a batch without any{instead}",
+        )
 
 
 def run_metadata(arguments: Arguments) -> dict[str, Any]:

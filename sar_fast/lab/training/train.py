@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from sar_fast.base.errors import ArgumentError
+from sar_fast.base.errors import ArgumentError, arguments_named
 from sar_fast.config import SARConfig
 from sar_fast.lab.io.datasets import DatasetInfo, check_media_dir, find_datasets
 from sar_fast.lab.io.output_dir import unwritable
@@ -21,11 +21,17 @@ from sar_fast.lab.training.learner import Learner
 from sar_fast.lab.training.lending import lent
 from sar_fast.lab.training.output_folder import earlier_run
 from sar_fast.lab.training.results import TrainingResults, read_results
-from sar_fast.lab.training.resume import OtherRun
 from sar_fast.lab.training.run import Inputs, build, run
 
 RECORDS = "records"  # the name of a dataset that the caller has in memory
 OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "do_eval", "gradient_analysis")
+NAMES = {  # by those of the command
+    "custom_trainer": "control",
+    "model_name_or_path": "model",
+    "output_dir": "folder",
+    "overwrite_output_dir": "overwrite",
+    "resume_from_checkpoint": "resume",
+}
 SPLITTING = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config")  # the caller's model would be in pieces after it
 
 
@@ -95,15 +101,11 @@ def train(
         resume_from_checkpoint="true" if resume else None,
     )
     options = Arguments(None, _data_arguments(found, max_length, packing, max_samples), _control(control), training)
-    if packing and control is not None:
-        raise ArgumentError("packing", packing, "be False with {control}, which tells samples apart by rows")
-    check(options)
     inputs = Inputs(learner, lambda: found["dataset"], lambda: found["eval_dataset"])
     with lent(model, training.gradient_checkpointing):
-        try:
+        with arguments_named(NAMES):
+            check(options)
             trainer, checkpoint = build(options, inputs)
-        except OtherRun as error:
-            raise ArgumentError("resume", True, f"be False: in another run {'; '.join(error.differing)}") from error
         run(trainer, options, checkpoint, want_weights=True)
     if dist.is_initialized():
         dist.barrier()
@@ -138,7 +140,8 @@ def _infos(
     if max_samples is not None and max_samples < 1:
         raise ArgumentError("max_samples", max_samples, "be at least 1")
     if isinstance(given, (str, Path)):
-        return find_datasets(str(given), folder, media, max_samples)
+        with arguments_named({"dataset": name}):
+            return find_datasets(str(given), folder, media, max_samples)
     if not isinstance(given, Sequence) or not all(isinstance(row, Mapping) for row in given):
         raise ArgumentError(name, type(given).__name__, "be records as dictionaries, or names or files of datasets")
     if not given:

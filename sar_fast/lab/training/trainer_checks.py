@@ -10,6 +10,7 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.extras import need
 from sar_fast.lab.io.model_errors import first_line
 from sar_fast.lab.training.arguments import Arguments, SFTArguments
@@ -18,12 +19,12 @@ from sar_fast.lab.training.arguments import Arguments, SFTArguments
 def check_packages(arguments: Arguments) -> None:
     """``ImportError`` for flags that need a package which is not installed; a run would find out at its end."""
     if arguments.training.plot_loss:
-        need("--plot_loss", "matplotlib")
+        need("plot_loss", "matplotlib")
     for name in ("tensorboard", "wandb"):
         if name in arguments.training.report_to:
-            need(f"--report_to {name}", name)
+            need(f"report_to {name}", name)
     if arguments.training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise ImportError("--use_liger_kernel needs liger_kernel: pip install liger-kernel")
+        raise ImportError("use_liger_kernel needs liger_kernel: pip install liger-kernel")
 
 
 def check_trackers(training: SFTArguments) -> None:
@@ -33,7 +34,9 @@ def check_trackers(training: SFTArguments) -> None:
             (callback,) = get_reporting_integration_callbacks([name])
             callback()
         except (ImportError, RuntimeError, ValueError) as error:
-            raise ValueError(f"--report_to {name}: {first_line(error)}") from error
+            raise ArgumentError(
+                "report_to", f"{name}: {first_line(error)}", "be trackers that can be started"
+            ) from error
     if "wandb" not in training.report_to or training.process_index != 0:
         return
     import wandb
@@ -46,9 +49,13 @@ def check_trackers(training: SFTArguments) -> None:
     except wandb.Error as error:
         known, reason = False, f" ({' '.join(str(error).split())})"
     if not known:
-        raise ValueError(
-            f"--report_to wandb has no key{reason}: set WANDB_API_KEY or run `wandb login`; WANDB_MODE=offline keeps "
-            "the log on this machine, --report_to none keeps none"
+        raise ArgumentError(
+            "report_to",
+            f"none{reason}",
+            (
+                "come with a key for wandb: set WANDB_API_KEY or run `wandb login`; WANDB_MODE=offline keeps the "
+                "log on this machine, {report_to} none keeps none"
+            ),
         )
 
 
@@ -62,12 +69,18 @@ def check_optimizer(trainer: Trainer) -> None:
         try:
             trainer.create_optimizer()
         except (AttributeError, ImportError, TypeError, ValueError) as error:
-            options = "" if training.optim_args is None else f" --optim_args {training.optim_args}"
-            raise ValueError(f"--optim {OptimizerNames(training.optim).value}{options}: {first_line(error)}") from error
+            options = "" if training.optim_args is None else f" of {training.optim_args}"
+            raise ArgumentError(
+                "optim",
+                f"{OptimizerNames(training.optim).value}{options}: {first_line(error)}",
+                "be one that can be made",
+            ) from error
     stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=training.learning_rate)
     options, kind = training.lr_scheduler_kwargs, training.lr_scheduler_type.value
     try:
         get_scheduler(kind, stand_in, training.get_warmup_steps(100), 100, options)
     except (TypeError, ValueError) as error:
-        what = f"--lr_scheduler_kwargs {options!r} does not fit " if options else ""
-        raise ValueError(f"{what}--lr_scheduler_type {kind}: {first_line(error)}") from error
+        given = f" of {options!r}" if options else ""
+        raise ArgumentError(
+            "lr_scheduler_type", f"{kind}{given}: {first_line(error)}", "be one that can be made"
+        ) from error

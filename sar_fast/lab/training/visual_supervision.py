@@ -45,10 +45,12 @@ class VisualSupervision:
         if not weight >= 0:
             raise ArgumentError("visual_contrastive_loss_weight", weight, "be >= 0")
         if weight == 0 and learnable_temperature:
-            raise ValueError("learnable_temperature needs visual_contrastive_loss_weight > 0; got 0")
+            raise ArgumentError("visual_contrastive_loss_weight", 0, "be > 0 with {learnable_temperature}")
         model = kwargs.get("model", args[0] if args else None)
         if learnable_temperature and hasattr(model, "peft_config"):
-            raise ValueError("learnable_temperature: adapters' checkpoints do not hold it; use a fixed temperature")
+            raise ArgumentError(
+                "learnable_temperature", True, "be False for adapters, whose checkpoints do not hold it"
+            )
         head = ContrastiveHead(visual_contrastive_temperature, learnable_temperature)
         self.supervision = ContrastiveSupervision(model, head, visual_contrastive_text_pool, differentiable=weight > 0)
         self.weight = weight

@@ -82,19 +82,24 @@ class Fixed:
         layers = layer is not None if self.per_layer is None else self.per_layer
         if c.dim() == 2 and layers and (c.shape[0] > 1 or self.per_layer):  # one row holds for all unless it is a layer
             if layer is None:
-                raise ValueError(
-                    f"weighting: Fixed has a table per layer, {tuple(c.shape)}; this call has no layer index"
+                raise ArgumentError(
+                    "weighting",
+                    f"Fixed with a table per layer, {tuple(c.shape)}",
+                    "be without tables per layer for a call without a layer index",
                 )
             if not 0 <= layer < c.shape[0]:
-                raise ValueError(f"weighting: Fixed has weights of {c.shape[0]} layers; got layer {layer}")
+                raise ArgumentError(
+                    "weighting", f"Fixed with weights of {c.shape[0]} layers", f"have weights of layer {layer}"
+                )
             c = c[layer]
         elif c.dim() == 2 and c.shape[0] not in (1, batch):
-            raise ValueError(
-                f"weighting: Fixed must have one row or one of each of the {batch} samples, for a call without a layer "
-                f"index; got {tuple(c.shape)}, a table per layer?"
+            raise ArgumentError(
+                "weighting",
+                f"Fixed with {tuple(c.shape)}, a table per layer?",
+                f"have one row or one of each of the {batch} samples, for a call without a layer index",
             )
         if c.shape[-1] != heads:
-            raise ValueError(f"weighting: Fixed must have weights of {heads} heads; got {tuple(self.c.shape)}")
+            raise ArgumentError("weighting", f"Fixed with {tuple(self.c.shape)}", f"have weights of {heads} heads")
         return c
 
     def _like(self, statistic: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sar_fast.base import json_text
+from sar_fast.base.errors import ArgumentError
 from sar_fast.base.weight_files import give_usual_mode
 from sar_fast.base.wording import reason
 from sar_fast.method.weighting.protocol import Weighting, name_of
@@ -67,7 +68,9 @@ def load_weighting(folder: str | Path, **sizes: int) -> Weighting:
     options = spec["options"]
     for name, size in sizes.items():
         if options.get(name, size) != size:
-            raise ValueError(f"weighting: the rule in {folder} is for {options[name]} {name}; the model has {size}")
+            raise ArgumentError(
+                "weighting", f"the rule in {folder}, for {options[name]}", f"be for the model's {size} {name}"
+            )
     weighting = make_weighting(spec, sizes)
     if has_parameters(weighting):
         module_of(weighting).load_state_dict(_fitting(weighting, folder), assign=True)
@@ -93,7 +96,7 @@ def folder_of(spec: Any) -> Path | None:
         return None if text in registered() else Path(text)
     other = text.lstrip().startswith("{") or ":" in text or text.endswith(".py")
     if os.sep in text and not other and text not in registered():
-        raise ValueError(f"weighting: {text!r} is no folder on this machine")
+        raise ArgumentError("weighting", repr(text), "be a name, FILE.py:NAME or a folder on this machine")
     return None
 
 

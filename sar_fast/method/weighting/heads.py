@@ -175,13 +175,21 @@ class HeadScales(nn.Module):
         """The layer's scales (H,), differentiable. ``layer`` may be None where there is one layer only."""
         heads = statistics.av.shape[-1]
         if heads != self.heads:
-            raise ValueError(f"weighting: HeadScales has scales of {self.heads} heads; this layer has {heads}")
+            raise ArgumentError(
+                "weighting", f"HeadScales with scales of {self.heads}", f"have scales of the layer's {heads} heads"
+            )
         if layer is None and self.layers == 1:
             layer = 0
         if layer is None:
-            raise ValueError(f"weighting: HeadScales has scales of {self.layers} layers, and this call has no layer")
+            raise ArgumentError(
+                "weighting",
+                f"HeadScales with scales of {self.layers}",
+                "have scales of one layer for a call without a layer index",
+            )
         if not 0 <= layer < self.layers:
-            raise ValueError(f"weighting: HeadScales has scales of {self.layers} layers; got layer {layer}")
+            raise ArgumentError(
+                "weighting", f"HeadScales with scales of {self.layers} layers", f"have scales of layer {layer}"
+            )
         return self.scales[layer].to(statistics.av.device)  # a model may lie on several devices
 
     def options(self) -> dict[str, object]:
@@ -196,7 +204,7 @@ def heads_kept(keep: int | float, heads: int) -> int:
     if isinstance(keep, float):
         return max(1, int(keep * heads + 1e-9))  # 0.29 of 100 heads are 29, whatever the product rounds to
     if keep > heads:
-        raise ValueError(f"weighting: keep must be at most the layer's number of heads, {heads}; got {keep}")
+        raise ArgumentError("weighting", f"keep={keep}", f"keep at most the layer's number of heads, {heads}")
     return keep
 
 
@@ -219,8 +227,10 @@ def _read(statistics: Statistics | StatisticsWithRows, by: str) -> Tensor:
         return getattr(statistics, by).detach()
     rows = getattr(statistics, "rows", {})
     if by not in rows:
-        raise ValueError(
-            f"weighting: needs the row statistic {by!r}; the call computed {', '.join(map(repr, rows)) or 'none'}"
+        raise ArgumentError(
+            "weighting",
+            ", ".join(map(repr, rows)) or "none",
+            f"be given the row statistic {by!r}, which the call did not compute",
         )
     return rows[by].detach()
 

@@ -57,7 +57,11 @@ def check_weighting(weighting: object) -> Weighting:
     if not isinstance(needs_statistics(weighting), bool):
         raise ArgumentTypeError("weighting.needs_statistics", repr(weighting.needs_statistics), "be a bool")
     if not needs_statistics(weighting) and getattr(weighting, "row_statistics", ()):
-        raise ValueError(f"weighting: {name_of(weighting)} has row_statistics, and needs_statistics is False")
+        raise ArgumentError(
+            "weighting",
+            f"{name_of(weighting)} with needs_statistics False",
+            "have needs_statistics True beside row_statistics",
+        )
     return weighting
 
 
@@ -96,19 +100,23 @@ def head_weights(weighting: Weighting, statistics: Statistics | StatisticsWithRo
     else:
         c = weighting(given, layer)
     if _versions(given) != before:
-        raise ValueError(f"weighting: {name_of(weighting)} must not change the statistics that it is given")
+        raise ArgumentError(
+            "weighting", f"{name_of(weighting)}, which does", "not change the statistics that it is given"
+        )
     batch, heads = statistics.av.shape
-    rule = f"weighting: {name_of(weighting)}"
+    rule = name_of(weighting)
     if not isinstance(c, Tensor):
-        raise ArgumentTypeError(rule, type(c).__name__, "return a tensor")
+        raise ArgumentTypeError("weighting", f"{type(c).__name__} from {rule}", "return a tensor")
     if not c.is_floating_point():
-        raise ArgumentTypeError(rule, c.dtype, "return floating point weights")
+        raise ArgumentTypeError("weighting", f"{c.dtype} from {rule}", "return floating point weights")
     if c.shape not in ((heads,), (1, heads), (batch, heads)):
         raise ArgumentError(
-            rule, tuple(c.shape), f"return weights of shape ({batch}, {heads}), ({heads},) or (1, {heads})"
+            "weighting",
+            f"{tuple(c.shape)} from {rule}",
+            f"return weights of shape ({batch}, {heads}), ({heads},) or (1, {heads})",
         )
     if c.device != statistics.av.device:
-        raise ArgumentError(rule, c.device, f"return weights on {statistics.av.device}")
+        raise ArgumentError("weighting", f"{c.device} from {rule}", f"return weights on {statistics.av.device}")
     c = c.to(statistics.av.dtype).expand(batch, heads)
     return torch.where(statistics.count[:, None] > 0, c, 1) if counts else c
 

@@ -55,7 +55,7 @@ def register_weighting(name: str, rule: Any = None) -> Any:
         check_weighting(rule)
     known = _rules.setdefault(name, rule)
     if known is not rule and not _same_source(known, rule):
-        raise ValueError(f"name {name!r} is another weighting's: {known!r}")
+        raise ArgumentError("name", f"{name!r}, which is that of {known!r}", "be one that no other weighting has")
     _rules[name] = rule
     return rule
 
@@ -80,18 +80,18 @@ def make_weighting(spec: str | Mapping[str, Any], sizes: Mapping[str, int]) -> W
     rule = _from_file(name) if ":" in name else _by_name(name)
     if not inspect.isclass(rule):
         if options:
-            raise ValueError(f"weighting: {name!r} takes no options; got {sorted(options)}")
+            raise ArgumentError("weighting", sorted(options), f"be without options: {name!r} takes none")
         return check_weighting(rule)
     taken, more = _parameters(rule)
     options = {**{n: size for n, size in sizes.items() if n in taken}, **options}
     unknown = sorted(map(str, set(options) - set(taken)))
     if unknown and not more:
-        raise ValueError(
-            f"weighting: {name!r} has no option {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}"
+        raise ArgumentError(
+            "weighting", ", ".join(unknown), f"have options that {name!r} takes, {', '.join(taken) or 'none'}"
         )
     missing = [n for n, p in taken.items() if p.default is p.empty and n not in options]
     if missing:
-        raise ValueError(f"weighting: {name!r} needs the option {', '.join(missing)}")
+        raise ArgumentError("weighting", f"{name!r} without", f"have the option {', '.join(missing)}")
     return check_weighting(rule(**options))
 
 
@@ -109,7 +109,7 @@ def read_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         try:
             spec = json.loads(spec)
         except json.JSONDecodeError as error:
-            raise ValueError(f"weighting must be {needed}; {error} in {spec!r}") from error
+            raise ArgumentError("weighting", f"{spec!r} ({error})", f"be {needed}") from error
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
@@ -126,7 +126,7 @@ def _by_name(name: str) -> Any:
         return _rules[name]
     found = plugins.load(KIND, name, "weighting")
     if found is None:
-        raise ValueError(f"weighting: {name!r} is not known; known are {', '.join(registered())}, or FILE.py:NAME")
+        raise ArgumentError("weighting", repr(name), f"be one of {', '.join(registered())}, or FILE.py:NAME")
     return register_weighting(name, found)
 
 
@@ -135,7 +135,7 @@ def _from_file(name: str) -> Any:
     path, _, attribute = name.rpartition(":")
     file = Path(path)
     if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"weighting: {name!r} must be FILE.py:NAME; no such Python file {path!r}")
+        raise ArgumentError("weighting", f"{name!r}: no such Python file {path!r}", "be FILE.py:NAME")
     place = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]  # the same in every process, for pickles
     module_name = f"sar_fast_weighting_{file.stem.replace('.', '_')}_{place}"
     module = sys.modules.get(module_name)
@@ -156,9 +156,14 @@ def _from_file(name: str) -> Any:
         raise ValueError(f"weighting: {path} has no {attribute!r}")
     rule = getattr(module, attribute)
     if not callable(rule):
-        raise TypeError(f"weighting: {name!r} must be a rule, a callable or a class of one; got {kind(rule)}")
+        raise ArgumentTypeError("weighting", f"{kind(rule)} from {name!r}", "be a rule, a callable or a class of one")
     _rules[name] = rule  # a relative path may have meant another file before
     return rule
+
+
+def is_registered(weighting: Weighting) -> bool:
+    """Whether :func:`weighting_to_dict` has a name for it."""
+    return any(rule is weighting or rule is type(weighting) for rule in _rules.values())
 
 
 def weighting_to_dict(weighting: Weighting) -> dict[str, Any]:
@@ -169,9 +174,10 @@ def weighting_to_dict(weighting: Weighting) -> dict[str, Any]:
         if rule is type(weighting):
             return {"name": name, "options": {n: _plain(name, n, v) for n, v in _options(weighting).items()}}
     called = getattr(weighting, "__qualname__", type(weighting).__qualname__)
-    raise ValueError(
-        f"weighting: {called} is not registered, so that it cannot be written by name; "
-        f"register_weighting('its name', {called}) makes it known"
+    raise ArgumentError(
+        "weighting",
+        called,
+        f"be registered, so that it can be written by name; register_weighting('its name', {called}) makes it known",
     )
 
 
@@ -183,9 +189,10 @@ def _options(weighting: Any) -> Mapping[str, Any]:
     taken, _ = _parameters(type(weighting))
     unsaid = [n for n in taken if not hasattr(weighting, n)]
     if unsaid:
-        raise ValueError(
-            f"weighting: {type(weighting).__qualname__} takes {', '.join(unsaid)}, and does not say which it got; make "
-            "it a dataclass, keep its arguments as attributes, or give it a method options()"
+        raise ArgumentError(
+            "weighting",
+            f"{type(weighting).__qualname__}, which takes {', '.join(unsaid)}",
+            "say which options it got: be a dataclass, keep its arguments as attributes, or have a method options()",
         )
     return {n: getattr(weighting, n) for n in taken}
 
@@ -196,5 +203,7 @@ def _plain(rule: str, option: str, value: Any) -> Any:
     try:
         json_text.dumps(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"weighting: option {option} of {rule!r} must be a value that JSON has; {error}") from error
+        raise ArgumentError(
+            "weighting", f"option {option} of {rule!r}: {error}", "have options that are values of JSON"
+        ) from error
     return value

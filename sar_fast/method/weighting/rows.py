@@ -119,7 +119,7 @@ class RowStatistic(abc.ABC):
         """Raise if ``tensors`` do not fit a call: here, if they are elsewhere. Asked once per call, before its rows."""
         for x in tensors:
             if x.device != call.k.device:
-                raise ValueError(f"tensors of {self.name!r} must be on {call.k.device}; got {x.device}")
+                raise ArgumentError(f"tensors of {self.name!r}", x.device, f"be on {call.k.device}")
 
     @abc.abstractmethod
     def __call__(self, rows: Rows, *tensors: Tensor) -> Tensor:
@@ -167,9 +167,9 @@ class Mass(RowStatistic):
             fits = keys.dim() == 2 and keys.shape[0] == call.batch_size and keys.shape[1] <= tokens
         if not fits:
             needed = f"({tokens},)" if call.packed else f"({call.batch_size}, at most {tokens})"
-            raise ValueError(f"keys of {self.name!r} must have shape {needed}; got {tuple(keys.shape)}")
+            raise ArgumentError(f"keys of {self.name!r}", tuple(keys.shape), f"have shape {needed}")
         if keys.device != call.k.device:
-            raise ValueError(f"keys of {self.name!r} must be on {call.k.device}; got {keys.device}")
+            raise ArgumentError(f"keys of {self.name!r}", keys.device, f"be on {call.k.device}")
 
     def chosen(self, call: Call, keys: Tensor | None = None) -> Tensor:
         """Which keys of a call count, beside being visual: its (B, Sk) or (total_k,) bool."""
@@ -237,11 +237,15 @@ def check_row_statistics(statistics: object) -> tuple[RowStatistic, ...]:
             raise ArgumentTypeError("row_statistics", got, "be instances of RowStatistic")
         name = getattr(statistic, "name", None)
         if not isinstance(name, str) or not name:
-            raise TypeError(f"row_statistics: {type(statistic).__name__}.name must be a text; got {name!r}")
+            raise ArgumentTypeError(
+                "row_statistics", f"{name!r} from {type(statistic).__name__}", "have a name that is a text"
+            )
         if name in names:
             raise ArgumentError("row_statistics", f"{name!r} twice", "have names that differ")
         if statistic.queries not in QUERIES:
-            raise ValueError(f"row_statistics: queries of {name!r} must be 'text' or 'last'; got {statistic.queries!r}")
+            raise ArgumentError(
+                "row_statistics", f"{statistic.queries!r} from {name!r}", "have queries 'text' or 'last'"
+            )
         names.append(name)
     return tuple(statistics)
 
@@ -281,7 +285,7 @@ def named(statistics: object) -> tuple[RowStatistic, ...]:
         raise ArgumentTypeError("row_statistics", type(statistics).__name__, "be a tuple of names or RowStatistic")
     unknown = [s for s in statistics if isinstance(s, str) and s not in BY_NAME]
     if unknown:
-        raise ValueError(f"row_statistics: {unknown[0]!r} is not known by name; known are {', '.join(BY_NAME)}")
+        raise ArgumentError("row_statistics", repr(unknown[0]), f"be one of {', '.join(BY_NAME)}, or an object")
     return check_row_statistics(tuple(BY_NAME[s] if isinstance(s, str) else s for s in statistics))
 
 
@@ -289,5 +293,7 @@ def names_of(statistics: tuple[RowStatistic, ...]) -> list[str]:
     """What :func:`named` inverts; ``ValueError`` for one that has no name there."""
     for statistic in statistics:
         if BY_NAME.get(statistic.name) is not statistic:
-            raise ValueError(f"row_statistics: {statistic!r} cannot be written by name; known are {', '.join(BY_NAME)}")
+            raise ArgumentError(
+                "row_statistics", repr(statistic), f"be one of {', '.join(BY_NAME)}, to be written by name"
+            )
     return [statistic.name for statistic in statistics]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.method.distributed import Shards, all_reduce, gather
 from sar_fast.method.values import Statistics, StatisticsWithRows
 from sar_fast.method.weighting.protocol import Weighting, head_weights, needs_statistics
@@ -31,7 +32,7 @@ class Split:
         self, inner: Weighting, heads: ProcessGroup | None = None, queries: ProcessGroup | None = None
     ) -> None:
         if heads is None and queries is None:
-            raise ValueError("heads or queries must be a process group; got None for both")
+            raise ArgumentError("heads or queries", "None for both", "be a process group")
         self.inner, self.heads, self.queries = inner, heads, queries
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Split:
@@ -50,7 +51,11 @@ class Split:
         if self.queries is None:
             return statistics
         if any(s.queries == "last" for s in self.row_statistics):
-            raise ValueError("weighting: row statistics of the last query are not known where queries are split")
+            raise ArgumentError(
+                "weighting",
+                "some",
+                "have no row statistics of the last query where queries are split: they are not known there",
+            )
         count = statistics.count[:, None]
         heads = _stacked(statistics)  # [S, B, H_local]
         sums = [*(heads * count).unbind(), count]
@@ -99,4 +104,6 @@ def split_over(weighting: Weighting, shards: Shards | None) -> Weighting:
 def refuse_split_queries(weighting: Weighting) -> None:
     """``ValueError`` for a rule over split queries, where sums are carried from call to call."""
     if isinstance(weighting, Split) and weighting.queries is not None:
-        raise ValueError("shards.queries must be None with a state: running sums are not split over ranks")
+        raise ArgumentError(
+            "shards.queries", "a process group", "be None with a state: running sums are not split over ranks"
+        )

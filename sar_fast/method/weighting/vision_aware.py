@@ -61,14 +61,19 @@ class ReinforceHeads:
             (layer,) = self._reinforced
         known = ", ".join(map(str, sorted(self._reinforced)))
         if layer is None:
-            raise ValueError(f"weighting: ReinforceHeads has layers {known}, and this call has no layer index")
+            raise ArgumentError(
+                "weighting", f"ReinforceHeads with layers {known}", "have no layers for a call without a layer index"
+            )
         if layer not in self._reinforced:
-            raise ValueError(f"weighting: ReinforceHeads has no divergence of layer {layer}; it has layers {known}")
+            raise ArgumentError(
+                "weighting", f"ReinforceHeads with layers {known}", f"have a divergence of layer {layer}"
+            )
         reinforced, (batch, heads) = self._reinforced[layer], statistics.av.shape
         if reinforced.shape[1] != heads or reinforced.shape[0] not in (1, batch):
-            raise ValueError(
-                f"weighting: ReinforceHeads needs a divergence of {heads} heads, for each of the {batch} samples or "
-                f"for any; that of layer {layer} has shape {tuple(self.divergence[layer].shape)}"
+            raise ArgumentError(
+                "weighting",
+                f"ReinforceHeads with {tuple(self.divergence[layer].shape)} in layer {layer}",
+                f"have a divergence of {heads} heads, for each of the {batch} samples or for any",
             )
         one = torch.ones_like(statistics.av[:1, :1])
         return torch.where(reinforced.to(one.device), self.factor * one, one)

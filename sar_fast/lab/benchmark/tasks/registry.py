@@ -49,7 +49,7 @@ def register_task(task: Registered) -> Registered:
     check_task(task)
     known = _tasks.setdefault(task.name, task)
     if known is not task and (known.__module__, known.__qualname__) != (task.__module__, task.__qualname__):
-        raise ValueError(f"name {task.name!r} is another task's: {known!r}")
+        raise ArgumentError("task", f"{task.name!r}, which is that of {known!r}", "have a name that no other task has")
     _tasks[task.name] = task
     return task
 
@@ -60,20 +60,25 @@ def check_task(task: Any) -> None:
         raise ArgumentTypeError("task", repr(task), "be a subclass of Task")
     missing = [*sorted(task.__abstractmethods__), *(name for name in NEEDED if not hasattr(task, name))]
     if missing:
-        raise ValueError(f"task {task.__qualname__} lacks {', '.join(missing)}")
+        raise ArgumentError("task", f"{task.__qualname__} without", f"have {', '.join(missing)}")
     if not isinstance(task.name, str) or not task.name:
-        raise ValueError(f"name of {task.__qualname__} must be a text; got {task.name!r}")
+        raise ArgumentError(f"name of {task.__qualname__}", repr(task.name), "be a text")
     options = task.Options
     made = "__dataclass_params__" in vars(options)  # by a decorator of its own: an inherited one has no fields of it
     if not issubclass(options, Task.Options) or not made or not options.__dataclass_params__.frozen:
-        raise TypeError(f"Options of {task.__qualname__} must be a frozen dataclass that extends Task.Options")
+        raise ArgumentTypeError(
+            f"Options of {task.__qualname__}", options, "be a frozen dataclass that extends Task.Options"
+        )
     taken = [f.name for f in dataclasses.fields(options) if f.name in TAKEN]
     if taken:
-        names = f"names of their own; {', '.join(taken)} is an argument of evaluate or sweep"
-        raise ValueError(f"Options of {task.__qualname__} must have {names}")
+        raise ArgumentError(
+            f"Options of {task.__qualname__}",
+            taken,
+            "have names of their own, none of an argument of evaluate or sweep",
+        )
     needed = [f.name for f in dataclasses.fields(options) if f.default is f.default_factory is dataclasses.MISSING]
     if needed:
-        raise TypeError(f"Options of {task.__qualname__} must have defaults; {', '.join(needed)} has none")
+        raise ArgumentTypeError(f"Options of {task.__qualname__}", f"none for {', '.join(needed)}", "have defaults")
 
 
 def find_task(name: str) -> type[Task]:
