@@ -34,7 +34,7 @@ PACKED = "packed_turns"  # name of the attention below
 
 def vocabulary() -> list[str]:
     """Every word and punctuation mark of prompts and answers."""
-    texts = [*PLACES, *PALETTE, *POSITIONS, "yes no 1 2 3", build_prompt("In the .")]
+    texts = [*PLACES, *PALETTE, *POSITIONS, "yes no 1 2 3", build_prompt("In the ,")]
     for form in FORMS:
         words = {"form": form, "forms": plural(form), "other": form, "colour": "red"}
         wordings = [wording for pair in WORDINGS.values() for wording in pair]

@@ -87,7 +87,7 @@ def train_language(model, processor, args, seed: np.random.SeedSequence, log: li
             hits[index] += int(mine.sum()), len(mine)
         trainer.step((each * weights).sum() / weights.sum(), right.float().mean().item())
         if trainer.logged:
-            log[-1]["kinds"] = {kind: round(float(h / n), 3) for kind, (h, n) in zip(KINDS, hits)}
+            log[-1]["kinds"] = {kind: round(float(h / n), 3) for kind, (h, n) in zip(KINDS, hits) if n}
             hits[:] = 0
         if trainer.logged and trainer.step_number % KEEP_EVERY == 0:
             keep(kept, model, trainer, rng, log)
