@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "log")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("output_dir", "log")}
     log: list[dict] = [
         {
             "stage": "settings",

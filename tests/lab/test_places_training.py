@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from sar_fast import ArgumentError
+from sar_fast.lab.miniature.checkpoint import answer, load_miniature
 from sar_fast.lab.miniature.drawing import FORMS, PALETTE
 from sar_fast.lab.miniature.places.checkpoint import SIDES, at_side
+from sar_fast.lab.run.results import read_lines
 
 MINIATURE = Path(__file__).parents[2] / "experiments" / "miniature"
 
@@ -156,3 +159,32 @@ def test_conversations_begin_with_the_picture_and_have_the_answers(scripts):
         assert roles == ["user", "assistant"] * 4
         assert [m["content"].count("<image>") for m in record["messages"]] == [1] + [0] * 7
         assert record["images"][0].size == (96, 96)
+
+
+def run_script(scripts, monkeypatch, name: str, *words: object) -> None:
+    monkeypatch.setattr("sys.argv", [name, "--threads", "1", *map(str, words)])
+    scripts(name).main()
+
+
+def test_the_miniature_s_script_writes_a_checkpoint_that_answers(scripts, monkeypatch, tmp_path):
+    words = ["--vision_steps", 1, "--vision_batch", 2, "--steps", 1, 1, "--batch", 2, "--turns", 2, 2]
+    run_script(scripts, monkeypatch, "train", "--output_dir", tmp_path / "out", "--log", tmp_path / "log.jsonl", *words)
+    model, processor = load_miniature(path=tmp_path / "out")
+    assert len(answer(model, processor, [np.zeros((64, 64, 3), np.uint8)], ["What colour is the circle?"])) == 1
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["batch"] == 2
+
+
+def test_the_places_scripts_write_checkpoints_that_answer(scripts, monkeypatch, tmp_path):
+    words = ["--vision_steps", 1, "--vision_batch", 2, "--steps", 1, "--batch", 2, "--turns", 2, "--no-compile"]
+    run_script(scripts, monkeypatch, "train_places", "--output_dir", tmp_path / "base", *words)
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    words = ["--groups", "sft", "--steps", 1, "--batch", 2, "--turns", 2]
+    for _ in range(2):  # the second time finds it done
+        run_script(
+            scripts, monkeypatch, "fine_tune_places", "--base", tmp_path / "base", "--output_dir", tmp_path, *words
+        )
+    picture = np.zeros((96, 96, 3), np.uint8)
+    for group in ("base", "sft"):
+        model, processor = load_miniature(path=tmp_path / group)
+        assert len(answer(model, processor, [picture], ["In the kitchen, is there a circle?"])) == 1
+    assert read_lines(tmp_path / "sft" / "gradient_sparsity.jsonl")
