@@ -99,7 +99,7 @@ def choose(study: Study) -> SARConfig:
     return settings[max(settings, key=lambda name: np.mean([right_of(path).mean() for path in files[name]]))]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def questions(part: str, name: str, side: int, per_kind: int) -> list[Pair]:
     """A set; the same for every model."""
     first = {"validation": VALIDATION, "test": TEST}[part]
@@ -126,7 +126,7 @@ def _plain(study: Study, seed: str, group: str) -> None:
     if not (path := _focus_file(study, seed, group)).exists():
         model, processor = load_miniature(path=study.model(seed, group))
         found = measure_focus(model, processor, focus_samples(study.pictures))
-        write_json(path, dict(found.summary))
+        _write(path, dict(found.summary))
 
 
 def focus_samples(count: int) -> list[GroundingSample]:
@@ -170,8 +170,13 @@ def _asked(
                 objects=rule.objects if isinstance(rule, ObjectHeads) else None,
                 statistics=setting == MASSES,
             )
-            write_json(paths[setting], found.to_json())
+            _write(paths[setting], found.to_json())
             bar.update()
+
+
+def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
 
 
 def _grey(pairs: list[Pair]) -> Callable[[int], np.ndarray]:
