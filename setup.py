@@ -20,7 +20,7 @@ CORE = [
     "typer>=0.16",
     "rich>=13",
 ]
-REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24", "pandas>=2.2"]
+REPORTS = ["matplotlib>=3.8", "scikit-image>=0.24", "pandas>=2.2", "scipy>=1.15"]
 TRAIN = ["accelerate>=1.10", "datasets>=4", "pyarrow>=21", "peft>=0.17"]
 TRACKERS = {"wandb": ["wandb>=0.18"], "tensorboard": ["tensorboard>=2.15"]}  # --report_to
 DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.2", "hypothesis>=6.100", "ruff>=0.8", "pre-commit>=4"]

@@ -141,7 +141,7 @@ def test_photographs_of_training_and_of_evaluation_are_apart():
         (lambda rng: draw_scene(rng, background="sea"), "background must be one of .*; got 'sea'"),
         (lambda rng: draw_background(rng, "plain", 8), "size must be at least 16 pixels; got 8"),
         (lambda rng: photograph("lena"), "photograph must be one of .*; got 'lena'"),
-        (lambda rng: ObjectSpec("pink", "circle", (0.5, 0.5), 0.2), "colour must be one of .*; got 'pink'"),
+        (lambda rng: ObjectSpec("mauve", "circle", (0.5, 0.5), 0.2), "colour must be one of .*; got 'mauve'"),
         (lambda rng: ObjectSpec("red", "star", (0.5, 0.5), 0.2), "shape must be one of .*; got 'star'"),
         (lambda rng: ObjectSpec("red", "circle", (0.5, 1.5), 0.2), "centre must be .*; got"),
         (lambda rng: ObjectSpec("red", "circle", (0.5, 0.5), 20), "half_extent must be a fraction in .*; got 20"),

@@ -14,6 +14,7 @@ EXTRA_OF = {
     "wandb": "wandb",
     "matplotlib": "reports",
     "pandas": "reports",
+    "scipy": "reports",
     "skimage": "reports",
     "deepspeed": "deepspeed",
     "lmms_eval": "lmms-eval",

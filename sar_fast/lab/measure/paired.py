@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import stats
 
 from sar_fast.base.errors import ArgumentError
+from sar_fast.base.extras import need
 
 RESAMPLES = 9999
 
@@ -39,13 +39,15 @@ def paired_difference(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -
     d = (after - before).mean(0)
     if not d.any():
         return Difference(0.0, 0.0, 0.0, 1.0)
+    need("a paired test", "scipy")
+    from scipy import stats
+
     rng = np.random.default_rng(seed)
-    interval = stats.bootstrap((d,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=100, rng=rng)
+    low, high = _bootstrap(d, rng)
     test = stats.permutation_test(
         (d,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, batch=100, rng=rng, vectorized=True
     )
-    low, high = interval.confidence_interval
-    return Difference(float(d.mean()), float(low), float(high), float(test.pvalue))
+    return Difference(float(d.mean()), low, high, float(test.pvalue))
 
 
 def interval_of_share(right: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
@@ -53,11 +55,17 @@ def interval_of_share(right: np.ndarray, *, seed: int = 0) -> tuple[float, float
     means = np.atleast_2d(np.asarray(right, dtype=float)).mean(0)
     if (means == means[0]).all():
         return float(means[0]), float(means[0]), float(means[0])
-    rng = np.random.default_rng(seed)
-    low, high = stats.bootstrap(
-        (means,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=100, rng=rng
-    ).confidence_interval
-    return float(means.mean()), float(low), float(high)
+    return float(means.mean()), *_bootstrap(means, np.random.default_rng(seed))
+
+
+def _bootstrap(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % interval of the mean."""
+    need("a bootstrap interval", "scipy")
+    from scipy import stats
+
+    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=100, rng=rng)
+    low, high = found.confidence_interval
+    return float(low), float(high)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from sar_fast import SARConfig, apply_sar
+from sar_fast.config import SARConfig
+from sar_fast.hf import apply_sar
 from sar_fast.lab.miniature.drawing import PATCH_SIZE
 from sar_fast.lab.miniature.places.sets import Pair
 from sar_fast.lab.miniature.questions import build_prompt
-from sar_fast.weighting import Mass
+from sar_fast.method.weighting import Mass
 
 COVERAGE = 0.2  # share of a patch's pixels from which on it belongs to an object
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sar_fast.method.values import Statistics, StatisticsWithRows
-from sar_fast.weighting import Mass, SoftmaxOverHeads
+from sar_fast.method.weighting import Mass, SoftmaxOverHeads
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sar_fast import SARConfig
+from sar_fast.config import SARConfig
 from sar_fast.lab.focus import GroundingSample
 from sar_fast.lab.focus.measure import measure_focus
 from sar_fast.lab.io.weights import weights_stamp
@@ -36,7 +36,7 @@ from sar_fast.lab.paper.study.settings import (
 from sar_fast.lab.run.progress import progress_bar
 from sar_fast.lab.run.results import read_json, read_lines, write_json
 from sar_fast.lab.run.run_metadata import versions
-from sar_fast.weighting import Equal
+from sar_fast.method.weighting import Equal
 
 SPARSITY = "gradient_sparsity.jsonl"  # of a training's folder
 PLAIN, MASSES = "plain", "masses"

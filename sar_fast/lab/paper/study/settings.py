@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sar_fast import SARConfig
 from sar_fast.base.errors import ArgumentError
+from sar_fast.config import SARConfig
 from sar_fast.lab.miniature.places.checkpoint import SIDES
 from sar_fast.lab.miniature.places.scenes import SIDE
 from sar_fast.lab.paper.study.rules import ObjectHeads, RandomHeads, ShuffledHeads
-from sar_fast.weighting import Equal, SoftmaxOverHeads
+from sar_fast.method.weighting import Equal, SoftmaxOverHeads
 
 GROUPS = ("base", "sft", "control", "unbiased")
 TREATED = "sft"  # the group that SAR is tried on
