@@ -41,7 +41,7 @@ class Turns:
     """B rows of an image and as many turns of ``TURN`` tokens behind it, all (B, S) int64.
 
     Every turn's positions start behind the image. ``labels`` are the answers' tokens; ``kinds`` the index in ``KINDS``
-    at an answer's first token, -1 elsewhere. ``first`` is the image's first token.
+    at an answer's words, -1 elsewhere and at its end mark. ``first`` is the image's first token.
     """
 
     input_ids: Tensor
@@ -74,7 +74,7 @@ def pack_turns(drawn: list[PlaceScene], rng: np.random.Generator, processor: Lla
                 raise ValueError(f"{question.text!r} with its answer has {end - first} tokens, more than {TURN}")
             ids[row, first:end] = torch.tensor(asked + answer)
             labels[row, middle:end] = torch.tensor(answer)
-            kinds[row, middle] = KINDS.index(question.kind)
+            kinds[row, middle : end - 1] = KINDS.index(question.kind)
     return Turns(ids, labels, positions, kinds, image.index(tokenizer.image_token_id))
 
 

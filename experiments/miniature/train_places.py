@@ -33,7 +33,7 @@ from sar_fast.lab.miniature.places.scenes import SIDE
 
 SIDES = {96: 0.9, 144: 0.07, 192: 0.03}  # of pictures in pixels, and their shares of the batches
 KEEP_EVERY = 200  # steps
-END_WEIGHT = 0.3  # of an answer's tokens behind its first one
+END_WEIGHT = 0.3  # of an answer's end mark; a word counts 1
 
 
 def batches_of_sides(steps: int, rng: np.random.Generator) -> list[int]:

@@ -64,7 +64,7 @@ def test_packed_turns_are_prompts_by_themselves(scripts, small):
     assert not hasattr(model.model.language_model.config, "packed_turns")
 
 
-def test_labels_are_the_answers_and_kinds_mark_their_first_tokens(scripts, small):
+def test_labels_are_the_answers_and_kinds_mark_their_words(scripts, small):
     _, processor = small
     batches = scripts("places_batches")
     drawn = batches.training_places(np.random.default_rng(0), 3, bias=0.9, side=96)
@@ -72,8 +72,11 @@ def test_labels_are_the_answers_and_kinds_mark_their_first_tokens(scripts, small
     answered = turns.labels != -100
     assert (turns.labels[answered] == turns.input_ids[answered]).all()
     words = processor.tokenizer.convert_ids_to_tokens(turns.labels[turns.kinds >= 0])
-    assert len(words) == 12
-    assert set(words) <= {*PALETTE, *FORMS, "yes", "no", "1", "2", "3", "top", "bottom"}
+    positions = words.count("left") + words.count("right")
+    assert len(words) == 12 + positions
+    assert positions > 0
+    assert set(words) <= {*PALETTE, *FORMS, "yes", "no", "1", "2", "3", "top", "bottom", "left", "right"}
+    assert (turns.labels[answered & (turns.kinds < 0)] == processor.tokenizer.eos_token_id).all()
     assert processor.tokenizer.unk_token_id not in turns.input_ids
 
 
