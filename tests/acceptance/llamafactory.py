@@ -316,7 +316,7 @@ def errors(work: Work, model: str) -> str:
         "--sar_activation_layer_k must be at most the number of attention layers, 4": [
             file, "use_sar=true", "sar_activation_layer_k=9",
         ],
-        "--neat_packing puts samples into one row": [file, "use_sar=true", "neat_packing=true"],
+        "--neat_packing must be left out with --use_sar": [file, "use_sar=true", "neat_packing=true"],
         "argument --learning_rate": [*flags, "--learning_rate", "fast"],
         "--stage must be sft here": [file, "stage=pt"],
     }  # fmt: skip
