@@ -83,6 +83,8 @@ def test_answers_are_those_of_the_model_and_settings_change_them_alone(small):  
     assert (equal.object_mass > 0).all()
     assert (equal.object_mass < equal.visual_mass).all()
     assert (equal.visual_mass < 1).all()
+    with pytest.raises(ArgumentError, match="config must be given with statistics"):
+        answers(model, processor, pairs, statistics=True)
     grey = answers(model, processor, pairs, pictures=lambda n: np.full((96, 96, 3), 128, np.uint8))
     again = [np.full((96, 96, 3), 128, np.uint8)] * 9
     assert grey.replies == answer(model, processor, again, [q.text for _, q in pairs])
@@ -170,7 +172,7 @@ def study(tmp_path, monkeypatch):
                     write(seed, group, "test", name, side, "plain", 0.5)
             for setting in ("grey", "swapped", "masses"):
                 write(seed, group, "test", "balanced", 96, setting, 0.3)
-        for setting in ("plain", *grid()):
+        for setting in dict.fromkeys(["plain", *grid(), *decodes(chosen)]):
             write(seed, "sft", "validation", "balanced", 96, setting, 0.9 if setting == name_of(chosen) else 0.5)
         for side in study.sides:
             for name in SETS:
@@ -201,6 +203,7 @@ def test_the_setting_is_chosen_on_validation_and_tables_say_what_was_answered(st
     assert float(gain[3]) < 0.05
     paper = rows["SAR, the paper's setting"].split("|")
     assert float(paper[3]) > 0.05
+    assert all(f"| `{name}` |" in text for name in ["plain", *decodes(chosen)])
     assert "0.2500 | 0.1250 | 0.5000 | 0.1000 | 0.500 | 0.250" in text
     assert all(f"\n| {kind} |" in text for kind in KINDS)
     write_page(study, found, page)
@@ -231,9 +234,9 @@ def test_a_whole_study_runs_and_goes_on(scripts, small, tmp_path, monkeypatch): 
         with torch.no_grad():
             model.lm_head.weight.normal_(0, 0.1)
         scripts("learning").save(model, processor, tmp_path / "models" / "seed_0" / group, {})
-    names = list(grid())[:2]
+    tried = [SARConfig(activation_layer_k=2, beta=beta) for beta in (0.5, 0.1)]
     for module in (study_run, __import__("sar_fast.lab.paper.study.report", fromlist=["report"])):
-        monkeypatch.setattr(module, "grid", lambda: {name: SARConfig(activation_layer_k=2) for name in names})
+        monkeypatch.setattr(module, "grid", lambda: {name_of(config): config for config in tried})
     monkeypatch.setattr(study_run, "LAYERS", 2)
     monkeypatch.setitem(PAPER, "activation_layer_k", 1)
     study = Study(tmp_path / "models", tmp_path / "out", validation=8, test=8, pictures=8, sides=(96,))

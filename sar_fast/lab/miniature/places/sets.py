@@ -58,7 +58,7 @@ def draw_set(
 
 
 def _cell(question: PlaceQuestion, name: str) -> tuple:
-    """What is counted of a question: all of them alike in the biased set; None for what the set does not have."""
+    """What a question counts as among the quotas of its kind; one that no quota names is not taken."""
     if name == "biased":
         return ()
     if name == "reversed":
@@ -66,8 +66,6 @@ def _cell(question: PlaceQuestion, name: str) -> tuple:
         return question.answer, usual
     if question.kind == "existence":
         return question.answer, question.usual, question.absent
-    if question.kind == "attribute":
-        return question.answer, "any"
     if question.kind == "comparison":
         return question.answer, question.usual
     return (question.answer,)
@@ -86,8 +84,6 @@ def _quotas(kind: str, name: str, per_kind: int) -> Counter:
         yes = [("yes", usual, None) for usual in ("yes", "no")] * 2
         no = [("no", "yes" if how == "adversarial" else "no", how) for how, n in absent.items() for _ in range(n)]
         cells = yes + no
-    elif kind == "attribute":
-        cells = [(answer, "any") for answer in of_kind]
     elif kind == "comparison":
         cells = list(itertools.product(of_kind, ("yes", "no")))
     else:

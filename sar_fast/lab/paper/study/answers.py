@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from sar_fast.base.errors import ArgumentError
 from sar_fast.config import SARConfig
 from sar_fast.hf import apply_sar
 from sar_fast.lab.miniature.drawing import PATCH_SIZE
@@ -78,6 +79,8 @@ def answers(
         statistics: also keep the heads' weights and masses; needs a ``config``.
     """
     object_mass = objects or Mass(name="object")
+    if statistics and config is None:
+        raise ArgumentError("config", None, "be given with statistics, which SAR measures")
     if statistics:
         config = config.replace(record=True, row_statistics=(Mass(), object_mass))
     replies: list[str] = []

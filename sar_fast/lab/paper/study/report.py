@@ -15,7 +15,7 @@ from sar_fast.lab.miniature.places.questions import CHANCE, KINDS
 from sar_fast.lab.miniature.places.scenes import SIDE
 from sar_fast.lab.miniature.places.sets import SETS
 from sar_fast.lab.paper.study.run import MASSES, OTHER_PICTURES, PLAIN, answer_file, questions, right_of
-from sar_fast.lab.paper.study.settings import CHANCE_SEEDS, GROUPS, PAPER, TREATED, Study, grid, name_of
+from sar_fast.lab.paper.study.settings import CHANCE_SEEDS, GROUPS, PAPER, TREATED, Study, decodes, grid, name_of
 from sar_fast.lab.run.results import read_json, write_text
 
 NAMES = {"base": "Base", "sft": "SFT", "control": "Control", "unbiased": "SFT, no habits"}
@@ -104,11 +104,11 @@ def sides_table(study: Study, found: Mapping[str, Any]) -> str:
 
 
 def grid_table(study: Study, found: Mapping[str, Any]) -> str:
-    """The grid on the validation questions: its best and worst settings beside no SAR."""
+    """On validation questions no SAR, the grid's best and worst settings, and the chosen one with each ``decode``."""
     ask = lambda name: rights(study, TREATED, "validation", "balanced", SIDE, name).mean()
     order = sorted(grid(), key=ask, reverse=True)
-    names = [*order[:3], *order[-3:]]
-    return table(["setting", "right"], ([f"`{name}`", _percent(ask(name))] for name in [PLAIN, *names]))
+    names = dict.fromkeys([PLAIN, *order[:3], *order[-3:], *decodes(grid()[found["chosen"]])])
+    return table(["setting", "right"], ([f"`{name}`", _percent(ask(name))] for name in names))
 
 
 def focus_table(study: Study, found: Mapping[str, Any]) -> str:
